@@ -1,0 +1,368 @@
+"""The sections of the configuration: one strict pydantic model per owner, a docstring under each field.
+
+After validation every field holds its final value (unset model fields are filled from the family), except those whose
+docstring says what None means. Checks that span two sections, or that depend on the command, are in `config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fastrlhf.configfile import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Above0 = Annotated[float, Field(gt=0.0)]
+AtLeast0 = Annotated[float, Field(ge=0.0)]
+Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""A list of strings; one bare string is a list of one."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt": {
+        "position": "learned",
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "bias": True,
+        "tie_embeddings": True,
+    },
+    "llama": {
+        "position": "rope",
+        "norm": "rmsnorm",
+        "activation": "swiglu",
+        "bias": False,
+        "tie_embeddings": False,
+    },
+}
+"""What `model.family` puts in the fields that the configuration leaves unset."""
+
+
+def _from_family(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda fields: FAMILIES[fields["family"]][key]
+
+
+def _ffn_default(fields: dict[str, Any]) -> int:
+    return 4 * fields["hidden_size"] if fields["family"] == "gpt" else 0  # 0 is refused below, with the cure
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_unset(cls, values: Any) -> Any:
+        """`num_kv_heads: null` asks for the derived default, as leaving the key out does."""
+        if not isinstance(values, dict):
+            return values
+        derived = {name for name, field in cls.model_fields.items() if field.default_factory}
+        return {key: value for key, value in values.items() if value is not None or key not in derived}
+
+
+class ModelConfig(Section):
+    """The shape of a decoder-only transformer and where its weights come from."""
+
+    family: Literal["gpt", "llama"]
+    """Fills unset fields. gpt: learned positions, LayerNorm, tanh GELU, biases, tied embeddings, ffn 4H.
+    llama: RoPE, RMSNorm, SwiGLU, no biases, untied embeddings."""
+    num_layers: Positive
+    """Transformer layers."""
+    hidden_size: Positive
+    """Width of the residual stream, H."""
+    num_heads: Positive
+    """Attention (query) heads."""
+    num_kv_heads: Positive = Field(default_factory=lambda fields: fields["num_heads"])
+    """Key/value heads; fewer than num_heads is grouped-query attention. Unset: num_heads."""
+    head_dim: Positive = Field(default_factory=lambda fields: fields["hidden_size"] // fields["num_heads"])
+    """Width of one head. Unset: hidden_size / num_heads."""
+    ffn_size: int = Field(default_factory=_ffn_default)
+    """Width of the feed-forward layer. Unset: 4 * hidden_size (gpt); llama must give it."""
+    vocab_size: Positive | None = None
+    """True vocabulary size, before padding for tensor parallelism. None: the tokenizer's."""
+    max_positions: Positive
+    """Longest sequence in tokens; the rows of the learned position table."""
+    position: Literal["learned", "rope"] = Field(default_factory=_from_family("position"))
+    """Position encoding. Unset: the family's."""
+    rope_theta: Above0 = 10000.0
+    """Base of the rotary frequencies; unused with learned positions."""
+    norm: Literal["layernorm", "rmsnorm"] = Field(default_factory=_from_family("norm"))
+    """Normalisation, always before the sub-layer. Unset: the family's."""
+    norm_eps: Above0 = 1e-5
+    """Epsilon inside the normalisation."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(default_factory=_from_family("activation"))
+    """Feed-forward activation. Unset: the family's."""
+    bias: bool = Field(default_factory=_from_family("bias"))
+    """Biases in the linear layers. Unset: the family's."""
+    qkv_bias: bool = Field(default_factory=lambda fields: fields["bias"])
+    """Biases in the query/key/value projection. Unset: the same as bias."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (Qwen 3)."""
+    tie_embeddings: bool = Field(default_factory=_from_family("tie_embeddings"))
+    """Use the embedding as the output matrix. Unset: the family's."""
+    residual_dropout: Rate = 0.0
+    """Dropout after each sub-layer, before the residual sum. InstructGPT's SFT uses 0.2."""
+    embedding_dropout: Rate = 0.0
+    """Dropout on the embeddings."""
+    attention_dropout: Rate = 0.0
+    """Dropout on the attention probabilities."""
+    init_std: Above0 = 0.02
+    """Standard deviation of the initial weights."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 masters."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward: none, the core attention (selective), or whole layers (full)."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """Core attention. auto: flash-attn where it is installed and can run, else torch's SDPA."""
+    load: str | None = None
+    """Checkpoint folder of this project to start from. None: random weights (or hf)."""
+    hf: str | None = None
+    """Hugging Face model folder to start from. None: random weights (or load)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.ffn_size <= 0:
+            why = "is required for family llama" if self.ffn_size == 0 else f"is {self.ffn_size}, expected above 0"
+            raise ConfigError("ffn_size", f"{why}; give the feed-forward width (Llama: 8/3 of hidden_size, rounded up)")
+        if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                "hidden_size",
+                f"{self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim, or change one",
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use a divisor of it"
+            )
+        if self.attention == "flash" and self.dtype == "fp32":
+            raise ConfigError("attention", "flash needs dtype bf16 or fp16; use attention sdpa (or auto) with fp32")
+        if self.load and self.hf:
+            raise ConfigError("hf", "and load are both set; a model starts from one of them: remove the other")
+        return self
+
+
+class ParallelConfig(Section):
+    """How a model is split over processes; data parallel is what is left of the world size."""
+
+    tensor: Positive = 1
+    """Ranks that share each layer (tensor parallel)."""
+    pipeline: Positive = 1
+    """Stages that share the layers (pipeline parallel)."""
+    context: Positive = 1
+    """Ranks that share each sequence; only 1 is supported."""
+    sequence: bool = False
+    """Split norms and dropouts along the sequence over the tensor-parallel ranks; no effect with tensor 1."""
+    timeout_s: Positive = 1800
+    """Seconds before a collective that does not finish is an error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.context > 1:
+            raise ConfigError(
+                "context", f"{self.context} is not supported yet; use 1, and split the model with tensor or pipeline"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """The files and how records become token sequences. One path is a list of one."""
+
+    tokenizer: str
+    """Folder of a Hugging Face tokenizer."""
+    train: Strings | None = None
+    """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
+    valid: Strings | None = None
+    """Validation files of the same kind. None: no validation."""
+    prompts: Strings | None = None
+    """Prompt files (ppo, sample)."""
+    pretrain: Strings | None = None
+    """Pretraining text: the ptx term of PPO, or the share mixed into SFT."""
+    pretrain_fraction: Rate = 0.0
+    """Share of pretraining rows mixed into SFT; InstructGPT's RL starting point uses 0.1."""
+    max_prompt_tokens: Positive = 1024
+    """Records with a longer prompt are dropped, and counted."""
+    max_response_tokens: Positive = 1024
+    """Longest response kept in training, in tokens."""
+    sequence_length: Positive = 2048
+    """Tokens in a pretraining window."""
+    on_error: Literal["strict", "quarantine"] = "strict"
+    """A malformed record stops the run (strict), or is set aside in a file with its reason (quarantine)."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: Above0
+    """Peak learning rate."""
+    beta1: Rate = 0.9
+    """Decay of the gradient average."""
+    beta2: Rate = 0.95
+    """Decay of the squared-gradient average."""
+    eps: Above0 = 1e-8
+    """Adam's epsilon; classic PPO recipes use 1e-5."""
+    weight_decay: AtLeast0 = 0.0
+    """Decoupled weight decay, on matrices only."""
+    clip_grad: AtLeast0 = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    distributed: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+    initial_loss_scale: Above0 = 65536.0
+    """First loss scale (fp16 only)."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps of a run."""
+
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up."""
+    warmup_start: Fraction = 0.1
+    """Fraction of the peak that the warm-up starts from."""
+    min_lr_ratio: Fraction = 0.1
+    """Fraction of the peak that the decay ends at; unused with decay constant."""
+
+
+class TrainConfig(Section):
+    """How long and in what pieces."""
+
+    seed: Count = 1234
+    """Seed of weights, data order and sampling."""
+    steps: Positive | None = None
+    """Optimizer steps; PPO iterations. None: epochs decides."""
+    epochs: Above0 | None = None
+    """Passes over the training data. None: steps decides."""
+    micro_batch_size: Positive = 1
+    """Sequences (rm: prompts with all their responses) in one forward on one rank."""
+    global_batch_size: Positive = Field(default_factory=lambda fields: fields["micro_batch_size"])
+    """Sequences (rm: prompts) in one optimizer step over all ranks. sft, rm and pretrain must give it; PPO's global
+    batch is ppo.batch_size."""
+    eval_interval: Count = 0
+    """Steps between validations; 0: only at the end."""
+    eval_batches: Positive | None = None
+    """Batches in one validation. None: the whole set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("epochs", "and steps are both set; the length of a run has one source: remove the other")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                "global_batch_size",
+                f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one",
+            )
+        return self
+
+
+class PPOConfig(Section):
+    """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4 and table on hyperparameters)."""
+
+    reward_model: str | None = None
+    """Checkpoint folder of the reward model; the ppo command requires it."""
+    value_model: str | None = Field(default_factory=lambda fields: fields["reward_model"])
+    """Checkpoint folder that the value function starts from. Unset: reward_model."""
+    batch_size: Positive = 512
+    """Episodes in one iteration over all ranks."""
+    minibatch_size: Positive = 64
+    """Episodes in one optimizer step over all ranks."""
+    inner_epochs: Positive = 1
+    """Passes over the episodes of an iteration."""
+    kl_coef: AtLeast0 = 0.02
+    """Weight beta of the KL penalty in the reward."""
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
+    """Per-token estimate of the KL from the reference."""
+    kl_clip: Above0 | None = None
+    """Largest absolute per-token KL in the reward. None: no clip."""
+    adaptive_kl_target: Above0 | None = None
+    """KL that an adaptive controller steers kl_coef to (classic: 6). None: kl_coef is fixed."""
+    adaptive_kl_horizon: Positive = 10000
+    """Episodes over which the controller acts."""
+    gamma_ptx: AtLeast0 = 27.8
+    """Weight gamma of the pretraining term; 0 is plain PPO."""
+    ptx_per_episode: Positive = 8
+    """Pretraining examples for each episode."""
+    clip: Above0 = 0.2
+    """Clip range of the probability ratio."""
+    value_clip: Above0 = 0.2
+    """Clip range of the value around its rollout value."""
+    gamma: Fraction = 1.0
+    """Discount of rewards."""
+    lam: Fraction = 0.95
+    """GAE lambda."""
+    entropy_coef: AtLeast0 = 0.0
+    """Weight of the entropy bonus."""
+    whiten_rewards: bool = False
+    """Divide rewards by their standard deviation over the batch, without shifting the mean."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages to mean 0, variance 1 over the batch."""
+    no_stop_penalty: float | None = -1.0
+    """Score of a response without a stop token. None: the reward model's."""
+    ema_decay: Rate | None = 0.992
+    """Decay of the running average of the policy, which is evaluated and exported. None: off."""
+    value_lr: Above0 = 9e-6
+    """Peak learning rate of the value function."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PPOConfig:
+        if self.batch_size % self.minibatch_size:
+            raise ConfigError(
+                "minibatch_size",
+                f"{self.minibatch_size} does not divide batch_size {self.batch_size}; change one",
+            )
+        return self
+
+
+class GenerationConfig(Section):
+    """Sampling. The defaults draw from the model's own distribution, as PPO requires."""
+
+    max_new_tokens: Positive = 1024
+    """Longest response in tokens."""
+    min_new_tokens: Count = 0
+    """No stop token before this many tokens."""
+    temperature: AtLeast0 = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: Count = 0
+    """Sample from the k likeliest tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample from the likeliest tokens that hold this probability; 1: all."""
+    stop: Strings = Field(default_factory=list)
+    """Strings that end a response, besides the end-of-text token."""
+    slots: Positive = 64
+    """Sequences decoded at once on one data-parallel rank."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError("min_new_tokens", f"{self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the state is saved, and whether a run continues."""
+
+    interval: Count = 0
+    """Steps between checkpoints; 0: only the last."""
+    keep_last: Positive = 2
+    """Checkpoints kept; older ones are removed."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues from the newest whole checkpoint of output_dir; never starts over."""
+    save: bool = True
+    """Write checkpoints at all."""
+
+
+class LogConfig(Section):
+    """What is reported while a run goes on; metrics.jsonl is always written."""
+
+    interval: Positive = 1
+    """Steps between lines."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    wandb_project: str | None = None
+    """Weights & Biases project. None: off."""
+    progress: bool = True
+    """Show a live progress line on rank 0."""
