@@ -1,0 +1,163 @@
+"""Packed micro-batches: one flat row of T tokens holds S sequences back to back, told apart by cu_seqlens. No padding.
+
+`pack` builds them from sequences with prompts (SFT, sampling, PPO), `pack_rankings` from K ranked responses a prompt
+(reward model), `pack_windows` from pretraining windows. Left out on purpose: truncation (datasets.py) and batch
+composition (loader.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+IGNORED_LABEL = -100
+
+Batch = TypeVar("Batch", bound="PackedBatch")
+
+
+@dataclass(frozen=True)
+class DemonstrationTokens:
+    """Prompt and response as one sequence; the first `prompt_length` tokens are not trained on."""
+
+    tokens: list[int]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class TokenizedRanking:
+    """One prompt, its K responses, and each response's rank (lower is better, equal is a tie)."""
+
+    prompt_tokens: list[int]
+    responses: list[list[int]]
+    ranks: Sequence[int | float]
+
+
+@dataclass(kw_only=True)
+class PackedBatch:
+    """S sequences in one row of T tokens; all tensors on one device.
+
+    tokens int64 [T]; positions int64 [T], from 0 in each sequence; cu_seqlens int32 [S+1], sequence s is
+    [cu_seqlens[s], cu_seqlens[s+1]); labels int64 [T], the next token of the same sequence, -100 where there is none;
+    loss_mask bool [T], True where the label counts; max_seqlen, the longest sequence, a Python int so that attention
+    kernels get it without waiting for the device (0: computed here).
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    max_seqlen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_seqlen == 0:
+            self.max_seqlen = int(self.cu_seqlens.diff().max())
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.cu_seqlens.numel() - 1
+
+    def to(self: Batch, device: torch.device | str) -> Batch:
+        """A copy with every tensor on `device`."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True)
+class RankingBatch(PackedBatch):
+    """G prompts with N = sum K responses; sequence n is prompt + response n, the responses of a prompt side by side.
+
+    ranks int64 or float32 [N]; prompt_offsets int64 [G+1], prompt g owns sequences [prompt_offsets[g],
+    prompt_offsets[g+1]); last_index int64 [N], the place in the row of each sequence's last token, where the score is
+    read.
+    """
+
+    ranks: torch.Tensor
+    prompt_offsets: torch.Tensor
+    last_index: torch.Tensor
+
+
+def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> PackedBatch:
+    """Pack S >= 1 non-empty sequences; labels inside the first `prompt_lengths[s]` tokens of sequence s do not count.
+
+    A prompt length of 0 counts every label. The label of a prompt's last token is the first response token, so it
+    counts.
+    """
+    lengths = _lengths(sequences)
+    if len(prompt_lengths) != len(lengths):
+        raise ValueError(f"prompt_lengths has {len(prompt_lengths)} entries for {len(lengths)} sequences")
+    cu_seqlens = _offsets(lengths)
+    tokens = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    positions = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths)
+    last = cu_seqlens[1:] - 1
+    labels = np.roll(tokens, -1)
+    labels[last] = IGNORED_LABEL
+    loss_mask = positions + 1 >= np.repeat(np.asarray(prompt_lengths, dtype=np.int64), lengths)
+    loss_mask[last] = False
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(loss_mask),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def pack_demonstrations(demonstrations: Sequence[DemonstrationTokens]) -> PackedBatch:
+    """The micro-batch of SFT: one sequence a demonstration, loss on the response."""
+    return pack([d.tokens for d in demonstrations], [d.prompt_length for d in demonstrations])
+
+
+def pack_rankings(rankings: Sequence[TokenizedRanking]) -> RankingBatch:
+    """The micro-batch of the reward model: every response of a prompt is in it, so that all C(K,2) pairs can be
+    formed.
+    """
+    sequences = [r.prompt_tokens + response for r in rankings for response in r.responses]
+    packed = pack(sequences, [len(r.prompt_tokens) for r in rankings for _ in r.responses])
+    for g, r in enumerate(rankings):
+        if len(r.ranks) != len(r.responses):
+            raise ValueError(f"ranking {g} has {len(r.ranks)} ranks for {len(r.responses)} responses")
+    ranks = [rank for r in rankings for rank in r.ranks]
+    whole = all(isinstance(rank, int) for rank in ranks)
+    return RankingBatch(
+        **vars(packed),
+        ranks=torch.tensor(ranks, dtype=torch.int64 if whole else torch.float32),
+        prompt_offsets=torch.from_numpy(_offsets(np.array([len(r.responses) for r in rankings], dtype=np.int64))),
+        last_index=packed.cu_seqlens[1:].long() - 1,
+    )
+
+
+def pack_windows(windows: Sequence[Sequence[int]]) -> PackedBatch:
+    """The micro-batch of pretraining: a window of L + 1 tokens becomes one sequence of L tokens whose L labels all
+    count.
+    """
+    packed = pack([window[:-1] for window in windows], [0] * len(windows))
+    labels = np.concatenate([np.asarray(window[1:], dtype=np.int64) for window in windows])
+    packed.labels = torch.from_numpy(labels)
+    packed.loss_mask = torch.ones(len(labels), dtype=torch.bool)
+    return packed
+
+
+def _lengths(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    if len(lengths) == 0:
+        raise ValueError("sequences is empty; a packed batch holds at least one")
+    if lengths.min() == 0:
+        raise ValueError(f"sequence {int(lengths.argmin())} is empty; every packed sequence has at least one token")
+    if lengths.sum() > np.iinfo(np.int32).max:
+        raise ValueError(f"{int(lengths.sum())} tokens in one batch; cu_seqlens is int32, so at most 2^31 - 1")
+    return lengths
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -1,0 +1,128 @@
+"""Record files to token lists in memory, with the paper's length limits and a count of what they cost.
+
+"Prompts over 1k tokens dropped, responses at most 1k" (arXiv 2203.02155, appendix C): a record with a longer prompt is
+left out, a longer response is cut and then has no eos, since it did not end there. Everything is held in memory:
+InstructGPT's largest set, 33k prompts with up to 9 responses, is under a gigabyte.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fastrlhf.data.batches import DemonstrationTokens, TokenizedRanking
+from fastrlhf.data.records import Counts, Demonstration, OnError, Paths, Prompt, Ranking, as_paths, read_records
+from fastrlhf.data.tokenize import encode_prompts, encode_responses
+from fastrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+_CHUNK = 1024  # records encoded in one call: the tokenizer is parallel inside a call
+
+
+def load_demonstrations(
+    paths: Paths,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+) -> tuple[list[DemonstrationTokens], Counts]:
+    """Demonstrations as prompt + response + eos, in file order."""
+    counts, loaded, shared = Counts(), [], _SharedInts()
+    records: Iterator[Demonstration] = read_records(paths, "demonstrations", on_error, rejected, counts)
+    for chunk in _chunks(records):
+        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
+        responses = encode_responses(tokenizer, [record.response for record in chunk])
+        for prompt, response in zip(prompts, responses, strict=True):
+            if _fits(prompt, max_prompt_tokens, counts):
+                tokens = shared(prompt + _cut(response, max_response_tokens, counts))
+                loaded.append(DemonstrationTokens(tokens, len(prompt)))
+    return _finish(loaded, counts, paths, max_prompt_tokens), counts
+
+
+def load_rankings(
+    paths: Paths,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+) -> tuple[list[TokenizedRanking], Counts]:
+    """Rankings with eos at the end of every response that was not cut, in file order."""
+    counts, loaded, shared = Counts(), [], _SharedInts()
+    records: Iterator[Ranking] = read_records(paths, "rankings", on_error, rejected, counts)
+    for chunk in _chunks(records):
+        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
+        responses = iter(encode_responses(tokenizer, [text for record in chunk for text in record.responses]))
+        for record, prompt in zip(chunk, prompts, strict=True):
+            own = list(islice(responses, len(record.responses)))
+            if _fits(prompt, max_prompt_tokens, counts):
+                cut = [shared(_cut(response, max_response_tokens, counts)) for response in own]
+                loaded.append(TokenizedRanking(shared(prompt), cut, record.ranks))
+    return _finish(loaded, counts, paths, max_prompt_tokens), counts
+
+
+def load_prompts(
+    paths: Paths,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_prompt_tokens: int,
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+) -> tuple[list[list[int]], Counts]:
+    """Prompts as token lists, in file order."""
+    counts, loaded, shared = Counts(), [], _SharedInts()
+    records: Iterator[Prompt] = read_records(paths, "prompts", on_error, rejected, counts)
+    for chunk in _chunks(records):
+        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
+        loaded += [shared(prompt) for prompt in prompts if _fits(prompt, max_prompt_tokens, counts)]
+    return _finish(loaded, counts, paths, max_prompt_tokens), counts
+
+
+class _SharedInts:
+    """Rewrites a token list with one int object per token id: 8 bytes a token in a list instead of 36."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+
+    def __call__(self, tokens: list[int]) -> list[int]:
+        known = self._known
+        return [known.setdefault(token, token) for token in tokens]
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _fits(prompt: list[int], limit: int, counts: Counts) -> bool:
+    fits = len(prompt) <= limit
+    counts.long_prompts += not fits
+    return fits
+
+
+def _cut(response: list[int], limit: int, counts: Counts) -> list[int]:
+    counts.cut_responses += len(response) > limit
+    return response[:limit]
+
+
+def _finish(loaded: list[Item], counts: Counts, paths: Paths, max_prompt_tokens: int) -> list[Item]:
+    counts.kept = len(loaded)
+    names = ", ".join(str(path) for path in as_paths(paths))
+    if not loaded:
+        limit = f"the prompt limit is {max_prompt_tokens} tokens"
+        raise UserError(f"{names}: no usable record ({counts}; {limit}); check the data and data.max_prompt_tokens")
+    log.info("%s: %s", names, counts)
+    return loaded

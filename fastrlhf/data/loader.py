@@ -1,0 +1,140 @@
+"""Deterministic micro-batches for data-parallel training, resumable at any sample under any layout.
+
+Every rank computes the same permutation of an epoch from (seed, epoch). Global batch b is permutation[b*G : (b+1)*G],
+cut into micro-batches in order; data-parallel rank r takes the r-th contiguous block of them. So neither the samples
+of a step nor the composition of a micro-batch depends on the data-parallel size. Left out on purpose: worker processes
+(samples are already tokens in memory, and packing a micro-batch takes well under a millisecond).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from fastrlhf.errors import UserError
+
+Sample = TypeVar("Sample")
+MicroBatch = TypeVar("MicroBatch")
+
+
+class Loader(Generic[Sample, MicroBatch]):
+    """Iterate over steps; each is the list of this rank's collated micro-batches.
+
+    `epochs=None` never ends. `drop_last=True` leaves out the samples of an epoch that do not fill a global batch
+    (others each epoch, as each is shuffled anew); with False the last step is short, and a rank may get fewer
+    micro-batches, even none. Iterating goes on from the current state; make a new Loader to start again.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[Sample],
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        seed: int,
+        collate: Callable[[list[Sample]], MicroBatch],
+        shuffle: bool = True,
+        epochs: int | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        _check_sizes(len(dataset), global_batch_size, micro_batch_size, data_size, drop_last)
+        if not 0 <= data_rank < data_size:
+            raise ValueError(f"data_rank {data_rank} is outside 0..{data_size - 1}")
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.micro_batches_per_rank = global_batch_size // (micro_batch_size * data_size)
+        self.data_rank = data_rank
+        self.seed = seed
+        self.collate = collate
+        self.shuffle = shuffle
+        self.epochs = epochs
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.cursor = 0  # samples of this epoch already given out, over all ranks
+        self._permutation: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch."""
+        whole, rest = divmod(len(self.dataset), self.global_batch_size)
+        return whole if self.drop_last or rest == 0 else whole + 1
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        while True:
+            left = len(self.dataset) - self.cursor
+            if left < (self.global_batch_size if self.drop_last else 1):
+                self.epoch, self.cursor = self.epoch + 1, 0
+            if self.epochs is not None and self.epoch >= self.epochs:
+                return
+            indices = self._order()[self.cursor : self.cursor + self.global_batch_size]
+            # Moved on before the batch is handed out: a checkpoint written in the loop's body counts this step as done.
+            self.cursor += len(indices)
+            yield [self.collate([self.dataset[int(i)] for i in micro]) for micro in self._own(indices)]
+
+    def _own(self, indices: np.ndarray) -> list[np.ndarray]:
+        size = self.micro_batch_size
+        micro_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        first = self.data_rank * self.micro_batches_per_rank
+        return micro_batches[first : first + self.micro_batches_per_rank]
+
+    def _order(self) -> np.ndarray:
+        if self._permutation is None or self._permutation[0] != self.epoch:
+            self._permutation = (self.epoch, permutation(len(self.dataset), self.seed, self.epoch, self.shuffle))
+        return self._permutation[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next step starts, counted in samples: it holds for any data-parallel, micro- and global batch
+        size.
+        """
+        return {
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "samples": len(self.dataset),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; UserError when the data set, the seed or the order is another one."""
+        for name, here in (("samples", len(self.dataset)), ("seed", self.seed), ("shuffle", self.shuffle)):
+            if state[name] != here:
+                raise UserError(
+                    f"cannot resume the data order: the checkpoint has {name} {state[name]}, this run {here}; "
+                    "use the same data and train.seed, or start a new output_dir"
+                )
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+
+
+def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """The order of n samples in one epoch, int64 [n]; the same on every machine.
+
+    Sorting raw Philox words keeps it the same under every NumPy too: its bit streams are frozen, its shuffles are not.
+    """
+    if not shuffle:
+        return np.arange(n)
+    words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64)).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def _check_sizes(samples: int, global_batch: int, micro_batch: int, data_size: int, drop_last: bool) -> None:
+    if min(global_batch, micro_batch, data_size) < 1:
+        raise UserError(f"batch sizes must be at least 1: global batch {global_batch}, micro-batch {micro_batch}")
+    unit = micro_batch * data_size
+    if global_batch % unit:
+        below, above = global_batch // unit * unit, -(-global_batch // unit) * unit
+        use = f"{above}" if below == 0 else f"{below} or {above}"
+        raise UserError(
+            f"the global batch size {global_batch} is not divisible by micro-batch size {micro_batch} x data-parallel "
+            f"size {data_size} = {unit}; use {use}"
+        )
+    if samples == 0:
+        raise UserError("the data set is empty; check its path, and the counts of dropped records above")
+    if drop_last and samples < global_batch:
+        raise UserError(
+            f"the data set has {samples} samples, fewer than the global batch size {global_batch}; add data, or set "
+            f"train.global_batch_size to {samples} or less"
+        )
