@@ -1,0 +1,276 @@
+"""Real English text that every machine with Python on it already holds: the documentation of its own packages.
+
+`gather` reads the source files of the standard library and of the installed packages with `ast` (nothing is imported
+or run) and takes from them paragraphs of prose, for the tokenizer and for pretraining, and demonstrations: the words
+of a function's name and its arguments as the prompt, the first sentence of its docstring as the response.
+
+The unit of every split is the "user": the folder a file lies in, as a dotted name of at most three parts. No user is
+in two splits, and the held-out text is that of the users whose prompts are held out, so neither evaluation sees a line
+of training text. The result depends on nothing but the installed files and the seed. Left out on purpose: tests,
+vendored copies of other packages, and a limit in seconds, which would make the result depend on the machine's load;
+bytes are limited instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import email
+import hashlib
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastrlhf.errors import UserError
+from fastrlhf.quickstart.text import first_sentence, is_prose, name_words, plain, prose_paragraphs, words
+
+_SKIPPED = (
+    "test tests testing idle_test __pycache__ site-packages dist-packages _vendor _vendored vendored third_party"
+    " licenses externals pgen2 encodings fastrlhf"
+)
+SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
+# Share of the users in each split. "eval" is held out of everything, pretraining included.
+SPLITS = {"sft": 0.58, "ranking": 0.20, "ppo": 0.14, "eval": 0.08}
+
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is read and kept; the defaults take about 15 s of one core."""
+
+    source_bytes: int = 48_000_000
+    """Python source parsed in all."""
+    package_bytes: int = 6_000_000
+    """Python source parsed of one top-level package, so that the largest ones do not drown the others."""
+    file_bytes: int = 800_000
+    """Larger files are skipped: nearly all of them are generated tables."""
+    text_characters: int = 12_000_000
+    """Prose kept."""
+    demonstrations_per_user: int = 200
+    """As in the paper (section 3.2): at most 200 prompts a user."""
+    demonstrations_per_name: int = 4
+    """Of one function name, so that a package's hundred `forward` methods do not fill a split."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One function: what it is called, and how its author summed it up."""
+
+    prompt: str
+    response: str
+    user_id: str
+
+    def record(self) -> dict[str, str]:
+        """As a line of a demonstrations file."""
+        return {"prompt": self.prompt, "response": self.response, "user_id": self.user_id}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `gather` returns."""
+
+    train_text: list[str] = field(default_factory=list)
+    """Documents for the tokenizer and pretraining, one a source file, paragraphs separated by an empty line."""
+    heldout_text: list[str] = field(default_factory=list)
+    """Documents of the "eval" users, for the pretraining loss."""
+    demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
+    """By split: "sft", "ranking", "ppo", "eval"."""
+
+
+def make_prompt(name: str, arguments: list[str]) -> str:
+    """The prompt of a function: its name in words and up to four arguments, then a cue.
+
+    The name is written in words ("parse header" for `parse_header`) so that the tokens are those of the sentence to be
+    written and a model of a million parameters can learn to copy them.
+    """
+    shown = [" ".join(name_words(argument)) for argument in arguments[:4]]
+    inside = ", ".join(argument for argument in shown if argument) or "nothing"
+    return f"Function: {' '.join(name_words(name))}\nTakes: {inside}\nSummary:\n"
+
+
+def prompt_name(prompt: str) -> list[str]:
+    """The words of the function's name in a prompt made by `make_prompt`."""
+    return words(prompt.partition("\n")[0].partition(":")[2])
+
+
+def default_roots() -> list[Path]:
+    """The standard library's folder and the folders of installed packages of the running interpreter."""
+    found = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")]
+    return [root for root in dict.fromkeys(found) if root.is_dir()]
+
+
+def gather(roots: Iterable[Path] | None = None, *, seed: int = 0, limits: Limits | None = None) -> Corpus:
+    """Text and demonstrations from the Python sources and documentation files under `roots` (default: this
+    interpreter's).
+
+    The same installed files and the same seed give the same corpus. Raises UserError where there is too little text to
+    learn from.
+    """
+    limits = limits or Limits()
+    roots = default_roots() if roots is None else [Path(root) for root in roots]
+    corpus = Corpus(demonstrations={split: [] for split in SPLITS})
+    seen: set[bytes] = set()
+    counts: collections.Counter[str] = collections.Counter()
+    characters = 0
+    for path, user in _select(roots, limits):
+        split = split_of(user, seed)
+        docs, demonstrations = read_source(path, user)
+        for demonstration in demonstrations:
+            if _admit(demonstration, counts, limits):
+                corpus.demonstrations[split].append(demonstration)
+        if characters < limits.text_characters:
+            paragraphs = [p for doc in docs for p in prose_paragraphs(doc) if _first_time(p, seen)]
+            if paragraphs:
+                document = "\n\n".join(paragraphs)
+                characters += len(document)
+                (corpus.heldout_text if split == "eval" else corpus.train_text).append(document)
+    if characters < 100_000 or any(len(found) < 20 for found in corpus.demonstrations.values()):
+        raise UserError(
+            f"only {characters:,} characters of documentation found under {', '.join(map(str, roots))}; the quickstart "
+            "learns from the docstrings of the standard library and of the installed packages: it needs their .py files"
+        )
+    return corpus
+
+
+def split_of(user: str, seed: int) -> str:
+    """The split of a user: a hash of its name and the seed, so that it does not depend on what else is installed."""
+    point = int.from_bytes(_digest(f"{seed}:{user}"), "big") / 2**64
+    for split, share in SPLITS.items():
+        if point < share:
+            return split
+        point -= share
+    return "eval"
+
+
+def read_source(path: Path, user: str) -> tuple[list[str], list[Demonstration]]:
+    """The documentation strings of a file and its demonstrations; both empty where the file cannot be read as what it
+    is named.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".py":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+                tree = ast.parse(content)
+            return _documented(tree, user)
+        text = content.decode("utf-8")
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: absurdly nested source
+        return [], []
+    return [str(email.message_from_string(text).get_payload()) if path.name == "METADATA" else text], []
+
+
+def _documented(tree: ast.Module, user: str) -> tuple[list[str], list[Demonstration]]:
+    docs, demonstrations = [], []
+    stack: list[_Documented] = [tree]
+    while stack:
+        node = stack.pop()
+        doc = ast.get_docstring(node, clean=False)
+        if doc:
+            docs.append(doc)
+        if doc and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+            demonstration = demonstrate(node.name, arguments, doc, user)
+            if demonstration:
+                demonstrations.append(demonstration)
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            stack.extend(child for child in reversed(node.body) if isinstance(child, definitions))
+            docs.extend(_long_strings(node))
+    return docs, demonstrations
+
+
+def _long_strings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Texts kept as constants: `X = \"\"\"...\"\"\"` and `topics = {"if": "..."}` (the language reference, in
+    `pydoc_data`).
+    """
+    for statement in node.body:
+        if isinstance(statement, ast.Assign):
+            values = statement.value.values if isinstance(statement.value, ast.Dict) else [statement.value]
+            for value in values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str) and len(value.value) > 500:
+                    yield value.value
+
+
+def demonstrate(name: str, arguments: list[str], doc: str, user: str) -> Demonstration | None:
+    """A demonstration from one function's docstring, or None where the docstring does not sum the function up in a
+    short sentence.
+    """
+    spoken = name_words(name)
+    response = first_sentence(doc)
+    found = words(response)
+    fits = 3 <= len(found) <= 24 and len(response) <= 140 and response[0].isalpha() and response[-1] not in ":,;"
+    if name.startswith("__") or not fits or not 1 <= len(spoken) <= 5 or max(map(len, spoken)) < 3:
+        return None
+    if not is_prose(response + " of the of the"):  # a short summary may well hold no function word at all
+        return None
+    return Demonstration(make_prompt(name, [a for a in arguments if a not in ("self", "cls")]), response, user)
+
+
+def _admit(demonstration: Demonstration, counts: collections.Counter[str], limits: Limits) -> bool:
+    """Whether a demonstration is new, and its user and its function's name are still below their limits; counts it if
+    so.
+    """
+    name = "name " + " ".join(prompt_name(demonstration.prompt))
+    user = "user " + demonstration.user_id
+    once = ["prompt " + demonstration.prompt, "response " + " ".join(words(demonstration.response))]
+    if any(counts[key] for key in once):
+        return False
+    if counts[name] >= limits.demonstrations_per_name or counts[user] >= limits.demonstrations_per_user:
+        return False
+    counts.update([name, user, *once])
+    return True
+
+
+def _first_time(paragraph: str, seen: set[bytes]) -> bool:
+    """False for a paragraph met before, class names and numbers aside: generated docstrings differ in nothing else."""
+    key = _digest(" ".join(word for word in plain(paragraph).split() if word.islower() and word.isalpha()))
+    if key in seen:
+        return False
+    seen.add(key)
+    return True
+
+
+def _select(roots: list[Path], limits: Limits) -> Iterator[tuple[Path, str]]:
+    """The files to read, standard library first, within the limits on bytes; sorted inside, so the order never
+    varies.
+    """
+    left = limits.source_bytes
+    for root in roots:
+        packages: dict[str, list[Path]] = {}
+        for path in _walk(root):
+            packages.setdefault(path.relative_to(root).parts[0], []).append(path)
+        for _, paths in sorted(packages.items()):
+            # A package too large to read whole is sampled evenly, by hash, rather than read up to some letter of the
+            # alphabet.
+            left_here = limits.package_bytes
+            for path in sorted(paths, key=lambda p: _digest(p.relative_to(root).as_posix())):
+                size = path.stat().st_size
+                if size <= min(limits.file_bytes, left_here, left):
+                    left_here -= size
+                    left -= size
+                    yield path, user_of(path.relative_to(root))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Python sources and documentation files under a folder, without tests, vendored packages and links."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.name in SKIPPED_FOLDERS or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        elif path.suffix in (".py", ".rst", ".md") or path.name == "METADATA":
+            yield path
+
+
+def user_of(relative: Path) -> str:
+    """torch/nn/modules/conv.py -> torch.nn.modules; argparse.py -> argparse; numpy-2.1.dist-info/METADATA -> numpy."""
+    folders = relative.parts[:-1][:3] or (relative.stem,)
+    return ".".join((folders[0].partition("-")[0], *folders[1:])).lower()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -1,0 +1,102 @@
+"""Turning documentation markup into plain English paragraphs, and names of functions into words.
+
+Regular expressions only, tuned on reStructuredText, Markdown and numpy/Google-style docstrings. Left out on purpose: a
+real reStructuredText parser (docutils would be one more dependency, and the text only has to be good enough to
+pretrain a toy GPT on).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+# The commonest English function words: running prose is rich in them, while tables, lists of names and other languages
+# are not.
+_FUNCTION_WORDS = (
+    "a an the of to in is are be if for and or with that this it on as by from not will can when which at has have"
+    " you we no all any each may must should was were been its their into than then used"
+)
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+_LICENCE = re.compile(
+    r"copyright|licen[sc]e|warrant(y|ies)|all rights reserved|permission is hereby|redistribut|\(c\) (19|20)\d\d",
+    re.IGNORECASE,
+)
+_FENCE = re.compile(r"^(```|~~~).*?^(```|~~~)\s*$", re.DOTALL | re.MULTILINE)
+_UNDERLINE = re.compile(r"^\s*([=\-~^*#+.`_\"'])\1{2,}\s*$")
+_FIELD = re.compile(r"^\s*(:\w[\w ]*:|@\w+|\.\. |#+ |\|)")
+_WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
+_SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?](?=\s+[A-Z]|$)")
+_INLINE = [  # (pattern, replacement), applied in this order
+    (re.compile(r"!\[[^\]]*\]\([^)]*\)"), ""),  # images
+    (re.compile(r"\[`?([^\]`]+)`?\](\([^)]*\)|\[[^\]]*\])"), r"\1"),  # Markdown links
+    (re.compile(r"`([^`<]+?)\s*<[^>`]+>`_{0,2}"), r"\1"),  # reStructuredText links
+    (re.compile(r":[\w:+-]+:`~?!?(?:[\w.]*\.)?([^`]+)`"), r"\1"),  # roles such as :class:`~a.b.C`
+    (re.compile(r"`+([^`]*)`+_?"), r"\1"),
+    (re.compile(r"</?\w[^>]*>"), ""),  # HTML tags
+    (re.compile(r"https?://\S+"), ""),
+    (re.compile(r"\*\*?(\w[^*]*?)\*\*?"), r"\1"),  # emphasis
+    (re.compile(r"\s+"), " "),
+]
+_TYPOGRAPHY = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-", 0x2026: "...", 0xA0: " "}
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in lower case: runs of letters, with an apostrophe inside allowed."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def name_words(identifier: str) -> list[str]:
+    """`parseHTTPHeader_v2` -> ["parse", "http", "header", "v"]: an identifier split at underscores, digits and
+    capitals.
+    """
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)
+    return [part.lower() for part in parts]
+
+
+def plain(text: str) -> str:
+    """One line of plain text: quotes made ASCII, inline reStructuredText, Markdown and HTML markup taken away."""
+    text = text.translate(_TYPOGRAPHY)
+    for pattern, replacement in _INLINE:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a docstring as plain text; "" where its first paragraph is not prose."""
+    paragraph = inspect.cleandoc(text).split("\n\n", 1)[0]
+    if any(_FIELD.match(line) or _UNDERLINE.match(line) or ">>>" in line for line in paragraph.splitlines()):
+        return ""
+    sentence = plain(paragraph)
+    end = _SENTENCE_END.search(sentence)
+    return sentence[: end.end()] if end else sentence
+
+
+def prose_paragraphs(text: str) -> list[str]:
+    """The English paragraphs of a docstring or a documentation file, markup removed.
+
+    Doctests, code blocks, directives, headings, field lists, licence texts, tables and other languages are dropped.
+    """
+    text = _FENCE.sub("", inspect.cleandoc(text))
+    kept = []
+    for block in re.split(r"\n\s*\n", text):
+        if ">>>" in block:
+            block = block[: block.index(">>>")]
+        lines = [line for line in block.splitlines() if not (_FIELD.match(line) or _UNDERLINE.match(line))]
+        if lines and all(line.startswith("    ") for line in lines) and not block.rstrip().endswith("."):
+            continue  # an indented block without a full stop is code or a table far more often than prose
+        paragraph = plain("\n".join(lines))
+        if is_prose(paragraph):
+            kept.append(paragraph)
+    return kept
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads as English running text: letters, function words and no legal boilerplate."""
+    if not paragraph.isascii() or _LICENCE.search(paragraph):
+        return False
+    found = words(paragraph)
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    if len(found) < 4 or letters < 0.85 * len(paragraph):
+        return False
+    return sum(word in FUNCTION_WORDS for word in found) >= 0.12 * len(found)
