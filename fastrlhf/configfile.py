@@ -126,8 +126,8 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
     nearest += [settings[near] for near in difflib.get_close_matches(name, settings, n=1, cutoff=0.75)]
     if nearest:
         return f"unknown key {key}; did you mean {nearest[0]}?"
-    known = f"the keys of {parent} are {', '.join(siblings)}" if parent and siblings else f"the keys are {', '.join(sections)}"
-    return f"unknown key {key}; {known}"
+    owner, known = (f" of {parent}", siblings) if parent and siblings else ("", sections)
+    return f"unknown key {key}; the keys{owner} are {', '.join(known)}"
 
 
 def _explain(
@@ -162,10 +162,8 @@ def _describe(detail: Any, model: type[BaseModel]) -> tuple[str, str]:
         return key, _unknown(key, model)
     if kind == "missing":
         return key, f"missing required key {key}; add it, or pass {key}=VALUE"
-    expected = (
-        detail["msg"].removeprefix("Input should be ").partition(", unable to")[0].replace("a valid ", "a ")
-    expected = expected.replace("a int", "an int")
-    )
+    expected = detail["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+    expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
     if kind == "model_type":
         expected = f"a section with keys of its own, such as '{key}: {{...}}'"
     return key, f"{key} is {_shown(value)}, expected {expected}"
