@@ -1,0 +1,68 @@
+"""Lets megatron-core run on a machine without a GPU.
+
+megatron-core names CUDA devices, CUDA generators and CUDA tensor types outright. `install()` sends each of those to its CPU
+counterpart; it is called only where there is no GPU, and it changes nothing else: no arithmetic, no schedule, no collective.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+_installed: TorchFunctionMode | None = None
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Redirects CUDA devices in torch calls to the CPU (about 1 microsecond a call)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(_CPU if _names_cuda(arg) else arg for arg in args)
+        out = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # megatron's optimizers sort parameters by type name ("torch.cuda.FloatTensor").
+            return out.replace("torch.", "torch.cuda.", 1)
+        return out
+
+
+def install() -> None:
+    """Patches torch and megatron for a CPU-only process; safe to call again. Says so once, in the log."""
+    global _installed
+    if _installed is not None:
+        return
+    assert not torch.cuda.is_available(), "CPU support is for machines without a GPU"
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def get_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    torch.cuda.get_rng_state = get_rng_state
+    torch.cuda.set_rng_state = set_rng_state
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment, return-value]
+    megatron_random._get_cuda_rng_state = get_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state
+    _installed = _CudaToCpu()
+    _installed.__enter__()
+    logger.info("no GPU: megatron-core runs on the CPU")

@@ -1,0 +1,184 @@
+"""The mesh of ranks: start-up under torchrun (NCCL or gloo), megatron's process groups, and the few collectives trainers use.
+
+Ranks are laid out tensor-fastest, then data, then pipeline (megatron's "tp-cp-ep-dp-pp" order). Every other package is handed
+a `Mesh`; none reads megatron's global state.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from fastrlhf.config import ParallelConfig
+from fastrlhf.errors import UserError
+from fastrlhf.parallel import cpu
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the mesh and its groups. Sizes multiply to the world size (context parallelism is 1)."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    sequence_parallel: bool
+    tensor_group: Group
+    pipeline_group: Group
+    data_group: Group
+    groups: ProcessGroupCollection
+    """All of megatron's groups, for the megatron classes that take them."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def vocab_group(self) -> Group | None:
+        """The group over which the vocabulary is sharded; None when it is whole on this rank."""
+        return self.tensor_group if self.tensor_size > 1 else None
+
+    def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        """Sums `value` over the data-parallel ranks, in place; returns it."""
+        if self.data_size > 1:
+            dist.all_reduce(value, group=self.data_group)
+        return value
+
+    def max_over_data(self, value: torch.Tensor) -> torch.Tensor:
+        """Maximum of `value` over the data-parallel ranks, in place; returns it."""
+        if self.data_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.data_group)
+        return value
+
+    def from_last_stage(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Gives every pipeline stage the last stage's tensor (other stages pass None; shape and dtype travel along)."""
+        if self.pipeline_size == 1:
+            assert tensor is not None
+            return tensor
+        source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+        meta = [(tuple(tensor.shape), tensor.dtype) if tensor is not None else None]
+        dist.broadcast_object_list(meta, src=source, group=self.pipeline_group)
+        assert meta[0] is not None
+        shape, dtype = meta[0]
+        if not self.is_last_stage:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        assert tensor is not None
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=source, group=self.pipeline_group)
+        return tensor
+
+    def sum_metrics(self, metrics: Sequence[Mapping[str, torch.Tensor | float]]) -> dict[str, float]:
+        """Adds up per-micro-batch metrics of the last stage over micro-batches and data-parallel ranks; all ranks get the sums.
+
+        Losses are sums over a globally known denominator, so their sum is the loss of the global batch whatever the layout.
+        """
+        names: list[str] = sorted(metrics[0]) if metrics else []
+        if self.pipeline_size > 1:
+            source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+            box = [names]
+            dist.broadcast_object_list(box, src=source, group=self.pipeline_group)
+            names = box[0]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        for row in metrics:
+            sums += torch.stack([torch.as_tensor(row[name], device=self.device).double() for name in names])
+        self.sum_over_data(sums)
+        sums = self.from_last_stage(sums if self.is_last_stage else None)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
+    """Joins the process group (torchrun's, or a group of one), builds megatron's groups and seeds every generator.
+
+    Dropout and sampling seeds differ by data-parallel rank and pipeline stage and agree inside a tensor-parallel group, but for
+    megatron's tensor-parallel region, whose generator differs on each of its ranks.
+
+    Raises `UserError` when the world size is not divisible by tensor * pipeline.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        cpu.install()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_parallel = parallel.tensor * parallel.pipeline
+    if world_size % model_parallel:
+        raise UserError(
+            f"{world_size} processes cannot be split into groups of parallel.tensor={parallel.tensor} * "
+            f"parallel.pipeline={parallel.pipeline} = {model_parallel}: launch a multiple of {model_parallel} "
+            f"(torchrun --nproc-per-node {model_parallel} -m fastrlhf ...) or change the sizes"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
+    _join("nccl" if on_gpu else "gloo", timeout)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        distributed_timeout_minutes=parallel.timeout_s / 60,
+        create_gloo_process_groups=on_gpu,
+    )
+    mesh = _describe(device, parallel)
+    seed_generators(mesh, seed)
+    return mesh
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> None:
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _describe(device: torch.device, parallel: ParallelConfig) -> Mesh:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=groups.tp.rank(),
+        tensor_size=groups.tp.size(),
+        pipeline_rank=groups.pp.rank(),
+        pipeline_size=groups.pp.size(),
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        tensor_group=groups.tp,
+        pipeline_group=groups.pp,
+        data_group=groups.dp,
+        groups=groups,
+    )
+
+
+def seed_generators(mesh: Mesh, seed: int) -> None:
+    """Seeds torch's and megatron's generators for this rank's place in the mesh."""
+    place = seed + 1_000 * mesh.data_rank + 1_000_000 * mesh.pipeline_rank
+    torch.manual_seed(place)
+    model_parallel_cuda_manual_seed(place, force_reset_rng=True)
+
+
+def finalize() -> None:
+    """Leaves the process groups (a second `initialize` may follow, with other sizes)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

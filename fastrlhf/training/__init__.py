@@ -1,0 +1,1 @@
+"""Optimizer, checkpoints, metrics and the loop: what every algorithm shares; nothing here knows an algorithm."""

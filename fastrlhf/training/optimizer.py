@@ -1,0 +1,144 @@
+"""A model in training: megatron's DDP buffers, optimizer and learning-rate schedule behind two calls, `accumulate` and `step`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from fastrlhf.config import OptimizerConfig, ScheduleConfig
+from fastrlhf.parallel import schedule as pipeline
+from fastrlhf.parallel.mesh import Mesh
+
+
+class Learner:
+    """Owns one stage's gradients and updates. `total_steps` is the length of the learning-rate schedule, in updates."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        stage: Any,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        total_steps: int,
+        lr: float | None = None,
+    ) -> None:
+        self.mesh = mesh
+        self.stage = stage
+        config = stage.config
+        overlap = mesh.device.type == "cuda" and mesh.data_size > 1
+        self.ddp = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=optimizer.distributed,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=False,
+            ),
+            stage,
+        )
+        self.optimizer = get_megatron_optimizer(
+            _megatron_optimizer(optimizer, config, lr or optimizer.lr), [self.ddp], use_gloo_process_groups=overlap
+        )
+        self.scheduler = _scheduler(self.optimizer, schedule, lr or optimizer.lr, optimizer.weight_decay, total_steps)
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.no_sync_func = self.ddp.no_sync if overlap else None
+
+    def accumulate(
+        self, batches: Sequence[Any], head: Callable[[torch.Tensor, Any], Any]
+    ) -> list[dict[str, torch.Tensor]]:
+        """Clears the gradients, then sums those of all micro-batches and data-parallel ranks; see `schedule.forward_backward`."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return pipeline.forward_backward(self.mesh, self.ddp, batches, head)
+
+    def step(self) -> dict[str, float]:
+        """Clips, updates the weights and moves the schedule. Returns lr, grad_norm, and 1.0 in `skipped` on fp16 overflow."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.scheduler.step(increment=1)
+        metrics = {"lr": float(lr), "grad_norm": float(grad_norm or 0.0)}
+        if self.stage.config.fp16:
+            metrics |= {"skipped": float(not updated), "loss_scale": float(self.optimizer.get_loss_scale())}
+        return metrics
+
+
+def _megatron_optimizer(optimizer: OptimizerConfig, config: Any, lr: float) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        fp16=config.fp16,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        initial_loss_scale=optimizer.initial_loss_scale,
+        use_distributed_optimizer=optimizer.distributed,
+    )
+
+
+def _scheduler(
+    optimizer: Any, schedule: ScheduleConfig, lr: float, weight_decay: float, total_steps: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=lr * schedule.warmup_start,
+        max_lr=lr,
+        min_lr=lr * schedule.min_lr_ratio if schedule.decay != "constant" else 0.0,
+        lr_warmup_steps=schedule.warmup_steps,
+        # megatron wants the warm-up to end before the decay does; a run shorter than its warm-up never gets there.
+        lr_decay_steps=max(total_steps, schedule.warmup_steps + 1),
+        lr_decay_style=schedule.decay,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+
+
+class ExponentialAverage:
+    """Exponential moving average of a stage's weights, in fp32: average <- decay * average + (1 - decay) * weights."""
+
+    def __init__(self, stage: torch.nn.Module, decay: float) -> None:
+        self.stage = stage
+        self.decay = decay
+        self.average = {name: p.detach().float().clone() for name, p in stage.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, parameter in self.stage.named_parameters():
+            self.average[name].lerp_(parameter.float(), 1.0 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the stage's weights with the average; a second call changes them back."""
+        for name, parameter in self.stage.named_parameters():
+            weights = parameter.detach().float().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(weights)
+
+
+def quiet_megatron() -> None:
+    """Silences megatron's optional-dependency chatter, once, at start-up."""
+    import logging
+    import warnings
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for message in ("Apex is not installed", "Transformer Engine", "transformer_engine"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+
+
+quiet_megatron = functools.cache(quiet_megatron)
