@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PIECE = 1 << 20  # characters tokenized in one call, so that a book-sized document needs little memory
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEADER_BYTES = 34  # magic, version, dtype code, sequence count, document count
 _CHECKED_DOCUMENTS = 1000
 _CHECKED_TOKENS = 1 << 20
 
@@ -106,6 +108,10 @@ def _read_indexed(prefix: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarra
     """The tokens behind one .bin/.idx pair as a flat memory map, after checks that it fits the tokenizer."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    with _idx(prefix).open("rb") as file:
+        head, size = file.read(len(_INDEX_MAGIC)), os.fstat(file.fileno()).st_size
+    if head != _INDEX_MAGIC or size < _INDEX_HEADER_BYTES:
+        raise UserError(f"{_idx(prefix)}: not a readable megatron index ({size} bytes); preprocess the text again")
     try:
         index = IndexedDataset(str(prefix)).index
     except (AssertionError, ValueError, OSError) as error:

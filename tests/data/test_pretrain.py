@@ -1,0 +1,171 @@
+"""The pretraining stream through megatron-core's own files, its windows and cache, the mixture with demonstrations."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastrlhf.data.pretrain as pretrain
+from fastrlhf.data.batches import DemonstrationTokens, pack_demonstrations, pack_windows
+from fastrlhf.data.loader import Loader
+from fastrlhf.data.mix import Mixture
+from fastrlhf.data.pretrain import PretrainWindows, TokenStream
+from fastrlhf.data.tokenize import encode_plain
+from fastrlhf.errors import UserError
+
+indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="streams need megatron-core")
+
+
+def write_indexed(prefix: Path, documents: list[list[int]], dtype: Any = np.uint16) -> None:
+    builder = indexed_dataset.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_item(torch.tensor(document))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_documents_are_joined_by_eos(tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a dog ran <|endoftext|>"))
+    rows = jsonl({"text": "the cat"}, {"text": "sat on"})
+    stream = TokenStream.open([rows, tmp_path / "a.txt.gz"], tokenizer, tmp_path / "cache")
+    one, two, three = encode_plain(tokenizer, ["the cat", "sat on", "a dog ran <|endoftext|>"])
+    eos = tokenizer.eos_token_id
+    assert [part.tolist() for part in stream.parts] == [[*one, eos, *two, eos], [*three, eos]]
+    assert stream.parts[0].dtype == np.uint16
+    assert all(isinstance(part, np.memmap) for part in stream.parts)
+
+
+def test_a_long_document_tokenized_in_pieces_reads_the_same(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the cat sat on the mat.\n" * 30 + "é" * 200
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(pretrain, "_PIECE", 100)
+    assert max(len(piece) for piece in pretrain._pieces(text)) <= 100
+    stream = TokenStream.open(tmp_path / "a.txt", tokenizer, tmp_path / "cache")
+    assert tokenizer.decode(stream.parts[0][:-1].tolist()) == text
+
+
+def test_text_is_tokenized_once_until_it_or_the_tokenizer_changes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("the cat sat")
+    first = TokenStream.open(path, tokenizer, cache).parts[0].tolist()
+    calls: list[Path] = []
+    write = pretrain._write_indexed
+
+    def counted(path: Path, tokenizer: Any, prefix: Path) -> None:
+        calls.append(path)
+        write(path, tokenizer, prefix)
+
+    monkeypatch.setattr(pretrain, "_write_indexed", counted)
+    assert TokenStream.open(path, tokenizer, cache).parts[0].tolist() == first
+    assert calls == []
+    path.write_text("a dog ran after")
+    assert tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist()) == "a dog ran after"
+    assert calls == [path]
+
+
+def test_a_failed_tokenization_leaves_no_cache(tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    path = jsonl({"text": "fine"}, {"text": 3})
+    with pytest.raises(UserError, match=r"data\.jsonl:2: "):
+        TokenStream.open(path, tokenizer, tmp_path / "cache")
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_megatron_files_are_read_by_either_name(tmp_path: Path, tokenizer: Any) -> None:
+    write_indexed(tmp_path / "corpus", [[5, 6, 0], [7, 0]], dtype=np.int32)
+    for name in ("corpus", "corpus.bin", "corpus.idx"):
+        (part,) = TokenStream.open(tmp_path / name, tokenizer, tmp_path / "cache").parts
+        assert part.tolist() == [5, 6, 0, 7, 0]
+        assert part.dtype == np.int32
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unusable_streams_are_one_line_each(tmp_path: Path, tokenizer: Any) -> None:
+    write_indexed(tmp_path / "other", [[5, 3000, 0]])
+    write_indexed(tmp_path / "no_eos", [[5, 6], [7, 0]])
+    write_indexed(tmp_path / "short", [[5, 6, 0]])
+    (tmp_path / "short.bin").write_bytes((tmp_path / "short.bin").read_bytes()[:-2])
+    (tmp_path / "alone.bin").write_bytes(b"\0\0")
+    write_indexed(tmp_path / "junk", [[5, 6, 0]])
+    (tmp_path / "junk.idx").write_bytes(b"junk" * 10)
+    write_indexed(tmp_path / "cut", [[5, 6, 0]])
+    (tmp_path / "cut.idx").write_bytes((tmp_path / "cut.idx").read_bytes()[:12])
+    for name, message in (
+        ("other", "holds token 3000, but the tokenizer has 297 tokens; use the tokenizer it was made with"),
+        ("no_eos", r"documents do not end in the tokenizer's eos \(0\); preprocess with --append-eod"),
+        ("short", "has 2 tokens, its index tells 3; preprocess the text again"),
+        ("alone.bin", "expected both .*alone.bin and .*alone.idx"),
+        ("junk", r"not a readable megatron index \(40 bytes\); preprocess the text again"),
+        ("cut", r"not a readable megatron index \(12 bytes\); preprocess the text again"),
+        ("none", "no such file, nor .*none.bin with .*none.idx; check data.pretrain"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            TokenStream.open(tmp_path / name, tokenizer, tmp_path / "cache")
+        assert "\n" not in str(error.value)
+
+
+def test_windows_share_one_token_and_stay_inside_a_part() -> None:
+    windows = PretrainWindows(TokenStream([np.arange(10), np.arange(20, 23), np.arange(30, 37)]), 3)
+    assert [windows[i] for i in range(len(windows))] == [
+        [0, 1, 2, 3],
+        [3, 4, 5, 6],
+        [6, 7, 8, 9],
+        [30, 31, 32, 33],
+        [33, 34, 35, 36],
+    ]
+    with pytest.raises(IndexError):
+        windows[5]
+    with pytest.raises(UserError, match=r"has 3 tokens, fewer than one window of data.sequence_length \+ 1 = 4"):
+        PretrainWindows(TokenStream([np.arange(3)]), 3)
+
+
+def test_windows_go_through_the_loader() -> None:
+    windows = PretrainWindows(TokenStream([np.arange(13)]), 3)
+    loader = Loader(
+        windows,
+        global_batch_size=4,
+        micro_batch_size=2,
+        data_rank=0,
+        data_size=1,
+        seed=0,
+        collate=pack_windows,
+        epochs=1,
+    )
+    ((first, second),) = list(loader)
+    labels = torch.cat([first.labels, second.labels])
+    assert sorted(labels.tolist()) == list(range(1, 13))
+    assert torch.equal(labels, torch.cat([first.tokens, second.tokens]) + 1)
+
+
+def test_the_mixture_has_the_fraction_asked_for_and_repeats_itself() -> None:
+    demonstrations = [DemonstrationTokens([i, i], 1) for i in range(90)]
+    windows = PretrainWindows(TokenStream([np.arange(1000, 1201)]), 4)
+    mixture = Mixture(demonstrations, windows, 0.1, seed=3)
+    rows = [mixture[i] for i in range(len(mixture))]
+    assert rows[:90] == demonstrations
+    assert len(rows) == 100
+    starts = [row.tokens[0] for row in rows[90:]]
+    assert all(row.tokens == list(range(s, s + 4)) for row, s in zip(rows[90:], starts, strict=True))
+    assert len(set(starts)) == 10
+    assert [mixture[i] for i in range(100)] == [Mixture(demonstrations, windows, 0.1, seed=3)[i] for i in range(100)]
+    assert starts != [Mixture(demonstrations, windows, 0.1, seed=4)[i].tokens[0] for i in range(90, 100)]
+    assert pack_demonstrations(rows[90:91]).loss_mask.tolist() == [True, True, True, False]
+    assert len(Mixture(demonstrations, windows, 0.0, seed=3)) == 90
+
+
+def test_a_mixture_short_of_windows_repeats_them_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    windows = PretrainWindows(TokenStream([np.arange(9)]), 4)
+    mixture = Mixture([DemonstrationTokens([1], 0)] * 5, windows, 0.5, seed=0)
+    assert [mixture[5].tokens, mixture[6].tokens] == [mixture[7].tokens, mixture[8].tokens]
+    assert caplog.messages == ["5 pretraining rows are drawn from only 2 windows, so some repeat"]
+    with pytest.raises(UserError, match=r"data.pretrain_fraction is 1.0; expected"):
+        Mixture([DemonstrationTokens([1], 0)], windows, 1.0, seed=0)
