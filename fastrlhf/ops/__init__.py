@@ -1,0 +1,32 @@
+"""The RLHF ops: pure functions of tensors, scalars and at most one process group. Importing this needs torch alone."""
+
+from __future__ import annotations
+
+from fastrlhf.ops.advantage import gae, shaped_rewards
+from fastrlhf.ops.dispatch import backends
+from fastrlhf.ops.kl import logits_kl, token_kl
+from fastrlhf.ops.linear import linear_logprobs
+from fastrlhf.ops.linear_loss import linear_cross_entropy, linear_ppo_loss
+from fastrlhf.ops.logprob import TokenLogprobs, logprobs
+from fastrlhf.ops.masked import masked_mean, masked_whiten
+from fastrlhf.ops.ppo import PPOLoss, ppo_loss
+from fastrlhf.ops.ranking import RankingLoss, pairwise_ranking_loss
+
+__all__ = [
+    "PPOLoss",
+    "RankingLoss",
+    "TokenLogprobs",
+    "backends",
+    "gae",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_ppo_loss",
+    "logits_kl",
+    "logprobs",
+    "masked_mean",
+    "masked_whiten",
+    "pairwise_ranking_loss",
+    "ppo_loss",
+    "shaped_rewards",
+    "token_kl",
+]

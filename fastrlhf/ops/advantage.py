@@ -1,0 +1,104 @@
+"""KL-shaped rewards and generalised advantage estimation over padded rollouts [B, T].
+
+Left out on purpose: gradients (both are targets of the losses, never differentiated) and whitening (masked.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import checks
+from fastrlhf.ops.dispatch import BACKENDS, Kernel
+from fastrlhf.ops.kl import ESTIMATORS, token_kl
+
+
+def _is_last(mask: Tensor) -> Tensor:
+    """True at the last True position of each row, nowhere in an all-False row."""
+    after = mask.flip(-1).cumsum(-1).flip(-1)  # how many True from here on
+    return mask & (after == 1)
+
+
+def shaped_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float | Tensor,
+    estimator: str = "k1", clip: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Per-token rewards of a rollout: -kl_coef * kl_t, plus the score at the row's last True position.
+
+    scores [B]; logprobs, ref_logprobs [B, T]; mask [B, T] bool. `kl_coef` is a float or a 0-dim tensor (an adaptive
+    controller's). `clip` bounds each token's penalty to +-clip before it is multiplied by kl_coef. Returns (rewards,
+    kl), fp32 [B, T], 0 where the mask is False and without gradient; `kl` is never clipped, so that it can be logged.
+    (InstructGPT, arXiv 2203.02155, equation 2, spread over tokens.)
+    """
+    checks.floating("logprobs", logprobs)
+    checks.require(logprobs.dim() == 2, "logprobs", logprobs, "shape [B, T]")
+    checks.like("scores", scores, logprobs.shape[:1], logprobs.device)
+    checks.like("ref_logprobs", ref_logprobs, logprobs.shape, logprobs.device)
+    checks.like("mask", mask, logprobs.shape, logprobs.device, "bool")
+    checks.choice("estimator", estimator, ESTIMATORS)
+    if clip is not None:
+        checks.positive("clip", clip)
+    with torch.no_grad():
+        kl = torch.where(mask, token_kl(logprobs, ref_logprobs, estimator), 0.0)
+        penalty = kl if clip is None else kl.clamp(-clip, clip)
+        score = torch.where(_is_last(mask), scores.to(kl.dtype)[:, None], 0.0)
+        return torch.where(mask, score - kl_coef * penalty, 0.0), kl
+
+
+def _gae_torch(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one position of all rows at a time, backwards."""
+    dtype = checks.compute_dtype(rewards)
+    advantages = torch.zeros(rewards.shape, dtype=dtype, device=rewards.device)
+    returns = torch.zeros_like(advantages)
+    next_advantage = next_value = advantages.new_zeros(rewards.shape[0])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here, value = mask[:, t], values[:, t].to(dtype)
+        advantage = rewards[:, t].to(dtype) + gamma * next_value - value + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(here, advantage, 0.0)
+        returns[:, t] = torch.where(here, advantage + value, 0.0)
+        next_advantage = torch.where(here, advantage, next_advantage)
+        next_value = torch.where(here, value, next_value)
+    return advantages, returns
+
+
+KERNEL = Kernel("gae", _gae_torch, "fastrlhf.kernels.gae")
+
+
+@torch.library.custom_op(
+    "fastrlhf::gae",
+    mutates_args=(),
+    schema="(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, str backend) -> (Tensor, Tensor)",
+)
+def _gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    body = KERNEL.on(rewards, backend)
+    return body(rewards.contiguous(), values.contiguous(), mask.contiguous(), gamma, lam)
+
+
+@_gae.register_fake
+def _(rewards, values, mask, gamma, lam, backend):  # type: ignore[no-untyped-def]
+    def empty() -> Tensor:
+        return rewards.new_empty(rewards.shape, dtype=checks.compute_dtype(rewards))
+
+    return empty(), empty()
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16): (advantages, returns), fp32 [B, T].
+
+        A_t = r_t + gamma v_next - v_t + gamma lam A_next,   R_t = A_t + v_t
+
+    rewards, values [B, T]; mask [B, T] bool. False positions, interior ones too, are skipped: "next" is the next True
+    position of the row, and v_next = A_next = 0 after the last. They hold 0 in both outputs, which carry no gradient.
+    """
+    checks.floating("rewards", rewards)
+    checks.require(rewards.dim() == 2, "rewards", rewards, "shape [B, T]")
+    checks.like("values", values, rewards.shape, rewards.device)
+    checks.like("mask", mask, rewards.shape, rewards.device, "bool")
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        checks.require(0 <= x <= 1, name, x, "a number from 0 to 1")
+    checks.choice("backend", backend, BACKENDS)
+    return _gae(rewards.detach(), values.detach(), mask, float(gamma), float(lam), backend)

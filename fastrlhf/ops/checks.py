@@ -1,0 +1,54 @@
+"""Argument checks shared by the ops: shapes, dtypes and devices only, never values: a GPU is never waited for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype, shape and device in words; anything else as it prints."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def require(holds: bool, argument: str, got: object, expected: str) -> None:
+    """Raise ValueError naming the argument, what came and what was expected, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{argument}: got {describe(got)}, expected {expected}")
+
+
+def floating(argument: str, x: object) -> None:
+    require(isinstance(x, Tensor) and x.dtype in FLOATS, argument, x, "a float32, bfloat16, float16 or float64 tensor")
+
+
+def like(argument: str, x: object, shape: torch.Size, device: torch.device, kind: str = "float") -> None:
+    """Check that `x` is a tensor of `shape` on `device` whose dtype is of `kind`: "float", "integer" or "bool"."""
+    dtypes = {"float": FLOATS, "integer": INTEGERS, "bool": (torch.bool,)}[kind]
+    fits = isinstance(x, Tensor) and x.dtype in dtypes and x.shape == shape and x.device == device
+    require(fits, argument, x, f"a {kind} tensor of shape {list(shape)} on {device}")
+
+
+def positive(argument: str, x: float) -> None:
+    require(x > 0, argument, x, "a number above 0")
+
+
+def choice(argument: str, x: object, options: tuple[object, ...]) -> None:
+    require(x in options, argument, x, "one of " + ", ".join(repr(o) for o in options))
+
+
+def denominator(x: float | Tensor | None, device: torch.device) -> None:
+    """A float above 0, a 0-dim tensor (not read here), or None."""
+    if isinstance(x, Tensor):
+        require(x.dim() == 0 and x.device == device, "denominator", x, f"a float or a 0-dim tensor on {device}")
+    elif x is not None:
+        positive("denominator", x)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays (for gradcheck); everything else is computed and returned in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

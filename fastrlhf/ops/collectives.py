@@ -1,0 +1,70 @@
+"""The collectives that the ops need, over an explicit process group, in a form that torch.compile keeps in one graph.
+
+A group travels as its name (a string), "" being none: custom ops take no ProcessGroup.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def name_of(group: ProcessGroup | None) -> str:
+    return "" if group is None else group.group_name
+
+
+def rank_of(group: ProcessGroup | None) -> int:
+    return 0 if group is None else group.rank()
+
+
+def _resolve(name: str) -> ProcessGroup:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a str everywhere but in the annotation
+
+
+def gather_stack(x: Tensor, group_name: str) -> Tensor:
+    """Stack every rank's `x` in rank order: [R, *x.shape]. Not differentiable; called inside custom ops only."""
+    group = _resolve(group_name)
+    out = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+    return out
+
+
+def reduce_sum_(x: Tensor, group_name: str) -> Tensor:
+    """Sum `x` in place over the group, or do nothing for ""; called inside custom ops only."""
+    if group_name:
+        dist.all_reduce(x, group=_resolve(group_name))
+    return x
+
+
+@torch.library.custom_op("fastrlhf::all_reduce_sum", mutates_args=(), schema="(Tensor x, str group_name) -> Tensor")
+def _all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
+    return reduce_sum_(x.clone(), group_name)
+
+
+@_all_reduce_sum.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _identity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+_all_reduce_sum.register_autograd(_identity_backward)
+
+
+def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum of `x` over the group, out of place.
+
+    The gradient is the identity: every rank holds the same sum and the same loss, so each rank's gradient is that of
+    its own term.
+    """
+    return x if group is None else _all_reduce_sum(x, group.group_name)

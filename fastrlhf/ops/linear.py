@@ -1,0 +1,256 @@
+"""The LM head fused with the log-probs of its tokens: hidden states and weight in, `TokenLogprobs` out.
+
+Rows go through in chunks, so logits [..., V] need never be held whole. The upstream gradient is unknown in the forward:
+four GEMMs, or three when the logits are kept for the backward. The losses that know theirs are in linear_loss.py.
+Left out on purpose: hidden states sharded over the sequence (gather them first), weights of another dtype than hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import checks, collectives
+from fastrlhf.ops.logprob import (
+    BACKWARD,
+    STATISTICS,
+    TokenLogprobs,
+    check_tokens,
+    combine_statistics,
+    logprobs_ref,
+    outputs_from,
+)
+from fastrlhf.ops.rows import flat, local_columns
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Plain torch: the whole [..., V] logits."""
+    return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def linear_logprobs_ref(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> TokenLogprobs:
+    return logprobs_ref(linear_logits_ref(hidden, weight, bias), labels, **options)
+
+
+# --- the pieces of a chunk -------------------------------------------------------------------------------------------
+
+
+def chunks(tokens: int, device: torch.device) -> Iterator[slice]:
+    """cuBLAS needs some 4,096 rows to run at full speed with dW's traffic amortised; a CPU is content with 512."""
+    rows = 4096 if device.type == "cuda" else 512
+    for start in range(0, tokens, rows):
+        yield slice(start, min(start + rows, tokens))
+
+
+def hidden_chunk(hidden_NH: Tensor, mask: Tensor | None, at: slice) -> Tensor:
+    """Rows masked out become zeros, or a NaN in one would reach dW as 0 * NaN."""
+    return hidden_NH[at] if mask is None else hidden_NH[at].masked_fill(~mask[at][:, None], 0.0)
+
+
+def head(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    return hidden_NH @ weight_VH.T if bias_V is None else torch.addmm(bias_V, hidden_NH, weight_VH.T)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (fp32) += left^T right, never rounding a product to the inputs' dtype: that would bias training."""
+    if left.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+class Gradients:
+    """dh [N, H] in hidden's dtype, dW [V, H] and db [V] in the compute dtype; empty where not needed."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool, bool]) -> None:
+        dtype, nothing = checks.compute_dtype(hidden_NH), hidden_NH.new_empty(0)
+        self.needs = needs
+        self.hidden = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if needs[0] else nothing
+        self.weight = torch.zeros(weight_VH.shape if needs[1] else 0, dtype=dtype, device=weight_VH.device)
+        self.bias = torch.zeros(weight_VH.shape[0] if needs[2] else 0, dtype=dtype, device=weight_VH.device)
+
+    def add(self, at: slice, d_logits: Tensor, hidden_chunk: Tensor, weight_VH: Tensor) -> None:
+        if self.needs[0]:
+            torch.mm(d_logits, weight_VH, out=self.hidden[at])
+        if self.needs[1]:
+            _add_product_(self.weight, d_logits, hidden_chunk)
+        if self.needs[2]:
+            self.bias += d_logits.sum(0, dtype=self.bias.dtype)
+
+    def reduced(self, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum dh over the vocabulary's shards; dW and db belong to this shard alone."""
+        if self.needs[0]:
+            collectives.reduce_sum_(self.hidden, group_name)
+        return self.hidden, self.weight, self.bias
+
+
+# --- log-probs -------------------------------------------------------------------------------------------------------
+
+
+def as_matrix(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+@torch.library.custom_op(
+    "fastrlhf::linear_logprobs",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor? ref_logprobs,"
+    " float temperature, bool with_entropy, bool keep_logits, int vocab_start, int columns, str group_name,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None,
+    ref_logprobs: Tensor | None, temperature: float, with_entropy: bool, keep_logits: bool, vocab_start: int,
+    columns: int, group_name: str, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden_NH, labels_N, keep = as_matrix(hidden), flat(labels).long(), flat(mask)
+    dtype, tokens = checks.compute_dtype(hidden), labels.numel()
+    stats = torch.empty(4, tokens, dtype=dtype, device=hidden.device)
+    kept = hidden.new_empty((tokens, weight.shape[0]) if keep_logits else 0)
+    for at in chunks(tokens, hidden.device):
+        logits = head(hidden_chunk(hidden_NH, mask=keep, at=at), weight, bias)
+        chunk_mask = None if keep is None else keep[at]
+        body = STATISTICS.on(logits, backend)
+        stats[:, at] = body(logits[None], labels_N[at], chunk_mask, temperature, vocab_start, columns)
+        if keep_logits:
+            kept[at] = logits
+    if group_name:
+        stats = combine_statistics(collectives.gather_stack(stats, group_name), temperature)
+    ref = None if ref_logprobs is None else flat(ref_logprobs).to(dtype)
+    results = outputs_from(stats, keep, ref, temperature, with_entropy)
+    return *(t.view(labels.shape) if t.numel() == tokens else t for t in results), kept
+
+
+@_linear_logprobs.register_fake
+def _(hidden, weight, bias, labels, mask, ref_logprobs, temperature, with_entropy, keep_logits, *_):  # type: ignore[no-untyped-def]
+    def per_token(asked: bool = True) -> Tensor:
+        return hidden.new_empty(labels.shape if asked else 0, dtype=checks.compute_dtype(hidden))
+
+    kept = hidden.new_empty((labels.numel(), weight.shape[0]) if keep_logits else 0)
+    entropy, kl = per_token(with_entropy), per_token(ref_logprobs is not None)
+    return per_token(), entropy, per_token(), kl, per_token(), per_token(), kept
+
+
+@torch.library.custom_op(
+    "fastrlhf::linear_logprobs_backward",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum,"
+    " Tensor? entropy, Tensor kept_logits, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp,"
+    " float temperature, int vocab_start, int columns, str group_name, str backend, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _linear_logprobs_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None, row_max: Tensor,
+    row_sum: Tensor, entropy: Tensor | None, kept_logits: Tensor, grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, temperature: float, vocab_start: int, columns: int,
+    group_name: str, backend: str, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden_NH, keep = as_matrix(hidden), flat(mask)
+    per_token = [flat(t) for t in (row_max, row_sum, entropy, grad_logprobs, grad_entropy, grad_logsumexp)]
+    gradients = Gradients(hidden_NH, weight, (needs[0], needs[1], needs[2]))
+    for at in chunks(labels.numel(), hidden.device):
+        chunk = hidden_chunk(hidden_NH, keep, at)
+        logits = kept_logits[at] if kept_logits.numel() else head(chunk, weight, bias)
+        # kept logits survive, for a second backward; recomputed ones are overwritten
+        out = torch.empty_like(logits) if kept_logits.numel() else logits
+        rest = [None if t is None else t[at] for t in (keep, *per_token)]
+        body = BACKWARD.on(logits, backend)
+        body(logits[None], flat(labels).long()[at], *rest, temperature, vocab_start, columns, out[None])
+        gradients.add(at, out, chunk, weight)
+    d_hidden, d_weight, d_bias = gradients.reduced(group_name)
+    d_hidden = d_hidden.view(hidden.shape) if needs[0] else d_hidden
+    return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+@_linear_logprobs_backward.register_fake
+def _(hidden, weight, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-1]
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, mask, _ref, temperature, with_entropy, _keep, *ctx.options = inputs
+    ctx.temperature = temperature
+    _logp, entropy, _lse, _kl, row_max, row_sum, kept = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        hidden, weight, bias, labels, mask, row_max, row_sum, entropy if with_entropy else None, kept
+    )
+
+
+def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    grad_logp, grad_entropy, grad_lse, grad_kl = grads[:4]
+    *saved, entropy, kept = ctx.saved_tensors
+    mask = saved[4]
+    grad_ref = None
+    if grad_kl is not None:
+        grad_logp = grad_kl if grad_logp is None else grad_logp + grad_kl
+        if ctx.needs_input_grad[5]:
+            grad_ref = -grad_kl if mask is None else torch.where(mask, -grad_kl, 0.0)
+    needs = list(ctx.needs_input_grad[:3])
+    if not any(needs):
+        return *(None,) * 5, grad_ref, *(None,) * 7
+    entropy = entropy if grad_entropy is not None else None
+    gradients = _linear_logprobs_backward(
+        *saved, entropy, kept, grad_logp, grad_entropy, grad_lse, ctx.temperature, *ctx.options, needs
+    )
+    return *(g if n else None for g, n in zip(gradients, needs, strict=True)), None, None, grad_ref, *(None,) * 7
+
+
+_linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_setup)
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.floating("hidden", hidden)
+    checks.require(hidden.dim() >= 1, "hidden", hidden, "shape [..., H]")
+    fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[-1] == hidden.shape[-1]
+    same = fits and weight.dtype == hidden.dtype and weight.device == hidden.device
+    checks.require(same, "weight", weight, f"[V, {hidden.shape[-1]}] of hidden's dtype and device ({hidden.dtype})")
+    if bias is not None:
+        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.dtype == hidden.dtype
+        checks.require(fits and bias.device == hidden.device, "bias", bias, f"[{weight.shape[0]}] of hidden's dtype")
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, recompute: bool | str = "auto",
+    temperature: float = 1.0, mask: Tensor | None = None, with_entropy: bool = False,
+    ref_logprobs: Tensor | None = None, vocab_start: int | None = None, vocab_size: int | None = None,
+    group: ProcessGroup | None = None, backend: str = "auto",
+) -> TokenLogprobs:  # fmt: skip
+    """`logprobs(hidden @ weight.T + bias, labels, ...)` without holding the logits.
+
+    hidden [..., H] and weight [V, H], bias [V], of one dtype; labels [...]; the rest as in `logprobs`. recompute=True
+    makes each chunk's logits again in the backward (4 GEMMs, never [..., V]); False keeps them in hidden's dtype (3
+    GEMMs); "auto" keeps them when they fit an eighth of the device's memory (1 GiB on a CPU). Gradients for hidden,
+    weight (accumulated in fp32) and bias. With `group`, weight and bias are this rank's rows, hidden is the same on
+    every rank, its gradient is the full one (summed over the group here), and the weight's is local.
+    """
+    check_linear(hidden, weight, bias)
+    check_tokens(hidden.shape[:-1], hidden.device, labels, mask, ref_logprobs, temperature, backend)
+    checks.choice("recompute", recompute, ("auto", True, False))
+    start, columns = local_columns(weight.shape[0], vocab_start, vocab_size, group)
+    size = labels.numel() * weight.shape[0] * hidden.element_size()
+    keep = size * 8 <= _memory(hidden.device) if recompute == "auto" else not recompute
+    inputs = [t for t in (hidden, weight, bias) if t is not None]
+    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    logp, entropy, lse, kl, _, _, _ = _linear_logprobs(
+        hidden, weight, bias, labels, mask, ref_logprobs, float(temperature), with_entropy, keep, start, columns,
+        collectives.name_of(group), backend,
+    )  # fmt: skip
+    return TokenLogprobs(logp, entropy if with_entropy else None, lse, None if ref_logprobs is None else kl)

@@ -1,0 +1,193 @@
+"""Cross-entropy and the PPO policy loss from hidden states and LM-head weight, in three GEMMs.
+
+Everything that weighs a token (mask, advantage, old log-prob) is known before the forward, so each chunk of rows is
+    logits = h W^T;   dlogits in place of logits;   dh = dlogits W and dW += dlogits^T h
+and nothing is recomputed or held whole; the backward only scales dh and dW.
+Left out on purpose: what linear.py leaves out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import checks, collectives, ppo
+from fastrlhf.ops.linear import Gradients, as_matrix, check_linear, chunks, head, hidden_chunk, linear_logprobs_ref
+from fastrlhf.ops.logprob import BACKWARD, STATISTICS, check_tokens, combine_statistics, finish_statistics
+from fastrlhf.ops.ppo import PPOLoss
+from fastrlhf.ops.rows import flat, local_columns
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def linear_cross_entropy_ref(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, bias: Tensor | None = None,
+    denominator: float | Tensor | None = None, temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    tokens = linear_logprobs_ref(hidden, weight, labels, bias=bias, mask=mask, temperature=temperature)
+    return -tokens.logprobs.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+
+
+def linear_ppo_loss_ref(
+    hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
+    clip: float = 0.2, entropy_coef: float = 0.0, temperature: float = 1.0, bias: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> PPOLoss:  # fmt: skip
+    tokens = linear_logprobs_ref(hidden, weight, labels, bias=bias, mask=mask, temperature=temperature)
+    return ppo.ppo_loss_ref(
+        tokens.logprobs, old_logprobs, advantages, mask, clip=clip, entropy=tokens.entropy, entropy_coef=entropy_coef,
+        denominator=denominator,
+    )  # fmt: skip
+
+
+def _chunk_loss(
+    logp: Tensor, entropy: Tensor, mask: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None,
+    clip: float, entropy_coef: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(sums laid out as ppo_loss's metrics [10], d / d logprobs, d / d entropy), all of the chunk's sum."""
+    if old_logprobs is None or advantages is None:
+        sums = torch.zeros(10, dtype=logp.dtype, device=logp.device)
+        sums[0] = -logp.sum()
+        return sums, -mask.to(logp.dtype), None
+    one = torch.ones((), dtype=logp.dtype, device=logp.device)
+    body = ppo.KERNEL.on(logp, backend)
+    options = (clip, clip, 1.0, entropy_coef)
+    sums, d_logp, _ = body(logp, old_logprobs, advantages, mask, None, None, None, entropy, one, *options)
+    return sums, d_logp, -entropy_coef * mask.to(logp.dtype) if entropy_coef else None
+
+
+@torch.library.custom_op(
+    "fastrlhf::linear_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor? old_logprobs,"
+    " Tensor? advantages, Tensor? denominator, float clip, float entropy_coef, float temperature, int vocab_start,"
+    " int columns, str group_name, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor, old_logprobs: Tensor | None,
+    advantages: Tensor | None, denominator: Tensor | None, clip: float, entropy_coef: float, temperature: float,
+    vocab_start: int, columns: int, group_name: str, backend: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(loss, metrics [10], dh, dW, db); the gradients are of the sum, not yet divided by the denominator."""
+    hidden_NH, labels_N, keep_N = as_matrix(hidden), flat(labels).long(), flat(mask)
+    dtype = checks.compute_dtype(hidden)
+    old, adv = flat(old_logprobs), flat(advantages)
+    metrics = torch.zeros(10, dtype=dtype, device=hidden.device)
+    gradients = Gradients(hidden_NH, weight, (needs[0], needs[1], needs[2]))
+    for at in chunks(labels.numel(), hidden.device):
+        keep, token = keep_N[at], labels_N[at]
+        chunk = hidden_chunk(hidden_NH, keep, at)
+        logits = head(chunk, weight, bias)
+        stats = STATISTICS.on(logits, backend)(logits[None], token, keep, temperature, vocab_start, columns)
+        if group_name:
+            stats = combine_statistics(collectives.gather_stack(stats, group_name), temperature)
+        logp, entropy, _ = finish_statistics(stats, keep, temperature)
+        old_chunk, adv_chunk = (None if t is None else t[at] for t in (old, adv))
+        terms = _chunk_loss(logp, entropy, keep, old_chunk, adv_chunk, clip, entropy_coef, backend)
+        sums, d_logp, d_entropy = terms
+        ratio_max = torch.maximum(metrics[8], sums[8])
+        metrics += sums
+        metrics[8] = ratio_max
+        if any(needs):
+            saved = (keep, stats[0], stats[1], None if d_entropy is None else entropy, d_logp, d_entropy, None)
+            body = BACKWARD.on(logits, backend)
+            body(logits[None], token, *saved, temperature, vocab_start, columns, logits[None])
+            gradients.add(at, logits, chunk, weight)
+    scale = 1.0 / (keep_N.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype))
+    metrics[:8] *= scale
+    metrics[9] = scale
+    d_hidden, d_weight, d_bias = gradients.reduced(group_name)
+    return metrics[0].clone(), metrics, d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
+
+
+@_linear_loss.register_fake
+def _(hidden, weight, *rest):  # type: ignore[no-untyped-def]
+    dtype, needs = checks.compute_dtype(hidden), rest[-1]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(10, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+        weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
+    )
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
+    ctx.save_for_backward(*output[1:])
+
+
+def _loss_grad(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 16
+    metrics, *gradients = ctx.saved_tensors
+    upstream = grad_loss * metrics[9]
+    needed = zip(gradients, ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
+    return *((g * upstream).to(dtype) if needs else None for g, needs, dtype in needed), *(None,) * 13
+
+
+_linear_loss.register_autograd(_loss_grad, setup_context=_loss_setup)
+
+
+def _run_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor, old_logprobs: Tensor | None,
+    advantages: Tensor | None, denominator: float | Tensor | None, clip: float, entropy_coef: float,
+    temperature: float, vocab_start: int | None, vocab_size: int | None, group: ProcessGroup | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_linear(hidden, weight, bias)
+    check_tokens(hidden.shape[:-1], hidden.device, labels, None, None, temperature, backend)
+    checks.like("mask", mask, hidden.shape[:-1], hidden.device, "bool")
+    checks.denominator(denominator, hidden.device)
+    start, columns = local_columns(weight.shape[0], vocab_start, vocab_size, group)
+    grad = torch.is_grad_enabled()
+    needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss, metrics, _, _, _ = _linear_loss(
+        hidden, weight, bias, labels, mask, old_logprobs, advantages, ppo.as_denominator(denominator, hidden),
+        float(clip), float(entropy_coef), float(temperature), start, columns, collectives.name_of(group), backend,
+        needs,
+    )  # fmt: skip
+    return loss, metrics
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, bias: Tensor | None = None,
+    denominator: float | Tensor | None = None, temperature: float = 1.0, vocab_start: int | None = None,
+    vocab_size: int | None = None, group: ProcessGroup | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """-sum over True positions of log softmax((hidden @ weight.T + bias) / T)[label], / denominator; 0-dim fp32.
+
+    The denominator (a float or a 0-dim tensor) defaults to the number of True positions. Shapes, dtypes and `group` as
+    in `linear_logprobs`. Three GEMMs in the forward, none in the backward; logits are never held whole. dW waits for
+    the backward in fp32: [V, H] of it.
+    """
+    loss, _ = _run_loss(
+        hidden, weight, bias, labels, mask, None, None, denominator, 0.2, 0.0, temperature, vocab_start, vocab_size,
+        group, backend,
+    )  # fmt: skip
+    return loss
+
+
+def linear_ppo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
+    clip: float = 0.2, entropy_coef: float = 0.0, temperature: float = 1.0, bias: Tensor | None = None,
+    denominator: float | Tensor | None = None, vocab_start: int | None = None, vocab_size: int | None = None,
+    group: ProcessGroup | None = None, backend: str = "auto",
+) -> PPOLoss:  # fmt: skip
+    """`ppo_loss` of the log-probs and entropy of (hidden @ weight.T + bias) / T, without holding the logits.
+
+    old_logprobs, advantages [...] are constants; value fields of the result are 0. The rest as `linear_cross_entropy`:
+    three GEMMs, the gradient formed in the forward.
+    """
+    checks.floating("hidden", hidden)
+    for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages)):
+        checks.like(name, tensor, hidden.shape[:-1], hidden.device)
+    checks.positive("clip", clip)
+    loss, metrics = _run_loss(
+        hidden, weight, bias, labels, mask, old_logprobs, advantages, denominator, clip, entropy_coef, temperature,
+        vocab_start, vocab_size, group, backend,
+    )  # fmt: skip
+    return PPOLoss(loss, *metrics.detach()[1:9].unbind())
