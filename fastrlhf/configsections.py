@@ -178,6 +178,8 @@ class DataConfig(Section):
     """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
     valid: Strings | None = None
     """Validation files of the same kind. None: no validation."""
+    demonstrations: Strings | None = None
+    """Demonstration files (rm): the head's bias is shifted after training so that they score 0 on average."""
     prompts: Strings | None = None
     """Prompt files (ppo, sample)."""
     pretrain: Strings | None = None

@@ -1,8 +1,8 @@
 """ModelConfig -> this rank's pipeline stage, built from megatron-core's parts.
 
-A stage returns hidden states, never logits: the LM head's weight is handed to `ops.linear_*` by `lm_head()`, and the scalar
-head of reward and value models reads hidden states in fp32. Parameter names are those of megatron's GPTModel. Initial weights
-depend on the seed and the parameter's name alone, so every parallel layout starts from the same model.
+A stage returns hidden states, never logits: the LM head's weight is handed to `ops.linear_*` by `lm_head()`, and the
+scalar head of reward and value models reads hidden states in fp32. Parameter names are those of megatron's GPTModel.
+Initial weights depend on the seed and the parameter's name alone, so every parallel layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def _layers(config: StageConfig, mesh: Mesh) -> TransformerBlockSubmodules:
 class GPT(LanguageModule):
     """One pipeline stage of a GPT or Llama model with an LM head or a scalar head.
 
-    `stage(batch)` runs a packed micro-batch: on the last stage it returns hidden states after the final norm, [T, H], whole on
-    every tensor-parallel rank; on the others what megatron passes to the next stage.
+    `stage(batch)` runs a packed micro-batch: on the last stage it returns hidden states after the final norm, [T, H],
+    whole on every tensor-parallel rank; on the others what megatron passes to the next stage.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, vocab_size: int, head: Literal["lm", "scalar"]) -> None:
@@ -257,7 +257,9 @@ class GPT(LanguageModule):
         return layout
 
     def lm_head(self) -> dict[str, Any]:
-        """The arguments by which `ops.linear_*` reach the LM head (last stage): `ops.linear_logprobs(hidden, labels=…, **stage.lm_head())`."""
+        """The arguments by which `ops.linear_*` reach the LM head (last stage): `ops.linear_logprobs(hidden, labels=…,
+        **stage.lm_head())`.
+        """
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -281,7 +283,9 @@ def build_model(
     seed: int | None = None,
     device: torch.device | str | None = None,
 ) -> GPT:
-    """This rank's stage on `device` (default: the mesh's). Weights are drawn from `seed`, or left unset for a load if None."""
+    """This rank's stage on `device` (default: the mesh's). Weights are drawn from `seed`, or left unset for a load if
+    None.
+    """
     with torch.device(device or mesh.device):
         stage = GPT(model, mesh, vocab_size, head)
     _mark_shards(stage)
@@ -311,7 +315,9 @@ def _mark_shards(stage: GPT) -> None:
 
 
 def global_names(stage: GPT) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name in the whole model, parameter): layer numbers count from the first stage, a tied output layer is the embedding."""
+    """(name in the whole model, parameter): layer numbers count from the first stage, a tied output layer is the
+    embedding.
+    """
     offset = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(stage.decoder.layers)}
     for name, parameter in stage.named_parameters():
         if name.startswith("decoder.layers."):
@@ -326,8 +332,8 @@ def global_names(stage: GPT) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def initialize_weights(stage: GPT, seed: int) -> None:
     """GPT-2's initialisation: N(0, init_std), residual projections scaled by 1 / sqrt(2 * layers), norms 1, biases 0.
 
-    Each parameter is drawn whole from a generator seeded by (seed, name) and then sharded, so that the model does not depend on
-    the parallel layout. Padding rows of the vocabulary are 0.
+    Each parameter is drawn whole from a generator seeded by (seed, name) and then sharded, so that the model does not
+    depend on the parallel layout. Padding rows of the vocabulary are 0.
     """
     config = stage.model_config
     for name, parameter in global_names(stage):
@@ -349,7 +355,7 @@ def _draw_shard(stage: GPT, name: str, parameter: torch.nn.Parameter, std: float
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     tensor_size, tensor_rank = stage.mesh.tensor_size, stage.mesh.tensor_rank
     sharded = tensor_size > 1 and getattr(parameter, "tensor_model_parallel", False)
-    dim = parameter.partition_dim if sharded else 0
+    dim: int = getattr(parameter, "partition_dim", 0) if sharded else 0
     shape = list(parameter.shape)
     shape[dim] *= tensor_size if sharded else 1
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):

@@ -1,7 +1,8 @@
 """Lets megatron-core run on a machine without a GPU.
 
-megatron-core names CUDA devices, CUDA generators and CUDA tensor types outright. `install()` sends each of those to its CPU
-counterpart; it is called only where there is no GPU, and it changes nothing else: no arithmetic, no schedule, no collective.
+megatron-core names CUDA devices, CUDA generators and CUDA tensor types outright. `install()` sends each of those to its
+CPU counterpart; it is called only where there is no GPU, and it changes nothing else: no arithmetic, no schedule, no
+collective.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
     torch.cuda.get_rng_state = get_rng_state
-    torch.cuda.set_rng_state = set_rng_state
+    torch.cuda.set_rng_state = set_rng_state  # type: ignore[assignment]
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment, return-value]
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state

@@ -1,7 +1,8 @@
-"""The mesh of ranks: start-up under torchrun (NCCL or gloo), megatron's process groups, and the few collectives trainers use.
+"""The mesh of ranks: start-up under torchrun (NCCL or gloo), megatron's process groups, and the few collectives
+trainers use.
 
-Ranks are laid out tensor-fastest, then data, then pipeline (megatron's "tp-cp-ep-dp-pp" order). Every other package is handed
-a `Mesh`; none reads megatron's global state.
+Ranks are laid out tensor-fastest, then data, then pipeline (megatron's "tp-cp-ep-dp-pp" order). Every other package is
+handed a `Mesh`; none reads megatron's global state.
 """
 
 from __future__ import annotations
@@ -86,21 +87,40 @@ class Mesh:
         dist.broadcast(tensor, src=source, group=self.pipeline_group)
         return tensor
 
-    def sum_metrics(self, metrics: Sequence[Mapping[str, torch.Tensor | float]]) -> dict[str, float]:
-        """Adds up per-micro-batch metrics of the last stage over micro-batches and data-parallel ranks; all ranks get the sums.
-
-        Losses are sums over a globally known denominator, so their sum is the loss of the global batch whatever the layout.
+    def gather_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of all data-parallel ranks, [n, ...] -> [data_size * n, ...], in rank order; same shape on every
+        rank.
         """
-        names: list[str] = sorted(metrics[0]) if metrics else []
-        if self.pipeline_size > 1:
-            source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
-            box = [names]
-            dist.broadcast_object_list(box, src=source, group=self.pipeline_group)
-            names = box[0]
-        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        for row in metrics:
-            sums += torch.stack([torch.as_tensor(row[name], device=self.device).double() for name in names])
-        self.sum_over_data(sums)
+        if self.data_size == 1:
+            return tensor
+        # gloo gathers no bool tensors.
+        row = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
+        parts = [torch.empty_like(row) for _ in range(self.data_size)]
+        dist.all_gather(parts, row, group=self.data_group)
+        return torch.cat(parts).to(tensor.dtype)
+
+    def sum_metrics(
+        self, rows: Sequence[Mapping[str, torch.Tensor | float]], largest: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Adds up per-micro-batch metrics of the last stage over micro-batches and data-parallel ranks, for every rank.
+
+        Losses are sums over a globally known denominator, so their sum is the loss of the global batch whatever the
+        layout. A metric that a micro-batch lacks counts as 0. Those named in `largest` are maxima instead.
+        """
+        names = sorted({name for row in rows for name in row})
+        if self.world_size > self.tensor_size:
+            # Stages before the last have no rows, and data-parallel ranks may differ in kinds of micro-batches.
+            everyone: list[list[str]] = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(everyone, names)
+            names = sorted({name for some in everyone for name in some})
+        table = torch.zeros(len(rows), len(names), dtype=torch.float64, device=self.device)
+        for i, row in enumerate(rows):
+            for j, name in enumerate(names):
+                table[i, j] = row.get(name, 0.0)
+        sums = self.sum_over_data(table.sum(0))
+        if largest:
+            top = self.max_over_data(table.max(0).values if rows else torch.zeros_like(sums))
+            sums = torch.where(torch.tensor([name in largest for name in names], device=self.device), top, sums)
         sums = self.from_last_stage(sums if self.is_last_stage else None)
         return dict(zip(names, sums.tolist(), strict=True))
 
@@ -108,8 +128,8 @@ class Mesh:
 def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     """Joins the process group (torchrun's, or a group of one), builds megatron's groups and seeds every generator.
 
-    Dropout and sampling seeds differ by data-parallel rank and pipeline stage and agree inside a tensor-parallel group, but for
-    megatron's tensor-parallel region, whose generator differs on each of its ranks.
+    Dropout and sampling seeds differ by data-parallel rank and pipeline stage and agree inside a tensor-parallel group,
+    but for megatron's tensor-parallel region, whose generator differs on each of its ranks.
 
     Raises `UserError` when the world size is not divisible by tensor * pipeline.
     """

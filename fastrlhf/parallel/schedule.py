@@ -1,7 +1,7 @@
 """Runs micro-batches through the pipeline with megatron's schedules (1F1B, or none for a single stage).
 
-Gradients and losses are sums: the head divides by a denominator known for the whole global batch, so neither the number of
-micro-batches nor the data-parallel size scales anything here.
+Gradients and losses are sums: the head divides by a denominator known for the whole global batch, so neither the number
+of micro-batches nor the data-parallel size scales anything here.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def forward_backward(
     batches: Sequence[Batch],
     head: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Metrics]],
 ) -> list[Metrics]:
-    """Forward and backward over all micro-batches, gradients summed into megatron's buffers and over data-parallel ranks.
+    """Forward and backward over all micro-batches, gradients summed into megatron's buffers and over data-parallel
+    ranks.
 
-    `head(hidden, batch) -> (loss, metrics)` runs on the last stage. Returns its metrics, one dict a micro-batch (empty lists on
-    the other stages).
+    `head(hidden, batch) -> (loss, metrics)` runs on the last stage. Returns its metrics, one dict a micro-batch (empty
+    lists on the other stages).
     """
 
     def loss(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
@@ -54,7 +55,9 @@ def forward(
     batches: Sequence[Batch],
     head: Callable[[torch.Tensor, Batch], Any],
 ) -> list[Any]:
-    """Forward only, without a graph. Returns `head(hidden, batch)` of each micro-batch on the last stage, [] elsewhere."""
+    """Forward only, without a graph. Returns `head(hidden, batch)` of each micro-batch on the last stage, []
+    elsewhere.
+    """
 
     def collect(output: torch.Tensor, batch: Batch, non_loss_data: bool) -> Any:
         return head(output, batch)
@@ -66,6 +69,9 @@ def forward(
 def _run(
     mesh: Mesh, stage: PipelineStage, batches: Sequence[Batch], head: Callable, *, forward_only: bool
 ) -> list[Any]:
+    if not batches:
+        return []
+
     def forward_step(iterator: Any, model: PipelineStage) -> tuple[torch.Tensor, Callable]:
         batch = next(iterator)
         return model(batch), partial(head, batch=batch)
@@ -84,5 +90,7 @@ def _run(
 
 
 def finalize_gradients(model: list, _num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """megatron's gradient synchronisation (data parallel, sequence parallel, tied embeddings) without its token scaling."""
+    """megatron's gradient synchronisation (data parallel, sequence parallel, tied embeddings) without its token
+    scaling.
+    """
     finalize_model_grads(model, None, **kwargs)

@@ -1,8 +1,9 @@
 """Says where a rank was when a collective hung or a run failed: rank, phase and collective.
 
 The trainers name what they are doing with `phase("rollout")`. A collective that waits longer than `parallel.timeout_s`
-raises in gloo by itself; on NCCL, where the wait is inside a CUDA synchronisation, the watchdog thread notices that the main
-thread has not left the same collective or synchronisation, reports it and ends the process so that torchrun can act.
+raises in gloo by itself; on NCCL, where the wait is inside a CUDA synchronisation, the watchdog thread notices that the
+main thread has not left the same collective or synchronisation, reports it and ends the process so that torchrun can
+act.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def _collective(frames: list[traceback.FrameSummary]) -> tuple[str, str] | None:
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """One line on a failed or timed-out collective: rank, phase, collective, caller; None if `error` is something else."""
+    """One line on a failed or timed-out collective: rank, phase, collective, caller; None if `error` is something
+    else.
+    """
     where = _collective(traceback.extract_tb(error.__traceback__))
     if where is None:
         return None
@@ -67,7 +70,9 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 class Watchdog:
-    """Ends the process with one line if the main thread stays in one collective or device wait for `timeout_s` seconds."""
+    """Ends the process with one line if the main thread stays in one collective or device wait for `timeout_s`
+    seconds.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s

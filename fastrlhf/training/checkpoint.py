@@ -1,9 +1,9 @@
 """Checkpoints on megatron-core's dist_checkpointing: sharded weights and optimizer state that load under any layout.
 
 A checkpoint is a folder `checkpoints/step_XXXXXXXX/`:
-    <model>/            weights (policy, reward, value, ema ...), and `model.json`: its shape, vocabulary, head and statistics
-    <model>.optimizer/  optimizer, loss scale and learning-rate schedule
-    random/             generator states of every rank, for a resume under the same layout
+    <model>/            weights (policy, reward, value, ema ...), and `model.json`: its shape, vocabulary, head and
+    statistics <model>.optimizer/  optimizer, loss scale and learning-rate schedule random/             generator states
+    of every rank, for a resume under the same layout
     state.json          step, data cursors, controllers: what is not a tensor
     config.yaml         the run's configuration
 It is written under a temporary name and renamed when complete; `checkpoints/latest` names the newest one.
@@ -50,7 +50,8 @@ class SavedModel:
 
 
 def describe_model(path: str | Path) -> SavedModel:
-    """Finds the weights at `path`: a model folder, a checkpoint folder, or a run's output folder (its latest checkpoint).
+    """Finds the weights at `path`: a model folder, a checkpoint folder, or a run's output folder (its latest
+    checkpoint).
 
     In a checkpoint, the averaged policy ("ema") is preferred to the raw one. Raises `UserError` if there is none.
     """
@@ -88,7 +89,8 @@ def save_model(path: Path, stage: Any, *, tokenizer: str, statistics: dict[str, 
 def load_model(saved: SavedModel, stage: Any) -> None:
     """Loads the weights into `stage`, whatever layout they were saved under.
 
-    A scalar-head stage loaded from an LM keeps its own (fresh) head: the unembedding is dropped (InstructGPT, section 3.5).
+    A scalar-head stage loaded from an LM keeps its own (fresh) head: the unembedding is dropped (InstructGPT, section
+    3.5).
     """
     wanted = stage.sharded_state_dict(metadata=_RESHARDABLE)
     if stage.head_kind == "scalar" and saved.head == "lm":
@@ -190,7 +192,9 @@ def _save_generators(folder: Path, mesh: Mesh) -> None:
 
 
 def _load_generators(folder: Path, mesh: Mesh) -> None:
-    """Restores this rank's generators if the checkpoint was written by as many ranks; another layout keeps its seeds."""
+    """Restores this rank's generators if the checkpoint was written by as many ranks; another layout keeps its
+    seeds.
+    """
     if len(list(folder.glob("rank_*.safetensors"))) != mesh.world_size:
         return
     states = load_file(folder / f"rank_{mesh.rank:05d}.safetensors")

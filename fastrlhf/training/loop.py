@@ -13,7 +13,9 @@ from fastrlhf.training.metrics import MetricsLog
 
 
 class Algorithm(Protocol):
-    """What the loop is handed. `models` and `learners` say what a checkpoint holds, `state_dict` what is not a tensor."""
+    """What the loop is handed. `models` and `learners` say what a checkpoint holds, `state_dict` what is not a
+    tensor.
+    """
 
     def step(self, batch: Any) -> dict[str, float]: ...
     def models(self) -> dict[str, Any]: ...
@@ -32,7 +34,9 @@ class Batches(Protocol):
 
 
 def resume(config: Config, algorithm: Algorithm, batches: Batches, checkpointer: Checkpointer) -> int:
-    """Restores the newest checkpoint if there is one and `checkpoint.resume` allows it; returns the steps already done."""
+    """Restores the newest checkpoint if there is one and `checkpoint.resume` allows it; returns the steps already
+    done.
+    """
     newest = checkpointer.latest() if config.checkpoint.resume == "auto" else None
     if newest is None:
         return 0
@@ -53,8 +57,12 @@ def run(
     total_steps: int,
     done: int = 0,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
-    """Runs steps done + 1 .. total_steps; evaluates and saves at their intervals and at the end."""
+    """Runs steps done + 1 .. total_steps; evaluates and saves at their intervals and at the end.
+
+    `finish` runs after the last update, before the last evaluation and checkpoint.
+    """
     step = done
     stream: Iterable[Any] = iter(batches) if step < total_steps else ()
     for batch in stream:
@@ -64,6 +72,9 @@ def run(
             metrics = algorithm.step(batch)
         metrics["seconds"] = time.perf_counter() - start
         last = step == total_steps
+        if last and finish is not None:
+            with phase("finish"):
+                finish()
         if evaluate is not None and (last or _due(step, config.train.eval_interval)):
             with phase("evaluation"):
                 metrics |= evaluate()

@@ -1,4 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases if asked, and a progress line with an ETA on rank 0."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases if asked, and a progress line with an ETA on
+rank 0.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A model in training: megatron's DDP buffers, optimizer and learning-rate schedule behind two calls, `accumulate` and `step`."""
+"""A model in training: megatron's DDP buffers, optimizer and learning-rate schedule behind two calls, `accumulate` and
+`step`.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,13 +55,17 @@ class Learner:
     def accumulate(
         self, batches: Sequence[Any], head: Callable[[torch.Tensor, Any], Any]
     ) -> list[dict[str, torch.Tensor]]:
-        """Clears the gradients, then sums those of all micro-batches and data-parallel ranks; see `schedule.forward_backward`."""
+        """Clears the gradients, then sums those of all micro-batches and data-parallel ranks; see
+        `schedule.forward_backward`.
+        """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.mesh, self.ddp, batches, head)
 
     def step(self) -> dict[str, float]:
-        """Clips, updates the weights and moves the schedule. Returns lr, grad_norm, and 1.0 in `skipped` on fp16 overflow."""
+        """Clips, updates the weights and moves the schedule. Returns lr, grad_norm, and 1.0 in `skipped` on fp16
+        overflow.
+        """
         lr = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
         if updated:
@@ -110,35 +115,22 @@ def _scheduler(
 
 
 class ExponentialAverage:
-    """Exponential moving average of a stage's weights, in fp32: average <- decay * average + (1 - decay) * weights."""
+    """Exponential moving average of a stage's weights: average <- decay * average + (1 - decay) * weights.
 
-    def __init__(self, stage: torch.nn.Module, decay: float) -> None:
-        self.stage = stage
+    The average is a stage of its own (fp32, same layout), so that it is evaluated, saved and resumed like any other
+    model.
+    """
+
+    def __init__(self, stage: torch.nn.Module, average: torch.nn.Module, decay: float) -> None:
+        self.source = stage
+        self.stage = average
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in stage.named_parameters()}
+        self._move(1.0)
 
-    @torch.no_grad()
     def update(self) -> None:
-        for name, parameter in self.stage.named_parameters():
-            self.average[name].lerp_(parameter.float(), 1.0 - self.decay)
+        self._move(1.0 - self.decay)
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchanges the stage's weights with the average; a second call changes them back."""
-        for name, parameter in self.stage.named_parameters():
-            weights = parameter.detach().float().clone()
-            parameter.copy_(self.average[name])
-            self.average[name].copy_(weights)
-
-
-def quiet_megatron() -> None:
-    """Silences megatron's optional-dependency chatter, once, at start-up."""
-    import logging
-    import warnings
-
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    for message in ("Apex is not installed", "Transformer Engine", "transformer_engine"):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
-
-
-quiet_megatron = functools.cache(quiet_megatron)
+    def _move(self, weight: float) -> None:
+        for average, parameter in zip(self.stage.parameters(), self.source.parameters(), strict=True):
+            average.lerp_(parameter.float(), weight)

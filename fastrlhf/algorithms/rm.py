@@ -1,0 +1,126 @@
+"""The reward model: -1 / C(K, 2) * sum of log sigmoid(r_better - r_worse) over all pairs of a prompt's K ranked
+responses.
+
+All pairs of a prompt are in one micro-batch, one forward per completion; ties are dropped; prompts weigh the same
+whatever their K (InstructGPT, section 3.5, equation 1).
+
+    torchrun --nproc-per-node 8 -m fastrlhf rm configs/instructgpt/6b/rm.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from fastrlhf import ops
+from fastrlhf.data.batches import PackedBatch, RankingBatch
+from fastrlhf.parallel import schedule
+from fastrlhf.parallel.mesh import Mesh
+
+
+class RewardModelling:
+    """One update a step from this rank's micro-batches, each of whole prompts with all their responses."""
+
+    def __init__(self, mesh: Mesh, reward: Any) -> None:
+        self.mesh = mesh
+        self.reward = reward
+        self._statistics: dict[str, float] = {}
+
+    def step(self, micro_batches: Sequence[RankingBatch]) -> dict[str, float]:
+        batches = [batch.to(self.mesh.device) for batch in micro_batches]
+        prompts = torch.tensor(float(sum(b.prompt_offsets.numel() - 1 for b in batches)), device=self.mesh.device)
+        self.mesh.sum_over_data(prompts)
+
+        def head(hidden: torch.Tensor, batch: RankingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            ranking = ranking_loss(self.reward.stage, hidden, batch)
+            loss = ranking.loss * ((batch.prompt_offsets.numel() - 1) / prompts)
+            pairs = ranking.pairs.float()
+            return loss, {
+                "loss": loss.detach(),
+                "pairs": pairs,
+                "accuracy": ranking.accuracy * pairs,
+                "margin": ranking.margin * pairs,
+            }
+
+        metrics = _per_pair(self.mesh.sum_metrics(self.reward.accumulate(batches, head)))
+        return metrics | self.reward.step()
+
+    def centre(self, demonstrations: Iterable[Sequence[PackedBatch]]) -> None:
+        """Shifts the head's bias so that demonstrations score 0 on average (section 3.5), and keeps their
+        statistics.
+        """
+        stage = self.reward.stage
+        scores = score_responses(self.mesh, stage, demonstrations)
+        mean, std = scores.mean(), scores.std(unbiased=False)
+        if self.mesh.is_last_stage:
+            with torch.no_grad():
+                stage.score.bias -= mean
+            self.reward.optimizer.reload_model_params()
+        self._statistics = {"demonstration_mean_before": mean.item(), "demonstration_std": std.item()}
+
+    def models(self) -> dict[str, Any]:
+        return {"reward": self.reward.stage}
+
+    def learners(self) -> dict[str, Any]:
+        return {"reward": self.reward}
+
+    def statistics(self) -> dict[str, float]:
+        return self._statistics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"statistics": self._statistics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._statistics = state["statistics"]
+
+
+def ranking_loss(stage: Any, hidden: torch.Tensor, batch: RankingBatch) -> ops.RankingLoss:
+    """Scores of the N responses at their last tokens, and the loss over all strict pairs; hidden [T, H]."""
+    scores = stage.score(hidden[batch.last_index])
+    return ops.pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets)
+
+
+def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingBatch]]) -> dict[str, float]:
+    """loss (mean over prompts), accuracy and margin (means over strict pairs) on held-out rankings, dropout off."""
+    rows: list[dict[str, torch.Tensor]] = []
+
+    def head(hidden: torch.Tensor, batch: RankingBatch) -> dict[str, torch.Tensor]:
+        ranking = ranking_loss(stage, hidden, batch)
+        prompts, pairs = float(batch.prompt_offsets.numel() - 1), ranking.pairs.float()
+        return {
+            "loss": ranking.loss * prompts,
+            "prompts": torch.tensor(prompts),
+            "pairs": pairs,
+            "accuracy": ranking.accuracy * pairs,
+            "margin": ranking.margin * pairs,
+        }
+
+    training, _ = stage.training, stage.eval()
+    for step in batches:
+        rows += schedule.forward(mesh, stage, [batch.to(mesh.device) for batch in step], head)
+    stage.train(training)
+    metrics = _per_pair(mesh.sum_metrics(rows))
+    return metrics | {"loss": metrics["loss"] / metrics.pop("prompts")}
+
+
+def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBatch]]) -> torch.Tensor:
+    """Score of every packed sequence at its last token, fp32 [sequences], in order; the same on all pipeline stages."""
+
+    def head(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return stage.score(hidden[batch.cu_seqlens[1:].long() - 1])
+
+    training, _ = stage.training, stage.eval()
+    rows = [
+        scores
+        for step in batches
+        for scores in schedule.forward(mesh, stage, [batch.to(mesh.device) for batch in step], head)
+    ]
+    stage.train(training)
+    return mesh.from_last_stage(torch.cat(rows) if mesh.is_last_stage else None)
+
+
+def _per_pair(metrics: dict[str, float]) -> dict[str, float]:
+    pairs = max(metrics["pairs"], 1.0)
+    return metrics | {name: metrics[name] / pairs for name in ("accuracy", "margin")}

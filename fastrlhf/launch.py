@@ -1,0 +1,355 @@
+"""Builds a training run from its configuration and runs it: the one place that knows every part.
+
+Opens the tokenizer and the data, builds the models on the mesh, loads what they start from, hands an algorithm to the
+loop, and writes the run's report.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from fastrlhf.algorithms.ppo import PPO
+from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
+from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
+from fastrlhf.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, check_batch, dump_config, require
+from fastrlhf.data.batches import pack_demonstrations, pack_rankings, pack_windows
+from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
+from fastrlhf.data.loader import Loader
+from fastrlhf.data.mix import Mixture
+from fastrlhf.data.pretrain import PretrainWindows, TokenStream
+from fastrlhf.data.tokenize import load_tokenizer
+from fastrlhf.errors import UserError
+from fastrlhf.evaluation.report import write_run_report
+from fastrlhf.generation.engine import SamplingParams
+from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.training import loop
+from fastrlhf.training.checkpoint import Checkpointer, SavedModel, describe_model, load_model
+from fastrlhf.training.metrics import MetricsLog
+from fastrlhf.training.optimizer import ExponentialAverage, Learner
+
+
+@dataclass
+class Job:
+    """What a command hands to the loop."""
+
+    algorithm: Any
+    batches: Loader
+    total_steps: int
+    evaluate: Callable[[], dict[str, float]] | None = None
+    finish: Callable[[], None] | None = None
+
+
+def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> None:
+    """Trains as `config` says and leaves everything under `config.output_dir`; resumes a run that is there already."""
+    require(config, command)
+    mesh = meshes.initialize(config.parallel, config.train.seed)
+    with Watchdog(config.parallel.timeout_s):
+        with phase("start-up"):
+            job = _JOBS[command](_Run(config, mesh))
+        _loop(command, config, mesh, job)
+    dist.barrier()
+
+
+def _loop(command: str, config: Config, mesh: Mesh, job: Job) -> None:
+    out = Path(config.output_dir)
+    if mesh.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(dump_config(config))
+    checkpointer = Checkpointer(
+        mesh, out / "checkpoints", config.checkpoint.keep_last, dump_config(config), config.data.tokenizer
+    )
+    done = loop.resume(config, job.algorithm, job.batches, checkpointer)
+    if mesh.rank == 0 and done:
+        print(f"resuming {out} after step {done} of {job.total_steps}", file=sys.stderr)
+    log = MetricsLog(
+        out, config.log, title=command, total_steps=job.total_steps, start_step=done, is_main=mesh.rank == 0
+    )
+    with log:
+        loop.run(
+            config,
+            job.algorithm,
+            job.batches,
+            checkpointer,
+            log,
+            total_steps=job.total_steps,
+            done=done,
+            evaluate=job.evaluate,
+            finish=job.finish,
+        )
+    if mesh.rank == 0:
+        write_run_report(out)
+
+
+class _Run:
+    """The parts that every command builds in the same way."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.vocab_size = config.model.vocab_size or len(self.tokenizer)
+        if self.vocab_size < len(self.tokenizer):
+            raise UserError(
+                f"model.vocab_size is {self.vocab_size}, but the tokenizer {config.data.tokenizer} has "
+                f"{len(self.tokenizer)} tokens; leave model.vocab_size out to take the tokenizer's size"
+            )
+
+    def loader(
+        self,
+        dataset: Sequence[Any],
+        collate: Callable,
+        *,
+        global_batch_size: int | None = None,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        drop_last: bool = True,
+    ) -> Loader:
+        train = self.config.train
+        return Loader(
+            dataset,
+            global_batch_size=global_batch_size or train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            data_rank=self.mesh.data_rank,
+            data_size=self.mesh.data_size,
+            seed=train.seed,
+            collate=collate,
+            shuffle=shuffle,
+            epochs=epochs,
+            drop_last=drop_last,
+        )
+
+    def total_steps(self, batches: Loader) -> int:
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        assert train.epochs is not None
+        return max(1, math.ceil(train.epochs * len(batches)))
+
+    def one_pass(self, dataset: Sequence[Any], collate: Callable) -> Callable[[], Loader]:
+        """A fresh loader over the whole of `dataset` for every evaluation."""
+        return partial(self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False)
+
+    def windows(self, paths: list[str]) -> PretrainWindows:
+        stream = TokenStream.open(paths, self.tokenizer, Path(self.config.output_dir) / "cache")
+        return PretrainWindows(stream, self.config.data.sequence_length)
+
+    def demonstrations(self, paths: list[str]) -> Sequence[Any]:
+        data = self.config.data
+        loaded, _ = load_demonstrations(
+            paths,
+            self.tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=data.max_response_tokens,
+            **self._on_error(),
+        )
+        return loaded
+
+    def rankings(self, paths: list[str]) -> Sequence[Any]:
+        data = self.config.data
+        loaded, _ = load_rankings(
+            paths,
+            self.tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=data.max_response_tokens,
+            **self._on_error(),
+        )
+        return loaded
+
+    def prompts(self, paths: list[str]) -> Sequence[Any]:
+        data = self.config.data
+        loaded, _ = load_prompts(paths, self.tokenizer, max_prompt_tokens=data.max_prompt_tokens, **self._on_error())
+        return loaded
+
+    def _on_error(self) -> dict[str, Any]:
+        rejected = Path(self.config.output_dir) / "rejected.jsonl" if self.mesh.rank == 0 else None
+        return {"on_error": self.config.data.on_error, "rejected": rejected}
+
+    def stage(self, model: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
+        """The model of the `model` section: from its checkpoint, from a Hugging Face folder, or fresh."""
+        stage = build_model(model, self.mesh, self.vocab_size, head=head, seed=self.config.train.seed)
+        if model.load is not None:
+            saved = describe_model(model.load)
+            _check_same_shape(model, self.vocab_size, saved)
+            load_model(saved, stage)
+        elif model.hf is not None:
+            from fastrlhf.models.hf import load_hf
+
+            load_hf(model.hf, stage)
+        return stage
+
+    def saved_stage(self, path: str, head: Literal["lm", "scalar"]) -> GPT:
+        """A model whose shape is the checkpoint's own (a 6B reward model beside a 175B policy), in the policy's
+        dtype.
+        """
+        saved = describe_model(path)
+        model = _without_dropout(saved.model.model_copy(update={"dtype": self.config.model.dtype}))
+        stage = build_model(model, self.mesh, saved.vocab_size, head=head)
+        load_model(saved, stage)
+        return stage
+
+    def learner(
+        self, stage: GPT, total_steps: int, schedule: ScheduleConfig | None = None, lr: float | None = None
+    ) -> Learner:
+        optimizer: OptimizerConfig = self.config.optimizer
+        schedule = schedule or self.config.schedule
+        return Learner(self.mesh, stage, optimizer, schedule, total_steps=total_steps, lr=lr)
+
+
+def _pretrain(run: _Run) -> Job:
+    data = run.config.data
+    assert data.train is not None
+    valid = run.one_pass(run.windows(data.valid), pack_windows) if data.valid else None
+    return _language_modelling(run, run.loader(run.windows(data.train), pack_windows), valid)
+
+
+def _sft(run: _Run) -> Job:
+    data = run.config.data
+    assert data.train is not None
+    dataset = run.demonstrations(data.train)
+    if data.pretrain_fraction > 0:
+        assert data.pretrain is not None
+        dataset = Mixture(dataset, run.windows(data.pretrain), data.pretrain_fraction, run.config.train.seed)
+    batches = run.loader(dataset, pack_demonstrations)
+    valid = run.one_pass(run.demonstrations(data.valid), pack_demonstrations) if data.valid else None
+    return _language_modelling(run, batches, valid)
+
+
+def _language_modelling(run: _Run, batches: Loader, evaluation: Callable[[], Loader] | None) -> Job:
+    check_batch(run.config, run.mesh.data_size)
+    total_steps = run.total_steps(batches)
+    policy = run.learner(run.stage(run.config.model, "lm"), total_steps)
+    evaluate = None
+    if evaluation is not None:
+
+        def evaluate() -> dict[str, float]:
+            return {"valid_loss": evaluate_loss(run.mesh, policy.stage, evaluation())}
+
+    return Job(SupervisedFinetuning(run.mesh, policy), batches, total_steps, evaluate)
+
+
+def _rm(run: _Run) -> Job:
+    data = run.config.data
+    assert data.train is not None
+    check_batch(run.config, run.mesh.data_size)
+    batches = run.loader(run.rankings(data.train), pack_rankings)
+    total_steps = run.total_steps(batches)
+    algorithm = RewardModelling(run.mesh, run.learner(run.stage(run.config.model, "scalar"), total_steps))
+    stage = algorithm.reward.stage
+    evaluate = finish = None
+    if data.valid:
+        valid = run.one_pass(run.rankings(data.valid), pack_rankings)
+
+        def evaluate() -> dict[str, float]:
+            metrics = evaluate_ranking(run.mesh, stage, valid())
+            return {f"valid_{name}": metrics[name] for name in ("loss", "accuracy", "margin")}
+
+    if data.demonstrations:
+        demonstrations = run.one_pass(run.demonstrations(data.demonstrations), pack_demonstrations)
+
+        def finish() -> None:
+            algorithm.centre(demonstrations())
+
+    return Job(algorithm, batches, total_steps, evaluate, finish)
+
+
+def _ppo(run: _Run) -> Job:
+    config, mesh = run.config, run.mesh
+    assert config.data.prompts is not None and config.train.steps is not None and config.ppo.reward_model is not None
+    check_batch(config, mesh.data_size, "ppo.batch_size")
+    check_batch(config, mesh.data_size, "ppo.minibatch_size")
+    prompts = run.loader(run.prompts(config.data.prompts), list, global_batch_size=config.ppo.batch_size)
+    updates = config.ppo.inner_epochs * math.ceil(config.ppo.batch_size / config.ppo.minibatch_size)
+    # PPO counts its warm-up in iterations, as it counts its steps.
+    schedule = config.schedule.model_copy(update={"warmup_steps": config.schedule.warmup_steps * updates})
+    total_updates = config.train.steps * updates
+    model = _without_dropout(config.model)
+    policy = run.learner(run.stage(model, "lm"), total_updates, schedule)
+    value = run.learner(
+        run.saved_stage(config.ppo.value_model or config.ppo.reward_model, "scalar"),
+        total_updates,
+        schedule,
+        config.ppo.value_lr,
+    )
+    algorithm = PPO(
+        mesh,
+        config.ppo,
+        _sampling(config),
+        policy=policy,
+        value=value,
+        reference=run.stage(model, "lm"),
+        reward=run.saved_stage(config.ppo.reward_model, "scalar"),
+        average=_average(run, model, policy),
+        pretraining=_ptx_batches(run),
+        eos=run.tokenizer.eos_token_id,
+        slots=config.generation.slots,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.train.seed,
+    )
+    return Job(algorithm, prompts, config.train.steps)
+
+
+def _average(run: _Run, model: ModelConfig, policy: Learner) -> ExponentialAverage | None:
+    decay = run.config.ppo.ema_decay
+    if decay is None:
+        return None
+    average = build_model(model.model_copy(update={"dtype": "fp32"}), run.mesh, run.vocab_size)
+    return ExponentialAverage(policy.stage, average, decay)
+
+
+def _ptx_batches(run: _Run) -> Loader | None:
+    ppo, pretrain = run.config.ppo, run.config.data.pretrain
+    if ppo.gamma_ptx == 0:
+        return None
+    assert pretrain is not None
+    examples = ppo.ptx_per_episode * ppo.minibatch_size
+    return run.loader(run.windows(pretrain), pack_windows, global_batch_size=examples)
+
+
+def _sampling(config: Config) -> SamplingParams:
+    generation = config.generation
+    return SamplingParams(
+        max_new_tokens=generation.max_new_tokens,
+        min_new_tokens=generation.min_new_tokens,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+        stop=tuple(generation.stop),
+        seed=config.train.seed,
+    )
+
+
+def _without_dropout(model: ModelConfig) -> ModelConfig:
+    """PPO runs all its models without dropout, or the ratios of the first update would not be 1."""
+    off = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
+    return model.model_copy(update=off)
+
+
+_SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_positions", "position")
+
+
+def _check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> None:
+    for name in _SHAPE:
+        asked, found = getattr(model, name), getattr(saved.model, name)
+        if asked != found:
+            raise UserError(
+                f"model.{name} is {asked}, but the model in {saved.path} has {found}; set model.{name}={found}"
+            )
+    if vocab_size != saved.vocab_size:
+        raise UserError(
+            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has {saved.vocab_size}; "
+            f"set data.tokenizer={saved.tokenizer}"
+        )
+
+
+_JOBS: dict[str, Callable[[_Run], Job]] = {"pretrain": _pretrain, "sft": _sft, "rm": _rm, "ppo": _ppo}
