@@ -153,7 +153,6 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
         parallel.tensor,
         parallel.pipeline,
         distributed_timeout_minutes=parallel.timeout_s / 60,
-        create_gloo_process_groups=on_gpu,
     )
     mesh = _describe(device, parallel)
     seed_generators(mesh, seed)

@@ -34,6 +34,8 @@ class Learner:
         self.mesh = mesh
         self.stage = stage
         config = stage.config
+        lr = lr or optimizer.lr
+        min_lr = 0.0 if schedule.decay == "constant" else lr * schedule.min_lr_ratio
         overlap = mesh.device.type == "cuda" and mesh.data_size > 1
         self.ddp = DistributedDataParallel(
             config,
@@ -45,10 +47,8 @@ class Learner:
             ),
             stage,
         )
-        self.optimizer = get_megatron_optimizer(
-            _megatron_optimizer(optimizer, config, lr or optimizer.lr), [self.ddp], use_gloo_process_groups=overlap
-        )
-        self.scheduler = _scheduler(self.optimizer, schedule, lr or optimizer.lr, optimizer.weight_decay, total_steps)
+        self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, config, lr, min_lr), [self.ddp])
+        self.scheduler = _scheduler(self.optimizer, schedule, lr, min_lr, optimizer.weight_decay, total_steps)
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = self.ddp.no_sync if overlap else None
 
@@ -76,10 +76,11 @@ class Learner:
         return metrics
 
 
-def _megatron_optimizer(optimizer: OptimizerConfig, config: Any, lr: float) -> MegatronOptimizerConfig:
+def _megatron_optimizer(optimizer: OptimizerConfig, config: Any, lr: float, min_lr: float) -> MegatronOptimizerConfig:
     return MegatronOptimizerConfig(
         optimizer="adam",
         lr=lr,
+        min_lr=min_lr,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
@@ -94,13 +95,13 @@ def _megatron_optimizer(optimizer: OptimizerConfig, config: Any, lr: float) -> M
 
 
 def _scheduler(
-    optimizer: Any, schedule: ScheduleConfig, lr: float, weight_decay: float, total_steps: int
+    optimizer: Any, schedule: ScheduleConfig, lr: float, min_lr: float, weight_decay: float, total_steps: int
 ) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         optimizer,
         init_lr=lr * schedule.warmup_start,
         max_lr=lr,
-        min_lr=lr * schedule.min_lr_ratio if schedule.decay != "constant" else 0.0,
+        min_lr=min_lr,
         lr_warmup_steps=schedule.warmup_steps,
         # megatron wants the warm-up to end before the decay does; a run shorter than its warm-up never gets there.
         lr_decay_steps=max(total_steps, schedule.warmup_steps + 1),
