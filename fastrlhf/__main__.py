@@ -1,0 +1,8 @@
+"""`python -m fastrlhf`, which is how torchrun starts it."""
+
+from __future__ import annotations
+
+from fastrlhf.cli import main
+
+if __name__ == "__main__":  # the checkpoint writer spawns processes that import this module again
+    main()
