@@ -11,7 +11,7 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ _EXPECTED = {
 _CURE = "fix the line, or set on_error to quarantine to leave such lines out"
 
 
-class _BadRecord(Exception):
+class BadRecord(Exception):
     """One record is unusable; the message says why, without the place."""
 
 
@@ -174,6 +174,18 @@ def read_records(
     `counts.rejected` and, when `rejected` is a path, written there as one JSON line {"source", "reason", "record"}.
     A file that cannot be read (missing, truncated, of another kind) always raises UserError.
     """
+    yield from parse_rows(paths, kind, lambda row: [parse_record(row, kind)], on_error, rejected, counts)
+
+
+def parse_rows(
+    paths: Paths,
+    kind: Kind,
+    parse: Callable[[dict[str, Any]], list[Any]],
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+    counts: Counts | None = None,
+) -> Iterator[Any]:
+    """As `read_records`, with `parse` turning each row into any number of records; BadRecord refuses it."""
     counts = Counts() if counts is None else counts
     before = counts.rejected
     with ExitStack() as stack:
@@ -184,17 +196,41 @@ def read_records(
             for line, raw in _raw_records(path, kind):
                 counts.read += 1
                 try:
-                    record = _parse(raw, kind)
-                except _BadRecord as bad:
+                    parsed = parse(_decode(raw) if isinstance(raw, bytes) else raw)
+                except BadRecord as bad:
                     if on_error == "strict":
                         raise UserError(f"{path}:{line}: {bad}; {_CURE}") from None
                     counts.rejected += 1
                     _set_aside(aside, f"{path}:{line}", str(bad), raw)
                 else:
-                    yield record
+                    yield from parsed
     if counts.rejected > before:
         see = f", see {rejected}" if rejected else ""
         log.warning("%d malformed records left out%s", counts.rejected - before, see)
+
+
+def to_json(record: Record) -> str:
+    """The record as one JSON line without its end, as `read_records` reads it; unset ids are left out."""
+    return json.dumps({key: value for key, value in vars(record).items() if value is not None}, ensure_ascii=False)
+
+
+def detect_kind(path: Path) -> Kind:
+    """What a file holds, told by the keys of its first row."""
+    if path.name.lower().removesuffix(".gz").endswith(".txt"):
+        return "text"
+    for line, raw in _raw_records(path, "text"):
+        try:
+            row = _decode(raw) if isinstance(raw, bytes) else raw
+        except BadRecord as bad:
+            raise UserError(f"{path}:{line}: {bad}; {_CURE}") from None
+        kinds: dict[str, Kind] = {"responses": "rankings", "chosen": "rankings", "response": "demonstrations"}
+        kinds |= {"text": "text", "prompt": "prompts"}
+        for key, kind in kinds.items():
+            if key in row:
+                return kind
+        keys = ", ".join(row) or "none"
+        raise UserError(f"{path}:{line}: no known key (it has {keys}); expected one of {', '.join(kinds)}")
+    raise UserError(f"{path}: the file is empty; check how it was made")
 
 
 def _set_aside(aside: TextIO | None, source: str, reason: str, raw: bytes | dict[str, Any]) -> None:
@@ -203,13 +239,13 @@ def _set_aside(aside: TextIO | None, source: str, reason: str, raw: bytes | dict
         aside.write(json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n")
 
 
-def _parse(raw: bytes | dict[str, Any], kind: Kind) -> Record:
-    row = _decode(raw) if isinstance(raw, bytes) else raw
+def parse_record(row: dict[str, Any], kind: Kind) -> Record:
+    """One row as a checked record; BadRecord says what is wrong with it."""
     pair = kind == "rankings" and "chosen" in row and "responses" not in row
     try:
         record = _ADAPTERS["pairs" if pair else kind].validate_python(row)
     except ValidationError as error:
-        raise _BadRecord(_explain(error)) from None
+        raise BadRecord(_explain(error)) from None
     if isinstance(record, _Pair):
         responses = (record.chosen, record.rejected)
         return Ranking(record.prompt, responses, (1, 2), record.user_id, record.labeler_id)
@@ -222,15 +258,15 @@ def _decode(line: bytes) -> dict[str, Any]:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _BadRecord(f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 JSON") from None
+        raise BadRecord(f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 JSON") from None
     try:
         row = from_json(line)
     except ValueError as error:
         # The parser says "line 1" of this line; the true line number already stands in front.
         reason = str(error).replace(" at line 1 column", " at column")
-        raise _BadRecord(f"malformed JSON ({reason}); expected one JSON object on the line") from None
+        raise BadRecord(f"malformed JSON ({reason}); expected one JSON object on the line") from None
     if not isinstance(row, dict):
-        raise _BadRecord(f"the line holds {_shown(row)}; expected one JSON object")
+        raise BadRecord(f"the line holds {_shown(row)}; expected one JSON object")
     return row
 
 
@@ -254,11 +290,11 @@ def _explain(error: ValidationError) -> str:
 def _check_ranks(record: Ranking) -> None:
     K = len(record.responses)
     if K < 2:
-        raise _BadRecord(f'"responses" has {K} entry; expected {_EXPECTED["responses"]}')
+        raise BadRecord(f'"responses" has {K} entry; expected {_EXPECTED["responses"]}')
     if len(record.ranks) != K:
-        raise _BadRecord(f'"ranks" has {len(record.ranks)} entries for {K} responses; expected {_EXPECTED["ranks"]}')
+        raise BadRecord(f'"ranks" has {len(record.ranks)} entries for {K} responses; expected {_EXPECTED["ranks"]}')
     if len(set(record.ranks)) == 1:
-        raise _BadRecord('"ranks" are all equal, which ranks nothing; expected at least two different ranks')
+        raise BadRecord('"ranks" are all equal, which ranks nothing; expected at least two different ranks')
 
 
 def _shown(value: Any) -> str:

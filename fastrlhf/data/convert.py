@@ -1,0 +1,222 @@
+"""Other projects' preference and instruction data as our records.
+
+    pairs       TRL, OpenRLHF and Alpaca rows: prompt or none, chosen and rejected as text or turns; messages; prompt
+                and completion; instruction, input and output
+    transcripts HH-RLHF: chosen and rejected are whole conversations, "\\n\\nHuman: ...\\n\\nAssistant: ..."
+    trees       OpenAssistant: one tree of messages a line, replies to a prompt ranked by people
+
+A row that does not fit is refused with its file, line and reason, or set aside. Left out on purpose: downloading.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from fastrlhf.data.records import BadRecord, Counts, Kind, OnError, Paths, parse_record, parse_rows, to_json
+from fastrlhf.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Source: TypeAlias = Literal["pairs", "transcripts", "trees"]
+Row: TypeAlias = dict[str, Any]
+Turns: TypeAlias = list[dict[str, str]]
+
+_ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
+
+def convert(
+    paths: Paths,
+    source: Source,
+    kind: Kind,
+    out: str | Path,
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+) -> Counts:
+    """Write the `kind` records found in `paths` to `out` (.jsonl or .jsonl.gz); return the counts.
+
+    A row may hold several records (a tree) or none of this kind (a tree without two ranked replies). UserError when
+    the source has nothing of this kind at all.
+    """
+    out = Path(out)
+    if not out.name.removesuffix(".gz").endswith(".jsonl"):
+        raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
+    make = _makers(source).get(kind)
+    if make is None:
+        have = ", ".join(_makers(source))
+        raise UserError(f"{source} hold no {kind}; choose one of {have}")
+
+    def parse(row: Row) -> list[Any]:
+        return [parse_record(found, kind) for found in make(row)]
+
+    counts = Counts()
+    # mtime=0: the same rows give the same bytes.
+    with out.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if out.suffix == ".gz" else raw as file:
+        for record in parse_rows(paths, kind, parse, on_error, rejected, counts):
+            file.write(to_json(record).encode() + b"\n")
+            counts.kept += 1
+    log.info("%s: %d %s from %d rows, %d rows set aside", out, counts.kept, kind, counts.read, counts.rejected)
+    return counts
+
+
+def _makers(source: Source) -> dict[Kind, Callable[[Row], Iterator[Row]]]:
+    """For each kind of record a source can give, the function from its row to our rows."""
+    if source == "pairs":
+        return {"rankings": _pair, "demonstrations": _example, "prompts": _prompt}
+    if source == "transcripts":
+        return {"rankings": _transcript_pair, "demonstrations": _transcript_chosen, "prompts": _transcript_prompt}
+    return {"rankings": _tree_rankings, "demonstrations": _tree_demonstrations, "prompts": _tree_prompts}
+
+
+def _kept_ids(row: Row) -> Row:
+    return {name: row[name] for name in ("user_id", "labeler_id") if row.get(name) is not None}
+
+
+# TRL, OpenRLHF, Alpaca
+
+
+def _pair(row: Row) -> Iterator[Row]:
+    for name in ("chosen", "rejected"):
+        if not isinstance(row.get(name), (str, list)):
+            raise BadRecord(f'"{name}" is missing or neither text nor turns; expected chosen and rejected responses')
+    prompt = row.get("prompt")
+    if prompt is None:
+        yield _split_pair(row["chosen"], row["rejected"]) | _kept_ids(row)
+    else:
+        chosen, rejected = _reply(row["chosen"]), _reply(row["rejected"])
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _kept_ids(row)
+
+
+def _split_pair(chosen: Any, rejected: Any) -> Row:
+    """A pair whose conversations carry the prompt: what they share is the prompt, one last message each is left."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise BadRecord('"chosen" and "rejected" are text and there is no "prompt"; add one, or use source transcripts')
+    if not chosen or not rejected or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise BadRecord('"chosen" and "rejected" differ before their last message; expected one shared conversation')
+    return {"prompt": chosen[:-1], "chosen": _reply(chosen[-1:]), "rejected": _reply(rejected[-1:])}
+
+
+def _reply(value: Any) -> Any:
+    """The text of a response given as text or as one assistant message."""
+    if isinstance(value, str):
+        return value
+    if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+        raise BadRecord("a response has other than one assistant message; expected exactly one")
+    return value[0].get("content")
+
+
+def _example(row: Row) -> Iterator[Row]:
+    if isinstance(row.get("messages"), list):
+        if len(row["messages"]) < 2:
+            raise BadRecord('"messages" has fewer than two entries; expected a prompt and a reply')
+        found = {"prompt": row["messages"][:-1], "response": _reply(row["messages"][-1:])}
+    elif "instruction" in row:
+        parts = (row["instruction"], row.get("input") or "")
+        found = {"prompt": "\n\n".join(str(part) for part in parts if part), "response": row.get("output")}
+    elif "completion" in row or "response" in row:
+        reply = row["completion"] if "completion" in row else row["response"]
+        found = {"prompt": row.get("prompt"), "response": _reply(reply) if isinstance(reply, list) else reply}
+    elif "chosen" in row:
+        (pair,) = _pair(row)
+        found = {"prompt": pair["prompt"], "response": pair["chosen"]}
+    else:
+        keys = "messages; prompt and completion; instruction and output; chosen and rejected"
+        raise BadRecord(f"no example in it (keys {', '.join(row) or 'none'}); expected {keys}")
+    yield found | _kept_ids(row)
+
+
+def _prompt(row: Row) -> Iterator[Row]:
+    found = row if "prompt" in row else next(_example(row))
+    yield {"prompt": found["prompt"]} | _kept_ids(row)
+
+
+# HH-RLHF
+
+
+def _transcript(text: Any) -> Turns:
+    """The turns of one transcript; a speaker talking twice in a row is one turn."""
+    pieces = _SPEAKER.split("\n\n" + text.strip()) if isinstance(text, str) else []
+    if len(pieces) < 3 or pieces[0].strip():
+        raise BadRecord(r'not a transcript; expected text beginning with "\n\nHuman:"')
+    turns: Turns = []
+    for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True):
+        role = _ROLES[speaker]
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + content.strip()
+        else:
+            turns.append({"role": role, "content": content.strip()})
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise BadRecord("the transcript does not end in an assistant's reply to a human")
+    return turns
+
+
+def _transcript_pair(row: Row) -> Iterator[Row]:
+    yield _split_pair(_transcript(row.get("chosen")), _transcript(row.get("rejected"))) | _kept_ids(row)
+
+
+def _transcript_chosen(row: Row) -> Iterator[Row]:
+    turns = _transcript(row.get("chosen"))
+    yield {"prompt": turns[:-1], "response": turns[-1]["content"]} | _kept_ids(row)
+
+
+def _transcript_prompt(row: Row) -> Iterator[Row]:
+    yield {"prompt": _transcript(row.get("chosen"))[:-1]} | _kept_ids(row)
+
+
+# OpenAssistant
+
+
+def _tree(row: Row) -> Iterator[tuple[Turns, Row, list[Row]]]:
+    """Every (conversation up to and with a user's message, that message, its usable replies), depth first."""
+    root = row.get("prompt")
+    if not isinstance(root, dict) or not isinstance(root.get("replies", []), list):
+        raise BadRecord('"prompt" is no message with "replies"; expected one OpenAssistant tree a line')
+    stack: list[tuple[Turns, Row]] = [([], root)]
+    while stack:
+        before, message = stack.pop()
+        role = _ROLES.get(str(message.get("role")))
+        if role is None or not isinstance(message.get("text"), str):
+            raise BadRecord('a message lacks "text" or a "role" of prompter or assistant')
+        turns = [*before, {"role": role, "content": message["text"]}]
+        replies = [reply for reply in message.get("replies") or [] if _usable(reply)]
+        if role == "user":
+            yield turns, message, replies
+        stack += [(turns, reply) for reply in reversed(replies)]
+
+
+def _usable(message: Row) -> bool:
+    """Messages that reviewers refused, deleted, synthetic or empty ones are left out, and what follows them too."""
+    text = message.get("text")
+    refused = message.get("deleted") or message.get("review_result") is False or message.get("synthetic")
+    return not refused and isinstance(text, str) and bool(text.strip())
+
+
+def _owner(message: Row) -> Row:
+    return {"user_id": message["user_id"]} if message.get("user_id") is not None else {}
+
+
+def _tree_rankings(row: Row) -> Iterator[Row]:
+    for turns, message, replies in _tree(row):
+        ranked = [reply for reply in replies if reply.get("rank") is not None]
+        if len({reply["rank"] for reply in ranked}) >= 2:
+            responses, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
+            yield {"prompt": turns, "responses": responses, "ranks": ranks} | _owner(message)
+
+
+def _tree_demonstrations(row: Row) -> Iterator[Row]:
+    """The reply people ranked best; where nobody ranked, a single reply."""
+    for turns, message, replies in _tree(row):
+        ranked = [reply for reply in replies if reply.get("rank") is not None]
+        best = min(ranked, key=lambda reply: reply["rank"]) if ranked else replies[0] if len(replies) == 1 else None
+        if best is not None:
+            yield {"prompt": turns, "response": best["text"]} | _owner(message)
+
+
+def _tree_prompts(row: Row) -> Iterator[Row]:
+    for turns, message, _ in _tree(row):
+        yield {"prompt": turns} | _owner(message)

@@ -1,0 +1,106 @@
+"""Find personal data and secrets in text, by kind only: what was found is never returned, logged or stored.
+
+Patterns are narrow and, where a number carries a checksum or a registry, checked against it, because a filter that
+drops every long number would drop arithmetic, code and dates. Left out on purpose: names and street addresses, which
+patterns cannot tell. Every repetition is bounded, so that no text takes more than linear time.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import unicodedata
+from collections.abc import Callable
+
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.%+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,5}[a-z]{2,24}(?![\w-])", re.IGNORECASE)
+# International numbers with their plus, or the North American grouping; ten bare digits could be anything.
+_PHONE = re.compile(
+    r"(?<![\w+])\+[1-9](?:[ .()/-]{0,2}[0-9]){7,14}(?![0-9])"
+    r"|(?<![\w.-])(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[ .-])[2-9][0-9]{2}[ .-][0-9]{4}(?![\w-])"
+)
+# Grouped as printed on cards (4-4-4-4, 4-4-4-4-3, 4-6-5) or not at all: lists of small numbers are no cards. The
+# look-ahead finds overlapping candidates, so that a number in front of a card does not hide it.
+_CARD = re.compile(
+    r"(?<![\w.+])(?=([2-6][0-9]{3}([ -]?)[0-9]{4}\2[0-9]{4}\2[0-9]{4}(?:\2[0-9]{3})?(?!\w|\.[0-9])"
+    r"|3[47][0-9]{2}([ -]?)[0-9]{6}\3[0-9]{5}(?!\w|\.[0-9])))"
+)
+_IBAN = re.compile(r"(?<!\w)([A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]){11,30})")
+# ISO 13616: each country's code and the length of its numbers.
+_IBAN_REGISTRY = """
+    AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 EG29 ES24 FI18 FO18
+    FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21
+    LY25 MC27 MD24 ME22 MK19 MR27 MT31 MU30 NL18 NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24 SI19 SK24 SM27
+    ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20
+"""
+_IBAN_LENGTHS = {entry[:2]: int(entry[2:]) for entry in _IBAN_REGISTRY.split()}
+_SSN = re.compile(r"(?<![\w-])(?!000|666|9)[0-9]{3}-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-])")
+_IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![\w]|\.[0-9])")
+_IPV6 = re.compile(r"(?<![\w:])[23][0-9a-f]{3}:[0-9a-f:]{2,35}(?![\w:])", re.IGNORECASE)
+_KEY = re.compile(
+    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # Amazon
+    r"|\bAIza[\w-]{35}(?![\w-])"  # Google
+    r"|\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{40,100}|glpat-[\w-]{20,40})"
+    r"|\bxox[abprs]-[\w-]{10,80}"  # Slack
+    r"|\bhf_[A-Za-z]{30,40}\b"
+    r"|\bsk-(?=[A-Za-z_-]{0,40}[0-9])[\w-]{20,200}"  # OpenAI, Anthropic; a digit keeps kebab-case words out
+    r"|\beyJ[\w-]{10,2000}\.eyJ[\w-]{10,4000}\.[\w-]{10,1000}"  # JSON web token
+)
+
+
+def _luhn(match: str) -> bool:
+    digits = [int(c) for c in match if c.isdigit()]
+    doubled = [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
+    return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _iban_checks(match: str) -> bool:
+    """ISO 13616: letters become 10..35, the first four characters move to the end, the number is 1 modulo 97. The
+    match may run on into words in capitals, so the country's length decides where it ends.
+    """
+    length = _IBAN_LENGTHS.get(match[:2], 0)
+    compact = match.replace(" ", "")[:length]
+    if len(compact) < max(length, 1):
+        return False
+    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
+
+
+def _public_address(match: str) -> bool:
+    try:
+        return ipaddress.ip_address(match).is_global
+    except ValueError:
+        return False
+
+
+def _any(_: str) -> bool:
+    return True
+
+
+# kind, a character without which the pattern cannot match, the pattern, the check
+_KINDS: list[tuple[str, str, re.Pattern[str], Callable[[str], bool]]] = [
+    ("email", "@", _EMAIL, _any),
+    ("phone", "", _PHONE, _any),
+    ("card", "", _CARD, _luhn),
+    ("iban", "", _IBAN, _iban_checks),
+    ("ssn", "-", _SSN, _any),
+    ("ip", ".", _IPV4, _public_address),
+    ("ip", ":", _IPV6, _public_address),
+]
+_DIGIT = re.compile("[0-9]")
+
+
+def find_pii(text: str) -> set[str]:
+    """The kinds of personal data in `text`: email, phone, card, iban, ssn, ip, key. Full-width and other compatibility
+    forms of letters and digits are read as the plain ones.
+    """
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    found = {"key"} if _KEY.search(plain) else set()
+    digits = _DIGIT.search(plain) is not None
+    for kind, needed, pattern, check in _KINDS:
+        if (
+            (needed in plain)
+            and (digits or kind == "email")
+            and any(check(m[1] if m.re.groups else m[0]) for m in pattern.finditer(plain))
+        ):
+            found.add(kind)
+    return found

@@ -1,0 +1,69 @@
+"""What `data show` prints: the loss part marked, cuts and drops told, control characters harmless."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fastrlhf.data.show import show
+from fastrlhf.errors import UserError
+
+
+def shown(path: Path, tokenizer: Any, colour: bool = False, n: int = 3, limit: int = 50) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=colour, color_system="standard" if colour else None)
+    show(path, tokenizer, n=n, max_prompt_tokens=limit, max_response_tokens=limit, console=console)
+    return out.getvalue()
+
+
+def test_a_demonstration_marks_its_response_and_eos(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    path = jsonl({"prompt": [{"role": "user", "content": "hello"}], "response": "hi [bold]there"})
+    text = shown(path, tokenizer)
+    assert "data.jsonl: demonstration 1" in text
+    assert "user: hello" in text
+    assert "⟦hi [bold]there<|endoftext|>⟧" in text
+    coloured = shown(path, tokenizer, colour=True)
+    assert "\x1b[1;32mhi [bold]there<|endoftext|>\x1b[0m" in coloured
+    assert "⟦" not in coloured
+
+
+def test_rankings_come_best_first(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    text = shown(jsonl({"prompt": "a dog", "responses": ["sat", "ran"], "ranks": [2, 1]}), tokenizer)
+    assert text.index("rank 1") < text.index("⟦ran<|endoftext|>⟧") < text.index("rank 2") < text.index("⟦sat")
+
+
+def test_prompts_have_no_loss_and_documents_only_loss(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    legend, _, prompts = shown(jsonl({"prompt": "the cat"}), tokenizer).partition("\n")
+    assert "⟦counted by the loss⟧" in legend
+    assert "the cat" in prompts
+    assert "⟦" not in prompts
+    assert "⟦the cat<|endoftext|>⟧" in shown(jsonl({"text": "the cat"}), tokenizer)
+
+
+def test_limits_are_told(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    path = jsonl({"prompt": "the cat sat on the mat", "response": "a dog ran after the cat"})
+    text = shown(path, tokenizer, limit=2)
+    assert "data.max_prompt_tokens is 2" in text
+    assert "prompt + 2 response tokens, cut from" in text
+    assert "<|endoftext|>" not in text
+
+
+def test_control_characters_are_shown_as_escapes(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    text = shown(jsonl({"prompt": "a\x1b[31mb\x07c\r"}), tokenizer)
+    assert "a\\x1b[31mb\\x07c\\x0d" in text
+
+
+def test_n_records_are_shown_and_unknown_kinds_refused(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+    path = jsonl(*[{"prompt": f"number {i}"} for i in range(5)])
+    text = shown(path, tokenizer, n=2)
+    assert "number 1" in text
+    assert "number 2" not in text
+    with pytest.raises(UserError, match=r"data\.jsonl:1: no known key \(it has question\); expected one of responses"):
+        shown(jsonl({"question": "?"}), tokenizer)
+    with pytest.raises(UserError, match="the file is empty"):
+        shown(jsonl(), tokenizer)
