@@ -262,3 +262,9 @@ def _stem(word: str) -> str:
 
 def _is_third_person(word: str) -> bool:
     return word.endswith("s") and bool({word[:-1], word[:-2], word[:-3] + "y"} & IMPERATIVES)
+
+
+def mean_terms(rule: Rule, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+    """The mean of each term of the rule over pairs of a prompt and a response: what a model does well, and what not."""
+    terms = [rule.terms(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    return {name: float(np.mean([term[name] for term in terms])) for name in WEIGHTS}

@@ -1,0 +1,229 @@
+"""Charts as SVG text for an HTML page: lines, and values with intervals.
+
+SVG rather than pictures: sharp at any size, a few kilobytes, readable by screen readers, and coloured by the page's
+own style sheet (`style.py`), so that one report suits light and dark screens. Left out on purpose: interaction beyond
+the browser's own tooltips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 260
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 42
+MAX_POINTS = 400  # a line of more points than this is averaged in bins: the plot is 480 units wide
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: y over x. Values that are not finite leave a gap."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: int = 0
+    """Index of a colour of the style sheet, 0 to 5."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One value of a bar chart, with an interval where there is one."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    color: int = 0
+
+
+def line_chart(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    smooth: bool = True,
+    reference: tuple[float, str] | None = None,
+) -> str:
+    """The lines over one pair of axes. Long series show their values faintly and, where `smooth`, their moving average
+    on top.
+
+    `reference` is a level to draw across, with its name. Returns "" where no series has a finite point.
+    """
+    lines = [_binned(s) for s in series]
+    axes = _axes(lines, reference)
+    if axes is None:
+        return ""
+    body = [_frame(*axes, x_label, y_label, reference)]
+    for line in lines:
+        averaged = smooth and len(line.y) > 30
+        if averaged:
+            body.append(_path(line, *axes, "raw"))
+        body.append(_path(_smoothed(line) if averaged else line, *axes, "line"))
+        if len(line.y) <= 30:
+            body.extend(_dots(line, *axes))
+    return _svg(HEIGHT, f"{y_label} over {x_label}", body)
+
+
+def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
+    """The points of each series, not joined. Returns "" where there is none with finite coordinates."""
+    axes = _axes(series, None)
+    if axes is None:
+        return ""
+    dots = [dot for one in series for dot in _dots(one, *axes)]
+    return _svg(HEIGHT, f"{y_label} against {x_label}", [_frame(*axes, x_label, y_label, None), *dots])
+
+
+def bar_chart(
+    bars: Sequence[Bar], *, reference: tuple[float, str] | None = None, start: float = 0.0, digits: int = 3
+) -> str:
+    """Horizontal bars from `start`, one under the other, with whiskers for the intervals and the numbers written
+    beside them.
+
+    Set `start` above 0 only where differences matter and sizes do not (losses, say), and say so beside the chart.
+    """
+    row, label_width, number_width = 34, 112, 150
+    ends = [bar.high if bar.high is not None else bar.value for bar in bars] + ([reference[0]] if reference else [])
+    axis = _Axis(start, max(max(ends), start + 1e-9), label_width, WIDTH - number_width)
+    height = TOP + row * len(bars) + (22 if reference else 6)
+    body = []
+    for i, bar in enumerate(bars):
+        middle = TOP + row * i + row / 2
+        width = max(axis(bar.value) - label_width, 1.0)
+        body.append(_text(label_width - 10, middle + 4, bar.label, "end", "name"))
+        place = f'x="{label_width}" y="{middle - 9:.1f}" width="{width:.1f}" height="18" rx="3"'
+        body.append(f'<rect class="bar c{bar.color}" {place}/>')
+        number = f"{bar.value:.{digits}f}"
+        end = bar.value
+        if bar.low is not None and bar.high is not None:
+            low, end = max(bar.low, start), bar.high
+            x1, x2, above = f"{axis(low):.1f}", f"{axis(end):.1f}", f"{middle - 5:.1f}"
+            body.append(f'<path class="whisker" d="M{x1} {middle:.1f}H{x2}M{x1} {above}v10M{x2} {above}v10"/>')
+            number += f"  [{bar.low:.{digits}f}, {bar.high:.{digits}f}]"
+        body.append(_text(axis(max(end, bar.value)) + 8, middle + 4, number, "start", "number"))
+    if reference:
+        x = axis(reference[0])
+        body.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - 18}"/>')
+        body.append(_text(x, height - 5, reference[1], "middle", "tick"))
+    return _svg(height, ", ".join(f"{bar.label} {bar.value:.{digits}f}" for bar in bars), body)
+
+
+def ticks(low: float, high: float, wished: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, about `wished` of them."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / wished
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+class _Axis:
+    """Maps data from [low, high] to drawing units from `start` to `stop`."""
+
+    def __init__(self, low: float, high: float, start: float, stop: float) -> None:
+        self.low, self.high, self.start, self.stop = low, high, start, stop
+
+    def __call__(self, value: float) -> float:
+        span = self.high - self.low
+        share = (value - self.low) / span if span > 0 else 0.5
+        return self.start + share * (self.stop - self.start)
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return (0.0 if 0 <= low < 0.3 * high else low - pad), high + pad
+
+
+def _binned(series: Series) -> Series:
+    if len(series.y) <= MAX_POINTS:
+        return series
+    xs, ys = [], []
+    for i in range(MAX_POINTS):
+        start, stop = i * len(series.y) // MAX_POINTS, (i + 1) * len(series.y) // MAX_POINTS
+        finite = [y for y in series.y[start:stop] if math.isfinite(y)]
+        xs.append(series.x[(start + stop) // 2])
+        ys.append(math.fsum(finite) / len(finite) if finite else math.nan)
+    return Series(series.name, xs, ys, series.color)
+
+
+def _smoothed(series: Series) -> Series:
+    """A centred moving average over a twentieth of the points, narrower at the ends, so that it neither lags nor is
+    cut.
+    """
+    half = max(len(series.y) // 40, 1)
+    ys = []
+    for i, value in enumerate(series.y):
+        reach = min(half, i, len(series.y) - 1 - i)
+        window = [y for y in series.y[i - reach : i + reach + 1] if math.isfinite(y)]
+        ys.append(math.fsum(window) / len(window) if math.isfinite(value) else math.nan)
+    return Series(series.name, series.x, ys, series.color)
+
+
+def _path(series: Series, x_axis: _Axis, y_axis: _Axis, kind: str) -> str:
+    parts, pen_down = [], False
+    for x, y in zip(series.x, series.y, strict=True):
+        if math.isfinite(y):
+            parts.append(f"{'L' if pen_down else 'M'}{x_axis(x):.1f} {y_axis(y):.1f}")
+        pen_down = math.isfinite(y)
+    return f'<path class="{kind} c{series.color}" d="{"".join(parts)}"><title>{escape(series.name)}</title></path>'
+
+
+def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+    dots = []
+    for x, y in zip(series.x, series.y, strict=True):
+        if math.isfinite(x) and math.isfinite(y):
+            title = escape(f"{series.name}: {y:.4g} at {x:.4g}")
+            place = f'cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}"'
+            dots.append(f'<circle class="dot c{series.color}" {place} r="3"><title>{title}</title></circle>')
+    return dots
+
+
+def _axes(series: Sequence[Series], reference: tuple[float, str] | None) -> tuple[_Axis, _Axis] | None:
+    """Axes that hold every finite point; None where there is none."""
+    points = [
+        (x, y) for one in series for x, y in zip(one.x, one.y, strict=True) if math.isfinite(x) and math.isfinite(y)
+    ]
+    if not points:
+        return None
+    levels = [y for _, y in points] + ([reference[0]] if reference else [])
+    x_axis = _Axis(min(x for x, _ in points), max(x for x, _ in points), LEFT, WIDTH - RIGHT)
+    return x_axis, _Axis(*_padded(min(levels), max(levels)), HEIGHT - BOTTOM, TOP)
+
+
+def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, reference: tuple[float, str] | None) -> str:
+    """The grid, the axes' numbers and names, and the reference level."""
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for value in ticks(y_axis.low, y_axis.high):
+        y = y_axis(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(LEFT - 8, y + 4, _number(value), "end", "tick"))
+    parts.extend(_text(x_axis(v), bottom + 16, _number(v), "middle", "tick") for v in ticks(x_axis.low, x_axis.high, 6))
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 6, x_label, "middle", "label"))
+    turned = f'text-anchor="middle" transform="translate(11 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
+    parts.append(f'<text class="label" {turned}>{escape(y_label)}</text>')
+    if reference:
+        level = y_axis(reference[0])
+        parts.append(f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}"/>')
+        parts.append(_text(right - 4, level - 5, reference[1], "end", "tick"))
+    return "".join(parts)
+
+
+def _number(value: float) -> str:
+    if value != 0 and (abs(value) >= 1e5 or abs(value) < 1e-3):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.6g}"
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(height: float, description: str, body: Sequence[str]) -> str:
+    label = escape(description, quote=True)
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">{"".join(body)}</svg>'

@@ -1,0 +1,272 @@
+"""Self-contained HTML reports: headline figures, charts, tables and responses side by side, in one file that fetches
+nothing.
+
+`Report` is built section by section; `write_run_report` makes the one that every training run leaves in its folder,
+from its metrics.jsonl and config.yaml. All text that comes from data is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from fastrlhf.errors import UserError
+from fastrlhf.evaluation.charts import Series, line_chart
+from fastrlhf.evaluation.style import STYLE
+
+Metrics = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
+
+# What a newcomer should know of the numbers that runs record: (title, what the curve should look like). Order is that
+# of the page.
+EXPLAINED = {
+    "loss": (
+        "Loss",
+        "What training makes smaller. It should fall fast, then slowly; a sudden rise means too high a learning rate.",
+    ),
+    "accuracy": (
+        "Accuracy",
+        "Share of ranked pairs in which the better response gets the higher score; 0.5 is guessing.",
+    ),
+    "margin": ("Margin", "Mean difference between the scores of the better and the worse response of a pair."),
+    "reward": (
+        "Reward",
+        "Mean score the reward model gives to sampled responses, before the KL penalty. It should rise.",
+    ),
+    "kl": (
+        "KL from the reference",
+        "How far the policy has moved from where it started, in nats a response: what the reward cost.",
+    ),
+    "entropy": (
+        "Entropy",
+        "How undecided the policy is, in nats a token. A collapse to zero means it always says the same.",
+    ),
+    "policy_loss": ("Policy loss", "PPO's clipped objective. Its level says little; it should stay small and bounded."),
+    "value_loss": ("Value loss", "Squared error of the predicted return. It should fall as the value model learns."),
+    "pretrain_loss": (
+        "Pretraining loss",
+        "Cross-entropy on pretraining text, in nats a token: what alignment costs elsewhere.",
+    ),
+    "ptx_loss": ("Pretraining loss", "Cross-entropy on the pretraining rows mixed into PPO, in nats a token."),
+    "clip_fraction": ("Clipped share", "Share of tokens whose ratio left 1 +- clip. Above 0.3, steps are too large."),
+    "approx_kl": ("KL of one update", "How far one update moved the policy. It should stay well below 0.1."),
+    "ratio_max": ("Largest ratio", "Largest new / old probability of a sampled token."),
+    "grad_norm": ("Gradient norm", "Before clipping. Spikes are harmless when rare; steady growth is not."),
+    "lr": ("Learning rate", "As the schedule asks: warm-up first, then decay."),
+    "seconds": ("Seconds a step", "Wall-clock time. Steady is good; growth hints at a leak or a slowing disk."),
+}
+_PREFIXES = ("valid_", "valid/", "eval_", "eval/")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One headline number."""
+
+    label: str
+    value: str
+    detail: str = ""
+    passed: bool | None = None
+    """Shown as a badge: reached (True), missed (False), or no badge (None)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response of a side-by-side sample."""
+
+    name: str
+    """Who wrote it: "SFT", "PPO-ptx"."""
+    text: str
+    score: float | None = None
+
+
+@dataclass
+class Report:
+    """An HTML page in the making; every method adds to its end. `write` or `html` finishes it."""
+
+    title: str
+    lead: str = ""
+    _parts: list[str] = field(default_factory=list)
+
+    def section(self, title: str, *paragraphs: str) -> None:
+        """A heading and plain-text paragraphs under it."""
+        self._parts.append(f"<h2>{escape(title)}</h2>")
+        self._parts.extend(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
+
+    def note(self, text: str) -> None:
+        """A small remark."""
+        self._parts.append(f'<p class="note">{escape(text)}</p>')
+
+    def figures(self, figures: Iterable[Figure]) -> None:
+        """A row of headline numbers."""
+        self._parts.append(f'<div class="cards">{"".join(_card(figure) for figure in figures)}</div>')
+
+    def stages(self, stages: Mapping[str, str]) -> None:
+        """Numbered steps side by side: name -> what happens in it."""
+        items = [
+            f"<li><b>{i}. {escape(name)}</b>{escape(text)}</li>" for i, (name, text) in enumerate(stages.items(), 1)
+        ]
+        self._parts.append(f'<ol class="stages">{"".join(items)}</ol>')
+
+    def charts(self, charts: Iterable[str]) -> None:
+        """Charts made by `framed`, in as many columns as fit; empty ones are left out."""
+        self._parts.append(f'<div class="charts">{"".join(charts)}</div>')
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str | float | int]]) -> None:
+        """A table; numbers are right-aligned, floats with four digits."""
+        head = "".join(f"<th>{escape(name)}</th>" for name in header)
+        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+        self._parts.append(
+            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
+
+    def sample(self, prompt: str, answers: Sequence[Answer]) -> None:
+        """One prompt with its responses side by side."""
+        columns = "".join(
+            f"<div><h3>{escape(a.name)}</h3><p>{escape(a.text) or '<em>(empty)</em>'}</p>"
+            + (f'<span class="score">score {a.score:.2f}</span>' if a.score is not None else "")
+            + "</div>"
+            for a in answers
+        )
+        shown = escape(prompt.strip())
+        self._parts.append(
+            f'<div class="sample"><div class="prompt">{shown}</div><div class="answers">{columns}</div></div>'
+        )
+
+    def details(self, title: str, text: str) -> None:
+        """Preformatted text, folded until clicked."""
+        self._parts.append(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+
+    def html(self) -> str:
+        """The whole page."""
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(self.title)}</title><style>{STYLE}</style></head><body><main>"
+            f'<h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p>{"".join(self._parts)}'
+            "<footer>Written by fastrlhf.</footer></main></body></html>\n"
+        )
+
+    def write(self, path: Path) -> Path:
+        """Writes the page and returns its path. The old page stays whole until the new one is complete."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_text(self.html(), encoding="utf-8")
+        return draft.replace(path)
+
+
+def framed(title: str, chart: str, caption: str = "", legend: Mapping[str, int] | None = None) -> str:
+    """A chart of `charts` with its title, its caption and a legend (name -> colour index); "" for an empty chart."""
+    if not chart:
+        return ""
+    keys = "".join(f'<span><i class="c{color}"></i>{escape(name)}</span>' for name, color in (legend or {}).items())
+    above = f'<div class="legend">{keys}</div>' if keys else ""
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure><h3>{escape(title)}</h3>{above}{chart}{below}</figure>"
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The numeric columns of a metrics.jsonl: name -> (steps, values), without "step" and "time".
+
+    A last line cut short, as a killed run leaves it, is skipped. Raises UserError where the file is missing or another
+    line broken.
+    """
+    if not path.is_file():
+        raise UserError(f"no metrics at {path}: give the output folder of a run")
+    columns: Metrics = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step = float(record.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f'{path}:{number}: expected a line {{"step": ..., ...}}, got {line[:60]!r}') from error
+        for name, value in record.items():
+            if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(value))
+    return columns
+
+
+def metric_charts(metrics: Metrics) -> list[str]:
+    """One framed chart for each metric, known ones first; a validation metric shares the chart of the one it
+    validates.
+    """
+    known = [name for name in EXPLAINED if name in metrics]
+    rest = sorted(name for name in metrics if name not in EXPLAINED and _validated(name) not in metrics)
+    charts = []
+    for name in known + rest:
+        title, text = EXPLAINED.get(name, (name.replace("_", " ").replace("/", ": "), ""))
+        partners = [partner for prefix in _PREFIXES if (partner := prefix + name) in metrics]
+        series = [Series(label, *metrics[label], color) for color, label in enumerate([name, *partners])]
+        legend = {"training": 0, "held out": 1} if partners else None
+        charts.append(framed(title, line_chart(series, "step", title.lower(), smooth=name != "lr"), text, legend))
+    return charts
+
+
+def write_run_report(run_dir: str | Path) -> Path:
+    """Writes `run_dir`/report.html from its metrics.jsonl and, if there, config.yaml. Raises UserError without
+    metrics.
+    """
+    folder = Path(run_dir)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not metrics:
+        raise UserError(f"{folder / 'metrics.jsonl'} holds no numbers yet")
+    report = Report(folder.resolve().name, "Every number this training run recorded, over its steps.")
+    report.figures(_run_figures(metrics))
+    report.section(
+        "Curves", "The faint line is what was recorded, the strong one its moving average over a twentieth of the run."
+    )
+    report.charts(metric_charts(metrics))
+    config = folder / "config.yaml"
+    if config.is_file():
+        report.section("Configuration")
+        report.details("config.yaml, every default written out", config.read_text(encoding="utf-8"))
+    return report.write(folder / "report.html")
+
+
+def _run_figures(metrics: Metrics) -> list[Figure]:
+    last_step = max(steps[-1] for steps, _ in metrics.values())
+    figures = [Figure("Steps", f"{last_step:,.0f}")]
+    headline = ("loss", "accuracy", "reward", "kl", *(p + n for p in _PREFIXES for n in ("loss", "accuracy")))
+    for name in headline:
+        if name in metrics:
+            values = metrics[name][1]
+            label = EXPLAINED.get(_validated(name) or name, (name, ""))[0] + (", held out" if _validated(name) else "")
+            figures.append(Figure(f"{label}, at the end", f"{values[-1]:.4g}", f"{values[0]:.4g} at the start"))
+    if "seconds" in metrics:
+        figures.append(
+            Figure("Time a step", f"{sorted(metrics['seconds'][1])[len(metrics['seconds'][1]) // 2]:.3g} s", "median")
+        )
+    broken = sum(not math.isfinite(value) for _, values in metrics.values() for value in values)
+    if broken:
+        figures.append(Figure("Values not finite", str(broken), "gaps in the curves below"))
+    return figures
+
+
+def _validated(name: str) -> str | None:
+    """The metric that a held-out one belongs to: "valid_loss" -> "loss"; None for any other."""
+    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), None)
+
+
+def _card(figure: Figure) -> str:
+    badge = ""
+    if figure.passed is not None:
+        kind, word = ("good", "reached") if figure.passed else ("bad", "missed")
+        badge = f'<div class="badge {kind}">{word}</div>'
+    detail = f'<div class="detail">{escape(figure.detail)}</div>' if figure.detail else ""
+    return (
+        f'<div class="card"><div class="label">{escape(figure.label)}</div>'
+        f'<div class="value">{escape(figure.value)}</div>{detail}{badge}</div>'
+    )
+
+
+def _cell(value: str | float | int) -> str:
+    if isinstance(value, str):
+        return f"<td>{escape(value)}</td>"
+    return f'<td class="numeric">{value:,d}</td>' if isinstance(value, int) else f'<td class="numeric">{value:.4g}</td>'
