@@ -262,7 +262,7 @@ class TrainConfig(Section):
 
 
 class PPOConfig(Section):
-    """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4 and table on hyperparameters)."""
+    """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4)."""
 
     reward_model: str | None = None
     """Checkpoint folder of the reward model; the ppo command requires it."""
