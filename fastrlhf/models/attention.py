@@ -2,16 +2,15 @@
 
 A micro-batch is one row of T tokens holding S sequences back to back. `SequenceLayout` describes it and travels through
 megatron's layers as their `packed_seq_params`, so megatron needs no change and no mask of size T x T ever exists.
-Kernels, best first: flash-attn (when installed) or torch's varlen attention on a GPU in half precision, else SDPA on the
-sequences padded on the right (exact without a mask: a causal query never sees the padding behind it).
-Left out on purpose: context parallelism, sliding windows.
+Kernels, best first: flash-attn (when installed) or torch's varlen attention on a GPU in half precision, else SDPA on
+the sequences padded on the right (exact without a mask: a causal query never sees the padding behind it). Left out on
+purpose: context parallelism, sliding windows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ HAVE_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 class KVCache:
     """Keys and values of `rows` sequences of up to `length` tokens, for the layers of this pipeline stage.
 
-    Buffers [rows, length, kv heads, head_dim] are allocated per layer at first use, in the dtype of the keys. One more row is
-    kept as a scratch pad for tokens that belong to no sequence.
+    Buffers [rows, length, kv heads, head_dim] are allocated per layer at first use, in the dtype of the keys. One more
+    row is kept as a scratch pad for tokens that belong to no sequence.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -47,13 +46,19 @@ class KVCache:
         values[rows, positions] = value
         return keys, values
 
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of row `source` over those of row `target`."""
+        for buffers in self._layers.values():
+            for buffer in buffers:
+                buffer[target, :length] = buffer[source, :length]
 
-@dataclass
+
+@dataclass(kw_only=True)
 class SequenceLayout(PackedSeqParams):
     """Where the T tokens of a packed micro-batch stand. `cu_seqlens_q` int32 [S + 1] comes from megatron's class."""
 
     qkv_format: str = "thd"
-    positions: Tensor | None = None
+    positions: Tensor
     """int64 [T]: index of each token in its sequence."""
     padded_index: Tensor | None = None
     """int64 [T]: index of each token in the sequences padded to max_seqlen and flattened."""
@@ -69,7 +74,6 @@ class SequenceLayout(PackedSeqParams):
 
     @property
     def num_tokens(self) -> int:
-        assert self.positions is not None
         return self.positions.numel()
 
     @classmethod
@@ -114,7 +118,9 @@ class SequenceLayout(PackedSeqParams):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of rotary embeddings (Su et al. 2021, eq. 34), fp32 [T, 1, head_dim], for the half-split convention."""
+    """cos and sin of rotary embeddings (Su et al. 2021, eq. 34), fp32 [T, 1, head_dim], for the half-split
+    convention.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
@@ -148,10 +154,11 @@ class CoreAttention(MegatronModule):
     ) -> Tensor:
         """query [T', heads, head_dim], key and value [T', kv heads, head_dim] -> [T', heads * head_dim].
 
-        T' may exceed the layout's T by padding (sequence parallelism wants a multiple of its size): such rows give zeros.
+        T' may exceed the layout's T by padding (sequence parallelism wants a multiple of its size): such rows give
+        zeros.
         """
         layout = packed_seq_params
-        assert layout is not None and layout.positions is not None
+        assert layout is not None
         T = layout.num_tokens
         q, k, v = query[:T], key[:T], value[:T]
         if layout.rope is not None:
@@ -177,7 +184,9 @@ class CoreAttention(MegatronModule):
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, dropout: float = 0.0, backend: str = "auto"
 ) -> Tensor:
-    """Causal attention of q [T, heads, d] over k, v [T, kv heads, d] within each sequence of `layout` -> [T, heads, d]."""
+    """Causal attention of q [T, heads, d] over k, v [T, kv heads, d] within each sequence of `layout` -> [T, heads,
+    d].
+    """
     half_on_gpu = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if backend == "flash" or (backend == "auto" and half_on_gpu and HAVE_FLASH_ATTN):
         from flash_attn import flash_attn_varlen_func
@@ -189,12 +198,15 @@ def packed_attention(
 
         k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
         cu, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+        assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
+        return out
     return _padded_attention(q, k, v, layout, dropout)
 
 
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, dropout: float) -> Tensor:
     S, longest, index = layout.cu_seqlens_q.numel() - 1, layout.max_seqlen_q, layout.padded_index
+    assert index is not None
 
     def pad(x: Tensor) -> Tensor:
         if S == 1:

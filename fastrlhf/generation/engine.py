@@ -1,0 +1,204 @@
+"""Continuous batching over the training weights: no copy of the model, no second engine, no server.
+
+`slots` sequences decode at once; one that finishes leaves its slot at once, and waiting prompts are prefilled, packed,
+into the free slots. With pipeline stages the slots are split into as many groups, whose steps overlap. All ranks of a
+model-parallel group (tensor x pipeline) return the same responses; data-parallel ranks take their own prompts and never
+wait for each other. Left out on purpose: prefix sharing, paged caches, preemption.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from fastrlhf.errors import UserError
+from fastrlhf.generation.sampling import Sampler, SamplingParams
+from fastrlhf.generation.slots import Draw, Running, SlotGroup
+from fastrlhf.generation.stopping import StopStrings
+from fastrlhf.models.gpt import GPT
+from fastrlhf.parallel import schedule
+from fastrlhf.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The response to one prompt."""
+
+    index: int
+    """Place of the prompt in the list."""
+    tokens: list[int]
+    """Response ids, with the stop token (or the token that completes a stop string) when there is one."""
+    logprobs: list[float]
+    """log softmax(logits / temperature) of each token over the whole vocabulary (temperature 1 when greedy), fp32."""
+    stopped: bool
+    """True: ended by the stop token or a stop string; False: cut at the length limit."""
+
+
+def generate(
+    stage: GPT,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    *,
+    mesh: Mesh,
+    eos: int,
+    slots: int = 64,
+    max_length: int | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    ids: Sequence[int] | None = None,
+) -> Iterator[Generated]:
+    """Responses to this data-parallel rank's `prompts`, each yielded as soon as it is finished.
+
+    A response depends on the weights, its prompt, `params` and its id alone: `ids[i]` is the number of prompt i over
+    all ranks and calls that should differ (default: i). Prompt and response together stay within `max_length` (default
+    and upper bound: the model's positions). `tokenizer` is read only for `params.stop`. Dropout is off until the
+    iterator is exhausted or closed; then the stage's training flag is put back and the cache is freed.
+
+    Raises `UserError` for a prompt that is empty or leaves no room for a response, `ValueError` for arguments that do
+    not fit.
+    """
+    if slots < 1:
+        raise ValueError(f"slots is {slots}; expected 1 or above")
+    if not 0 <= eos < stage.vocab_size:
+        raise ValueError(f"eos is {eos}; expected a token of the vocabulary, 0 .. {stage.vocab_size - 1}")
+    if ids is not None and len(ids) != len(prompts):
+        raise ValueError(f"ids has {len(ids)} entries for {len(prompts)} prompts")
+    if params.stop and tokenizer is None:
+        raise ValueError("params.stop holds strings, which need the tokenizer argument")
+    waiting = _waiting(stage, prompts, params, max_length, ids)
+    return _Engine(stage, params, mesh, eos, tokenizer).run(waiting, slots) if waiting else iter(())
+
+
+def generate_all(
+    stage: GPT, prompts: Sequence[list[int]], params: SamplingParams, **options: object
+) -> list[Generated]:
+    """`generate` to the end: the responses in the order of the prompts."""
+    return sorted(generate(stage, prompts, params, **options), key=lambda response: response.index)  # type: ignore[arg-type]
+
+
+def _waiting(
+    stage: GPT,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    max_length: int | None,
+    ids: Sequence[int] | None,
+) -> deque[Running]:
+    """The queue, longest prompts first: neighbours of like length waste no padding, and the longest run is not the
+    last.
+    """
+    positions = stage.model_config.max_positions
+    room, name = positions, "model.max_positions"
+    if max_length is not None and max_length < positions:
+        room, name = max_length, "max_length"
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty; every prompt needs at least one token")
+        if len(prompt) >= room:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, and {name} {room} leaves no room for a response; "
+                "drop or shorten it (data.max_prompt_tokens)"
+            )
+        limit = min(params.max_new_tokens, room - len(prompt))
+        sequences.append(Running(i, i if ids is None else ids[i], list(prompt), limit))
+    return deque(sorted(sequences, key=lambda sequence: -len(sequence.prompt)))
+
+
+class _Engine:
+    def __init__(
+        self, stage: GPT, params: SamplingParams, mesh: Mesh, eos: int, tokenizer: PreTrainedTokenizerFast | None
+    ) -> None:
+        self.stage = stage
+        self.params = params
+        self.mesh = mesh
+        self.eos = eos
+        self.stop = StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
+        self.sampler = Sampler(params, eos=eos, **stage.lm_head()) if mesh.is_last_stage else None
+
+    def run(self, waiting: deque[Running], slots: int) -> Iterator[Generated]:
+        slots = min(slots, len(waiting))
+        length = max(len(sequence.prompt) + sequence.limit for sequence in waiting)
+        stages = self.mesh.pipeline_size
+        # ceil(slots / stages) rows a group, and no group without rows.
+        sizes = [len(range(i, slots, stages)) for i in range(min(stages, slots))]
+        groups = [SlotGroup(size, length, self.mesh.device) for size in sizes]
+        was_training = self.stage.training
+        self.stage.eval()
+        try:
+            while waiting or any(group.running for group in groups):
+                draws = self._refill(groups, waiting, slots)
+                yield from self._step(draws or [group.decode() for group in groups if group.running])
+        finally:
+            self.stage.train(was_training)
+
+    def _refill(self, groups: list[SlotGroup], waiting: deque[Running], slots: int) -> list[Draw]:
+        """Prefills into free slots. A prefill costs a step of its own, so it waits until an eighth of the slots is
+        free.
+        """
+        free = sum(group.free for group in groups)
+        if not waiting or free < max(1, slots // 8):
+            return []
+        admitted: list[list[Running]] = [[] for _ in groups]
+        for _ in range(min(free, len(waiting))):
+            emptiest = max(range(len(groups)), key=lambda g: groups[g].free - len(admitted[g]))
+            admitted[emptiest].append(waiting.popleft())
+        return [draw for group, sequences in zip(groups, admitted, strict=True) for draw in group.admit(sequences)]
+
+    def _step(self, draws: list[Draw]) -> Iterator[Generated]:
+        """Runs the micro-batches, appends a token to each of their rows, yields and retires the sequences that end."""
+        finished: list[tuple[SlotGroup, int]] = []
+        for draw, drawn in zip(draws, self._run(draws), strict=True):
+            for row, (token, logprob) in enumerate(drawn, draw.first):
+                sequence = draw.group.running[row]
+                sequence.tokens.append(int(token))
+                sequence.logprobs.append(logprob)
+                stopped = token == self.eos or (self.stop is not None and self.stop.completed_by(sequence.tokens))
+                if stopped or len(sequence.tokens) == sequence.limit:
+                    finished.append((draw.group, row))
+                    yield Generated(sequence.index, sequence.tokens, sequence.logprobs, stopped)
+        for group, row in reversed(finished):  # from the last row: the row that moves is never one that ends
+            group.retire(row)
+
+    @torch.no_grad()
+    def _run(self, draws: list[Draw]) -> list[list[list[float]]]:
+        """[token, log-probability] of each micro-batch's rows, on every rank; the groups' states move one token on."""
+        if self.mesh.pipeline_size == 1:
+            drawn = [self._head(self.stage(draw), draw) for draw in draws]
+        else:
+            drawn = schedule.forward(self.mesh, self.stage, draws, self._head)
+        counts = [draw.count for draw in draws]
+        drawn = self._share(drawn, sum(counts)).split(counts)
+        for draw, drawn_N2 in zip(draws, drawn, strict=True):
+            draw.group.tokens[draw.rows] = drawn_N2[:, 0].long()
+            draw.group.positions[draw.rows] += 1
+        return [drawn_N2.tolist() for drawn_N2 in drawn]
+
+    def _head(self, hidden: Tensor, draw: Draw) -> Tensor:
+        """On the last stage: hidden states [T, H] -> float64 [N, 2], each row's next token and its log-probability."""
+        assert self.sampler is not None
+        group, rows = draw.group, draw.rows
+        newest = hidden if draw.last is None else hidden[draw.last]
+        positions = group.positions[rows] + 1
+        eos_from = group.prompt_lengths[rows] + self.params.min_new_tokens if self.params.min_new_tokens else None
+        tokens, logprobs = self.sampler(newest, group.ids[rows], positions, eos_from)
+        return torch.stack([tokens.double(), logprobs.double()], dim=1)
+
+    def _share(self, drawn: list[Tensor], rows: int) -> Tensor:
+        """The last stage's draws, float64 [rows, 2], on every stage: one broadcast."""
+        if self.mesh.pipeline_size == 1:
+            return torch.cat(drawn)
+        out = torch.empty(rows, 2, dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.is_last_stage:
+            torch.cat(drawn, out=out)
+        group = self.mesh.pipeline_group
+        dist.broadcast(out, src=dist.get_global_rank(group, self.mesh.pipeline_size - 1), group=group)
+        return out
