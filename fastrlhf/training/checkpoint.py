@@ -136,6 +136,7 @@ class Checkpointer:
         for name, learner in algorithm.learners().items():
             _save_optimizer(partial / f"{name}.optimizer", learner)
         _save_generators(partial / "random", self.mesh)
+        dist.barrier()  # every rank's files are there before the folder gets its final name
         if self.mesh.rank == 0:
             (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
             (partial / "config.yaml").write_text(self.config_text)
