@@ -1,0 +1,96 @@
+"""Conversion between Hugging Face folders and our checkpoints: the entry points of `fastrlhf convert from-hf|to-hf`.
+
+Run under torchrun with as many ranks as the model needs; the result does not depend on the layout. Both directions
+finish by comparing logits with transformers' model, on what was written.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from fastrlhf.config import ModelConfig, ParallelConfig
+from fastrlhf.data.tokenize import load_tokenizer
+from fastrlhf.errors import UserError
+from fastrlhf.models.gpt import build_model
+from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf, save_hf, verify_logits
+from fastrlhf.models.hf.shapes import read_hf_config
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.training.checkpoint import describe_model, load_model, save_model
+
+logger = logging.getLogger(__name__)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def convert_from_hf(path: str | Path, out: str | Path, parallel: ParallelConfig | None = None) -> float:
+    """Writes the model in the Hugging Face folder (or .gguf file) `path` to the model folder `out`, in the dtype it
+    has.
+
+    The folder's tokenizer, if there is one, is copied to `out`/tokenizer. Returns the largest difference of logits
+    between what was written and transformers' model. Raises `UserError` (nothing is written) or
+    `models.hf.LogitMismatch`.
+    """
+    path, out, parallel = Path(path), Path(out), parallel or ParallelConfig()
+    model, head = model_config_from_hf(path), head_from_hf(path)
+    _check_layout(model, parallel)
+    _check_new(out)
+    mesh = meshes.initialize(parallel, seed=0)
+    try:
+        assert model.vocab_size is not None
+        stage = build_model(model, mesh, model.vocab_size, head=head)
+        load_hf(path, stage)
+        has_tokenizer = path.is_dir() and any((path / name).is_file() for name in _TOKENIZER_FILES)
+        tokenizer = out / "tokenizer" if has_tokenizer else None
+        statistics = getattr(read_hf_config(path), "score_statistics", None)
+        save_model(out, stage, tokenizer=str(tokenizer or ""), statistics=statistics)
+        if tokenizer and mesh.rank == 0:
+            load_tokenizer(path).save_pretrained(tokenizer)
+        dist.barrier()
+        load_model(describe_model(out), stage)
+        difference = verify_logits(stage, path, mesh)
+        logger.info("%s -> %s: logits agree with transformers to %.2g", path, out, difference)
+        return difference
+    finally:
+        meshes.finalize()
+
+
+def convert_to_hf(checkpoint: str | Path, out: str | Path, parallel: ParallelConfig | None = None) -> float:
+    """Writes our checkpoint (a run, a step or a model folder) as the Hugging Face folder `out`, tokenizer included.
+
+    Returns the largest difference of logits between transformers' model of that folder and our stage. Raises
+    `UserError` (nothing is written) or `models.hf.LogitMismatch`.
+    """
+    out, parallel = Path(out), parallel or ParallelConfig()
+    saved = describe_model(checkpoint)
+    _check_layout(saved.model, parallel)
+    _check_new(out)
+    tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer else None
+    mesh = meshes.initialize(parallel, seed=0)
+    try:
+        head: Literal["lm", "scalar"] = "scalar" if saved.head == "scalar" else "lm"
+        stage = build_model(saved.model, mesh, saved.vocab_size, head=head)
+        load_model(saved, stage)
+        save_hf(stage, out, tokenizer, extra={"score_statistics": saved.statistics} if saved.statistics else None)
+        difference = verify_logits(stage, out, mesh)
+        logger.info("%s -> %s: logits agree with transformers to %.2g", checkpoint, out, difference)
+        return difference
+    finally:
+        meshes.finalize()
+
+
+def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    for name in ("num_heads", "num_kv_heads", "ffn_size"):
+        if getattr(model, name) % parallel.tensor:
+            raise UserError(
+                f"parallel.tensor {parallel.tensor} does not divide {name} {getattr(model, name)} of the model"
+            )
+    if model.num_layers % parallel.pipeline:
+        raise UserError(f"parallel.pipeline {parallel.pipeline} does not divide the model's {model.num_layers} layers")
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; give a new folder")

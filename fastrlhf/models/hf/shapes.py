@@ -1,0 +1,263 @@
+"""config.json of a Hugging Face folder -> ModelConfig, and back.
+
+An option that our stages do not compute is refused with its name and value: a model that loads is the model that was
+saved. Mistral without its sliding window and SmolLM are Llama to the last bit, so they are written back as Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import torch
+from pydantic import ValidationError
+
+from fastrlhf.config import ModelConfig
+from fastrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Head = Literal["lm", "scalar"]
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_HF_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+
+
+def gguf_arguments(path: str | Path) -> tuple[str, dict[str, str]]:
+    """(folder, extra arguments) by which transformers' `from_pretrained` reads `path`, a folder or a .gguf file."""
+    path = Path(path)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
+
+
+def read_hf_config(path: str | Path) -> PretrainedConfig:
+    """transformers' configuration of a local model folder (or .gguf file). Raises `UserError` if there is none."""
+    from transformers import AutoConfig
+
+    path = Path(path)
+    wanted = path if path.suffix == ".gguf" else path / "config.json"
+    if not wanted.is_file():
+        raise UserError(
+            f"{path}: no Hugging Face model here; expected a local folder with config.json, or a .gguf file"
+        )
+    folder, gguf = gguf_arguments(path)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        supported = ", ".join(sorted(_READERS))
+        raise UserError(f"{wanted}: {reason}; supported model types: {supported}") from None
+
+
+def model_config_from_hf(path: str | Path) -> ModelConfig:
+    """The shape, dropouts and dtype of the model saved in the local folder `path` (or .gguf file).
+
+    Raises `UserError` naming the option when the architecture, or one of its options, is not one we compute.
+    """
+    config = read_hf_config(path)
+    if config.model_type not in _READERS:
+        supported = ", ".join(sorted(_READERS))
+        raise UserError(f"{path}: model_type {config.model_type} is not supported; supported are {supported}")
+    if getattr(config, "quantization_config", None) is not None and Path(path).suffix != ".gguf":
+        _refuse(path, "quantization_config", config.quantization_config, "weights in fp32, bf16 or fp16")
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if dtype not in _DTYPES:
+        _refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
+    fields = _READERS[config.model_type](path, config) | {"dtype": _DTYPES[dtype]}
+    try:
+        return ModelConfig(
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            max_positions=config.max_position_embeddings,
+            init_std=config.initializer_range,
+            tie_embeddings=config.tie_word_embeddings,
+            **fields,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: config.json describes no valid model: {where} {first['msg']}") from None
+
+
+def vocab_size_from_hf(path: str | Path) -> int:
+    """Rows of the embedding of the model saved in `path` (at least the tokenizer's size)."""
+    return read_hf_config(path).vocab_size
+
+
+def head_from_hf(path: str | Path) -> Head:
+    """ "scalar" for a reward model (`...ForSequenceClassification` with one label), "lm" for a language model."""
+    config = read_hf_config(path)
+    architecture = (config.architectures or ["ForCausalLM"])[0]
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "lm"
+    if not architecture.endswith("ForSequenceClassification"):
+        _refuse(path, "architectures", architecture, "...ForCausalLM or ...ForSequenceClassification")
+    if config.num_labels != 1:
+        _refuse(path, "num_labels", config.num_labels, "1: a reward model gives one number")
+    return "scalar"
+
+
+def _refuse(path: str | Path, option: str, value: object, expected: str) -> NoReturn:
+    raise UserError(f"{path}: {option} = {value} in config.json is not supported; expected {expected}")
+
+
+def _read_gpt2(path: str | Path, config: Any) -> dict[str, Any]:
+    if config.activation_function not in _GELU:
+        _refuse(path, "activation_function", config.activation_function, "one of " + ", ".join(_GELU))
+    for option, wanted in (
+        ("add_cross_attention", False),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+    ):
+        if getattr(config, option) != wanted:
+            _refuse(path, option, getattr(config, option), str(wanted))
+    return {
+        "family": "gpt",
+        "activation": _GELU[config.activation_function],
+        "ffn_size": config.n_inner or 4 * config.n_embd,
+        "norm_eps": config.layer_norm_epsilon,
+        "residual_dropout": config.resid_pdrop,
+        "embedding_dropout": config.embd_pdrop,
+        "attention_dropout": config.attn_pdrop,
+    }
+
+
+def _read_llama_like(path: str | Path, config: Any) -> dict[str, Any]:
+    """What Llama, Mistral and Qwen have in common; biases and head norms are the caller's."""
+    if config.hidden_act not in ("silu", "swish"):
+        _refuse(path, "hidden_act", config.hidden_act, "silu")
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        _refuse(path, "rope_scaling", rope["rope_type"], "plain rotary embeddings (rope_scaling: null)")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse(path, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
+    _check_window(path, config)
+    return {
+        "family": "llama",
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None),
+        "ffn_size": config.intermediate_size,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "attention_dropout": config.attention_dropout,
+    }
+
+
+def _check_window(path: str | Path, config: Any) -> None:
+    """A window no shorter than the longest sequence masks nothing; any other is refused."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= config.max_position_embeddings:
+        return
+    layers = getattr(config, "layer_types", None)
+    if layers is None or "sliding_attention" in layers:
+        expected = f"null, or at least max_position_embeddings ({config.max_position_embeddings})"
+        _refuse(path, "sliding_window", window, expected)
+
+
+def _read_llama(path: str | Path, config: Any) -> dict[str, Any]:
+    if config.attention_bias != config.mlp_bias:
+        _refuse(path, "attention_bias", config.attention_bias, f"the same as mlp_bias ({config.mlp_bias})")
+    return _read_llama_like(path, config) | {"bias": config.attention_bias}
+
+
+def _read_qwen2(path: str | Path, config: Any) -> dict[str, Any]:
+    return _read_llama_like(path, config) | {"qkv_bias": True}
+
+
+def _read_qwen3(path: str | Path, config: Any) -> dict[str, Any]:
+    if config.attention_bias:
+        _refuse(path, "attention_bias", True, "false (Qwen 3 normalises queries and keys instead)")
+    return _read_llama_like(path, config) | {"qk_norm": True}
+
+
+_READERS: dict[str, Callable[[str | Path, Any], dict[str, Any]]] = {
+    "gpt2": _read_gpt2,
+    "llama": _read_llama,
+    "mistral": _read_llama_like,
+    "qwen2": _read_qwen2,
+    "qwen3": _read_qwen3,
+}
+
+
+def hf_type(model: ModelConfig) -> str:
+    """The Hugging Face model_type that computes `model`. Raises `UserError` when there is none among ours."""
+    shape = (model.position, model.norm, model.activation == "swiglu")
+    if shape == ("learned", "layernorm", False):
+        standard = model.num_kv_heads == model.num_heads and model.head_dim * model.num_heads == model.hidden_size
+        if standard and model.bias and model.qkv_bias and not model.qk_norm:
+            return "gpt2"
+    elif shape == ("rope", "rmsnorm", True):
+        kinds = {
+            (False, False, False): "llama",
+            (True, True, False): "llama",
+            (False, True, False): "qwen2",
+            (False, False, True): "qwen3",
+        }
+        kind = kinds.get((model.bias, model.qkv_bias, model.qk_norm))
+        if kind:
+            return kind
+    options = ("position", "norm", "activation", "bias", "qkv_bias", "qk_norm", "num_kv_heads", "head_dim")
+    described = ", ".join(f"{name}={getattr(model, name)}" for name in options)
+    raise UserError(f"no Hugging Face architecture computes this model ({described}); it stays in our own checkpoints")
+
+
+def hf_config(model: ModelConfig, vocab_size: int, head: Head, tokenizer: Any = None) -> PretrainedConfig:
+    """transformers' configuration of `model`, with the special tokens of `tokenizer` (none without one)."""
+    from transformers import AutoConfig
+
+    kind = hf_type(model)
+    fields = _gpt2_fields(model) if kind == "gpt2" else _llama_fields(model)
+    if kind == "llama":
+        fields |= {"attention_bias": model.bias, "mlp_bias": model.bias}
+    if kind == "qwen2" and model.head_dim * model.num_heads == model.hidden_size:
+        del fields["head_dim"]
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=vocab_size,
+        initializer_range=model.init_std,
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        **({"num_labels": 1} if head == "scalar" else {}),
+        **fields,
+    )
+    names = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    lm_head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+    config.architectures = [names[kind] + (lm_head if head == "lm" else "ForSequenceClassification")]
+    config.dtype = next(dtype for dtype, name in _DTYPES.items() if name == model.dtype)
+    return config
+
+
+def _gpt2_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": model.hidden_size,
+        "n_layer": model.num_layers,
+        "n_head": model.num_heads,
+        "n_inner": model.ffn_size,
+        "n_positions": model.max_positions,
+        "activation_function": _HF_GELU[model.activation],
+        "layer_norm_epsilon": model.norm_eps,
+        "resid_pdrop": model.residual_dropout,
+        "embd_pdrop": model.embedding_dropout,
+        "attn_pdrop": model.attention_dropout,
+    }
+
+
+def _llama_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.ffn_size,
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "attention_dropout": model.attention_dropout,
+    }

@@ -1,0 +1,261 @@
+"""Moves weights between a Hugging Face folder and pipeline stages, one tensor at a time.
+
+Loading reads only this rank's slices. Saving gathers each parameter over its tensor-parallel group and hands it to
+rank 0, which holds at most the safetensors file it is filling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from fastrlhf.config import ModelConfig
+from fastrlhf.errors import UserError
+from fastrlhf.models.gpt import GPT, global_names
+from fastrlhf.models.hf.files import Tensors, open_tensors
+from fastrlhf.models.hf.mapping import Rule, merge, stored_shapes, stored_tensors, tensor_map
+from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
+from fastrlhf.parallel.mesh import Mesh
+
+Tensor = torch.Tensor
+MAX_FILE_BYTES = 5_000_000_000
+_ROWS_COMPARED = 8192
+
+
+@torch.no_grad()
+def load_hf(path: str | Path, stage: GPT) -> None:
+    """Fills `stage` (whatever its layout, head and dtype) from the local folder or .gguf file `path`; call it on every
+    rank.
+
+    Every tensor of the folder is used exactly once and every parameter is filled. Two exceptions, both meant: a
+    scalar-head stage loaded from a language model drops the unembedding and keeps its own head, and a tied model may
+    repeat the embedding as lm_head.weight, if the two are equal. A reward model's bias, which transformers has no
+    place for, is `score_bias` in config.json (0 if absent). Weights are rounded to the stage's dtype. Load before the
+    optimizer is built: it copies them.
+
+    Raises `UserError` naming the first field or tensor that does not fit.
+    """
+    theirs, head = model_config_from_hf(path), head_from_hf(path)
+    if head == "scalar" and stage.head_kind == "lm":
+        raise UserError(f"{path}: holds a reward model, not the language model needed here")
+    _check_shape(path, theirs, stage)
+    rules = tensor_map(theirs, stage.vocab_size, head)
+    tensors = open_tensors(path)
+    _check_tensors(path, tensors, stored_shapes(rules), tied=theirs.tie_embeddings)
+    for name, parameter in global_names(stage):
+        if name in rules:
+            parameter.copy_(_read_shard(tensors, rules[name], parameter, stage).view_as(parameter))
+        elif name == "score.bias" and head == "scalar":
+            parameter.fill_(float(getattr(read_hf_config(path), "score_bias", 0.0)))
+        else:
+            # Only the head may be missing from the rules: a fresh one, on a language model's body.
+            assert name.startswith("score."), name
+
+
+def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
+    ours = stage.model_config
+    fields = [
+        *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "position", "norm"),
+        *("norm_eps", "activation", "bias", "qkv_bias", "qk_norm"),
+        "max_positions" if theirs.position == "learned" else "rope_theta",
+    ]
+    if stage.head_kind == "lm":
+        fields.append("tie_embeddings")
+    wrong = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
+    wrong["vocab_size"] = (stage.vocab_size, theirs.vocab_size)
+    for name, (mine, needed) in wrong.items():
+        if mine != needed:
+            raise UserError(f"{path}: the model there has {name} {needed}, not {mine}; set model.{name}={needed}")
+
+
+def _check_tensors(path: str | Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    for name, shape in expected.items():
+        if name not in tensors.shapes:
+            raise UserError(f"{path}: tensor {name} {list(shape)} is missing; the folder is not whole")
+        if tensors.shapes[name] != shape:
+            found = list(tensors.shapes[name])
+            raise UserError(f"{path}: tensor {name} is {found}, but config.json says {list(shape)}")
+    extra = sorted(set(tensors.shapes) - set(expected))
+    if tied and extra == ["lm_head.weight"]:
+        embedding = next(iter(expected))
+        if not _equal(tensors, "lm_head.weight", embedding):
+            raise UserError(
+                f"{path}: lm_head.weight differs from {embedding}, but config.json ties them; set tie_word_embeddings"
+            )
+    elif extra:
+        raise UserError(
+            f"{path}: tensor {extra[0]} has no place in this model ({len(extra)} such); is config.json its own?"
+        )
+
+
+def _equal(tensors: Tensors, first: str, second: str) -> bool:
+    if tensors.shapes[first] != tensors.shapes[second]:
+        return False
+    blocks = (slice(row, row + _ROWS_COMPARED) for row in range(0, tensors.shapes[first][0], _ROWS_COMPARED))
+    return all(torch.equal(tensors.read(first, (rows,)), tensors.read(second, (rows,))) for rows in blocks)
+
+
+def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> Tensor:
+    """This rank's part of a parameter, from the slices of its sources that belong to it."""
+    rank, size, dim = stage.mesh.tensor_rank, stage.mesh.tensor_size, rule.shard_dim
+    parts = []
+    for source in rule.sources:
+        length = parameter.shape[dim] if dim is not None and rule.merge == "copy" else source.rows // size
+        start, stop = rank * length, (rank + 1) * length
+        if dim == 0:  # the last ranks of a vocabulary hold padding
+            start, stop = min(start, source.rows), min(stop, source.rows)
+        part = tensors.read(source.name, source.index(dim, start, stop))
+        parts.append(part.t() if source.transposed and part.dim() == 2 else part)
+    shard = merge(rule, parts, stage.model_config.head_dim)
+    padded = dim == 0 and rule.merge == "copy" and shard.dim() == 2
+    return F.pad(shard, (0, 0, 0, parameter.shape[0] - shard.shape[0])) if padded else shard
+
+
+def save_hf(
+    stage: GPT,
+    path: str | Path,
+    tokenizer: Any = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes the model to the new folder `path` for transformers' Auto classes; call it on every rank (`path` is rank
+    0's).
+
+    Writes safetensors in the stage's dtype (with an index if there is more than one file), config.json,
+    generation_config.json and the `tokenizer` (a transformers tokenizer) if one is given. A scalar head becomes
+    `...ForSequenceClassification` with one label; its bias, which transformers' heads do not have, and the entries of
+    `extra` are kept as `score_bias` and under their own names in config.json. Raises `UserError` if the folder is not
+    empty or no architecture of theirs computes the model.
+    """
+    path, mesh = Path(path), stage.mesh
+    config = hf_config(stage.model_config, stage.vocab_size, stage.head_kind, tokenizer)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not empty; give a new folder")
+    dist.barrier()
+    writer = _Writer(path, max_file_bytes) if mesh.rank == 0 else None
+    rules = tensor_map(stage.model_config, stage.vocab_size, stage.head_kind)
+    places = _places(stage)
+    parameters = {name: parameter.detach() for name, parameter in global_names(stage)}
+    for name, rule in rules.items():
+        shards = _to_rank_0(mesh, parameters.get(name), places[name], sharded=rule.shard_dim is not None)
+        if writer is not None:
+            for stored, tensor in stored_tensors(rule, shards, stage.model_config.head_dim).items():
+                writer.add(stored, tensor)
+    if stage.head_kind == "scalar":
+        bias = _to_rank_0(mesh, parameters.get("score.bias"), places["score.bias"], sharded=False)
+        config.score_bias = float(bias[0]) if bias else 0.0
+    if writer is not None:
+        writer.close()
+        _write_descriptions(path, config, tokenizer, extra or {})
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lives: the first pipeline stage that has it, and what one shard of it looks like."""
+
+    stage: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _places(stage: GPT) -> dict[str, _Place]:
+    mesh = stage.mesh
+    mine = {n: _Place(mesh.pipeline_rank, tuple(p.shape), p.dtype) for n, p in global_names(stage)}
+    stages: list[Any] = [None] * mesh.pipeline_size
+    dist.all_gather_object(stages, mine, group=mesh.pipeline_group)
+    return {name: place for places in reversed(stages) for name, place in places.items()}
+
+
+def _to_rank_0(mesh: Mesh, parameter: Tensor | None, place: _Place, *, sharded: bool) -> list[Tensor]:
+    """The shards of a parameter on rank 0, [] on the others. Only the ranks of the first data-parallel replica take
+    part.
+    """
+    shards: list[Tensor] = []
+    if mesh.data_rank > 0 or not (sharded or mesh.tensor_rank == 0):
+        return []
+    if mesh.pipeline_rank == place.stage:
+        assert parameter is not None
+        shards = _gather_shards(mesh, parameter.contiguous()) if sharded else [parameter]
+    if place.stage > 0 and mesh.tensor_rank == 0:
+        if mesh.pipeline_rank == place.stage:
+            for shard in shards:
+                dist.send(shard, group=mesh.pipeline_group, group_dst=0)
+        elif mesh.pipeline_rank == 0:
+            count = mesh.tensor_size if sharded else 1
+            shards = [torch.empty(place.shape, dtype=place.dtype, device=mesh.device) for _ in range(count)]
+            for shard in shards:
+                dist.recv(shard, group=mesh.pipeline_group, group_src=place.stage)
+    return shards if mesh.rank == 0 else []
+
+
+def _gather_shards(mesh: Mesh, shard: Tensor) -> list[Tensor]:
+    """Every tensor-parallel rank's shard on the first of them, [] on the others."""
+    if mesh.tensor_size == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(mesh.tensor_size)] if mesh.tensor_rank == 0 else None
+    dist.gather(shard, shards, group=mesh.tensor_group, group_dst=0)
+    return shards or []
+
+
+class _Writer:
+    """Fills safetensors files of at most `max_bytes` (a larger tensor gets its own), and writes their index."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.max_bytes = max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._files: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self._files)
+        if count == 1:
+            self._partial(1).rename(self.path / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._files, 1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._partial(number).rename(self.path / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        (self.path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        self._files.append(list(self._pending))
+        save_file(self._pending, self._partial(len(self._files)), metadata={"format": "pt"})
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def _partial(self, number: int) -> Path:
+        return self.path / f"model-{number:05d}.partial"
+
+
+def _write_descriptions(path: Path, config: Any, tokenizer: Any, extra: Mapping[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    for name, value in extra.items():
+        setattr(config, name, value)
+    config.save_pretrained(path)
+    GenerationConfig.from_model_config(config).save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
