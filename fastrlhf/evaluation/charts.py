@@ -14,6 +14,7 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 42
+ROW = 34  # height of a bar and the space around it
 MAX_POINTS = 400  # a line of more points than this is averaged in bins: the plot is 480 units wide
 
 
@@ -77,36 +78,31 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
 
 
 def bar_chart(
-    bars: Sequence[Bar], *, reference: tuple[float, str] | None = None, start: float = 0.0, digits: int = 3
+    bars: Sequence[Bar],
+    *,
+    reference: tuple[float, str] | None = None,
+    from_zero: bool = True,
+    digits: int = 3,
 ) -> str:
-    """Horizontal bars from `start`, one under the other, with whiskers for the intervals and the numbers written
-    beside them.
+    """Values one under the other, with whiskers for the intervals and the numbers written beside them.
 
-    Set `start` above 0 only where differences matter and sizes do not (losses, say), and say so beside the chart.
+    Bars begin at zero. Where differences matter and sizes do not (losses, say), `from_zero=False` draws points on an
+    axis that begins near the smallest value: a bar cut off below would show a false proportion.
     """
-    row, label_width, number_width = 34, 112, 150
-    ends = [bar.high if bar.high is not None else bar.value for bar in bars] + ([reference[0]] if reference else [])
-    axis = _Axis(start, max(max(ends), start + 1e-9), label_width, WIDTH - number_width)
-    height = TOP + row * len(bars) + (22 if reference else 6)
+    label_width, number_width = 112, 150
+    lows = [bar.value if bar.low is None else bar.low for bar in bars] + ([reference[0]] if reference else [])
+    highs = [bar.value if bar.high is None else bar.high for bar in bars] + ([reference[0]] if reference else [])
+    low, high = min(lows), max(highs)
+    start = min(low, 0.0) if from_zero else low - 0.12 * ((high - low) or 1.0)
+    axis = _Axis(start, max(high, start + 1e-9), label_width, WIDTH - number_width)
+    height = TOP + ROW * len(bars) + (22 if reference else 6)
     body = []
-    for i, bar in enumerate(bars):
-        middle = TOP + row * i + row / 2
-        width = max(axis(bar.value) - label_width, 1.0)
-        body.append(_text(label_width - 10, middle + 4, bar.label, "end", "name"))
-        place = f'x="{label_width}" y="{middle - 9:.1f}" width="{width:.1f}" height="18" rx="3"'
-        body.append(f'<rect class="bar c{bar.color}" {place}/>')
-        number = f"{bar.value:.{digits}f}"
-        end = bar.value
-        if bar.low is not None and bar.high is not None:
-            low, end = max(bar.low, start), bar.high
-            x1, x2, above = f"{axis(low):.1f}", f"{axis(end):.1f}", f"{middle - 5:.1f}"
-            body.append(f'<path class="whisker" d="M{x1} {middle:.1f}H{x2}M{x1} {above}v10M{x2} {above}v10"/>')
-            number += f"  [{bar.low:.{digits}f}, {bar.high:.{digits}f}]"
-        body.append(_text(axis(max(end, bar.value)) + 8, middle + 4, number, "start", "number"))
     if reference:
         x = axis(reference[0])
         body.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - 18}"/>')
         body.append(_text(x, height - 5, reference[1], "middle", "tick"))
+    for i, bar in enumerate(bars):
+        body.extend(_bar(bar, TOP + ROW * (i + 0.5), axis, axis(0.0) if from_zero else None, digits))
     return _svg(height, ", ".join(f"{bar.label} {bar.value:.{digits}f}" for bar in bars), body)
 
 
@@ -151,13 +147,14 @@ def _binned(series: Series) -> Series:
 
 
 def _smoothed(series: Series) -> Series:
-    """A centred moving average over a twentieth of the points, narrower at the ends, so that it neither lags nor is
-    cut.
+    """A centred moving average over a twentieth of the points.
+
+    The window narrows towards the start, where curves are steep, and is cut at the end, where they are flat.
     """
     half = max(len(series.y) // 40, 1)
     ys = []
     for i, value in enumerate(series.y):
-        reach = min(half, i, len(series.y) - 1 - i)
+        reach = min(half, i)
         window = [y for y in series.y[i - reach : i + reach + 1] if math.isfinite(y)]
         ys.append(math.fsum(window) / len(window) if math.isfinite(value) else math.nan)
     return Series(series.name, series.x, ys, series.color)
@@ -170,6 +167,24 @@ def _path(series: Series, x_axis: _Axis, y_axis: _Axis, kind: str) -> str:
             parts.append(f"{'L' if pen_down else 'M'}{x_axis(x):.1f} {y_axis(y):.1f}")
         pen_down = math.isfinite(y)
     return f'<path class="{kind} c{series.color}" d="{"".join(parts)}"><title>{escape(series.name)}</title></path>'
+
+
+def _bar(bar: Bar, middle: float, axis: _Axis, zero: float | None, digits: int) -> list[str]:
+    """One row of a bar chart: its name, its bar from `zero` (None: a point), its whisker and its number."""
+    x, end, number = axis(bar.value), axis(bar.value), f"{bar.value:.{digits}f}"
+    parts = [_text(axis.start - 10, middle + 4, bar.label, "end", "name")]
+    if zero is None:
+        parts.append(f'<line class="grid" x1="{axis.start}" x2="{axis.stop}" y1="{middle:.1f}" y2="{middle:.1f}"/>')
+        parts.append(f'<circle class="dot c{bar.color}" cx="{x:.1f}" cy="{middle:.1f}" r="6"/>')
+    else:
+        place = f'x="{min(x, zero):.1f}" y="{middle - 9:.1f}" width="{max(abs(x - zero), 1):.1f}" height="18" rx="3"'
+        parts.append(f'<rect class="bar c{bar.color}" {place}/>')
+    if bar.low is not None and bar.high is not None:
+        end, above = max(axis(bar.high), x), f"{middle - 5:.1f}v10"
+        x1, x2 = f"{axis(bar.low):.1f}", f"{axis(bar.high):.1f}"
+        parts.append(f'<path class="whisker" d="M{x1} {middle:.1f}H{x2}M{x1} {above}M{x2} {above}"/>')
+        number += f" [{bar.low:.{digits}f}, {bar.high:.{digits}f}]"
+    return [*parts, _text(end + (11 if zero is None else 8), middle + 4, number, "start", "number")]
 
 
 def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:

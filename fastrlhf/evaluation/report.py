@@ -20,40 +20,42 @@ from fastrlhf.evaluation.style import STYLE
 
 Metrics = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
 
-# What a newcomer should know of the numbers that runs record: (title, what the curve should look like). Order is that
-# of the page.
+# What a newcomer should know of what runs record: (title, what the curve should look like), in the order of the page.
 EXPLAINED = {
     "loss": (
         "Loss",
-        "What training makes smaller. It should fall fast, then slowly; a sudden rise means too high a learning rate.",
+        "What training makes smaller: a fast fall, then a slow one. A sudden rise: too high a learning rate.",
     ),
     "accuracy": (
         "Accuracy",
         "Share of ranked pairs in which the better response gets the higher score; 0.5 is guessing.",
     ),
     "margin": ("Margin", "Mean difference between the scores of the better and the worse response of a pair."),
-    "reward": (
-        "Reward",
-        "Mean score the reward model gives to sampled responses, before the KL penalty. It should rise.",
+    "score": ("Score", "Mean score the reward model gives to the sampled responses. It should rise."),
+    "reward": ("Reward", "The score less the KL penalty: what PPO maximizes. It should rise."),
+    "kl": ("KL from the reference", "How far the policy has moved, in nats a response: what the score cost."),
+    "response_length": (
+        "Response length",
+        "In tokens. A drift to very long or very short ones hints at reward hacking.",
     ),
-    "kl": (
-        "KL from the reference",
-        "How far the policy has moved from where it started, in nats a response: what the reward cost.",
-    ),
-    "entropy": (
-        "Entropy",
-        "How undecided the policy is, in nats a token. A collapse to zero means it always says the same.",
+    "no_stop": ("Responses cut off", "Share of the responses that reached the length limit before a stop token."),
+    "entropy": ("Entropy", "How undecided the policy is, in nats a token. Near zero it always says the same."),
+    "ptx_loss": ("Pretraining loss", "Cross-entropy on the pretraining text mixed into PPO, in nats a token."),
+    "value_loss": ("Value loss", "Squared error of the predicted return. It should fall as the value model learns."),
+    "explained_variance": (
+        "Explained variance",
+        "Share of the returns' variance that the value model predicts; 1 is all.",
     ),
     "policy_loss": ("Policy loss", "PPO's clipped objective. Its level says little; it should stay small and bounded."),
-    "value_loss": ("Value loss", "Squared error of the predicted return. It should fall as the value model learns."),
-    "pretrain_loss": (
-        "Pretraining loss",
-        "Cross-entropy on pretraining text, in nats a token: what alignment costs elsewhere.",
+    "clip_fraction": (
+        "Clipped share",
+        "Share of tokens whose ratio left the clip range. Above 0.3, steps are too large.",
     ),
-    "ptx_loss": ("Pretraining loss", "Cross-entropy on the pretraining rows mixed into PPO, in nats a token."),
-    "clip_fraction": ("Clipped share", "Share of tokens whose ratio left 1 +- clip. Above 0.3, steps are too large."),
     "approx_kl": ("KL of one update", "How far one update moved the policy. It should stay well below 0.1."),
-    "ratio_max": ("Largest ratio", "Largest new / old probability of a sampled token."),
+    "ratio_deviation": (
+        "First ratio's deviation from 1",
+        "Rollout and training must agree: anything but rounding is a bug.",
+    ),
     "grad_norm": ("Gradient norm", "Before clipping. Spikes are harmless when rare; steady growth is not."),
     "lr": ("Learning rate", "As the schedule asks: warm-up first, then decay."),
     "seconds": ("Seconds a step", "Wall-clock time. Steady is good; growth hints at a leak or a slowing disk."),
@@ -114,8 +116,8 @@ class Report:
         """Charts made by `framed`, in as many columns as fit; empty ones are left out."""
         self._parts.append(f'<div class="charts">{"".join(charts)}</div>')
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str | float | int]]) -> None:
-        """A table; numbers are right-aligned, floats with four digits."""
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """A table; numbers are right-aligned, floats with three decimals, anything else as its text."""
         head = "".join(f"<th>{escape(name)}</th>" for name in header)
         body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
         self._parts.append(
@@ -193,14 +195,16 @@ def read_metrics(path: Path) -> Metrics:
     return columns
 
 
-def metric_charts(metrics: Metrics) -> list[str]:
-    """One framed chart for each metric, known ones first; a validation metric shares the chart of the one it
-    validates.
+def metric_charts(metrics: Metrics, names: Iterable[str] | None = None) -> list[str]:
+    """One framed chart for each metric, or for those of `names` that were recorded; by default all, known ones first.
+
+    A validation metric shares the chart of the one it validates.
     """
     known = [name for name in EXPLAINED if name in metrics]
     rest = sorted(name for name in metrics if name not in EXPLAINED and _validated(name) not in metrics)
+    shown = known + rest if names is None else [name for name in names if name in metrics]
     charts = []
-    for name in known + rest:
+    for name in shown:
         title, text = EXPLAINED.get(name, (name.replace("_", " ").replace("/", ": "), ""))
         partners = [partner for prefix in _PREFIXES if (partner := prefix + name) in metrics]
         series = [Series(label, *metrics[label], color) for color, label in enumerate([name, *partners])]
@@ -215,14 +219,13 @@ def write_run_report(run_dir: str | Path) -> Path:
     """
     folder = Path(run_dir)
     metrics = read_metrics(folder / "metrics.jsonl")
-    if not metrics:
-        raise UserError(f"{folder / 'metrics.jsonl'} holds no numbers yet")
     report = Report(folder.resolve().name, "Every number this training run recorded, over its steps.")
-    report.figures(_run_figures(metrics))
-    report.section(
-        "Curves", "The faint line is what was recorded, the strong one its moving average over a twentieth of the run."
-    )
-    report.charts(metric_charts(metrics))
+    if metrics:
+        report.figures(_run_figures(metrics))
+        report.section("Curves", "The faint line is what was recorded, the strong one its moving average.")
+        report.charts(metric_charts(metrics))
+    else:
+        report.section("Curves", "Nothing has been recorded yet.")
     config = folder / "config.yaml"
     if config.is_file():
         report.section("Configuration")
@@ -233,7 +236,7 @@ def write_run_report(run_dir: str | Path) -> Path:
 def _run_figures(metrics: Metrics) -> list[Figure]:
     last_step = max(steps[-1] for steps, _ in metrics.values())
     figures = [Figure("Steps", f"{last_step:,.0f}")]
-    headline = ("loss", "accuracy", "reward", "kl", *(p + n for p in _PREFIXES for n in ("loss", "accuracy")))
+    headline = ("loss", "accuracy", "score", "kl", *(p + n for p in _PREFIXES for n in ("loss", "accuracy")))
     for name in headline:
         if name in metrics:
             values = metrics[name][1]
@@ -266,7 +269,9 @@ def _card(figure: Figure) -> str:
     )
 
 
-def _cell(value: str | float | int) -> str:
-    if isinstance(value, str):
-        return f"<td>{escape(value)}</td>"
-    return f'<td class="numeric">{value:,d}</td>' if isinstance(value, int) else f'<td class="numeric">{value:.4g}</td>'
+def _cell(value: object) -> str:
+    if isinstance(value, int):
+        return f'<td class="numeric">{value:,d}</td>'
+    if isinstance(value, float):
+        return f'<td class="numeric">{value:.3f}</td>' if abs(value) < 100 else f'<td class="numeric">{value:,.1f}</td>'
+    return f"<td>{escape(str(value))}</td>"

@@ -29,7 +29,7 @@ p { margin: 6px 0 12px; max-width: 76ch; }
   font-weight: 600; }
 .badge.good { color: var(--good); background: var(--good-back); }
 .badge.bad { color: var(--bad); background: var(--bad-back); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 14px;
   margin: 14px 0; }
 figure { margin: 0; padding: 16px 18px 12px; }
 figcaption { color: var(--soft); font-size: 14px; margin-top: 8px; }
@@ -40,6 +40,7 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
 svg .name { fill: var(--ink); font-size: 14px; }
 svg .number { fill: var(--ink); font-size: 13px; font-variant-numeric: tabular-nums; }
+svg .number { paint-order: stroke; stroke: var(--card); stroke-width: 5px; }
 svg .grid { stroke: var(--rule); }
 svg .axis { stroke: var(--soft); }
 svg .reference { stroke: var(--soft); stroke-dasharray: 4 4; }

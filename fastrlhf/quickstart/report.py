@@ -50,15 +50,18 @@ RUNS = {
         "4. PPO, without pretraining gradients",
         "The policy samples summaries, the reward model scores them, and PPO makes well-scored ones likelier. A "
         "penalty on the KL divergence keeps it near the SFT model.",
-        "Reward and KL rise together; reward that rises while the labeler's opinion does not would be reward hacking.",
+        "Score and KL rise together; a score that rises while the labeler's opinion does not would be reward hacking.",
     ),
     "ppo_ptx": (
         "5. PPO-ptx: PPO with pretraining gradients mixed in",
         "The same, but every update also takes a step on pretraining text, so that what was learned there is not "
         "forgotten: the method of InstructGPT.",
-        "Reward should rise much as without the mix, while the pretraining loss stays near that of SFT.",
+        "The score should rise much as without the mix, while the pretraining loss stays near that of SFT.",
     ),
 }
+
+# Metrics worth a newcomer's look; the reports of the single runs show all.
+SHOWN = ("loss", "accuracy", "score", "kl", "entropy", "ptx_loss", "response_length", "value_loss")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def write_quickstart_report(out: str | Path, results: Results) -> Path:
     for key, (heading, what, look) in RUNS.items():
         if key in results.runs:
             report.section(heading, what, f"What to look for: {look}")
-            report.charts(metric_charts(read_metrics(results.runs[key] / "metrics.jsonl")))
+            report.charts(metric_charts(read_metrics(results.runs[key] / "metrics.jsonl"), SHOWN))
+            report.note(f"Everything this stage recorded: {results.runs[key].name}/report.html beside this page.")
     _timing(report, results.summary["seconds"])
     return report.write(Path(out) / "report.html")
 
@@ -162,37 +166,41 @@ def _outcome(report: Report, results: Results) -> None:
     loss = results.summary["pretrain_loss"]
     names = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
     losses = [Bar(name, loss[key], color=COLORS[name]) for key, name in names.items()]
-    floor = 0.98 * min(bar.value for bar in losses)
+    scores = [Bar(name, _utility(terms), color=COLORS[name]) for name, terms in results.terms.items()]
     report.charts(
         [
             framed("Preferred to SFT", bar_chart(wins, reference=(0.5, "as good as SFT")), "Higher is better."),
             framed(
                 "Loss on held-out pretraining text",
-                bar_chart(losses, start=floor),
-                "Lower is better; bars begin at the dashed edge, not at zero. What a model gains in one task it "
-                "tends to lose elsewhere; the pretraining gradients of PPO-ptx limit that loss.",
+                bar_chart(losses, from_zero=False),
+                "Nats a token; lower is better. What a model gains in one task it tends to lose elsewhere; the "
+                "pretraining gradients of PPO-ptx limit that loss.",
             ),
-            _reward_against_kl(results.runs),
+            framed(
+                "Mean score by the labelers' rule", bar_chart(scores), "Without noise, from 0 to 1; higher is better."
+            ),
+            _score_against_kl(results.runs),
         ]
     )
     header = ["model", *(name.replace("_", " ") for name in WEIGHTS), "utility"]
-    rows = []
-    for model, terms in results.terms.items():
-        utility = sum(weight * terms[name] for name, weight in WEIGHTS.items())
-        rows.append([model, *(terms[name] for name in WEIGHTS), utility])
+    rows = [[model, *(terms[name] for name in WEIGHTS), _utility(terms)] for model, terms in results.terms.items()]
     report.note("What changed in the responses, by the terms of the labelers' rule (0 to 1, higher is better):")
     report.table(header, rows)
 
 
-def _reward_against_kl(runs: Mapping[str, Path]) -> str:
+def _utility(terms: Mapping[str, float]) -> float:
+    return sum(weight * terms[name] for name, weight in WEIGHTS.items())
+
+
+def _score_against_kl(runs: Mapping[str, Path]) -> str:
     series = []
     for key, name in (("ppo", "PPO"), ("ppo_ptx", "PPO-ptx")):
         metrics = read_metrics(runs[key] / "metrics.jsonl") if key in runs else {}
-        if "kl" in metrics and "reward" in metrics:
-            series.append(Series(name, metrics["kl"][1], metrics["reward"][1], COLORS[name]))
+        if "kl" in metrics and "score" in metrics:
+            series.append(Series(name, metrics["kl"][1], metrics["score"][1], COLORS[name]))
     return framed(
-        "Reward against distance",
-        scatter_chart(series, "KL from SFT (nats a response)", "reward"),
+        "Score against distance",
+        scatter_chart(series, "KL from SFT (nats a response)", "reward model's score"),
         "One dot an iteration. Up is better by the reward model, right is farther from SFT: the best bargain is up "
         "and left.",
         {one.name: one.color for one in series},
