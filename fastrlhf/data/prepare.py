@@ -67,29 +67,34 @@ class Settings:
             raise UserError("valid_fraction and test_fraction must be 0 or more and leave users for train")
 
 
-@dataclass
 class _Index:
     """One entry a spooled record: three 64-bit hashes, and where its line is. Users without an id are one each."""
 
-    prompt: array[int]
-    user: array[int]
-    order: array[int]
-    start: array[int]
+    def __init__(self) -> None:
+        self.prompt, self.user, self.order, self.start = (array("Q") for _ in range(4))
+
+    def add(self, prompt: int, user: int, order: int, start: int) -> None:
+        self.prompt.append(prompt)
+        self.user.append(user)
+        self.order.append(order)
+        self.start.append(start)
 
 
 def prepare(
     paths: Paths, out: str | Path, settings: Settings | None = None, on_error: OnError = "strict"
 ) -> dict[str, Any]:
-    """Write train.jsonl, valid.jsonl, test.jsonl, manifest.json and DATA_CARD.md into the folder `out`; return the
-    manifest.
+    """Write {train,valid,test}.jsonl, manifest.json and DATA_CARD.md into the folder `out`; return the manifest.
 
-    Counts in the manifest add up: read = malformed + too_short + too_long + personal_data + duplicates + over_user_cap
-    + kept. Personal data are counted by kind (a record may have several) and appear nowhere. The manifest is written
-    last.
+    Its counts add up: read = malformed + too_short + too_long + personal_data + duplicates + over_user_cap + kept.
+    Personal data are counted by kind (a record may have several) and appear nowhere. The manifest is written last, so
+    a folder with one is complete.
     """
     settings = settings or Settings()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for path in as_paths(paths):
+        if path.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
+            raise UserError(f"{path}: the input would be overwritten by the output; choose another output folder")
     (out / "manifest.json").unlink(missing_ok=True)
     with tempfile.TemporaryFile(dir=out) as spool:
         index, dropped, found = _spool(paths, settings, on_error, spool)
@@ -123,31 +128,24 @@ def _spool(
     paths: Paths, settings: Settings, on_error: OnError, spool: IO[bytes]
 ) -> tuple[_Index, dict[str, int], Counter[str]]:
     """Stream the records once: drop what the record alone decides, write the rest to `spool`, keep its hashes."""
-    index = _Index(array("Q"), array("Q"), array("Q"), array("Q"))
-    counts, dropped, found = Counts(), Counter[str](), Counter[str]()
+    index, counts, dropped, found = _Index(), Counts(), Counter[str](), Counter[str]()
     position = 0
     for record in read_records(paths, settings.kind, on_error, None, counts):
         length = len(prompt_text(record.prompt))
-        kinds = set() if length > settings.max_chars else find_pii(_all_text(record))
         if not settings.min_chars <= length <= settings.max_chars:
             dropped["too_short" if length < settings.min_chars else "too_long"] += 1
-        elif kinds:
+        elif kinds := find_pii(_all_text(record)):
             dropped["personal_data"] += 1
             found.update(kinds)
         else:
             line = to_json(record).encode() + b"\n"
             order = _hash(settings.seed, b"order", line)
             user = order if record.user_id is None else _hash(settings.seed, b"user", record.user_id.encode())
-            index.prompt.append(
-                _hash(settings.seed, b"prompt", _dedup_key(record.prompt, settings.prefix_chars).encode())
-            )
-            index.user.append(user)
-            index.order.append(order)
-            index.start.append(position)
+            prompt = _hash(settings.seed, b"prompt", _dedup_key(record.prompt, settings.prefix_chars).encode())
+            index.add(prompt, user, order, position)
             position += spool.write(line)
-    reasons = {"malformed": counts.rejected} | {
-        reason: dropped[reason] for reason in ("too_short", "too_long", "personal_data")
-    }
+    reasons = {"malformed": counts.rejected}
+    reasons |= {reason: dropped[reason] for reason in ("too_short", "too_long", "personal_data")}
     return index, reasons, found
 
 

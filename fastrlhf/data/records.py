@@ -172,7 +172,8 @@ def read_records(
     Endings read: .jsonl, .parquet, for text also .txt (a file is one document), and .gz after .jsonl or .txt.
     A record that cannot be used raises UserError with `file:line`; with on_error="quarantine" it is counted in
     `counts.rejected` and, when `rejected` is a path, written there as one JSON line {"source", "reason", "record"}.
-    A file that cannot be read (missing, truncated, of another kind) always raises UserError.
+    A file that cannot be read (missing, truncated, of another kind) always raises UserError. Where several processes
+    read the same files, `rejected` is for one of them.
     """
     yield from parse_rows(paths, kind, lambda row: [parse_record(row, kind)], on_error, rejected, counts)
 

@@ -171,6 +171,8 @@ def test_settings_that_make_no_sense_and_empty_splits(
         Settings(max_per_user=0)
     with pytest.raises(UserError, match="leave users for train"):
         Settings(valid_fraction=0.5, test_fraction=0.5)
+    with pytest.raises(UserError, match=r"train\.jsonl: the input would be overwritten by the output"):
+        prepare(jsonl({"prompt": "p"}, name="train.jsonl"), tmp_path)
     prepare(jsonl({"prompt": "alone"}), tmp_path / "out", Settings(test_fraction=0.0))
     assert "valid is empty: too few users for its share" in caplog.messages
     assert "test is empty: too few users for its share" not in caplog.messages
