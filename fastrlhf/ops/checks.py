@@ -29,8 +29,9 @@ def floating(argument: str, x: object) -> None:
 def like(argument: str, x: object, shape: torch.Size, device: torch.device, kind: str = "float") -> None:
     """Check that `x` is a tensor of `shape` on `device` whose dtype is of `kind`: "float", "integer" or "bool"."""
     dtypes = {"float": FLOATS, "integer": INTEGERS, "bool": (torch.bool,)}[kind]
+    words = {"float": "a float", "integer": "an integer", "bool": "a bool"}[kind]
     fits = isinstance(x, Tensor) and x.dtype in dtypes and x.shape == shape and x.device == device
-    require(fits, argument, x, f"a {kind} tensor of shape {list(shape)} on {device}")
+    require(fits, argument, x, f"{words} tensor of shape {list(shape)} on {device}")
 
 
 def positive(argument: str, x: float) -> None:

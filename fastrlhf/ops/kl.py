@@ -48,7 +48,7 @@ def logits_kl_ref(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         x, y = torch.where(mask[..., None], x, 0.0), torch.where(mask[..., None], y, 0.0)
     logp, logq = torch.log_softmax(x / temperature, -1), torch.log_softmax(y / temperature, -1)
     p = logp.exp()
-    kl = torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
+    kl = (p * torch.where(p > 0, logp - logq, 0.0)).sum(-1)
     return kl if mask is None else torch.where(mask, kl, 0.0)
 
 

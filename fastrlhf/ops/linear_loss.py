@@ -79,7 +79,7 @@ def _linear_loss(
     gradients = Gradients(hidden_NH, weight, (needs[0], needs[1], needs[2]))
     for at in chunks(labels.numel(), hidden.device):
         keep, token = keep_N[at], labels_N[at]
-        chunk = hidden_chunk(hidden_NH, keep, at)
+        chunk = hidden_chunk(hidden_NH, keep_N, at)
         logits = head(chunk, weight, bias)
         stats = STATISTICS.on(logits, backend)(logits[None], token, keep, temperature, vocab_start, columns)
         if group_name:

@@ -41,7 +41,7 @@ def logprobs_ref(
     logp = torch.log_softmax(torch.where(keep[..., None], x, 0.0) / temperature, -1)
     lse = torch.logsumexp(torch.where(keep[..., None], x, 0.0) / temperature, -1)
     p = logp.exp()
-    entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(-1)  # the where inside: 0 * -inf has no gradient
     chosen = logp.gather(-1, torch.where(keep, labels, 0).long()[..., None]).squeeze(-1)
     chosen, entropy, lse = (torch.where(keep, t, 0.0) for t in (chosen, entropy, lse))
     kl = None if ref_logprobs is None else torch.where(keep, chosen - ref_logprobs.to(chosen.dtype), 0.0)

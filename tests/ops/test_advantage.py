@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrlhf.ops import gae, shaped_rewards, token_kl
+
+
+def gae_per_row(rewards, values, mask, gamma, lam):
+    """The sum that defines GAE (equation 16), on each row's True positions alone: sum_k (gamma lam)^k delta_{t+k}."""
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for b in range(rewards.shape[0]):
+        at = mask[b].nonzero().flatten()
+        r, v = rewards[b, at], values[b, at]
+        delta = r + gamma * torch.cat([v[1:], v.new_zeros(1)])[: len(v)] - v
+        for i in range(len(at)):
+            powers = (gamma * lam) ** torch.arange(len(at) - i, dtype=r.dtype)
+            advantages[b, at[i]] = (powers * delta[i:]).sum()
+        returns[b, at] = advantages[b, at] + v
+    return advantages, returns
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 130, 1025])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.99, 0.9), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
+def test_gae_with_interior_gaps_against_its_sum(length, gamma, lam, backend, device):
+    rewards, values = torch.randn(3, length, dtype=torch.float64), torch.randn(3, length, dtype=torch.float64)
+    rewards, values = rewards.float().double(), values.float().double()
+    mask = torch.rand(3, length) > 0.3
+    mask[1] = False
+    expected = gae_per_row(rewards, values, mask, gamma, lam)
+    poison = [torch.where(mask, x.float(), torch.nan).to(device) for x in (rewards, values)]
+    ours = gae(*poison, mask.to(device), gamma, lam, backend=backend)
+    # each step's rounding is carried 1 / (1 - gamma lam) steps, or all of them without discount
+    carried = min(length, 1 / max(1 - gamma * lam, 1e-9)) + 2
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == torch.float32 and not a.requires_grad
+        assert bool((a[~mask.to(device)] == 0).all())
+        assert float((a.cpu().double() - b).abs().max()) <= 2**-23 * carried * float(1 + b.abs().max())
+
+
+def test_gae_golden(backend, device):
+    """gamma 1, lambda 0.5, by hand: deltas (1 + 4 - 2, 0 + 0 - 4) over the two True positions."""
+    rewards = torch.tensor([[1.0, 9.0, 0.0, 9.0]], device=device)
+    values = torch.tensor([[2.0, 9.0, 4.0, 9.0]], device=device)
+    mask = torch.tensor([[True, False, True, False]], device=device)
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.5, backend=backend)
+    assert advantages.tolist() == [[1.0, 0.0, -4.0, 0.0]] and returns.tolist() == [[3.0, 0.0, 0.0, 0.0]]
+
+
+def test_gae_dtypes_strides_and_empty(backend, device):
+    rewards, values = (torch.randn(5, 7, device=device).bfloat16().T for _ in range(2))
+    mask = torch.ones(7, 5, dtype=torch.bool, device=device)
+    half = gae(rewards, values, mask, backend=backend)
+    full = gae(rewards.float().contiguous(), values.float().contiguous(), mask, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(half, full, strict=True))
+    assert gae(rewards[:, :0], values[:, :0], mask[:, :0], backend=backend)[0].shape == (7, 0)
+
+
+def test_lambda_one_returns_the_reward_to_go(backend, device):
+    rewards = torch.randn(2, 50, device=device)
+    mask = torch.ones(2, 50, dtype=torch.bool, device=device)
+    _, returns = gae(rewards, torch.randn(2, 50, device=device), mask, 1.0, 1.0, backend=backend)
+    torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1), rtol=0, atol=50 * 2**-20)
+
+
+def test_shaped_rewards_golden(torch_only):
+    logp, ref = torch.tensor([[-1.0, -2.0, -3.0]] * 2), torch.tensor([[-1.5, -2.0, -1.0]] * 2)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    rewards, kl = shaped_rewards(torch.tensor([10.0, 5.0]), logp, ref, mask, 0.1)
+    assert kl.tolist() == [[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert rewards[0].tolist() == pytest.approx([-0.05, 10.0, 0.0]) and not bool(rewards[1].any())
+
+
+def test_the_score_goes_to_the_last_true_position(torch_only):
+    mask = torch.tensor([[False, True, False, True, False]])
+    zeros = torch.where(mask, 0.0, torch.nan)
+    rewards, kl = shaped_rewards(torch.tensor([3.0]), zeros, zeros, mask, torch.tensor(0.5))
+    assert rewards.tolist() == [[0.0, 0.0, 0.0, 3.0, 0.0]] and kl.tolist() == [[0.0] * 5]
+
+
+def test_the_penalty_is_clipped_but_not_the_reported_kl(torch_only):
+    logp, ref = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[-8.0, 8.0, -1.0]])
+    rewards, kl = shaped_rewards(torch.zeros(1), logp, ref, torch.ones(1, 3, dtype=torch.bool), 1.0, clip=2.0)
+    assert rewards.tolist() == [[-2.0, 2.0, -1.0]] and kl.tolist() == [[8.0, -8.0, 1.0]]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+def test_estimators_by_hand(estimator, torch_only):
+    d = torch.tensor([0.5, -0.25, 0.0], dtype=torch.float64)
+    exact = {"k1": d, "abs": d.abs(), "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
+    logp = (d - 1).requires_grad_()
+    torch.testing.assert_close(token_kl(logp, torch.full_like(d, -1.0), estimator), exact)
+    assert torch.autograd.gradcheck(lambda x: token_kl(x, torch.full_like(d, -1.1), estimator), (logp,))
+    small = token_kl(torch.tensor([1e-4]), torch.zeros(1), "k3")
+    assert small.item() == pytest.approx(5e-9, rel=1e-3, abs=4e-12), "exp(-d) - 1 + d cancels: expm1 keeps it"
+
+
+def test_estimators_average_to_the_true_kl(torch_only):
+    """E_p[k1] = E_p[k3] = KL(p || q), summed over a whole distribution instead of sampled."""
+    p, q = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
+    true = (p.exp() * (p - q)).sum()
+    for estimator in ("k1", "k3"):
+        torch.testing.assert_close((p.exp() * token_kl(p, q, estimator)).sum(), true)
+
+
+def test_mistakes_are_named(torch_only):
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"gamma: got 1\.5, expected a number from 0 to 1"):
+        gae(x, x, mask, gamma=1.5)
+    with pytest.raises(ValueError, match=r"rewards: got float32\[3\] on cpu, expected shape \[B, T\]"):
+        gae(x[0], x[0], mask[0])
+    with pytest.raises(ValueError, match=r"scores: got float32\[3\]"):
+        shaped_rewards(torch.zeros(3), x, x, mask, 0.1)
+    with pytest.raises(ValueError, match="estimator: got 'k4', expected one of 'k1', 'abs', 'k2', 'k3'"):
+        token_kl(x, x, "k4")
