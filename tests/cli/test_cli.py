@@ -1,0 +1,182 @@
+"""Exit codes, one-line errors and a start that imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastrlhf import cli
+from fastrlhf.errors import UserError
+
+CONFIG = """\
+model: {family: gpt, num_layers: 2, hidden_size: 16, num_heads: 2, max_positions: 2048}
+data: {tokenizer: tok, train: a.jsonl}
+optimizer: {lr: 1e-3}
+train: {steps: 1, global_batch_size: 1}
+output_dir: out
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """`fastrlhf ARGUMENTS` in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastrlhf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert isinstance(exit_.value.code, int)
+        return (exit_.value.code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Stands in for `fastrlhf.launch`, whose import costs seconds; collects what `train` is called with."""
+    calls: list = []
+    module = type(sys)("fastrlhf.launch")
+    monkeypatch.setattr(module, "train", lambda *arguments: calls.append(arguments), raising=False)
+    monkeypatch.setitem(sys.modules, "fastrlhf.launch", module)
+    return calls
+
+
+def test_python_m_starts_it_and_imports_nothing_heavy():
+    code = """
+import runpy, sys
+sys.argv = ["fastrlhf", "--help"]
+try:
+    runpy.run_module("fastrlhf", run_name="__main__")
+except SystemExit as error:
+    assert error.code == 0, error.code
+heavy = {"torch", "transformers", "megatron", "numpy", "triton", "matplotlib", "yaml"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for command in ("pretrain", "sft", "rm", "ppo", "sample", "quickstart", "doctor"):
+        assert f"  {command} " in result.stdout
+
+
+def test_a_misspelt_key_answers_without_torch(config):
+    code = f"""
+import sys
+from fastrlhf import cli
+sys.argv = ["fastrlhf", "sft", {str(config)!r}, "trian.seed=1"]
+try:
+    cli.main()
+finally:
+    assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == "error: override 'trian.seed=1': unknown key trian.seed; did you mean train.seed?\n"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "rm"])
+def test_training_command_passes_its_configuration(run, launched, config, command):
+    assert run(command, config, "train.seed=7", "model.init_std=0.5") == (0, "", "")
+    [(name, passed)] = launched
+    assert (name, passed.train.seed, passed.model.init_std) == (command, 7, 0.5)
+
+
+def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config):
+    status, _, error = run("ppo", config)
+    assert (status, launched) == (2, [])
+    assert error.startswith("error: ppo needs data.prompts: ")
+    arguments = ["data.prompts=p", "ppo.reward_model=r", "ppo.gamma_ptx=0"]
+    assert run("ppo", config, *arguments) == (0, "", "")
+    assert launched[0][0] == "ppo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "error: Missing command; see fastrlhf --help\n"),
+        (["sft"], "error: Missing argument 'CONFIG'; see fastrlhf --help\n"),
+        (["bogus"], "error: No such command 'bogus'; see fastrlhf --help\n"),
+        (["sft", "no.yaml"], "error: no.yaml: no such configuration file\n"),
+        (["doctor", "--yaml"], "error: No such option: --yaml"),
+        (["quickstart", "--tensor", "0"], "error: Invalid value for '--tensor': "),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(run, arguments, expected):
+    status, out, error = run(*arguments)
+    assert (status, out) == (2, "")
+    assert error.startswith(expected)
+    assert error.count("\n") == 1
+
+
+def test_user_error_stays_on_one_line(run, monkeypatch, launched, config):
+    def fail(*_: object) -> None:
+        raise UserError("data.jsonl:3: bad\n   record")
+
+    monkeypatch.setattr(sys.modules["fastrlhf.launch"], "train", fail)
+    assert run("sft", config) == (2, "", "error: data.jsonl:3: bad record\n")
+
+
+def test_interrupt_is_130_and_says_nothing(run, monkeypatch, launched, config):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fastrlhf.launch"], "train", interrupt)
+    assert run("sft", config) == (130, "", "")
+
+
+def test_a_defect_keeps_its_traceback_and_is_status_1(config):
+    code = f"""
+import sys
+from fastrlhf import cli
+module = type(sys)("fastrlhf.launch")
+module.train = lambda *_: 1 / 0
+sys.modules["fastrlhf.launch"] = module
+sys.argv = ["fastrlhf", "sft", {str(config)!r}]
+cli.main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_only_rank_0_prints(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run("sft", "no.yaml") == (2, "", "")
+
+
+def test_under_torchrun_the_line_is_said_once(tmp_path):
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastrlhf", "sft", "no.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, "torchrun has one status for all failures"
+    assert result.stderr.count("error: no.yaml: no such configuration file") == 1
+
+
+def test_what_only_another_rank_knows_reaches_torchruns_summary(tmp_path):
+    script = tmp_path / "only_rank_1.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from fastrlhf import cli\n"
+        "sys.argv = ['fastrlhf', 'sft', 'no.yaml']\n"
+        "time.sleep(60) if os.environ['RANK'] == '0' else cli.main()\n"
+    )
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "no.yaml: no such configuration file" in result.stderr

@@ -1,0 +1,139 @@
+"""The doctor tells what works from what does not, by trying it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from fastrlhf import doctor
+
+
+@pytest.fixture(scope="module")
+def checks():
+    """One real run of every check."""
+    return {check.name: check for look in doctor.CHECKS for check in look()}
+
+
+def test_what_the_tests_themselves_need_works_here(checks):
+    for name in ("Python", "torch", "disk", "gloo", "megatron-core", "transformers", "ops on torch"):
+        assert checks[name].status == "ok", checks[name]
+
+
+def test_whatever_is_off_or_broken_says_why(checks):
+    for check in checks.values():
+        assert check.detail
+        if check.status != "ok":
+            assert check.cure or check.name.startswith(("ops on", "NCCL")), check
+
+
+def test_json_and_table_tell_the_same(monkeypatch, capsys):
+    some = [doctor.Check("a", "ok", "1.2"), doctor.Check("b", "off", "[brackets] are kept", "install it")]
+    monkeypatch.setattr(doctor, "CHECKS", [lambda: some])
+    assert doctor.report(as_json=True) is True
+    told = json.loads(capsys.readouterr().out)
+    assert told["healthy"] is True
+    assert told["checks"][1] == {"name": "b", "status": "off", "detail": "[brackets] are kept", "cure": "install it"}
+    assert doctor.report() is True
+    table = capsys.readouterr().out
+    for text in ("1.2", "[brackets] are kept", "install it", "Everything that fastrlhf needs works here."):
+        assert text in table
+
+
+def test_broken_is_unhealthy_and_off_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "off", "d")]])
+    assert doctor.report() is True
+    monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "broken", "d", "c")]])
+    assert doctor.report() is False
+    assert "Something that fastrlhf needs is broken." in capsys.readouterr().out
+
+
+def test_without_torch_the_report_ends_there(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert doctor.report(as_json=True) is False
+    last = json.loads(capsys.readouterr().out)["checks"][-1]
+    assert (last["name"], last["status"]) == ("torch", "broken")
+
+
+def test_gloo_that_cannot_connect_is_broken(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    [check] = doctor._gloo()
+    assert check.status == "broken"
+    assert "GLOO_SOCKET_IFNAME" in check.cure
+
+
+def test_full_disk_is_broken(monkeypatch):
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", full)
+    [check] = doctor._disk()
+    assert check.status == "broken"
+    assert check.detail.endswith("cannot be written: No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "words"),
+    [
+        ("0.16.0", "broken", "too old"),
+        ("0.16.1", "ok", "a tested version"),
+        ("0.19.2", "ok", "a tested version"),
+        ("0.16.10", "ok", "tested are"),
+        ("0.20.0", "ok", "tested are"),
+    ],
+)
+def test_megatron_versions(monkeypatch, version, status, words):
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: version)
+    [check] = doctor._megatron()
+    assert check.status == status
+    assert words in check.detail
+
+
+def test_three_kinds_of_apex(monkeypatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "not installed" in doctor._apex()[0].detail
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    try:
+        assert "another project than NVIDIA's" in doctor._apex()[0].detail
+        (tmp_path / "apex" / "optimizers.py").touch()
+        doctor.importlib.invalidate_caches()
+        [check] = doctor._apex()
+        assert check.status == "off"
+        assert "without its CUDA extension amp_C" in check.detail
+        monkeypatch.setitem(sys.modules, "amp_C", ModuleType("amp_C"))
+        assert doctor._apex()[0].status == "ok"
+    finally:
+        sys.modules.pop("apex", None)
+
+
+def test_package_that_is_there_but_does_not_load(monkeypatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
+    [check] = doctor._flash_attention()
+    assert (check.status, check.detail) == ("off", "does not import: undefined symbol: _ZN3c10")
+    (tmp_path / "flash_attn.py").write_text("import a_dependency_that_is_missing")
+    doctor.importlib.invalidate_caches()
+    [check] = doctor._flash_attention()
+    assert check.detail == "does not import: No module named 'a_dependency_that_is_missing'"
+
+
+def test_triton_can_be_interpreted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert doctor._triton()[0].status == "ok"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert doctor._triton()[0].status == "off"
+
+
+def test_gpu_line_names_the_card(monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=139 * doctor.GIB, major=9, minor=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
+    assert doctor._gpus() == [doctor.Check("GPU 0", "ok", "NVIDIA H200, 139 GiB, sm_90, driver 580.1")]
