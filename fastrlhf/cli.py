@@ -90,7 +90,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 1234,
 ) -> None:
     """Run the whole InstructGPT loop on this machine: pretraining, SFT, reward model, PPO-ptx, report."""
-    from fastrlhf.quickstart import run
+    from fastrlhf.quickstart.stages import run
 
     run(out, tensor, pipeline, seed)
 

@@ -56,7 +56,7 @@ def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> N
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s):
         with phase("start-up"):
-            job = _JOBS[command](_Run(config, mesh))
+            job = _JOBS[command](Parts(config, mesh))
         _loop(command, config, mesh, job)
     dist.barrier()
 
@@ -91,7 +91,7 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job) -> None:
         write_run_report(out)
 
 
-class _Run:
+class Parts:
     """The parts that every command builds in the same way."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
@@ -206,14 +206,14 @@ class _Run:
         return Learner(self.mesh, stage, optimizer, schedule, total_steps=total_steps, lr=lr)
 
 
-def _pretrain(run: _Run) -> Job:
+def _pretrain(run: Parts) -> Job:
     data = run.config.data
     assert data.train is not None
     valid = run.one_pass(run.windows(data.valid), pack_windows) if data.valid else None
     return _language_modelling(run, run.loader(run.windows(data.train), pack_windows), valid)
 
 
-def _sft(run: _Run) -> Job:
+def _sft(run: Parts) -> Job:
     data = run.config.data
     assert data.train is not None
     dataset = run.demonstrations(data.train)
@@ -225,7 +225,7 @@ def _sft(run: _Run) -> Job:
     return _language_modelling(run, batches, valid)
 
 
-def _language_modelling(run: _Run, batches: Loader, evaluation: Callable[[], Loader] | None) -> Job:
+def _language_modelling(run: Parts, batches: Loader, evaluation: Callable[[], Loader] | None) -> Job:
     check_batch(run.config, run.mesh.data_size)
     total_steps = run.total_steps(batches)
     policy = run.learner(run.stage(run.config.model, "lm"), total_steps)
@@ -238,7 +238,7 @@ def _language_modelling(run: _Run, batches: Loader, evaluation: Callable[[], Loa
     return Job(SupervisedFinetuning(run.mesh, policy), batches, total_steps, evaluate)
 
 
-def _rm(run: _Run) -> Job:
+def _rm(run: Parts) -> Job:
     data = run.config.data
     assert data.train is not None
     check_batch(run.config, run.mesh.data_size)
@@ -263,7 +263,7 @@ def _rm(run: _Run) -> Job:
     return Job(algorithm, batches, total_steps, evaluate, finish)
 
 
-def _ppo(run: _Run) -> Job:
+def _ppo(run: Parts) -> Job:
     config, mesh = run.config, run.mesh
     assert config.data.prompts is not None and config.train.steps is not None and config.ppo.reward_model is not None
     check_batch(config, mesh.data_size, "ppo.batch_size")
@@ -299,7 +299,7 @@ def _ppo(run: _Run) -> Job:
     return Job(algorithm, prompts, config.train.steps)
 
 
-def _average(run: _Run, model: ModelConfig, policy: Learner) -> ExponentialAverage | None:
+def _average(run: Parts, model: ModelConfig, policy: Learner) -> ExponentialAverage | None:
     decay = run.config.ppo.ema_decay
     if decay is None:
         return None
@@ -307,7 +307,7 @@ def _average(run: _Run, model: ModelConfig, policy: Learner) -> ExponentialAvera
     return ExponentialAverage(policy.stage, average, decay)
 
 
-def _ptx_batches(run: _Run) -> Loader | None:
+def _ptx_batches(run: Parts) -> Loader | None:
     ppo, pretrain = run.config.ppo, run.config.data.pretrain
     if ppo.gamma_ptx == 0:
         return None
@@ -352,4 +352,4 @@ def _check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) ->
         )
 
 
-_JOBS: dict[str, Callable[[_Run], Job]] = {"pretrain": _pretrain, "sft": _sft, "rm": _rm, "ppo": _ppo}
+_JOBS: dict[str, Callable[[Parts], Job]] = {"pretrain": _pretrain, "sft": _sft, "rm": _rm, "ppo": _ppo}

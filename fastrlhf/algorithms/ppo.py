@@ -253,7 +253,11 @@ class PPO:
         if self.average is not None:
             self.average.update()
         self.kl.update(metrics["kl"], rollouts.scores.numel())
-        return metrics | _mean_over_updates(updates)
+        metrics |= _mean_over_updates(updates)
+        # The sum of all that is minimised, as the other algorithms report it.
+        metrics["loss"] = metrics["policy_loss"] - config.entropy_coef * metrics["entropy"] + metrics["value_loss"]
+        metrics["loss"] += config.gamma_ptx * metrics.get("ptx_loss", 0.0)
+        return metrics
 
     def _minibatch(self, rollouts: Rollouts, rows: Tensor, advantages: Tensor, returns: Tensor) -> list[PPOBatch]:
         """This rank's share of a minibatch, in packed micro-batches."""

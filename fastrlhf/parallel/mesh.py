@@ -131,6 +131,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     Dropout and sampling seeds differ by data-parallel rank and pipeline stage and agree inside a tensor-parallel group,
     but for megatron's tensor-parallel region, whose generator differs on each of its ranks.
 
+    May be called again in the same process, also with other sizes: the groups are built anew.
     Raises `UserError` when the world size is not divisible by tensor * pipeline.
     """
     on_gpu = torch.cuda.is_available()
@@ -149,6 +150,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     _join("nccl" if on_gpu else "gloo", timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,12 +126,14 @@ class ExponentialAverage:
         self.source = stage
         self.stage = average
         self.decay = decay
-        self._move(1.0)
-
-    def update(self) -> None:
-        self._move(1.0 - self.decay)
+        with torch.no_grad():
+            for copy, weights in self._pairs():
+                copy.copy_(weights)
 
     @torch.no_grad()
-    def _move(self, weight: float) -> None:
-        for average, parameter in zip(self.stage.parameters(), self.source.parameters(), strict=True):
-            average.lerp_(parameter.float(), weight)
+    def update(self) -> None:
+        for copy, weights in self._pairs():
+            copy.lerp_(weights.float(), 1.0 - self.decay)
+
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(self.stage.parameters(), self.source.parameters(), strict=True)

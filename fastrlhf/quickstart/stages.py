@@ -1,0 +1,355 @@
+"""The whole InstructGPT loop on a laptop: data, pretraining, SFT, rankings, reward model, PPO and PPO-ptx, evaluation.
+
+Every stage is an ordinary run of `launch.train` with a configuration of its own; only the data, the labelers and the
+comparison at the end are made here. A run that was interrupted goes on where it stopped. Everything lands under `out`:
+data/, tokenizer/, one folder a stage, summary.json and report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fastrlhf import launch
+from fastrlhf.algorithms.sft import evaluate_loss
+from fastrlhf.config import Config
+from fastrlhf.data.batches import pack_windows
+from fastrlhf.data.tokenize import train_bpe
+from fastrlhf.evaluation.report import Answer
+from fastrlhf.evaluation.winrate import WinRate, win_rate
+from fastrlhf.generation import SamplingParams, generate_all
+from fastrlhf.models.gpt import GPT
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.quickstart import corpus as corpora
+from fastrlhf.quickstart.labeler import Calibration, Rule, calibrate, known_words, majority, mean_terms, panel
+from fastrlhf.quickstart.report import Results, Sample, write_quickstart_report
+
+MODELS = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: chosen so that two CPU cores finish in under 8 minutes."""
+
+    vocab_size: int = 4096
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    context: int = 128
+    window: int = 96
+    pretrain_steps: int = 700
+    sft_steps: int = 400
+    ranking_prompts: int = 1200
+    rm_epochs: float = 2.0
+    ppo_steps: int = 40
+    ppo_batch: int = 64
+    eval_prompts: int = 256
+    eval_windows: int = 512
+    labelers: int = 5
+    new_tokens: int = 32
+
+
+def run(out: Path, tensor: int = 1, pipeline: int = 1, seed: int = 1234, scale: Scale | None = None) -> None:
+    """Runs the loop, under torchrun if more than one process is asked for (it starts torchrun itself)."""
+    if tensor * pipeline > 1 and "RANK" not in os.environ:
+        _under_torchrun(tensor * pipeline, out, tensor, pipeline, seed)
+        return
+    _Loop(out, tensor, pipeline, seed, scale or Scale()).run()
+
+
+def _under_torchrun(processes: int, out: Path, tensor: int, pipeline: int, seed: int) -> None:
+    options = ["--out", str(out), "--tensor", str(tensor), "--pipeline", str(pipeline), "--seed", str(seed)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    finished = subprocess.run([*launcher, "-m", "fastrlhf", "quickstart", *options], check=False)
+    if finished.returncode:
+        raise SystemExit(finished.returncode)
+
+
+class _Loop:
+    def __init__(self, out: Path, tensor: int, pipeline: int, seed: int, scale: Scale) -> None:
+        self.out = out
+        self.parallel = {"tensor": tensor, "pipeline": pipeline}
+        self.seed = seed
+        self.scale = scale
+        self.seconds: dict[str, float] = {}
+        self.mesh = meshes.initialize(self.config("sft").parallel, seed)
+        self.is_main = self.mesh.rank == 0
+
+    def run(self) -> None:
+        """All stages in order; rank 0 writes files, all ranks train and sample."""
+        start = time.perf_counter()
+        with self.timed("data"):
+            corpus = self.prepare()
+        for stage, command in (("pretrain", "pretrain"), ("sft", "sft")):
+            with self.timed(stage):
+                launch.train(command, self.config(stage))  # type: ignore[arg-type]
+        with self.timed("ranking"):
+            labels = self.rank(corpus)
+        for stage, command in (("rm", "rm"), ("ppo", "ppo"), ("ppo_ptx", "ppo")):
+            with self.timed(stage):
+                launch.train(command, self.config(stage))  # type: ignore[arg-type]
+        with self.timed("evaluation"):
+            answers, losses = self.answers(), self.pretraining_losses()
+        if self.is_main:
+            assert corpus is not None and labels is not None
+            self.seconds["total"] = time.perf_counter() - start
+            self.report(corpus, *labels, answers, losses)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        self.say(stage)
+        start = time.perf_counter()
+        yield
+        dist.barrier()
+        self.seconds[stage] = round(time.perf_counter() - start, 2)
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(f"quickstart: {text}", file=sys.stderr, flush=True)
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> corpora.Corpus | None:
+        """Gathers the corpus and writes tokenizer and files (rank 0); the same machine and seed give the same files."""
+        corpus = None
+        if self.is_main:
+            corpus = corpora.gather(seed=self.seed)
+            self.out.mkdir(parents=True, exist_ok=True)
+            train_bpe(corpus.train_text, self.scale.vocab_size, self.out / "tokenizer")
+            self.write("pretrain", [{"text": text} for text in corpus.train_text])
+            self.write("heldout", [{"text": text} for text in corpus.heldout_text])
+            for split, demonstrations in corpus.demonstrations.items():
+                self.write(split, [demonstration.record() for demonstration in demonstrations])
+        dist.barrier()
+        return corpus
+
+    def path(self, name: str) -> Path:
+        return self.out / "data" / f"{name}.jsonl"
+
+    def write(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        self.path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def prompts(self, split: str, limit: int) -> list[str]:
+        """The first `limit` prompts of a seeded shuffle of a split, the same on every rank."""
+        records = [json.loads(line) for line in self.path(split).read_text().splitlines()]
+        prompts = [record["prompt"] for record in records]
+        random.Random(self.seed).shuffle(prompts)
+        return prompts[:limit]
+
+    # ---- rankings ---------------------------------------------------------------------------------------------------
+
+    def rank(self, corpus: corpora.Corpus | None) -> tuple[Rule, Calibration] | None:
+        """Samples K = 4..9 responses to each ranking prompt; rank 0 has a panel of labelers rank them."""
+        prompts = self.prompts("ranking", self.scale.ranking_prompts)
+        draw = random.Random(self.seed)
+        counts = [draw.randint(4, 9) for _ in prompts]
+        repeated = [prompt for prompt, k in zip(prompts, counts, strict=True) for _ in range(k)]
+        flat = iter(self.sample("sft", repeated, seed=self.seed))
+        sampled = [[next(flat) for _ in range(k)] for k in counts]
+        if not self.is_main:
+            return None
+        assert corpus is not None
+        rule = Rule(known_words(corpus.train_text))
+        calibration = calibrate([rule.utilities(p, r) for p, r in zip(prompts, sampled, strict=True)])
+        labelers = panel(rule, calibration.noise, self.scale.labelers, self.seed)
+        records = []
+        for prompt, responses in zip(prompts, sampled, strict=True):
+            labeler = draw.choice(labelers)
+            ranks = labeler.rank(prompt, responses)
+            if len(set(ranks)) > 1:
+                records.append(
+                    {"prompt": prompt, "responses": responses, "ranks": ranks, "labeler_id": labeler.labeler_id}
+                )
+        held_out = len(records) // 8
+        self.write("rankings_valid", records[:held_out])
+        self.write("rankings_train", records[held_out:])
+        return rule, calibration
+
+    def sample(self, run: str, prompts: Sequence[str], seed: int, greedy: bool = False) -> list[str]:
+        """One response text to each prompt from the model of a run; the same list on every rank."""
+        parts, stage = self.load(run)
+        mesh = parts.mesh
+        tokenized = [parts.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+        mine = list(range(mesh.data_rank, len(prompts), mesh.data_size))
+        params = SamplingParams(max_new_tokens=self.scale.new_tokens, temperature=0.0 if greedy else 1.0, seed=seed)
+        eos = parts.tokenizer.eos_token_id
+        generated = generate_all(stage, [tokenized[i] for i in mine], params, mesh=mesh, eos=eos, slots=128, ids=mine)
+        texts = {
+            i: str(parts.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
+            for i, answer in zip(mine, generated, strict=True)
+        }
+        everyone: list[dict[int, str]] = [{} for _ in range(mesh.world_size)]
+        dist.all_gather_object(everyone, texts)
+        merged = {i: text for part in everyone for i, text in part.items()}
+        # An empty response cannot be ranked; labelers see what a reader would.
+        return [merged[i] or "(nothing)" for i in range(len(prompts))]
+
+    def load(self, run: str) -> tuple[launch.Parts, GPT]:
+        """The policy that a run ended with, its average where there is one."""
+        config = self.config(run)
+        mesh = meshes.initialize(config.parallel, self.seed)
+        parts = launch.Parts(config, mesh)
+        model = config.model.model_copy(update={"load": str(self.out / run)})
+        return parts, parts.stage(model, "lm")
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def answers(self) -> dict[str, list[str]]:
+        """Model -> its response to each held-out prompt, sampled at temperature 1 like the rollouts."""
+        prompts = self.prompts("eval", self.scale.eval_prompts)
+        return {name: self.sample(run, prompts, seed=self.seed + 1) for name, run in MODELS.items()}
+
+    def pretraining_losses(self) -> dict[str, float]:
+        """Run -> cross-entropy per token on held-out text, "base" for the pretrained model."""
+        losses = {}
+        for name, run in MODELS.items():
+            parts, stage = self.load(run)
+            windows = parts.windows([str(self.path("heldout"))])
+            some = [windows[i] for i in range(min(len(windows), self.scale.eval_windows))]
+            key = "base" if name == "base" else run
+            losses[key] = evaluate_loss(parts.mesh, stage, parts.one_pass(some, pack_windows)())
+        return losses
+
+    def report(
+        self,
+        corpus: corpora.Corpus,
+        rule: Rule,
+        calibration: Calibration,
+        answers: dict[str, list[str]],
+        losses: dict[str, float],
+    ) -> None:
+        prompts = self.prompts("eval", self.scale.eval_prompts)
+        # Judges that ranked nothing in training.
+        judges = panel(rule, calibration.noise, self.scale.labelers, self.seed + 1)
+
+        def against_sft(model: str) -> WinRate:
+            pairs = zip(prompts, answers[model], answers["SFT"], strict=True)
+            return win_rate([majority(judges, prompt, ours, sft) for prompt, ours, sft in pairs])
+
+        rates = {model: against_sft(model) for model in ("base", "PPO", "PPO-ptx")}
+        last = {run: self.last_metrics(run) for run in ("rm", "ppo", "ppo_ptx")}
+        summary = {
+            "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
+            "winrate_ppo_ptx_vs_sft": rates["PPO-ptx"].rate,
+            "winrate_ppo_ptx_vs_sft_ci95": [rates["PPO-ptx"].low, rates["PPO-ptx"].high],
+            "winrate_ppo_vs_sft": rates["PPO"].rate,
+            "winrate_ppo_vs_sft_ci95": [rates["PPO"].low, rates["PPO"].high],
+            "kl_ppo_ptx": last["ppo_ptx"]["kl"],
+            "kl_ppo": last["ppo"]["kl"],
+            "labeler_agreement": calibration.agreement,
+            "pretrain_loss": losses,
+            "seconds": self.seconds,
+        }
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        results = Results(
+            summary=summary,
+            runs={run: self.out / run for run in ("pretrain", "sft", "rm", "ppo", "ppo_ptx")},
+            win_rates=rates,
+            terms={model: mean_terms(rule, prompts, answers[model]) for model in MODELS},
+            calibration=calibration,
+            counts={
+                "documents of text": len(corpus.train_text),
+                "demonstrations": len(corpus.demonstrations["sft"]),
+                "ranked prompts": len(self.path("rankings_train").read_text().splitlines()),
+            },
+            samples=[
+                Sample(
+                    prompt,
+                    [Answer(model, answers[model][i], rule.utility(prompt, answers[model][i])) for model in MODELS],
+                )
+                for i, prompt in enumerate(prompts[:8])
+            ],
+        )
+        path = write_quickstart_report(self.out, results)
+        print(json.dumps(summary, indent=2))
+        self.say(f"report: {path}")
+
+    def compare(self, rule: Rule, prompt: str, answers: dict[str, list[str]], i: int) -> Sample:
+        texts = {model: answers[model][i] for model in MODELS}
+        return Sample(prompt, [Answer(model, text, rule.utility(prompt, text)) for model, text in texts.items()])
+
+    def last_metrics(self, run: str) -> dict[str, float]:
+        return json.loads((self.out / run / "metrics.jsonl").read_text().splitlines()[-1])
+
+    # ---- configurations ---------------------------------------------------------------------------------------------
+
+    def config(self, run: str) -> Config:
+        """The configuration of one stage; each starts from the model of the one before."""
+        scale = self.scale
+        model: dict[str, Any] = {
+            "family": "gpt",
+            "num_layers": scale.layers,
+            "hidden_size": scale.hidden,
+            "num_heads": scale.heads,
+            "max_positions": scale.context,
+            "dtype": "fp32",
+        }
+        start = {"sft": "pretrain", "rm": "sft", "ppo": "sft", "ppo_ptx": "sft"}.get(run)
+        if start is not None:
+            model["load"] = str(self.out / start)
+        data: dict[str, Any] = {
+            "tokenizer": str(self.out / "tokenizer"),
+            "max_prompt_tokens": scale.context - scale.new_tokens,
+            "max_response_tokens": scale.new_tokens,
+            "sequence_length": scale.window,
+        }
+        sections: dict[str, Any] = {
+            "model": model,
+            "parallel": self.parallel,
+            "output_dir": str(self.out / run),
+            "schedule": {"decay": "cosine", "min_lr_ratio": 0.1},
+            "generation": {"max_new_tokens": scale.new_tokens, "slots": 64},
+        }
+        if run == "pretrain":
+            data |= {"train": str(self.path("pretrain"))}
+            sections |= {
+                "train": {"steps": scale.pretrain_steps, "global_batch_size": 32, "micro_batch_size": 32},
+                "optimizer": {"lr": 3e-3, "weight_decay": 0.01},
+                "schedule": {"decay": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 20},
+            }
+        elif run == "sft":
+            data |= {"train": str(self.path("sft"))}
+            sections |= {
+                "train": {"steps": scale.sft_steps, "global_batch_size": 32, "micro_batch_size": 32},
+                "optimizer": {"lr": 1e-3},
+            }
+        elif run == "rm":
+            data |= {
+                "train": str(self.path("rankings_train")),
+                "valid": str(self.path("rankings_valid")),
+                "demonstrations": str(self.path("ppo")),
+            }
+            sections |= {
+                "train": {"epochs": scale.rm_epochs, "global_batch_size": 16, "micro_batch_size": 8},
+                "optimizer": {"lr": 5e-4},
+            }
+        else:
+            data |= {"prompts": str(self.path("ppo")), "pretrain": str(self.path("pretrain"))}
+            sections |= {
+                "train": {"steps": scale.ppo_steps, "global_batch_size": scale.ppo_batch, "micro_batch_size": 16},
+                "optimizer": {"lr": 3e-4},
+                "schedule": {"decay": "constant", "warmup_steps": 2},
+                "ppo": {
+                    "reward_model": str(self.out / "rm"),
+                    "batch_size": scale.ppo_batch,
+                    "minibatch_size": scale.ppo_batch // 4,
+                    "ptx_per_episode": 1,
+                    "gamma_ptx": 1.0 if run == "ppo_ptx" else 0.0,
+                    "value_lr": 5e-4,
+                    "kl_coef": 0.05,
+                    "ema_decay": 0.9,
+                },
+            }
+        return Config.model_validate({**sections, "data": data})
