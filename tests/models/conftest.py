@@ -19,7 +19,7 @@ VOCAB = 101
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 }
 GPT2: dict[str, Any] = {
     "n_embd": 32,
-    "n_layer": 3,
+    "n_layer": 2,
     "n_head": 4,
     "n_positions": 64,
     "resid_pdrop": 0.0,

@@ -81,7 +81,7 @@ def test_options_we_do_not_compute(copy: Copy, variant: str, changes: dict[str, 
     ],
 )
 def test_windows_that_mask_nothing_load(copy: Copy, variant: str, changes: dict[str, Any]) -> None:
-    assert model_config_from_hf(copy(variant, **changes)).num_layers == 3
+    assert model_config_from_hf(copy(variant, **changes)).num_layers == 2
 
 
 def test_heads(copy: Copy) -> None:
@@ -183,7 +183,7 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 2}, r"num_layers 3, not 2; set model\.num_layers=3"),
+        ({"num_layers": 4}, r"num_layers 2, not 4; set model\.num_layers=2"),
         ({"rope_theta": 1e4}, r"rope_theta 500\.0, not 10000\.0"),
         ({"norm_eps": 1e-5}, "norm_eps 1e-06"),
         ({"tie_embeddings": True}, "tie_embeddings False, not True"),

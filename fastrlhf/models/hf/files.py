@@ -139,8 +139,9 @@ def _files(path: Path) -> list[Path]:
 
 def _check_gguf(path: Path) -> int:
     """Refuses what transformers would skip in silence; returns the number of tensors in the file."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{path}: reading GGUF files needs the gguf package: pip install gguf")
+    lacking = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(f"{path}: reading GGUF files needs more packages: pip install {' '.join(lacking)}")
     from gguf import GGUFReader
 
     try:

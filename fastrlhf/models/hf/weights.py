@@ -7,7 +7,8 @@ rank 0, which holds at most the safetensors file it is filling.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, global_names
 from fastrlhf.models.hf.files import Tensors, open_tensors
-from fastrlhf.models.hf.mapping import Rule, merge, stored_shapes, stored_tensors, tensor_map
+from fastrlhf.models.hf.mapping import Rule, Source, merge, stored_shapes, stored_tensors, tensor_map
 from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
 from fastrlhf.parallel.mesh import Mesh
 
@@ -72,7 +73,9 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
     wrong = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
     wrong["vocab_size"] = (stage.vocab_size, theirs.vocab_size)
     for name, (mine, needed) in wrong.items():
-        if mine != needed:
+        # A .gguf file keeps its floats in fp32: 1e-6 comes back as 9.99999997e-07.
+        same = math.isclose(mine, needed, rel_tol=1e-6) if isinstance(needed, float) else mine == needed
+        if not same:
             raise UserError(f"{path}: the model there has {name} {needed}, not {mine}; set model.{name}={needed}")
 
 
@@ -142,21 +145,33 @@ def save_hf(
         raise UserError(f"{path}: exists and is not empty; give a new folder")
     dist.barrier()
     writer = _Writer(path, max_file_bytes) if mesh.rank == 0 else None
-    rules = tensor_map(stage.model_config, stage.vocab_size, stage.head_kind)
-    places = _places(stage)
-    parameters = {name: parameter.detach() for name, parameter in global_names(stage)}
-    for name, rule in rules.items():
-        shards = _to_rank_0(mesh, parameters.get(name), places[name], sharded=rule.shard_dim is not None)
-        if writer is not None:
-            for stored, tensor in stored_tensors(rule, shards, stage.model_config.head_dim).items():
-                writer.add(stored, tensor)
-    if stage.head_kind == "scalar":
-        bias = _to_rank_0(mesh, parameters.get("score.bias"), places["score.bias"], sharded=False)
-        config.score_bias = float(bias[0]) if bias else 0.0
+    for name, tensor in hf_tensors(stage, dict(global_names(stage))):
+        if name == "score.bias":
+            config.score_bias = tensor.item()
+        elif writer is not None:
+            writer.add(name, tensor)
     if writer is not None:
         writer.close()
         _write_descriptions(path, config, tokenizer, extra or {})
     dist.barrier()
+
+
+@torch.no_grad()
+def hf_tensors(stage: GPT, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors under their Hugging Face names, on rank 0 (nothing elsewhere), whatever the layout; all ranks
+    iterate.
+
+    `values` holds one tensor for each of this rank's parameters, by its name in the whole model: weights, or
+    gradients. The scalar head's bias comes last, as "score.bias" [1].
+    """
+    rules = tensor_map(stage.model_config, stage.vocab_size, stage.head_kind)
+    if stage.head_kind == "scalar":
+        rules["score.bias"] = Rule((Source("score.bias", (1,)),))
+    places = _places(stage, values)
+    for name, rule in rules.items():
+        shards = _to_rank_0(stage.mesh, values.get(name), places[name], sharded=rule.shard_dim is not None)
+        if stage.mesh.rank == 0:
+            yield from stored_tensors(rule, shards, stage.model_config.head_dim).items()
 
 
 @dataclass(frozen=True)
@@ -168,9 +183,9 @@ class _Place:
     dtype: torch.dtype
 
 
-def _places(stage: GPT) -> dict[str, _Place]:
+def _places(stage: GPT, values: Mapping[str, Tensor]) -> dict[str, _Place]:
     mesh = stage.mesh
-    mine = {n: _Place(mesh.pipeline_rank, tuple(p.shape), p.dtype) for n, p in global_names(stage)}
+    mine = {name: _Place(mesh.pipeline_rank, tuple(value.shape), value.dtype) for name, value in values.items()}
     stages: list[Any] = [None] * mesh.pipeline_size
     dist.all_gather_object(stages, mine, group=mesh.pipeline_group)
     return {name: place for places in reversed(stages) for name, place in places.items()}
