@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrlhf.ops import checks
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
 from fastrlhf.ops.kl import ESTIMATORS, token_kl
+from fastrlhf.ops.registry import custom_op, register_fake
 
 
 def _is_last(mask: Tensor) -> Tensor:
@@ -64,10 +65,9 @@ def _gae_torch(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
 KERNEL = Kernel("gae", _gae_torch, "fastrlhf.kernels.gae")
 
 
-@torch.library.custom_op(
-    "fastrlhf::gae",
-    mutates_args=(),
-    schema="(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, str backend) -> (Tensor, Tensor)",
+@custom_op(
+    "gae",
+    "(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, str backend) -> (Tensor, Tensor)",
 )
 def _gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, backend: str
@@ -76,7 +76,7 @@ def _gae(
     return body(rewards.contiguous(), values.contiguous(), mask.contiguous(), gamma, lam)
 
 
-@_gae.register_fake
+@register_fake(_gae)
 def _(rewards, values, mask, gamma, lam, backend):  # type: ignore[no-untyped-def]
     def empty() -> Tensor:
         return rewards.new_empty(rewards.shape, dtype=checks.compute_dtype(rewards))

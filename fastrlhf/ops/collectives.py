@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -44,12 +46,12 @@ def reduce_sum_(x: Tensor, group_name: str) -> Tensor:
     return x
 
 
-@torch.library.custom_op("fastrlhf::all_reduce_sum", mutates_args=(), schema="(Tensor x, str group_name) -> Tensor")
+@custom_op("all_reduce_sum", "(Tensor x, str group_name) -> Tensor")
 def _all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
     return reduce_sum_(x.clone(), group_name)
 
 
-@_all_reduce_sum.register_fake
+@register_fake(_all_reduce_sum)
 def _(x: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(x)
 
@@ -58,7 +60,7 @@ def _identity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return grad, None
 
 
-_all_reduce_sum.register_autograd(_identity_backward)
+register_autograd(_all_reduce_sum, _identity_backward)
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrlhf.ops import checks, collectives
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 from fastrlhf.ops.rows import as_rows, flat, local_columns, row_blocks
 
 if TYPE_CHECKING:
@@ -127,10 +128,9 @@ def _combine(stats: Tensor, temperature: float) -> Tensor:
     return torch.stack([max_x, (scale * stats[:, 1]).sum(0), max_y, (ref_scale * stats[:, 3]).sum(0), cross.sum(0)])
 
 
-@torch.library.custom_op(
-    "fastrlhf::logits_kl",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature, int columns, str group_name,"
+@custom_op(
+    "logits_kl",
+    "(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature, int columns, str group_name,"
     " str backend) -> (Tensor, Tensor)",
 )
 def _logits_kl(
@@ -144,16 +144,15 @@ def _logits_kl(
     return kl.view(logits.shape[:-1]), stats
 
 
-@_logits_kl.register_fake
+@register_fake(_logits_kl)
 def _(logits, ref_logits, mask, temperature, columns, group_name, backend):  # type: ignore[no-untyped-def]
     dtype, lead = checks.compute_dtype(logits), logits.shape[:-1]
     return logits.new_empty(lead, dtype=dtype), logits.new_empty((5, lead.numel()), dtype=dtype)
 
 
-@torch.library.custom_op(
-    "fastrlhf::logits_kl_backward",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor stats, Tensor kl, Tensor grad, float temperature,"
+@custom_op(
+    "logits_kl_backward",
+    "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor stats, Tensor kl, Tensor grad, float temperature,"
     " int columns, str backend, bool needs_logits, bool needs_ref) -> (Tensor, Tensor)",
 )
 def _logits_kl_backward(
@@ -172,7 +171,7 @@ def _logits_kl_backward(
     )
 
 
-@_logits_kl_backward.register_fake
+@register_fake(_logits_kl_backward)
 def _(logits, ref_logits, mask, stats, kl, grad, temperature, columns, backend, needs_logits, needs_ref):  # type: ignore[no-untyped-def]
     def like(x: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(as_rows(x)).view(x.shape) if needed else x.new_empty(0)
@@ -198,7 +197,7 @@ def _logits_kl_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     return (d if needs[0] else None, ref_d if needs[1] else None, *(None,) * 5)
 
 
-_logits_kl.register_autograd(_logits_kl_grad, setup_context=_setup)
+register_autograd(_logits_kl, _logits_kl_grad, _setup)
 
 
 def logits_kl(

@@ -20,9 +20,11 @@ from fastrlhf.ops.logprob import (
     TokenLogprobs,
     check_tokens,
     combine_statistics,
+    given,
     logprobs_ref,
     outputs_from,
 )
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 from fastrlhf.ops.rows import flat, local_columns
 
 if TYPE_CHECKING:
@@ -99,10 +101,9 @@ def as_matrix(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-@torch.library.custom_op(
-    "fastrlhf::linear_logprobs",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor? ref_logprobs,"
+@custom_op(
+    "linear_logprobs",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor? ref_logprobs,"
     " float temperature, bool with_entropy, bool keep_logits, int vocab_start, int columns, str group_name,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -129,7 +130,7 @@ def _linear_logprobs(
     return *(t.view(labels.shape) if t.numel() == tokens else t for t in results), kept
 
 
-@_linear_logprobs.register_fake
+@register_fake(_linear_logprobs)
 def _(hidden, weight, bias, labels, mask, ref_logprobs, temperature, with_entropy, keep_logits, *_):  # type: ignore[no-untyped-def]
     def per_token(asked: bool = True) -> Tensor:
         return hidden.new_empty(labels.shape if asked else 0, dtype=checks.compute_dtype(hidden))
@@ -139,10 +140,9 @@ def _(hidden, weight, bias, labels, mask, ref_logprobs, temperature, with_entrop
     return per_token(), entropy, per_token(), kl, per_token(), per_token(), kept
 
 
-@torch.library.custom_op(
-    "fastrlhf::linear_logprobs_backward",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum,"
+@custom_op(
+    "linear_logprobs_backward",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum,"
     " Tensor? entropy, Tensor kept_logits, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp,"
     " float temperature, int vocab_start, int columns, str group_name, str backend, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
@@ -170,7 +170,7 @@ def _linear_logprobs_backward(
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
-@_linear_logprobs_backward.register_fake
+@register_fake(_linear_logprobs_backward)
 def _(hidden, weight, *rest):  # type: ignore[no-untyped-def]
     needs = rest[-1]
     return (
@@ -191,7 +191,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    grad_logp, grad_entropy, grad_lse, grad_kl = grads[:4]
+    grad_logp, grad_entropy, grad_lse, grad_kl = given(grads[:4])
     *saved, entropy, kept = ctx.saved_tensors
     mask = saved[4]
     grad_ref = None
@@ -209,7 +209,7 @@ def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return *(g if n else None for g, n in zip(gradients, needs, strict=True)), None, None, grad_ref, *(None,) * 7
 
 
-_linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_setup)
+register_autograd(_linear_logprobs, _linear_logprobs_grad, _setup)
 
 
 def _memory(device: torch.device) -> int:

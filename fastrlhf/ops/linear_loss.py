@@ -17,6 +17,7 @@ from fastrlhf.ops import checks, collectives, ppo
 from fastrlhf.ops.linear import Gradients, as_matrix, check_linear, chunks, head, hidden_chunk, linear_logprobs_ref
 from fastrlhf.ops.logprob import BACKWARD, STATISTICS, check_tokens, combine_statistics, finish_statistics
 from fastrlhf.ops.ppo import PPOLoss
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 from fastrlhf.ops.rows import flat, local_columns
 
 if TYPE_CHECKING:
@@ -59,10 +60,9 @@ def _chunk_loss(
     return sums, d_logp, -entropy_coef * mask.to(logp.dtype) if entropy_coef else None
 
 
-@torch.library.custom_op(
-    "fastrlhf::linear_loss",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor? old_logprobs,"
+@custom_op(
+    "linear_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor? old_logprobs,"
     " Tensor? advantages, Tensor? denominator, float clip, float entropy_coef, float temperature, int vocab_start,"
     " int columns, str group_name, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -103,7 +103,7 @@ def _linear_loss(
     return metrics[0].clone(), metrics, d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
 
 
-@_linear_loss.register_fake
+@register_fake(_linear_loss)
 def _(hidden, weight, *rest):  # type: ignore[no-untyped-def]
     dtype, needs = checks.compute_dtype(hidden), rest[-1]
     return (
@@ -130,7 +130,7 @@ def _loss_grad(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return *((g * upstream).to(dtype) if needs else None for g, needs, dtype in needed), *(None,) * 13
 
 
-_linear_loss.register_autograd(_loss_grad, setup_context=_loss_setup)
+register_autograd(_linear_loss, _loss_grad, _loss_setup)
 
 
 def _run_loss(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastrlhf.ops import checks, collectives
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 from fastrlhf.ops.rows import as_rows, flat, local_columns, row_blocks
 
 if TYPE_CHECKING:
@@ -170,10 +171,9 @@ def outputs_from(
 # --- the op ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "fastrlhf::token_logprobs",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor labels, Tensor? mask, Tensor? ref_logprobs, float temperature, bool with_entropy,"
+@custom_op(
+    "token_logprobs",
+    "(Tensor logits, Tensor labels, Tensor? mask, Tensor? ref_logprobs, float temperature, bool with_entropy,"
     " int vocab_start, int columns, str group_name, bool inplace_backward, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -189,7 +189,7 @@ def _token_logprobs(
     return tuple(t.view(labels.shape) if t.numel() == labels.numel() else t for t in results)
 
 
-@_token_logprobs.register_fake
+@register_fake(_token_logprobs)
 def _(logits, labels, mask, ref_logprobs, temperature, with_entropy, *_):  # type: ignore[no-untyped-def]
     def per_token() -> Tensor:
         return logits.new_empty(labels.shape, dtype=checks.compute_dtype(logits))
@@ -215,10 +215,9 @@ def _backward_into(out: Tensor, rows: Tensor, per_token: tuple[Tensor | None, ..
     BACKWARD.on(rows, backend)(rows, labels.long(), *rest, temperature, vocab_start, columns, out)
 
 
-@torch.library.custom_op(
-    "fastrlhf::token_logprobs_backward",
-    mutates_args=(),
-    schema=f"(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor",
+@custom_op(
+    "token_logprobs_backward",
+    f"(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor",
 )
 def _token_logprobs_backward(
     logits: Tensor, labels: Tensor, mask: Tensor | None, row_max: Tensor, row_sum: Tensor, entropy: Tensor | None,
@@ -232,15 +231,14 @@ def _token_logprobs_backward(
     return out.view(logits.shape)
 
 
-@_token_logprobs_backward.register_fake
+@register_fake(_token_logprobs_backward)
 def _(logits, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(as_rows(logits)).view(logits.shape)
 
 
-@torch.library.custom_op(
-    "fastrlhf::token_logprobs_backward_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
+@custom_op(
+    "token_logprobs_backward_",
+    f"(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
 )
 def _token_logprobs_backward_inplace(
     logits: Tensor, labels: Tensor, mask: Tensor | None, row_max: Tensor, row_sum: Tensor, entropy: Tensor | None,
@@ -251,6 +249,7 @@ def _token_logprobs_backward_inplace(
     assert rows.data_ptr() == logits.data_ptr(), "in-place backward is only asked for on logits viewed without a copy"
     per_token = (labels, mask, row_max, row_sum, entropy, grad_logprobs, grad_entropy, grad_logsumexp)
     _backward_into(rows, rows, per_token, (temperature, vocab_start, columns, backend))
+    torch.autograd.graph.increment_version(logits)  # so that a second backward raises
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -261,12 +260,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(logits, labels, mask, row_max, row_sum, entropy if with_entropy else None)
 
 
+def given(grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradients of an op's outputs, None for the empty ones, which stand for results that were not asked for."""
+    return [None if g is None or g.numel() == 0 else g for g in grads]
+
+
 def _sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
 def _token_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    grad_logp, grad_entropy, grad_lse, grad_kl = grads[:4]
+    grad_logp, grad_entropy, grad_lse, grad_kl = given(grads[:4])
     logits, labels, mask, row_max, row_sum, entropy = ctx.saved_tensors
     grad_ref = None
     if grad_kl is not None and ctx.needs_input_grad[3]:
@@ -283,7 +287,7 @@ def _token_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return grad_logits, None, None, grad_ref, *(None,) * 7
 
 
-_token_logprobs.register_autograd(_token_logprobs_grad, setup_context=_setup)
+register_autograd(_token_logprobs, _token_logprobs_grad, _setup)
 
 
 def check_tokens(

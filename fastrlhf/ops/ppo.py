@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrlhf.ops import checks
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 from fastrlhf.ops.rows import flat
 
 
@@ -114,10 +115,9 @@ def _ppo_loss_torch(
 KERNEL = Kernel("ppo_loss", _ppo_loss_torch, "fastrlhf.kernels.ppo_loss")
 
 
-@torch.library.custom_op(
-    "fastrlhf::ppo_loss",
-    mutates_args=(),
-    schema="(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values, Tensor? old_values,"
+@custom_op(
+    "ppo_loss",
+    "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values, Tensor? old_values,"
     " Tensor? returns, Tensor? entropy, Tensor? denominator, float clip, float value_clip, float value_coef,"
     " float entropy_coef, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -134,7 +134,7 @@ def _ppo_loss(
     return metrics[0].clone(), metrics, grad_logprobs.view(logprobs.shape), grad_values
 
 
-@_ppo_loss.register_fake
+@register_fake(_ppo_loss)
 def _(logprobs, old_logprobs, advantages, mask, values, *_):  # type: ignore[no-untyped-def]
     def empty(*shape: int) -> Tensor:
         return logprobs.new_empty(shape, dtype=checks.compute_dtype(logprobs))
@@ -166,7 +166,7 @@ def _grad(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return tuple(grads)
 
 
-_ppo_loss.register_autograd(_grad, setup_context=_setup)
+register_autograd(_ppo_loss, _grad, _setup)
 
 
 def as_denominator(denominator: float | Tensor | None, like: Tensor) -> Tensor | None:

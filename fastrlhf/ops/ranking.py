@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrlhf.ops import checks
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
+from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 
 REDUCTIONS = ("prompts", "pairs")
 
@@ -85,10 +86,9 @@ def _ranking_loss_torch(
 KERNEL = Kernel("ranking_loss", _ranking_loss_torch, "fastrlhf.kernels.ranking")
 
 
-@torch.library.custom_op(
-    "fastrlhf::ranking_loss",
-    mutates_args=(),
-    schema="(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt, str backend)"
+@custom_op(
+    "ranking_loss",
+    "(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt, str backend)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _ranking_loss(
@@ -99,7 +99,7 @@ def _ranking_loss(
     return metrics[0].clone(), metrics, grad
 
 
-@_ranking_loss.register_fake
+@register_fake(_ranking_loss)
 def _(scores, ranks, prompt_offsets, per_prompt, backend):  # type: ignore[no-untyped-def]
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(shape, dtype=checks.compute_dtype(scores))
@@ -120,7 +120,7 @@ def _grad(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (grad * (grad_loss * metrics[4])).to(ctx.dtype), None, None, None, None
 
 
-_ranking_loss.register_autograd(_grad, setup_context=_setup)
+register_autograd(_ranking_loss, _grad, _setup)
 
 
 def pairwise_ranking_loss(
