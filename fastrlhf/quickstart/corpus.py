@@ -128,10 +128,12 @@ def gather(roots: Iterable[Path] | None = None, *, seed: int = 0, limits: Limits
                 document = "\n\n".join(paragraphs)
                 characters += len(document)
                 (corpus.heldout_text if split == "eval" else corpus.train_text).append(document)
-    if characters < 100_000 or any(len(found) < 20 for found in corpus.demonstrations.values()):
+    fewest = min(len(found) for found in corpus.demonstrations.values())
+    if characters < 100_000 or fewest < 20:
         raise UserError(
-            f"only {characters:,} characters of documentation found under {', '.join(map(str, roots))}; the quickstart "
-            "learns from the docstrings of the standard library and of the installed packages: it needs their .py files"
+            f"only {characters:,} characters of documentation and {fewest} documented functions in the smallest split "
+            f"under {', '.join(map(str, roots))}, expected 100,000 and 20; the quickstart learns from docstrings of "
+            "the standard library and of the installed packages: it needs their .py files"
         )
     return corpus
 

@@ -47,8 +47,10 @@ _VERBS = (
     " wrap write yield"
 )
 IMPERATIVES = frozenset(_VERBS.split())
-# What each term of the rule is worth; a perfect summary has utility 1.
-WEIGHTS = {"relevant": 0.30, "command": 0.20, "sentence": 0.15, "length": 0.15, "real_words": 0.10, "varied": 0.10}
+# What each term of the rule is worth; a perfect summary has utility 1. The term "varied" multiplies their sum: added,
+# it could not keep "Parse header parse header parse header." from a high score.
+WEIGHTS = {"relevant": 0.30, "command": 0.20, "sentence": 0.15, "length": 0.20, "real_words": 0.15}
+TERMS = (*WEIGHTS, "varied")
 
 PAPER_AGREEMENT = 0.726
 
@@ -72,7 +74,7 @@ class Rule:
         """
         found = words(response)
         if not found:
-            return dict.fromkeys(WEIGHTS, 0.0)
+            return dict.fromkeys(TERMS, 0.0)
         text = response.strip()
         content = [word for word in found if word not in FUNCTION_WORDS]
         stems = {_stem(word) for word in found}
@@ -90,9 +92,11 @@ class Rule:
         }
 
     def utility(self, prompt: str, response: str) -> float:
-        """The weighted sum of the terms, from 0 to 1: what a labeler without noise thinks of the response."""
+        """What a labeler without noise thinks of the response, from 0 to 1: varied * (weighted sum of the other
+        terms).
+        """
         terms = self.terms(prompt, response)
-        return sum(weight * terms[name] for name, weight in WEIGHTS.items())
+        return terms["varied"] * sum(weight * terms[name] for name, weight in WEIGHTS.items())
 
     def utilities(self, prompt: str, responses: Sequence[str]) -> NDArray[np.float64]:
         """`utility` of each response [K]."""
@@ -265,6 +269,11 @@ def _is_third_person(word: str) -> bool:
 
 
 def mean_terms(rule: Rule, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
-    """The mean of each term of the rule over pairs of a prompt and a response: what a model does well, and what not."""
+    """The means of the rule's terms and of "utility" over prompts and their responses: what a model does well, what
+    not.
+    """
     terms = [rule.terms(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-    return {name: float(np.mean([term[name] for term in terms])) for name in WEIGHTS}
+    utilities = [rule.utility(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    return {name: float(np.mean([term[name] for term in terms])) for name in TERMS} | {
+        "utility": float(np.mean(utilities))
+    }

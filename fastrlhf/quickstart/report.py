@@ -12,7 +12,7 @@ from typing import Any
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, scatter_chart
 from fastrlhf.evaluation.report import Answer, Figure, Report, framed, metric_charts, read_metrics
 from fastrlhf.evaluation.winrate import WinRate
-from fastrlhf.quickstart.labeler import WEIGHTS, Calibration
+from fastrlhf.quickstart.labeler import TERMS, WEIGHTS, Calibration
 
 # One colour a model, everywhere on the page.
 COLORS = {"base": 5, "SFT": 0, "PPO": 1, "PPO-ptx": 2}
@@ -83,7 +83,9 @@ class Results:
     win_rates: Mapping[str, WinRate]
     """Model -> win rate against SFT on held-out prompts; names as in `COLORS`."""
     terms: Mapping[str, Mapping[str, float]]
-    """Model -> mean of each term of the labelers' rule over its held-out responses: see `labeler.mean_terms`."""
+    """Model -> mean of each term of the labelers' rule, and of the utility, over held-out responses: see
+    `labeler.mean_terms`.
+    """
     calibration: Calibration
     counts: Mapping[str, int]
     """What the data amounted to, in words: {"documents": ..., "demonstrations": ...}."""
@@ -166,7 +168,7 @@ def _outcome(report: Report, results: Results) -> None:
     loss = results.summary["pretrain_loss"]
     names = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
     losses = [Bar(name, loss[key], color=COLORS[name]) for key, name in names.items()]
-    scores = [Bar(name, _utility(terms), color=COLORS[name]) for name, terms in results.terms.items()]
+    scores = [Bar(name, terms["utility"], color=COLORS[name]) for name, terms in results.terms.items()]
     report.charts(
         [
             framed("Preferred to SFT", bar_chart(wins, reference=(0.5, "as good as SFT")), "Higher is better."),
@@ -182,14 +184,10 @@ def _outcome(report: Report, results: Results) -> None:
             _score_against_kl(results.runs),
         ]
     )
-    header = ["model", *(name.replace("_", " ") for name in WEIGHTS), "utility"]
-    rows = [[model, *(terms[name] for name in WEIGHTS), _utility(terms)] for model, terms in results.terms.items()]
+    header = ["model", *(name.replace("_", " ") for name in TERMS), "utility"]
+    rows = [[model, *(terms[name] for name in TERMS), terms["utility"]] for model, terms in results.terms.items()]
     report.note("What changed in the responses, by the terms of the labelers' rule (0 to 1, higher is better):")
     report.table(header, rows)
-
-
-def _utility(terms: Mapping[str, float]) -> float:
-    return sum(weight * terms[name] for name, weight in WEIGHTS.items())
 
 
 def _score_against_kl(runs: Mapping[str, Path]) -> str:
@@ -230,11 +228,11 @@ def _labelers(report: Report, calibration: Calibration) -> None:
         "sentence": "one sentence, capital letter first, full stop last",
         "length": "5 to 14 words",
         "real_words": "words that occur in the pretraining text",
-        "varied": "does not repeat itself",
+        "varied": "does not repeat itself: multiplies the sum of the others",
     }
     report.table(
         ["term of the rule", "what it asks", "weight"],
-        [[name.replace("_", " "), meaning[name], weight] for name, weight in WEIGHTS.items()],
+        [[name.replace("_", " "), text, WEIGHTS.get(name, "factor")] for name, text in meaning.items()],
     )
     report.note(
         f"Measured on the sampled responses: two labelers agree on {calibration.agreement:.1%} of the pairs that "
