@@ -1,0 +1,176 @@
+"""Reports: one file that fetches nothing, is well-formed, escapes what comes from data, copes with runs cut short."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fastrlhf.errors import UserError
+from fastrlhf.evaluation.report import Answer, Figure, Report, framed, metric_charts, read_metrics, write_run_report
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Balanced(HTMLParser):
+    """Checks that every element is closed in order, and collects texts and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.extend(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes.extend(attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def parse(html: str) -> Balanced:
+    page = Balanced()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def assert_self_contained(html: str) -> None:
+    page = parse(html)
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not {"src", "href"} & {name for name, _ in page.attributes}
+    assert not re.search(r"@import|url\(|https?:", html)
+
+
+def run_folder(path: Path, lines: list[str]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def line(step: int, **metrics: float) -> str:
+    return json.dumps({"step": step, "time": 1.0, **metrics})
+
+
+def test_a_run_report_shows_every_metric_and_the_configuration(tmp_path):
+    lines = [
+        line(s, loss=5.0 / s, lr=0.1, my_number=s, **({"valid_loss": 6.0 / s} if s % 5 == 0 else {}))
+        for s in range(1, 51)
+    ]
+    folder = run_folder(tmp_path / "sft", lines)
+    (folder / "config.yaml").write_text("model:\n  load: <none>\n")
+    path = write_run_report(folder)
+    assert path == folder / "report.html"
+    html = path.read_text(encoding="utf-8")
+    assert_self_contained(html)
+    page = parse(html)
+    assert page.tags.count("figure") == 3  # loss with its held-out twin, lr, my_number
+    for text in ("sft", "Loss", "Learning rate", "my number", "held out", "model:\n  load: <none>\n"):
+        assert text in page.texts
+    assert "0.1" in page.texts and "0.12" in page.texts  # last loss, last held-out loss
+    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+
+
+def test_light_and_dark():
+    html = Report("x").html()
+    assert "prefers-color-scheme: dark" in html
+    assert "color-scheme: light dark" in html
+
+
+def test_read_metrics_columns(tmp_path):
+    folder = run_folder(
+        tmp_path, [line(1, loss=2.0), line(2, loss=1.0, accuracy=0.5), '{"step": 3, "note": "text", "ok": true}']
+    )
+    assert read_metrics(folder / "metrics.jsonl") == {"loss": ([1, 2], [2.0, 1.0]), "accuracy": ([2], [0.5])}
+
+
+def test_a_last_line_cut_short_is_skipped(tmp_path):
+    folder = run_folder(tmp_path, [line(1, loss=2.0), '{"step": 2, "lo'])
+    assert read_metrics(folder / "metrics.jsonl") == {"loss": ([1], [2.0])}
+
+
+@pytest.mark.parametrize("broken", ["{not json", "[1, 2]", '{"loss": 1.0}', '{"step": null}', "3"])
+def test_a_broken_line_is_named(tmp_path, broken):
+    folder = run_folder(tmp_path, [line(1, loss=2.0), broken, line(3, loss=1.0)])
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
+        read_metrics(folder / "metrics.jsonl")
+
+
+def test_no_metrics_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no metrics at"):
+        write_run_report(tmp_path / "nowhere")
+
+
+def test_a_run_that_recorded_nothing_still_gets_its_page(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "Nothing has been recorded yet." in parse(write_run_report(tmp_path).read_text()).texts
+
+
+def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path):
+    folder = run_folder(
+        tmp_path, [line(1, loss=2.0), line(2, loss=math.nan), line(3, loss=math.inf), line(4, loss=1.0)]
+    )
+    page = parse(write_run_report(folder).read_text())
+    assert "Values not finite" in page.texts
+    assert page.texts[page.texts.index("Values not finite") + 1] == "2"
+
+
+def test_known_metrics_come_first_and_names_choose():
+    metrics = {"zebra": ([1.0], [1.0]), "lr": ([1.0], [1.0]), "loss": ([1.0], [1.0])}
+    titles = [re.search("<h3>(.*?)</h3>", chart).group(1) for chart in metric_charts(metrics)]
+    assert titles == ["Loss", "Learning rate", "zebra"]
+    assert len(metric_charts(metrics, ["lr", "missing"])) == 1
+
+
+def test_everything_from_data_is_escaped():
+    evil = "<script>alert('x')</script>&"
+    report = Report(evil, evil)
+    report.section(evil, evil)
+    report.note(evil)
+    report.figures([Figure(evil, evil, evil, True)])
+    report.stages({evil: evil})
+    report.table([evil], [[evil]])
+    report.sample(evil, [Answer(evil, evil, 0.5), Answer("empty", "")])
+    report.details(evil, evil)
+    report.charts([framed(evil, "<svg></svg>", evil, {evil: 1})])
+    html = report.html()
+    page = parse(html)
+    assert "script" not in page.tags
+    assert sum(evil in text for text in page.texts) >= 16
+
+
+def test_cells_by_type():
+    report = Report("t")
+    report.table(["a", "b", "c", "d"], [["x", 1234, 0.12345, 1234.56]])
+    assert {"x", "1,234", "0.123", "1,234.6"} <= set(parse(report.html()).texts)
+
+
+def test_badges():
+    report = Report("t")
+    report.figures([Figure("a", "1", passed=True), Figure("b", "2", passed=False), Figure("c", "3")])
+    texts = parse(report.html()).texts
+    assert texts.count("reached") == 1 and texts.count("missed") == 1
+
+
+def test_writing_replaces_the_old_page_whole(tmp_path):
+    path = tmp_path / "deep" / "report.html"
+    Report("one").write(path)
+    Report("two").write(path)
+    assert "<h1>two</h1>" in path.read_text()
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
