@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_installed: TorchFunctionMode | None = None
+_installed: _CudaToCpu | None = None
+_originals: list[tuple[Any, str, Any]] = []
 
 
 def _names_cuda(device: object) -> bool:
@@ -57,13 +58,30 @@ def install() -> None:
     def set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda *_args, **_kwargs: None
-    torch.cuda.get_rng_state = get_rng_state
-    torch.cuda.set_rng_state = set_rng_state  # type: ignore[assignment]
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment, return-value]
-    megatron_random._get_cuda_rng_state = get_rng_state
-    megatron_random._set_cuda_rng_state = set_rng_state
+    _patch(torch.cuda, "current_device", lambda: _CPU)
+    _patch(torch.cuda, "synchronize", lambda *_args, **_kwargs: None)
+    _patch(torch.cuda, "get_rng_state", get_rng_state)
+    _patch(torch.cuda, "set_rng_state", set_rng_state)
+    _patch(torch.cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed))
+    _patch(megatron_random, "_get_cuda_rng_state", get_rng_state)
+    _patch(megatron_random, "_set_cuda_rng_state", set_rng_state)
     _installed = _CudaToCpu()
     _installed.__enter__()
     logger.info("no GPU: megatron-core runs on the CPU")
+
+
+def uninstall() -> None:
+    """Takes the patches back, so that a process that is done with megatron finds torch as it was."""
+    global _installed
+    if _installed is None:
+        return
+    _installed.__exit__(None, None, None)
+    _installed = None
+    while _originals:
+        owner, name, original = _originals.pop()
+        setattr(owner, name, original)
+
+
+def _patch(owner: Any, name: str, replacement: Any) -> None:
+    _originals.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, replacement)

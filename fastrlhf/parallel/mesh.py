@@ -204,3 +204,4 @@ def finalize() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    cpu.uninstall()

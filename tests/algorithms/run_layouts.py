@@ -1,0 +1,75 @@
+"""Trains SFT, RM and PPO-ptx for a few steps under several layouts; test_layouts.py compares their metrics.
+
+python run_layouts.py WORKSPACE serial
+torchrun --nproc-per-node 4 run_layouts.py WORKSPACE parallel
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fastrlhf.config import load_config
+from fastrlhf.launch import train
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
+STEPS = {"sft": 5, "rm": 5, "ppo": 3}
+LAYOUTS = {
+    "2x2": ["parallel.tensor=2", "parallel.pipeline=2"],
+    "4x1": ["parallel.tensor=4"],
+    "1x4": ["parallel.pipeline=4"],
+    "2x1-sequence-dp2": ["parallel.tensor=2", "parallel.sequence=true"],
+}
+# Serially, the same global batch in other micro-batches.
+MICRO_BATCHES = {"serial": 4, "micro-1": 1, "micro-8": 8}
+
+
+def data_overrides(workspace: Path) -> dict[str, list[str]]:
+    """The debug configurations' paths, moved into the workspace."""
+    data, loaded = workspace / "data", workspace / "start"
+    common = [f"data.tokenizer={data / 'tokenizer'}", "log.progress=false", "log.tensorboard=false"]
+    return {
+        "pretrain": [*common, f"data.train={data / 'text.jsonl'}"],
+        "sft": [*common, f"data.train={data / 'demonstrations.jsonl'}", f"model.load={loaded / 'pretrain'}"],
+        "rm": [*common, f"data.train={data / 'rankings.jsonl'}", f"model.load={loaded / 'sft'}"],
+        "ppo": [
+            *common,
+            f"data.prompts={data / 'prompts.jsonl'}",
+            f"data.pretrain={data / 'text.jsonl'}",
+            f"model.load={loaded / 'sft'}",
+            f"ppo.reward_model={loaded / 'rm'}",
+        ],
+    }
+
+
+def run(workspace: Path, command: str, name: str, extra: list[str]) -> None:
+    paths = data_overrides(workspace)[command]
+    output = f"output_dir={workspace / name / command}"
+    train(command, load_config(CONFIGS / f"{command}.yaml", [*paths, output, *extra]))  # type: ignore[arg-type]
+
+
+def prepare(workspace: Path) -> None:
+    """Data, and the short runs that the others start from."""
+    sys.path.insert(0, str(CONFIGS))
+    import make_data
+
+    make_data.main(workspace / "data")
+    for command in ("pretrain", "sft", "rm"):
+        run(workspace, command, "start", ["train.steps=10"])
+
+
+def main(workspace: Path, mode: str) -> None:
+    if mode == "serial":
+        prepare(workspace)
+        for name, size in MICRO_BATCHES.items():
+            for command, steps in STEPS.items():
+                extra = [f"train.steps={steps}", f"train.micro_batch_size={size}"]
+                run(workspace, command, name, [*extra, "checkpoint.save=false"])
+        return
+    for name, layout in LAYOUTS.items():
+        for command, steps in STEPS.items():
+            run(workspace, command, name, [f"train.steps={steps}", "checkpoint.save=false", *layout])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,43 @@
+"""Every parallel layout and every micro-batch size gives the losses and gradients of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+LAYOUTS = ("2x2", "4x1", "1x4", "2x1-sequence-dp2")
+# What an update is made of: the loss, the norm of the whole gradient, and for PPO what it is computed from.
+COMPARED = {
+    "sft": ("loss", "grad_norm"),
+    "rm": ("loss", "grad_norm", "accuracy", "margin"),
+    "ppo": ("loss", "grad_norm", "value_loss", "value_grad_norm", "entropy", "ptx_loss", "score", "response_length"),
+}
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("command", COMPARED)
+@pytest.mark.parametrize("name", [*LAYOUTS, "micro-1", "micro-8"])
+def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
+    serial, other = metrics(workspace / "serial" / command), metrics(workspace / name / command)
+    assert len(serial) == len(other) >= 3
+    for expected, got in zip(serial, other, strict=True):
+        for key in COMPARED[command]:
+            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (expected["step"], key)
+
+
+@pytest.mark.parametrize("name", ["serial", *LAYOUTS])
+def test_first_ratio_is_one(workspace: Path, name: str) -> None:
+    for line in metrics(workspace / name / "ppo"):
+        assert line["ratio_deviation"] < 1e-5
+
+
+def test_weights_move(workspace: Path) -> None:
+    """The comparisons above would hold for a trainer that never updates."""
+    for command in ("sft", "rm"):
+        losses = [line["loss"] for line in metrics(workspace / "serial" / command)]
+        assert max(losses) - min(losses) > 1e-3
