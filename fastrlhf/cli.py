@@ -8,6 +8,7 @@ is imported until a command needs it, so that --help and a misspelt key answer a
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fastrlhf.data.convert import Source
+from fastrlhf.data.records import Kind, OnError
 from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,10 +31,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+data = typer.Typer(help="Prepare, convert and look at records.")
+convert = typer.Typer(help="Models from and to Hugging Face folders.")
+app.add_typer(data, name="data")
+app.add_typer(convert, name="convert")
+
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of the run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that win over CONFIG.")
 ]
+Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL, JSONL.gz or parquet.")]
+Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")]
+Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")]
+Broken = Annotated[OnError, typer.Option(help="A malformed record stops the command, or is set aside and counted.")]
 
 
 def _config(command: str, path: Path, overrides: list[str] | None) -> Config:
@@ -85,14 +97,111 @@ def sample(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of the whole run.")] = Path("runs/quickstart"),
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")] = 1,
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 1234,
 ) -> None:
-    """Run the whole InstructGPT loop on this machine: pretraining, SFT, reward model, PPO-ptx, report."""
+    """Run the whole InstructGPT loop on this machine.
+
+    Pretraining, SFT, reward model and PPO-ptx of a small model, and a report.
+    """
     from fastrlhf.quickstart.stages import run
 
     run(out, tensor, pipeline, seed)
+
+
+@data.command("prepare")
+def prepare_data(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="Folder for the splits, the manifest and the data card.")],
+    kind: Annotated[Kind, typer.Option(help="What the files hold.")] = "prompts",
+    seed: Annotated[int, typer.Option(help="Seed of the splits and of what is kept.")] = 1234,
+    prefix_chars: Annotated[int, typer.Option(help="Prompts equal in so many first characters are one.")] = 200,
+    max_per_user: Annotated[int, typer.Option(help="Records kept of one user.")] = 200,
+    valid_fraction: Annotated[float, typer.Option(help="Share of users in valid.")] = 0.05,
+    test_fraction: Annotated[float, typer.Option(help="Share of users in test.")] = 0.05,
+    min_chars: Annotated[int, typer.Option(help="Shorter records are dropped.")] = 1,
+    max_chars: Annotated[int, typer.Option(help="Longer records are dropped.")] = 20_000,
+    on_error: Broken = "strict",
+) -> None:
+    """Deduplicate, drop personal data, cap each user, and split by user."""
+    from fastrlhf.data.prepare import Settings, prepare
+
+    settings = Settings(
+        kind=kind,
+        seed=seed,
+        prefix_chars=prefix_chars,
+        max_per_user=max_per_user,
+        valid_fraction=valid_fraction,
+        test_fraction=test_fraction,
+        min_chars=min_chars,
+        max_chars=max_chars,
+    )
+    prepare(files, out, settings, on_error)
+
+
+@data.command("convert")
+def convert_data(
+    files: Files,
+    source: Annotated[Source, typer.Option("--from", help="Layout of the files.")],
+    kind: Annotated[Kind, typer.Option(help="Records to write.")],
+    out: Annotated[Path, typer.Option(help="A .jsonl or .jsonl.gz file.")],
+    rejected: Annotated[Path | None, typer.Option(help="File for rows set aside.")] = None,
+    on_error: Broken = "strict",
+) -> None:
+    """Turn other projects' preference and instruction data into records."""
+    from fastrlhf.data.convert import convert
+
+    convert(files, source, kind, out, on_error, rejected)
+
+
+@data.command("show")
+def show_data(
+    files: Files,
+    tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Records of each file.")] = 3,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="As in the configuration.")] = 1024,
+    max_response_tokens: Annotated[int, typer.Option(min=1, help="As in the configuration.")] = 1024,
+) -> None:
+    """Print records as the model will read them, coloured by what the loss counts."""
+    from fastrlhf.data.show import show
+    from fastrlhf.data.tokenize import load_tokenizer
+
+    show(
+        files,
+        load_tokenizer(tokenizer),
+        n=n,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+    )
+
+
+@convert.command("from-hf")
+def from_hf(
+    path: Annotated[Path, typer.Argument(help="Hugging Face folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="New model folder.")],
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+) -> None:
+    """Write a Hugging Face model as a model folder, to start from with model.load; compare their logits."""
+    from fastrlhf.config import ParallelConfig
+    from fastrlhf.convert import convert_from_hf
+
+    convert_from_hf(path, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
+
+
+@convert.command("to-hf")
+def to_hf(
+    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoint of it, or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="New Hugging Face folder.")],
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+) -> None:
+    """Write a trained model as a Hugging Face folder; compare their logits."""
+    from fastrlhf.config import ParallelConfig
+    from fastrlhf.convert import convert_to_hf
+
+    convert_to_hf(checkpoint, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
 
 
 @app.command()
@@ -106,6 +215,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
 
 def main() -> None:
     """The entry point of `fastrlhf` and `python -m fastrlhf`."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:
         status = app(prog_name="fastrlhf", standalone_mode=False) or 0
     except UserError as error:
@@ -117,10 +228,14 @@ def main() -> None:
     sys.exit(status)
 
 
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _tell(error: Exception, line: str) -> None:
     """The line on stderr, once: all ranks usually make the same mistake. What only another rank knows reaches the user
     through torchrun, which shows the error file of the rank that failed first."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(line, file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

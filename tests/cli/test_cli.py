@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def run(monkeypatch, capfd):
 
 
 @pytest.fixture
+def tiny_tokenizer(tmp_path: Path) -> Path:
+    from fastrlhf.data.tokenize import train_bpe
+
+    train_bpe(["Question 1? Yes, 1. No."], 270, tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+@pytest.fixture
 def launched(monkeypatch):
     """Stands in for `fastrlhf.launch`, whose import costs seconds; collects what `train` is called with."""
     calls: list = []
@@ -65,7 +74,7 @@ assert not heavy, heavy
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    for command in ("pretrain", "sft", "rm", "ppo", "sample", "quickstart", "doctor"):
+    for command in ("pretrain", "sft", "rm", "ppo", "sample", "quickstart", "data", "convert", "doctor"):
         assert f"  {command} " in result.stdout
 
 
@@ -108,6 +117,10 @@ def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config
         (["bogus"], "error: No such command 'bogus'; see fastrlhf --help\n"),
         (["sft", "no.yaml"], "error: no.yaml: no such configuration file\n"),
         (["doctor", "--yaml"], "error: No such option: --yaml"),
+        (["data", "prepare", "x.jsonl"], "error: Missing option '--out'"),
+        (["data", "prepare", "no.jsonl", "--out", "o", "--max-per-user", "0"], "error: max_per_user is 0; expected"),
+        (["data", "convert", "x", "--from", "pears"], "error: "),
+        (["data", "show", "x.jsonl", "--tokenizer", "no"], "error: no: no such tokenizer folder"),
         (["quickstart", "--tensor", "0"], "error: Invalid value for '--tensor': "),
     ],
 )
@@ -148,6 +161,46 @@ cli.main()
     assert result.returncode == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+def test_data_prepare_convert_and_show(run, tmp_path, tiny_tokenizer, caplog):
+    rows = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rankings = tmp_path / "rankings.jsonl"
+    status, _, error = run(
+        "data", "convert", tmp_path / "pairs.jsonl", "--from", "pairs", "--kind", "rankings", "--out", rankings
+    )
+    assert status == 0, error
+    assert "40 rankings from 40 rows" in caplog.text, "what was done is said on stderr"
+
+    out = tmp_path / "prepared"
+    options = ["--kind", "rankings", "--valid-fraction", "0.25", "--test-fraction", "0.25", "--seed", "3"]
+    status, _, error = run("data", "prepare", rankings, "--out", out, *options)
+    assert status == 0, error
+    assert "kept 40 of 40 records" in caplog.text
+    settings = json.loads((out / "manifest.json").read_text())["settings"]
+    assert (settings["kind"], settings["valid_fraction"], settings["test_fraction"], settings["seed"]) == (
+        "rankings",
+        0.25,
+        0.25,
+        3,
+    )
+    assert sum(len((out / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "valid", "test")) == 40
+
+    status, shown, _ = run("data", "show", out / "train.jsonl", "--tokenizer", tiny_tokenizer, "-n", "2")
+    assert (status, shown.count("train.jsonl: ranking")) == (0, 2)
+    assert "Question" in shown
+
+
+@pytest.mark.parametrize(("direction", "function"), [("from-hf", "convert_from_hf"), ("to-hf", "convert_to_hf")])
+def test_convert_passes_folders_and_layout(run, monkeypatch, direction, function):
+    calls: list = []
+    module = type(sys)("fastrlhf.convert")
+    monkeypatch.setattr(module, function, lambda *arguments: calls.append(arguments), raising=False)
+    monkeypatch.setitem(sys.modules, "fastrlhf.convert", module)
+    assert run("convert", direction, "a", "b", "--tensor", 2, "--pipeline", 3)[0] == 0
+    [(source, target, parallel)] = calls
+    assert (source, target, parallel.tensor, parallel.pipeline) == (Path("a"), Path("b"), 2, 3)
 
 
 def test_only_rank_0_prints(run, monkeypatch):
