@@ -1,4 +1,4 @@
-"""Trains SFT, RM and PPO-ptx for a few steps under several layouts; test_layouts.py compares their metrics.
+"""Trains SFT, RM and PPO-ptx: a few steps under several layouts for test_layouts.py, more for test_learning.py.
 
 python run_layouts.py WORKSPACE serial
 torchrun --nproc-per-node 4 run_layouts.py WORKSPACE parallel
@@ -58,9 +58,21 @@ def prepare(workspace: Path) -> None:
         run(workspace, command, "start", ["train.steps=10"])
 
 
+def learn(workspace: Path) -> None:
+    """Long enough to see learning: SFT, then a reward model, then PPO from the one against the other."""
+    run(workspace, "sft", "learn", ["train.steps=60", "optimizer.lr=3e-3"])
+    run(workspace, "rm", "learn", ["train.steps=30"])
+    models = [f"model.load={workspace / 'learn' / 'sft'}", f"ppo.reward_model={workspace / 'learn' / 'rm'}"]
+    size = ["train.steps=20", "ppo.batch_size=32", "ppo.minibatch_size=16", "checkpoint.save=false"]
+    # The reward model's score alone, so that what PPO should find is known: higher scores.
+    rates = ["optimizer.lr=1e-3", "ppo.value_lr=1e-3", "ppo.kl_coef=0.01", "ppo.no_stop_penalty=null"]
+    run(workspace, "ppo", "learn", [*models, *size, *rates])
+
+
 def main(workspace: Path, mode: str) -> None:
     if mode == "serial":
         prepare(workspace)
+        learn(workspace)
         for name, size in MICRO_BATCHES.items():
             for command, steps in STEPS.items():
                 extra = [f"train.steps={steps}", f"train.micro_batch_size={size}"]
