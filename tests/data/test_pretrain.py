@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def test_text_is_tokenized_once_until_it_or_the_tokenizer_changes(
     path.write_text("a dog ran after")
     assert tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist()) == "a dog ran after"
     assert calls == [path]
+    path.write_text("a cat ran after")  # as long as before: the time tells
+    os.utime(path, ns=(0, 0))
+    assert tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist()) == "a cat ran after"
 
 
 def test_a_failed_tokenization_leaves_no_cache(tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any) -> None:
