@@ -109,10 +109,11 @@ class Kernel:
         chosen = self.choose(tensor, backend)
         return self._torch_body if chosen == "torch" else self.body(chosen)
 
-    def body(self, backend: str) -> Callable[..., Any]:
+    def body(self, backend: str, name: str | None = None) -> Callable[..., Any]:
+        """The compiled body for `backend`, or another function beside it."""
         if backend == "cpu":
-            return getattr(torch.ops.fastrlhf_cpu, self.name)
-        return getattr(importlib.import_module(self._triton_module), self.name)
+            return getattr(torch.ops.fastrlhf_cpu, name or self.name)
+        return getattr(importlib.import_module(self._triton_module), name or self.name)
 
 
 def backends() -> dict[str, dict[str, Any]]:

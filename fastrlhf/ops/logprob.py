@@ -149,8 +149,10 @@ def forward_rows(
     with_entropy: bool, vocab_start: int, columns: int, group_name: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logprobs, entropy, logsumexp, kl, row_max, row_sum), each [N]; entropy and kl are empty when not asked for."""
-    body = STATISTICS.on(rows, backend)
-    stats = body(rows, labels, mask, temperature, vocab_start, columns)
+    if not group_name and STATISTICS.choose(rows, backend) == "triton":  # one launch does it all
+        forward = STATISTICS.body("triton", "logprob_forward")
+        return forward(rows, labels, mask, ref_logprobs, temperature, with_entropy, vocab_start, columns)
+    stats = STATISTICS.on(rows, backend)(rows, labels, mask, temperature, vocab_start, columns)
     if group_name:
         stats = combine_statistics(collectives.gather_stack(stats, group_name), temperature)
     return outputs_from(stats, mask, ref_logprobs, temperature, with_entropy)

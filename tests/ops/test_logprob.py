@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from fastrlhf.ops.rows import as_rows
 
 # half a unit in the last place of each dtype's results, relative, and its smallest subnormal
 ROUNDING = {torch.float32: (2**-24, 2**-149), torch.bfloat16: (2**-9, 2**-133), torch.float16: (2**-12, 2**-24)}
+if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter truncates to bf16 where a GPU rounds to nearest
+    ROUNDING[torch.bfloat16] = (2**-8, 2**-133)
 
 
 def value_bound(exact: torch.Tensor, vocab: int) -> torch.Tensor:

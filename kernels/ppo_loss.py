@@ -1,0 +1,130 @@
+"""The PPO policy and value losses, all their metrics and their gradients in one launch.
+
+Raw function with the signature of `_ppo_loss_torch` in fastrlhf/ops/ppo.py. Gradients are of sums: the denominator
+may be the mask's count, which is known only when the last block is done.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrlhf.kernels.last_block import add_up, arrivals, arrive
+
+BLOCK = 1024
+MAX_BLOCKS = 512  # four of 4 warps on each of an H200's 132 multiprocessors
+
+
+@triton.jit
+def _finish(partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN: tl.constexpr):
+    """partials [9, blocks] -> metrics [10], in the order of PPOLoss; rows as `_kernel` stores them."""
+    blocks = tl.num_programs(0)
+    count = add_up(partials_ptr + 7 * blocks, blocks, 512)
+    scale = 1.0 / tl.maximum(count, 1.0)
+    if GIVEN:
+        scale = 1.0 / tl.load(denominator_ptr).to(tl.float32)
+    policy = add_up(partials_ptr, blocks, 512) * scale
+    value = add_up(partials_ptr + blocks, blocks, 512) * scale
+    entropy = add_up(partials_ptr + 2 * blocks, blocks, 512) * scale
+    tl.store(metrics_ptr, policy + value_coef * value - entropy_coef * entropy)
+    tl.store(metrics_ptr + 1, policy)
+    tl.store(metrics_ptr + 2, value)
+    tl.store(metrics_ptr + 3, entropy)
+    for k in tl.static_range(3, 7):
+        tl.store(metrics_ptr + 1 + k, add_up(partials_ptr + k * blocks, blocks, 512) * scale)
+    largest = 0.0
+    lanes = tl.arange(0, 512)
+    for start in range(0, blocks, 512):
+        some = tl.load(
+            partials_ptr + 8 * blocks + start + lanes, mask=start + lanes < blocks, other=0.0, cache_modifier=".cg"
+        )
+        largest = tl.maximum(largest, tl.max(some, 0))
+    tl.store(metrics_ptr + 8, largest)
+    tl.store(metrics_ptr + 9, scale)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _kernel(
+    logprobs_ptr, old_ptr, advantages_ptr,  # [N]
+    mask_ptr,  # [N] bool
+    values_ptr, old_values_ptr, returns_ptr, entropy_ptr,  # [N], or unused
+    denominator_ptr,  # 0-dim, or unused
+    metrics_ptr,  # [10] fp32 out
+    grad_logprobs_ptr, grad_values_ptr,  # [N] fp32 out
+    partials_ptr,  # [9, blocks] fp32: policy, value, entropy, clipped, value clipped, kl, ratio, count; max ratio
+    counter_ptr,
+    tokens, clip, value_clip, value_coef, entropy_coef,
+    VALUES: tl.constexpr, ENTROPY: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    zeros = tl.zeros([BLOCK], dtype=tl.float32)
+    policy, clipped_count, approx_kl, ratio_sum, ratio_max, count = zeros, zeros, zeros, zeros, zeros, zeros
+    value, value_clipped, entropy = zeros, zeros, zeros
+    blocks = tl.num_programs(0)
+    for start in range(tl.program_id(0) * BLOCK, tokens, blocks * BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < tokens
+        keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
+        live = tl.where(keep, 1.0, 0.0)
+        log_ratio = tl.load(logprobs_ptr + at, mask=keep, other=0.0).to(tl.float32)
+        log_ratio -= tl.load(old_ptr + at, mask=keep, other=0.0).to(tl.float32)
+        advantage = tl.load(advantages_ptr + at, mask=keep, other=0.0).to(tl.float32)
+        ratio = tl.exp(log_ratio)
+        plain = -advantage * ratio
+        clipped = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip), 1.0 + clip)
+        cut = clipped > plain
+        tl.store(grad_logprobs_ptr + at, tl.where(cut, 0.0, plain), mask=inside)
+        policy += tl.maximum(plain, clipped)
+        clipped_count += tl.where(cut, 1.0, 0.0)
+        approx_kl += (ratio - 1.0) - log_ratio
+        ratio_sum += live * ratio
+        ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, 0.0))
+        count += live
+        if VALUES:
+            v = tl.load(values_ptr + at, mask=keep, other=0.0).to(tl.float32)
+            old = tl.load(old_values_ptr + at, mask=keep, other=0.0).to(tl.float32)
+            target = tl.load(returns_ptr + at, mask=keep, other=0.0).to(tl.float32)
+            off = v - target
+            off_clipped = old + tl.minimum(tl.maximum(v - old, -value_clip), value_clip) - target
+            cut = off_clipped * off_clipped > off * off
+            tl.store(grad_values_ptr + at, tl.where(cut, 0.0, value_coef * off), mask=inside)
+            off = tl.where(cut, off_clipped, off)
+            value += 0.5 * off * off
+            value_clipped += tl.where(cut, 1.0, 0.0)
+        if ENTROPY:
+            entropy += tl.load(entropy_ptr + at, mask=keep, other=0.0).to(tl.float32)
+    mine = partials_ptr + tl.program_id(0)
+    tl.store(mine, tl.sum(policy, 0))
+    tl.store(mine + blocks, tl.sum(value, 0))
+    tl.store(mine + 2 * blocks, tl.sum(entropy, 0))
+    tl.store(mine + 3 * blocks, tl.sum(clipped_count, 0))
+    tl.store(mine + 4 * blocks, tl.sum(value_clipped, 0))
+    tl.store(mine + 5 * blocks, tl.sum(approx_kl, 0))
+    tl.store(mine + 6 * blocks, tl.sum(ratio_sum, 0))
+    tl.store(mine + 7 * blocks, tl.sum(count, 0))
+    tl.store(mine + 8 * blocks, tl.max(ratio_max, 0))
+    if arrive(counter_ptr, blocks):
+        _finish(partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN)
+
+
+def ppo_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, values: Tensor | None,
+    old_values: Tensor | None, returns: Tensor | None, entropy: Tensor | None, denominator: Tensor | None, clip: float,
+    value_clip: float, value_coef: float, entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """All [N]; (metrics [10], gradient of the policy sum [N], value_coef * gradient of the value sum [N] or [0])."""
+    tokens = logprobs.numel()
+
+    def out(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float32, device=logprobs.device)
+
+    blocks = max(1, min(MAX_BLOCKS, triton.cdiv(tokens, BLOCK)))
+    results = out(10), out(tokens), out(0 if values is None else tokens)
+    optional = (values, old_values, returns, entropy, denominator)
+    _kernel[(blocks,)](
+        logprobs, old_logprobs, advantages, mask, *(logprobs if t is None else t for t in optional), *results,
+        out(9 * blocks), arrivals(logprobs), tokens, clip, value_clip, value_coef, entropy_coef,
+        VALUES=values is not None, ENTROPY=entropy is not None, GIVEN=denominator is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    return results

@@ -1,0 +1,95 @@
+"""The pairwise ranking loss over all pairs of ragged prompts: loss, gradient, accuracy and margin in one launch.
+
+Raw function with the signature of `_ranking_loss_torch` in fastrlhf/ops/ranking.py. One program a prompt, tiles of
+16 x 16 pairs, so that K = 9 is one tile and K = 64 sixteen; K itself is read on the device and has no limit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrlhf.kernels.last_block import add_up, arrivals, arrive
+
+TILE = 16
+
+
+@triton.jit
+def _tile(scores_ptr, ranks_ptr, i, j, end):
+    """margins s_i - s_j [TILE, TILE], and whether i, or j, is strictly better; False outside the prompt."""
+    s_i = tl.load(scores_ptr + i, mask=i < end, other=0.0).to(tl.float32)
+    s_j = tl.load(scores_ptr + j, mask=j < end, other=0.0).to(tl.float32)
+    r_i = tl.load(ranks_ptr + i, mask=i < end, other=0)
+    r_j = tl.load(ranks_ptr + j, mask=j < end, other=0)
+    both = (i < end)[:, None] & (j < end)[None, :]
+    return s_i[:, None] - s_j[None, :], both & (r_i[:, None] < r_j[None, :]), both & (r_j[None, :] < r_i[:, None])
+
+
+@triton.jit
+def _kernel(
+    scores_ptr, ranks_ptr,  # [N]
+    offsets_ptr,  # [G + 1]
+    metrics_ptr,  # [5] fp32 out: loss, accuracy, pairs, margin, 1 / denominator
+    grad_ptr,  # [N] fp32 out
+    partials_ptr,  # [5, G] fp32: loss, right, pairs, margin, whether the prompt has a pair
+    counter_ptr,
+    PER_PROMPT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    prompt = tl.program_id(0)
+    prompts = tl.num_programs(0)
+    begin = tl.load(offsets_ptr + prompt)
+    end = tl.load(offsets_ptr + prompt + 1)
+    lanes = tl.arange(0, TILE)
+    pairs = 0.0
+    for i0 in range(begin, end, TILE):
+        for j0 in range(begin, end, TILE):
+            _, better, _ = _tile(scores_ptr, ranks_ptr, i0 + lanes, j0 + lanes, end)
+            pairs += tl.sum(tl.sum(tl.where(better, 1.0, 0.0), 1), 0)
+    weight = 1.0
+    if PER_PROMPT:
+        weight = 1.0 / tl.maximum(pairs, 1.0)
+    loss, right, margins = 0.0, 0.0, 0.0
+    for i0 in range(begin, end, TILE):
+        i = i0 + lanes
+        grad = tl.zeros([TILE], dtype=tl.float32)
+        for j0 in range(begin, end, TILE):
+            margin, better, worse = _tile(scores_ptr, ranks_ptr, i, j0 + lanes, end)
+            small = tl.exp(-tl.abs(margin))  # log sigmoid without overflow: -log(1 + e^-|m|) + min(m, 0)
+            losses = tl.log(1.0 + small) - tl.minimum(margin, 0.0)
+            loss += tl.sum(tl.sum(tl.where(better, losses, 0.0), 1), 0)
+            right += tl.sum(tl.sum(tl.where(better & (margin > 0.0), 1.0, 0.0), 1), 0)
+            margins += tl.sum(tl.sum(tl.where(better, margin, 0.0), 1), 0)
+            unlikely = tl.where(margin > 0.0, small, 1.0) / (1.0 + small)  # sigmoid(-margin)
+            likely = tl.where(margin > 0.0, 1.0, small) / (1.0 + small)
+            grad += tl.sum(tl.where(worse, likely, 0.0) - tl.where(better, unlikely, 0.0), 1)
+        tl.store(grad_ptr + i, grad * weight, mask=i < end)
+    tl.store(partials_ptr + prompt, loss * weight)
+    tl.store(partials_ptr + prompts + prompt, right)
+    tl.store(partials_ptr + 2 * prompts + prompt, pairs)
+    tl.store(partials_ptr + 3 * prompts + prompt, margins)
+    tl.store(partials_ptr + 4 * prompts + prompt, tl.minimum(pairs, 1.0))
+    if arrive(counter_ptr, prompts):
+        all_pairs = add_up(partials_ptr + 2 * prompts, prompts, 128)
+        per_pair = 1.0 / tl.maximum(all_pairs, 1.0)
+        scale = per_pair
+        if PER_PROMPT:
+            scale = 1.0 / tl.maximum(add_up(partials_ptr + 4 * prompts, prompts, 128), 1.0)
+        tl.store(metrics_ptr, add_up(partials_ptr, prompts, 128) * scale)
+        tl.store(metrics_ptr + 1, add_up(partials_ptr + prompts, prompts, 128) * per_pair)
+        tl.store(metrics_ptr + 2, all_pairs)
+        tl.store(metrics_ptr + 3, add_up(partials_ptr + 3 * prompts, prompts, 128) * per_pair)
+        tl.store(metrics_ptr + 4, scale)
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool) -> tuple[Tensor, Tensor]:
+    """scores, ranks [N], prompt_offsets [G + 1] -> (metrics [5], gradient [N] not divided by the denominator)."""
+    prompts = prompt_offsets.numel() - 1
+    metrics, partials = (torch.empty(n, dtype=torch.float32, device=scores.device) for n in (5, 5 * prompts))
+    grad = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    _kernel[(prompts,)](
+        scores, ranks, prompt_offsets, metrics, grad, partials, arrivals(scores), PER_PROMPT=per_prompt, TILE=TILE,
+        num_warps=2,
+    )  # fmt: skip
+    return metrics, grad
