@@ -70,7 +70,7 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 class Watchdog:
-    """Ends the process with one line if the main thread stays in one collective or device wait for `timeout_s`
+    """Reports a collective that fails inside the block, and ends the process if one has not returned for `timeout_s`
     seconds.
     """
 
@@ -84,8 +84,10 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(self, _type: type | None, error: BaseException | None, _tb: TracebackType | None) -> None:
         self._stop.set()
+        if error is not None and (line := describe_failure(error)) is not None:
+            print(f"error: {line}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         seen: tuple | None = None

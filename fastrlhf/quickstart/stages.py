@@ -48,8 +48,8 @@ class Scale:
     heads: int = 4
     context: int = 128
     window: int = 96
-    pretrain_steps: int = 700
-    sft_steps: int = 400
+    pretrain_steps: int = 400
+    sft_steps: int = 350
     ranking_prompts: int = 1200
     rm_epochs: float = 2.0
     ppo_steps: int = 40
@@ -316,11 +316,12 @@ class _Loop:
             data |= {"train": str(self.path("pretrain"))}
             sections |= {
                 "train": {"steps": scale.pretrain_steps, "global_batch_size": 32, "micro_batch_size": 32},
-                "optimizer": {"lr": 3e-3, "weight_decay": 0.01},
+                "optimizer": {"lr": 2e-3, "weight_decay": 0.01},
                 "schedule": {"decay": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 20},
             }
         elif run == "sft":
-            data |= {"train": str(self.path("sft"))}
+            # Pretraining text mixed in, as for InstructGPT's starting point of RL.
+            data |= {"train": str(self.path("sft")), "pretrain": str(self.path("pretrain")), "pretrain_fraction": 0.2}
             sections |= {
                 "train": {"steps": scale.sft_steps, "global_batch_size": 32, "micro_batch_size": 32},
                 "optimizer": {"lr": 1e-3},
