@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastrlhf.errors import UserError
+from fastrlhf.generation.forward import Forward, direct
 from fastrlhf.generation.sampling import Sampler, SamplingParams
 from fastrlhf.generation.slots import Draw, Running, SlotGroup
 from fastrlhf.generation.stopping import StopStrings
@@ -118,6 +119,7 @@ class _Engine:
         self, stage: GPT, params: SamplingParams, mesh: Mesh, eos: int, tokenizer: PreTrainedTokenizerFast | None
     ) -> None:
         self.stage = stage
+        self.forward = Forward(stage)
         self.params = params
         self.mesh = mesh
         self.eos = eos
@@ -172,9 +174,9 @@ class _Engine:
     def _run(self, draws: list[Draw]) -> list[list[list[float]]]:
         """[token, log-probability] of each micro-batch's rows, on every rank; the groups' states move one token on."""
         if self.mesh.pipeline_size == 1:
-            drawn = [self._head(self.stage(draw), draw) for draw in draws]
+            drawn = [self._head(self.forward(draw), draw) for draw in draws]
         else:
-            drawn = schedule.forward(self.mesh, self.stage, draws, self._head)
+            drawn = schedule.forward(self.mesh, self.forward, draws, self._head)
         counts = [draw.count for draw in draws]
         drawn = self._share(drawn, sum(counts)).split(counts)
         for draw, drawn_N2 in zip(draws, drawn, strict=True):
@@ -189,7 +191,8 @@ class _Engine:
         newest = hidden if draw.last is None else hidden[draw.last]
         positions = group.positions[rows] + 1
         eos_from = group.prompt_lengths[rows] + self.params.min_new_tokens if self.params.min_new_tokens else None
-        tokens, logprobs = self.sampler(newest, group.ids[rows], positions, eos_from)
+        with direct():
+            tokens, logprobs = self.sampler(newest, group.ids[rows], positions, eos_from)
         return torch.stack([tokens.double(), logprobs.double()], dim=1)
 
     def _share(self, drawn: list[Tensor], rows: int) -> Tensor:
