@@ -49,7 +49,7 @@ _VERBS = (
 IMPERATIVES = frozenset(_VERBS.split())
 # What each term of the rule is worth; a perfect summary has utility 1. The term "varied" multiplies their sum: added,
 # it could not keep "Parse header parse header parse header." from a high score.
-WEIGHTS = {"relevant": 0.30, "command": 0.20, "sentence": 0.15, "length": 0.20, "real_words": 0.15}
+WEIGHTS = {"relevant": 0.30, "command": 0.25, "sentence": 0.15, "length": 0.20, "real_words": 0.10}
 TERMS = (*WEIGHTS, "varied")
 
 PAPER_AGREEMENT = 0.726
