@@ -52,8 +52,11 @@ class RewardModelling:
         statistics.
         """
         stage = self.reward.stage
-        scores = score_responses(self.mesh, stage, demonstrations)
-        mean, std = scores.mean(), scores.std(unbiased=False)
+        scores = score_responses(self.mesh, stage, demonstrations).double()
+        moments = torch.stack([torch.ones_like(scores), scores, scores.square()]).sum(1)
+        count, total, squares = self.mesh.sum_over_data(moments)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0.0).sqrt()
         if self.mesh.is_last_stage:
             with torch.no_grad():
                 stage.score.bias -= mean
@@ -106,7 +109,7 @@ def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingB
 
 
 def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBatch]]) -> torch.Tensor:
-    """Score of every packed sequence at its last token, fp32 [sequences], in order; the same on all pipeline stages."""
+    """Score of every packed sequence of this data-parallel rank at its last token, fp32 [sequences], in order."""
 
     def head(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         return stage.score(hidden[batch.cu_seqlens[1:].long() - 1])

@@ -5,9 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 
-# megatron-core warns at every import of a module that could use apex or Transformer Engine and finds neither; both are
-# optional here, and `fastrlhf doctor` says once what is missing.
-warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
-# torch's sharded tensors, which megatron's checkpoints are made of.
-warnings.filterwarnings("ignore", message=".*(use DTensor instead|`load_state_dict` is deprecated).*")
+# What megatron-core and torch say of their own insides at every import and step, and no user can act on.
+# apex and Transformer Engine are optional here, and `fastrlhf doctor` says once what is missing.
+for _message in (
+    "Apex|Transformer Engine|transformer_engine",
+    "use DTensor instead",
+    "`load_state_dict` is deprecated",
+    "all_gather_into_tensor|reduce_scatter_tensor",
+    "full scope is deprecated",
+    "grad attribute of a Tensor that is not a leaf",
+):
+    warnings.filterwarnings("ignore", message=f".*({_message}).*")
 logging.getLogger("megatron").setLevel(logging.ERROR)

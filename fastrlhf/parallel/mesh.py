@@ -8,6 +8,8 @@ handed a `Mesh`; none reads megatron's global state.
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,9 +168,21 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = _rendezvous()
+        # torchrun's store outlives a mesh: under one prefix, the next mesh would read the addresses of the last one's ranks.
+        store = dist.PrefixStore(f"mesh{next(_joined)}", store)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+_joined = itertools.count()
+
+
+@functools.cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """torchrun's store, this rank and the world size. Kept: a second server could not have the same port."""
+    return next(dist.rendezvous("env://"))
 
 
 def _describe(device: torch.device, parallel: ParallelConfig) -> Mesh:
