@@ -169,7 +169,8 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
         return
     if "RANK" in os.environ:
         store, rank, world_size = _rendezvous()
-        # torchrun's store outlives a mesh: under one prefix, the next mesh would read the addresses of the last one's ranks.
+        # torchrun's store outlives a mesh: under one prefix, the next mesh would read the addresses of the last one's
+        # ranks.
         store = dist.PrefixStore(f"mesh{next(_joined)}", store)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
