@@ -192,6 +192,7 @@ def parse_rows(
     with ExitStack() as stack:
         aside: TextIO | None = None
         if rejected is not None and on_error == "quarantine":
+            Path(rejected).parent.mkdir(parents=True, exist_ok=True)
             aside = stack.enter_context(open(rejected, "w", encoding="utf-8"))
         for path in as_paths(paths):
             for line, raw in _raw_records(path, kind):

@@ -111,10 +111,10 @@ def test_quarantine_keeps_the_good_lines_and_writes_the_bad_one_aside(
 ) -> None:
     good = {"prompt": "p", "response": "r", "responses": ["a", "b"], "ranks": [1, 2], "text": "t"}
     path, counts = jsonl(good, line, good), Counts()
-    records = list(read_records(path, kind, "quarantine", tmp_path / "rejected.jsonl", counts))
+    records = list(read_records(path, kind, "quarantine", tmp_path / "new" / "rejected.jsonl", counts))
     assert len(records) == 2
     assert (counts.read, counts.rejected) == (3, 1)
-    (aside,) = [json.loads(row) for row in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    (aside,) = [json.loads(row) for row in (tmp_path / "new" / "rejected.jsonl").read_text().splitlines()]
     assert aside["source"] == f"{path}:2"
     assert aside["reason"].startswith(reason)
     assert aside["record"] == line
