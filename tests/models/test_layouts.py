@@ -1,0 +1,99 @@
+"""Tensor, sequence and pipeline parallelism change neither what is loaded and saved, nor scores, gradients and first
+weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fastrlhf.config import ModelConfig
+from fastrlhf.parallel.mesh import Mesh
+
+SCRIPT = Path(__file__).with_name("run_layouts.py")
+VARIANTS = ["gpt2", "llama-biases", "qwen2-tied", "qwen3"]
+LAYOUTS = {"tensor": [2, 1, 2], "sequence": [2, 1, 2], "pipeline": [1, 2, 2], "both": [2, 2, 1]}
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_layouts", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]) -> Path:
+    """The folder in which four ranks left their results."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for variant in VARIANTS:
+        hf_model(variant).save_pretrained(folder / "hf" / variant)
+    kind = transformers.AutoModelForSequenceClassification
+    hf_model("gpt2", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf" / "reward")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    done = subprocess.run([*command, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest, ran: Path) -> Path:
+    """The results of one layout."""
+    assert json.loads((ran / request.param / "results.json").read_text())["place"] == LAYOUTS[request.param]
+    return ran / request.param
+
+
+def results(layout: Path) -> dict[str, Any]:
+    return json.loads((layout / "results.json").read_text())
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "reward"])
+def test_hugging_face_folders_load_verify_and_come_back_bitwise(variant: str, layout: Path) -> None:
+    assert results(layout)["logits"][variant] < 2e-5
+    before = load_file(layout.parent / "hf" / variant / "model.safetensors")
+    files = list((layout / "hf" / variant).glob("*.safetensors"))
+    after = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 1 and before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_scalar_head_equals_one_rank(family: str, layout: Path, script: ModuleType, mesh: Mesh) -> None:
+    fields = script.GPT2 if family == "gpt" else script.LLAMA
+    loss, gradients = script.scalar_head_gradients(mesh, ModelConfig(**fields, dtype="fp32"))
+    assert results(layout)[f"scalar.{family}"] == pytest.approx(loss, rel=1e-6)
+    theirs = load_file(layout / f"scalar.{family}.safetensors")
+    assert theirs.keys() == gradients.keys() and "score.bias" in theirs
+    for name, gradient in gradients.items():
+        assert (theirs[name] - gradient).abs().max() <= 1e-7 + 1e-5 * gradient.abs().max(), name
+        assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_initial_weights_are_those_of_one_rank(family: str, layout: Path, script: ModuleType, mesh: Mesh) -> None:
+    fields = script.GPT2 if family == "gpt" else script.LLAMA
+    expected = script.initial_weights(mesh, ModelConfig(**fields, dtype="fp32"))
+    weights = load_file(layout / f"initial.{family}.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.parametrize("name", ["tensor", "sequence"])
+def test_dropout_is_shared_where_activations_are_and_differs_where_they_are_split(name: str, ran: Path) -> None:
+    """Tensor-parallel ranks hold the same tokens' embeddings, sequence-parallel ranks those of different tokens."""
+    assert results(ran / name)["dropout"] == {"hidden": True, "masks": name == "tensor"}
