@@ -8,9 +8,11 @@ is imported until a command needs it, so that --help and a misspelt key answer a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -220,10 +222,10 @@ def main() -> None:
     try:
         status = app(prog_name="fastrlhf", standalone_mode=False) or 0
     except UserError as error:
-        _tell(error, f"error: {' '.join(str(error).split())}")
+        _tell(f"error: {' '.join(str(error).split())}")
         status = 2
     except typer.TyperException as error:
-        _tell(error, f"error: {error.format_message().rstrip('.')}; see fastrlhf --help")
+        _tell(f"error: {error.format_message().rstrip('.')}; see fastrlhf --help")
         status = 2
     sys.exit(status)
 
@@ -232,12 +234,11 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(error: Exception, line: str) -> None:
+def _tell(line: str) -> None:
     """The line on stderr, once: all ranks usually make the same mistake. What only another rank knows reaches the user
     through torchrun, which shows the error file of the rank that failed first."""
-    if _is_main():
+    if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+        report = {"message": line, "timestamp": int(time.time())}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))

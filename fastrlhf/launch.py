@@ -56,6 +56,8 @@ def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> N
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s):
         with phase("start-up"):
+            for sizes in _BATCHES[command]:
+                check_batch(config, mesh.data_size, sizes)
             job = _JOBS[command](Parts(config, mesh))
         _loop(command, config, mesh, job)
     dist.barrier()
@@ -145,35 +147,21 @@ class Parts:
         return PretrainWindows(stream, self.config.data.sequence_length)
 
     def demonstrations(self, paths: list[str]) -> Sequence[Any]:
-        data = self.config.data
-        loaded, _ = load_demonstrations(
-            paths,
-            self.tokenizer,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_response_tokens=data.max_response_tokens,
-            **self._on_error(),
-        )
-        return loaded
+        return self._read(load_demonstrations, paths, max_response_tokens=self.config.data.max_response_tokens)
 
     def rankings(self, paths: list[str]) -> Sequence[Any]:
-        data = self.config.data
-        loaded, _ = load_rankings(
-            paths,
-            self.tokenizer,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_response_tokens=data.max_response_tokens,
-            **self._on_error(),
-        )
-        return loaded
+        return self._read(load_rankings, paths, max_response_tokens=self.config.data.max_response_tokens)
 
     def prompts(self, paths: list[str]) -> Sequence[Any]:
-        data = self.config.data
-        loaded, _ = load_prompts(paths, self.tokenizer, max_prompt_tokens=data.max_prompt_tokens, **self._on_error())
-        return loaded
+        return self._read(load_prompts, paths)
 
-    def _on_error(self) -> dict[str, Any]:
-        rejected = Path(self.config.output_dir) / "rejected.jsonl" if self.mesh.rank == 0 else None
-        return {"on_error": self.config.data.on_error, "rejected": rejected}
+    def _read(self, load: Callable, paths: list[str], **limits: int) -> Sequence[Any]:
+        data = self.config.data
+        # Under on_error=quarantine rank 0 sets bad records aside, a file for each set of inputs.
+        rejected = Path(self.config.output_dir) / "rejected" / Path(paths[0]).name if self.mesh.rank == 0 else None
+        options = {"max_prompt_tokens": data.max_prompt_tokens, "on_error": data.on_error, "rejected": rejected}
+        records, _ = load(paths, self.tokenizer, **options, **limits)
+        return records
 
     def stage(self, model: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
         """The model of the `model` section: from its checkpoint, from a Hugging Face folder, or fresh."""
@@ -226,7 +214,6 @@ def _sft(run: Parts) -> Job:
 
 
 def _language_modelling(run: Parts, batches: Loader, evaluation: Callable[[], Loader] | None) -> Job:
-    check_batch(run.config, run.mesh.data_size)
     total_steps = run.total_steps(batches)
     policy = run.learner(run.stage(run.config.model, "lm"), total_steps)
     evaluate = None
@@ -241,7 +228,6 @@ def _language_modelling(run: Parts, batches: Loader, evaluation: Callable[[], Lo
 def _rm(run: Parts) -> Job:
     data = run.config.data
     assert data.train is not None
-    check_batch(run.config, run.mesh.data_size)
     batches = run.loader(run.rankings(data.train), pack_rankings)
     total_steps = run.total_steps(batches)
     algorithm = RewardModelling(run.mesh, run.learner(run.stage(run.config.model, "scalar"), total_steps))
@@ -266,8 +252,6 @@ def _rm(run: Parts) -> Job:
 def _ppo(run: Parts) -> Job:
     config, mesh = run.config, run.mesh
     assert config.data.prompts is not None and config.train.steps is not None and config.ppo.reward_model is not None
-    check_batch(config, mesh.data_size, "ppo.batch_size")
-    check_batch(config, mesh.data_size, "ppo.minibatch_size")
     prompts = run.loader(run.prompts(config.data.prompts), list, global_batch_size=config.ppo.batch_size)
     updates = config.ppo.inner_epochs * math.ceil(config.ppo.batch_size / config.ppo.minibatch_size)
     # PPO counts its warm-up in iterations, as it counts its steps.
@@ -352,4 +336,9 @@ def _check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) ->
         )
 
 
+_BATCHES = {
+    **dict.fromkeys(("pretrain", "sft", "rm"), ("train.global_batch_size",)),
+    "ppo": ("ppo.batch_size", "ppo.minibatch_size"),
+}
+"""The sizes that data-parallel ranks and micro-batches must divide."""
 _JOBS: dict[str, Callable[[Parts], Job]] = {"pretrain": _pretrain, "sft": _sft, "rm": _rm, "ppo": _ppo}
