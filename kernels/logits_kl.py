@@ -151,11 +151,11 @@ def _backward_kernel(
         few = tl.arange(0, VECTOR)
         head = tl.minimum(head_length(offset, VECTOR), columns)
         live = few < head
-        x = tl.load(x_ptr + offset + few, mask=live, other=-float("inf")).to(tl.float32)
-        y = tl.load(y_ptr + ref + few, mask=live, other=-float("inf")).to(tl.float32)
+        x_head = tl.load(x_ptr + offset + few, mask=live, other=-float("inf")).to(tl.float32)
+        y_head = tl.load(y_ptr + ref + few, mask=live, other=-float("inf")).to(tl.float32)
         _write_gradients(
-            x, y, out_ptr, ref_out_ptr, out + few, ref_out + few, live, top_x, inverse_x, top_y, inverse_y, shift,
-            grad, scale, LOGITS, REF, False,
+            x_head, y_head, out_ptr, ref_out_ptr, out + few, ref_out + few, live, top_x, inverse_x, top_y, inverse_y,
+            shift, grad, scale, LOGITS, REF, False,
         )  # fmt: skip
         blocks = (columns - head) // BLOCK
         start = tl.multiple_of(offset + head, VECTOR)

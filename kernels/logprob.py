@@ -169,7 +169,7 @@ def _backward_kernel(
             return
     offset = row_offset(row, length, stride_b, stride_l)
     label = tl.load(labels_ptr + row) - vocab_start
-    label = tl.where((label >= 0) & (label < columns), label, -1)
+    label = tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)
     top = tl.load(top_ptr + row)
     total = tl.load(total_ptr + row)
     to_label = 0.0
@@ -188,9 +188,9 @@ def _backward_kernel(
     lanes = tl.arange(0, BLOCK)
     head = tl.minimum(head_length(offset, VECTOR), columns)
     few = tl.arange(0, VECTOR)
-    x = tl.load(x_ptr + offset + few, mask=few < head, other=-float("inf")).to(tl.float32)
-    d = _gradient(x, few, label, top, scale, inverse, to_label, to_p, to_h, shift, ENTROPY)
-    tl.store(out_ptr + out + few, d.to(out_ptr.dtype.element_ty), mask=few < head)
+    x_head = tl.load(x_ptr + offset + few, mask=few < head, other=-float("inf")).to(tl.float32)
+    d_head = _gradient(x_head, few, label, top, scale, inverse, to_label, to_p, to_h, shift, ENTROPY)
+    tl.store(out_ptr + out + few, d_head.to(out_ptr.dtype.element_ty), mask=few < head)
     blocks = (columns - head) // BLOCK
     out_start = out + head
     if IN_STEP:

@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrlhf.kernels.last_block import add_up, arrivals, arrive
+from fastrlhf.kernels.rows import load_where
 
-BLOCK = 1024
-MAX_BLOCKS = 512  # four of 4 warps on each of an H200's 132 multiprocessors
+BLOCK = 512  # nine running sums: more elements a thread would leave room for two blocks a multiprocessor
+MAX_BLOCKS = 528  # four of 4 warps on each of an H200's 132 multiprocessors
 
 
 @triton.jit
@@ -67,9 +68,9 @@ def _kernel(
         inside = at < tokens
         keep = tl.load(mask_ptr + at, mask=inside, other=0) != 0
         live = tl.where(keep, 1.0, 0.0)
-        log_ratio = tl.load(logprobs_ptr + at, mask=keep, other=0.0).to(tl.float32)
-        log_ratio -= tl.load(old_ptr + at, mask=keep, other=0.0).to(tl.float32)
-        advantage = tl.load(advantages_ptr + at, mask=keep, other=0.0).to(tl.float32)
+        log_ratio = load_where(logprobs_ptr + at, inside, keep)
+        log_ratio -= load_where(old_ptr + at, inside, keep)
+        advantage = load_where(advantages_ptr + at, inside, keep)
         ratio = tl.exp(log_ratio)
         plain = -advantage * ratio
         clipped = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip), 1.0 + clip)
@@ -82,9 +83,9 @@ def _kernel(
         ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, 0.0))
         count += live
         if VALUES:
-            v = tl.load(values_ptr + at, mask=keep, other=0.0).to(tl.float32)
-            old = tl.load(old_values_ptr + at, mask=keep, other=0.0).to(tl.float32)
-            target = tl.load(returns_ptr + at, mask=keep, other=0.0).to(tl.float32)
+            v = load_where(values_ptr + at, inside, keep)
+            old = load_where(old_values_ptr + at, inside, keep)
+            target = load_where(returns_ptr + at, inside, keep)
             off = v - target
             off_clipped = old + tl.minimum(tl.maximum(v - old, -value_clip), value_clip) - target
             cut = off_clipped * off_clipped > off * off
@@ -93,7 +94,7 @@ def _kernel(
             value += 0.5 * off * off
             value_clipped += tl.where(cut, 1.0, 0.0)
         if ENTROPY:
-            entropy += tl.load(entropy_ptr + at, mask=keep, other=0.0).to(tl.float32)
+            entropy += load_where(entropy_ptr + at, inside, keep)
     mine = partials_ptr + tl.program_id(0)
     tl.store(mine, tl.sum(policy, 0))
     tl.store(mine + blocks, tl.sum(value, 0))

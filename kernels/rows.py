@@ -53,3 +53,9 @@ def fill_zero(out_ptr, offset, end, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(out_ptr + tl.multiple_of(body + i * BLOCK, VECTOR) + lanes, zeros)
     rest = body + blocks * BLOCK + lanes
     tl.store(out_ptr + rest, zeros, mask=rest < end)
+
+
+@triton.jit
+def load_where(ptr, inside, keep):
+    """fp32 values, 0 where not `keep`; loaded wherever `inside`, not to wait for the load that `keep` comes from."""
+    return tl.where(keep, tl.load(ptr, mask=inside, other=0.0).to(tl.float32), 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastrlhf.ops.advantage import gae, shaped_rewards
+from fastrlhf.ops.advantage import RolloutTargets, gae, rollout_targets, shaped_rewards
 from fastrlhf.ops.dispatch import backends
 from fastrlhf.ops.kl import logits_kl, token_kl
 from fastrlhf.ops.linear import linear_logprobs
@@ -15,6 +15,7 @@ from fastrlhf.ops.ranking import RankingLoss, pairwise_ranking_loss
 __all__ = [
     "PPOLoss",
     "RankingLoss",
+    "RolloutTargets",
     "TokenLogprobs",
     "backends",
     "gae",
@@ -27,6 +28,7 @@ __all__ = [
     "masked_whiten",
     "pairwise_ranking_loss",
     "ppo_loss",
+    "rollout_targets",
     "shaped_rewards",
     "token_kl",
 ]

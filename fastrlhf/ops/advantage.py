@@ -5,13 +5,28 @@ Left out on purpose: gradients (both are targets of the losses, never differenti
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastrlhf.ops import checks
+from fastrlhf.ops.collectives import all_reduce_sum
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
 from fastrlhf.ops.kl import ESTIMATORS, token_kl
 from fastrlhf.ops.registry import custom_op, register_fake
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RolloutTargets(NamedTuple):
+    """What PPO trains on, fp32 [B, T], 0 where the mask is False, without gradient."""
+
+    rewards: Tensor
+    kl: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 def _is_last(mask: Tensor) -> Tensor:
@@ -62,7 +77,21 @@ def _gae_torch(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
     return advantages, returns
 
 
+def _shaped_gae_torch(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: Tensor,
+    estimator: str, clip: float | None, gamma: float, lam: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(rewards, kl, advantages, returns) [B, T]; moments [B, 3]: count, mean and squared deviations of A by row."""
+    rewards, kl = shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef, estimator, clip)
+    advantages, returns = _gae_torch(rewards, values, mask, gamma, lam)
+    count = mask.sum(1).to(advantages.dtype)
+    mean = advantages.sum(1) / count.clamp(min=1)
+    spread = torch.where(mask, advantages - mean[:, None], 0.0).square().sum(1)
+    return rewards, kl, advantages, returns, torch.stack([count, mean, spread], 1)
+
+
 KERNEL = Kernel("gae", _gae_torch, "fastrlhf.kernels.gae")
+SHAPED = Kernel("shaped_gae", _shaped_gae_torch, "fastrlhf.kernels.gae")
 
 
 @custom_op(
@@ -102,3 +131,65 @@ def gae(
         checks.require(0 <= x <= 1, name, x, "a number from 0 to 1")
     checks.choice("backend", backend, BACKENDS)
     return _gae(rewards.detach(), values.detach(), mask, float(gamma), float(lam), backend)
+
+
+@custom_op(
+    "shaped_gae",
+    "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor kl_coef, str estimator,"
+    " float? clip, float gamma, float lam, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _shaped_gae(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: Tensor,
+    estimator: str, clip: float | None, gamma: float, lam: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tensors = [t.contiguous() for t in (scores, logprobs, ref_logprobs, values, mask)]
+    return SHAPED.on(logprobs, backend)(*tensors, kl_coef, estimator, clip, gamma, lam)
+
+
+@register_fake(_shaped_gae)
+def _(scores, logprobs, *_):  # type: ignore[no-untyped-def]
+    dtype = checks.compute_dtype(logprobs)
+    per_token = (logprobs.new_empty(logprobs.shape, dtype=dtype) for _ in range(4))
+    return *per_token, logprobs.new_empty((logprobs.shape[0], 3), dtype=dtype)
+
+
+def _whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float, group: ProcessGroup | None) -> Tensor:
+    """(A - mean) / sqrt(var + eps) from each row's count, mean and squared deviations (Chan et al. 1979)."""
+    count, mean, spread = moments.unbind(1)
+    total, weighted = all_reduce_sum(torch.stack([count.sum(), (count * mean).sum()]), group).unbind()
+    centre = weighted / total.clamp(min=1)
+    deviations = all_reduce_sum((spread + count * (mean - centre).square()).sum(), group)
+    return torch.where(mask, (advantages - centre) * torch.rsqrt(deviations / total.clamp(min=1) + eps), 0.0)
+
+
+def rollout_targets(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, *,
+    kl_coef: float | Tensor, estimator: str = "k1", clip: float | None = None, gamma: float = 1.0, lam: float = 0.95,
+    whiten: bool = True, group: ProcessGroup | None = None, backend: str = "auto",
+) -> RolloutTargets:  # fmt: skip
+    """`shaped_rewards`, then `gae`, then (`whiten`) `masked_whiten` of the advantages over `group`, in one pass.
+
+    Arguments as of those three; the same results to rounding. For recipes that whiten the rewards, call the three.
+    """
+    checks.floating("logprobs", logprobs)
+    checks.require(logprobs.dim() == 2, "logprobs", logprobs, "shape [B, T]")
+    checks.like("scores", scores, logprobs.shape[:1], logprobs.device)
+    checks.like("ref_logprobs", ref_logprobs, logprobs.shape, logprobs.device)
+    checks.like("values", values, logprobs.shape, logprobs.device)
+    checks.like("mask", mask, logprobs.shape, logprobs.device, "bool")
+    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("backend", backend, BACKENDS)
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        checks.require(0 <= x <= 1, name, x, "a number from 0 to 1")
+    if clip is not None:
+        checks.positive("clip", clip)
+    dtype = checks.compute_dtype(logprobs)
+    if not isinstance(kl_coef, Tensor):
+        kl_coef = torch.full((), float(kl_coef), dtype=dtype, device=logprobs.device)
+    constants = [t.detach() for t in (scores, logprobs, ref_logprobs, values)]
+    rewards, kl, advantages, returns, moments = _shaped_gae(
+        *constants, mask, kl_coef.to(dtype), estimator, clip, float(gamma), float(lam), backend
+    )
+    if whiten:
+        advantages = _whiten(advantages, mask, moments, 1e-8, group)
+    return RolloutTargets(rewards, kl, advantages, returns)

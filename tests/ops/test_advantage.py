@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrlhf.ops import gae, shaped_rewards, token_kl
+from fastrlhf.ops import gae, masked_whiten, rollout_targets, shaped_rewards, token_kl
 
 
 def gae_per_row(rewards, values, mask, gamma, lam):
@@ -20,8 +20,10 @@ def gae_per_row(rewards, values, mask, gamma, lam):
     return advantages, returns
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 130, 1025])
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.99, 0.9), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    ("length", "gamma", "lam"),
+    [(1, 1.0, 0.95), (2, 0.99, 0.9), (63, 1.0, 1.0), (130, 0.9, 0.0), (63, 0.0, 0.5), (1025, 1.0, 0.95)],
+)
 def test_gae_with_interior_gaps_against_its_sum(length, gamma, lam, backend, device):
     rewards, values = torch.randn(3, length, dtype=torch.float64), torch.randn(3, length, dtype=torch.float64)
     rewards, values = rewards.float().double(), values.float().double()
@@ -82,6 +84,29 @@ def test_the_penalty_is_clipped_but_not_the_reported_kl(torch_only):
     logp, ref = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[-8.0, 8.0, -1.0]])
     rewards, kl = shaped_rewards(torch.zeros(1), logp, ref, torch.ones(1, 3, dtype=torch.bool), 1.0, clip=2.0)
     assert rewards.tolist() == [[-2.0, 2.0, -1.0]] and kl.tolist() == [[8.0, -8.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("length", "estimator", "clip"),
+    [(1, "k1", None), (77, "k1", 0.4), (77, "abs", None), (77, "k2", 0.4), (77, "k3", None), (1030, "k3", 0.4)],
+)
+def test_rollout_targets_are_the_three_ops_in_one(length, estimator, clip, backend, device):
+    logp, ref, values = (torch.randn(4, length, device=device) for _ in range(3))
+    ref[:, ::5] = logp[:, ::5] - 1e-3  # where k3 would cancel
+    mask = torch.rand(4, length).to(device) > 0.3
+    mask[2] = False
+    scores = torch.randn(4, device=device)
+    inputs = [torch.where(mask, t, torch.nan) for t in (logp, ref, values)]
+    ours = rollout_targets(scores, *inputs, mask, kl_coef=0.1, estimator=estimator, clip=clip, backend=backend)
+    exact = [t.double() for t in (logp, ref)]
+    rewards, kl = shaped_rewards(scores.double(), *exact, mask, torch.tensor(0.1).double(), estimator, clip)
+    advantages, returns = gae(rewards, values.double(), mask)
+    expected = (rewards, kl, masked_whiten(advantages, mask), returns)
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == torch.float32 and not a.requires_grad and bool((a[~mask] == 0).all())
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=3e-6)
+    raw = rollout_targets(scores, *inputs, mask, kl_coef=0.1, estimator=estimator, clip=clip, whiten=False)
+    torch.testing.assert_close(raw.advantages.double(), advantages, rtol=1e-4, atol=3e-6)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
