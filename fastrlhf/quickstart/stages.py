@@ -50,8 +50,8 @@ class Scale:
     window: int = 96
     pretrain_steps: int = 400
     sft_steps: int = 350
-    ranking_prompts: int = 1200
-    rm_epochs: float = 2.0
+    ranking_prompts: int = 2400
+    rm_epochs: float = 1.0
     ppo_steps: int = 40
     ppo_batch: int = 64
     eval_prompts: int = 256
@@ -141,18 +141,21 @@ class _Loop:
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
         self.path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    def prompts(self, split: str, limit: int) -> list[str]:
-        """The first `limit` prompts of a seeded shuffle of a split, the same on every rank."""
+    def records(self, split: str, limit: int) -> list[dict[str, Any]]:
+        """The first `limit` records of a seeded shuffle of a split, the same on every rank."""
         records = [json.loads(line) for line in self.path(split).read_text().splitlines()]
-        prompts = [record["prompt"] for record in records]
-        random.Random(self.seed).shuffle(prompts)
-        return prompts[:limit]
+        random.Random(self.seed).shuffle(records)
+        return records[:limit]
+
+    def eval_prompts(self) -> list[str]:
+        return [record["prompt"] for record in self.records("eval", self.scale.eval_prompts)]
 
     # ---- rankings ---------------------------------------------------------------------------------------------------
 
     def rank(self, corpus: corpora.Corpus | None) -> tuple[Rule, Calibration] | None:
         """Samples K = 4..9 responses to each ranking prompt; rank 0 has a panel of labelers rank them."""
-        prompts = self.prompts("ranking", self.scale.ranking_prompts)
+        asked = self.records("ranking", self.scale.ranking_prompts)
+        prompts = [record["prompt"] for record in asked]
         draw = random.Random(self.seed)
         counts = [draw.randint(4, 9) for _ in prompts]
         repeated = [prompt for prompt, k in zip(prompts, counts, strict=True) for _ in range(k)]
@@ -164,17 +167,18 @@ class _Loop:
         rule = Rule(known_words(corpus.train_text))
         calibration = calibrate([rule.utilities(p, r) for p, r in zip(prompts, sampled, strict=True)])
         labelers = panel(rule, calibration.noise, self.scale.labelers, self.seed)
-        records = []
-        for prompt, responses in zip(prompts, sampled, strict=True):
+        rankings: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
+        # By user, so that no package's functions are on both sides.
+        held_out = set(draw.sample(users := sorted({record["user_id"] for record in asked}), max(1, len(users) // 8)))
+        for record, responses in zip(asked, sampled, strict=True):
             labeler = draw.choice(labelers)
-            ranks = labeler.rank(prompt, responses)
+            ranks = labeler.rank(record["prompt"], responses)
             if len(set(ranks)) > 1:
-                records.append(
-                    {"prompt": prompt, "responses": responses, "ranks": ranks, "labeler_id": labeler.labeler_id}
-                )
-        held_out = len(records) // 8
-        self.write("rankings_valid", records[:held_out])
-        self.write("rankings_train", records[held_out:])
+                ranking = {**record, "responses": responses, "ranks": ranks, "labeler_id": labeler.labeler_id}
+                del ranking["response"]
+                rankings["valid" if record["user_id"] in held_out else "train"].append(ranking)
+        for split, rows in rankings.items():
+            self.write(f"rankings_{split}", rows)
         return rule, calibration
 
     def sample(self, run: str, prompts: Sequence[str], seed: int, greedy: bool = False) -> list[str]:
@@ -208,7 +212,7 @@ class _Loop:
 
     def answers(self) -> dict[str, list[str]]:
         """Model -> its response to each held-out prompt, sampled at temperature 1 like the rollouts."""
-        prompts = self.prompts("eval", self.scale.eval_prompts)
+        prompts = self.eval_prompts()
         return {name: self.sample(run, prompts, seed=self.seed + 1) for name, run in MODELS.items()}
 
     def pretraining_losses(self) -> dict[str, float]:
@@ -230,7 +234,7 @@ class _Loop:
         answers: dict[str, list[str]],
         losses: dict[str, float],
     ) -> None:
-        prompts = self.prompts("eval", self.scale.eval_prompts)
+        prompts = self.eval_prompts()
         # Judges that ranked nothing in training.
         judges = panel(rule, calibration.noise, self.scale.labelers, self.seed + 1)
 
