@@ -65,6 +65,8 @@ def run(out: Path, tensor: int = 1, pipeline: int = 1, seed: int = 1234, scale: 
     if tensor * pipeline > 1 and "RANK" not in os.environ:
         _under_torchrun(tensor * pipeline, out, tensor, pipeline, seed)
         return
+    # Matrices this small gain nothing from more threads.
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
     _Loop(out, tensor, pipeline, seed, scale or Scale()).run()
 
 
