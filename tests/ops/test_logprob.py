@@ -244,3 +244,26 @@ def test_mistakes_are_named(change, message, torch_only):
     arguments = {"logits": torch.zeros(2, 3), "labels": torch.zeros(2, dtype=torch.int64), **change}
     with pytest.raises(ValueError, match=message):
         logprobs(arguments.pop("logits"), arguments.pop("labels"), **arguments)
+
+
+def test_offsets_past_2_to_the_31(backend, device, within):
+    """Two rows 2.17e9 elements apart; only their own pages of the 4 GiB between them are ever touched."""
+    vocab, apart = 1000, 16_900 * 128_256
+    store = torch.empty(apart + vocab, dtype=torch.bfloat16, device=device)
+    rows = store.as_strided((2, vocab), (apart, 1))
+    rows.copy_(torch.randn(2, vocab))
+    labels = torch.tensor([3, 997], device=device)
+    ours = logprobs(rows, labels, with_entropy=True, backend=backend)
+    exact = logprobs_ref(rows.double(), labels)
+    for a, b in zip(ours[:3], exact[:3], strict=True):
+        within(a, b, b, value_bound(b.cpu(), vocab))
+
+
+def test_masked_rows_are_not_even_read_for_their_labels(backend, device):
+    """Labels far outside the row, under the mask: reading there would be a memory error or a NaN."""
+    logits, labels = make((3,), 50, torch.float32, device)
+    mask = torch.tensor([True, False, True], device=device)
+    labels[1] = 2**62
+    out = logprobs(logits, labels, mask=mask, backend=backend)
+    out.logprobs.sum().backward()
+    assert out.logprobs[1] == 0 and not bool(logits.grad[1].any())
