@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fastrlhf.config import GenerationConfig
 from fastrlhf.models.gpt import VOCAB_MULTIPLE
 
 Tensor = torch.Tensor
@@ -48,6 +49,19 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and at most 1")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string, which would end every response at once; remove it")
+
+    @classmethod
+    def from_config(cls, generation: GenerationConfig, seed: int) -> SamplingParams:
+        """The configuration's `generation` section, with the run's seed."""
+        return cls(
+            max_new_tokens=generation.max_new_tokens,
+            min_new_tokens=generation.min_new_tokens,
+            temperature=generation.temperature,
+            top_k=generation.top_k,
+            top_p=generation.top_p,
+            stop=tuple(generation.stop),
+            seed=seed,
+        )
 
     @property
     def truncated(self) -> bool:

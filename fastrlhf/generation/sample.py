@@ -1,0 +1,179 @@
+"""`fastrlhf sample`: K different responses to each prompt, written as JSONL for labelers to rank.
+
+    torchrun --nproc-per-node 4 -m fastrlhf sample CONFIG data.prompts=prompts.jsonl model.load=runs/sft
+
+Left out on purpose: ranking (the labeler's part) and scoring (evaluation).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from fastrlhf.config import Config
+from fastrlhf.data.records import Prompt, read_records
+from fastrlhf.data.tokenize import encode_prompts, load_tokenizer
+from fastrlhf.errors import UserError
+from fastrlhf.generation.engine import Generated, generate
+from fastrlhf.generation.sampling import SamplingParams
+from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.checkpoint import describe_model, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+RESPONSES = (4, 9)
+"""Responses to a prompt (Ouyang et al. 2022, section 3.4: K between 4 and 9)."""
+ROUNDS = 4
+"""Times that a prompt is drawn from: responses that repeat another or say nothing are drawn anew."""
+
+
+@dataclass
+class SampleCounts:
+    """What was written; `short` counts prompts with fewer responses than asked for, `unusable` those with less than
+    two, which are left out: there is nothing to rank.
+    """
+
+    prompts: int = 0
+    responses: int = 0
+    short: int = 0
+    unusable: int = 0
+
+
+def sample(
+    stage: GPT,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    k: int | tuple[int, int],
+    params: SamplingParams,
+    *,
+    mesh: Mesh,
+    out: str | Path,
+    slots: int = 64,
+) -> SampleCounts:
+    """Writes `out`, a line {"prompt", "responses": [K], "user_id"?} a prompt, in the order of `prompts`.
+
+    K is `k`, or drawn for each prompt from least .. most if `k` is a pair. Responses are without the stop token or
+    string. The data-parallel ranks share the prompts; the file depends on neither their number nor on `slots`.
+    """
+    least, most = (k, k) if isinstance(k, int) else k
+    if not 1 <= least <= most:
+        raise ValueError(f"k is {k}; expected a number of responses or (least, most), from 1 up")
+    if most > 1 and params.temperature == 0:
+        raise UserError("sample needs generation.temperature above 0: greedy responses to a prompt are all the same")
+    encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in prompts])
+    mine = range(mesh.data_rank, len(prompts), mesh.data_size)
+    wanted = {i: random.Random(f"{params.seed} {i}").randint(least, most) for i in mine}
+    found: dict[int, list[str]] = {i: [] for i in mine}
+    for attempt in range(ROUNDS):
+        missing = {i: wanted[i] - len(found[i]) for i in mine}
+        # One id for each prompt, round and copy, whichever rank draws it.
+        draws = [(i, (i * ROUNDS + attempt) * most + j) for i in mine for j in range(missing[i])]
+        responses: list[str] = [""] * len(draws)
+        for response in generate(
+            stage,
+            [encoded[i] for i, _ in draws],
+            params,
+            mesh=mesh,
+            eos=tokenizer.eos_token_id,
+            slots=slots,
+            tokenizer=tokenizer,
+            ids=[identity for _, identity in draws],
+        ):
+            responses[response.index] = _text(tokenizer, response, params.stop)
+        for (i, _), text in zip(draws, responses, strict=True):
+            if text.strip() and text not in found[i]:
+                found[i].append(text)
+    return _write(Path(out), prompts, _everyones(mesh, found), _everyones(mesh, wanted), is_writer=mesh.rank == 0)
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, response: Generated, stop: tuple[str, ...]) -> str:
+    text = str(tokenizer.decode(response.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    ends = [at for at in map(text.find, stop) if at >= 0]
+    return text[: min(ends, default=None)]
+
+
+def _everyones(mesh: Mesh, mine: dict[int, Any]) -> dict[int, Any]:
+    parts: list[Any] = [None] * mesh.data_size
+    dist.all_gather_object(parts, mine, group=mesh.data_group)
+    return {i: value for part in parts for i, value in part.items()}
+
+
+def _write(
+    out: Path, prompts: Sequence[Prompt], found: dict[int, list[str]], wanted: dict[int, int], *, is_writer: bool
+) -> SampleCounts:
+    counts, lines = SampleCounts(), []
+    for i, prompt in enumerate(prompts):
+        responses = found[i]
+        counts.short += len(responses) < wanted[i]
+        if len(responses) < min(2, wanted[i]):
+            counts.unusable += 1
+            continue
+        counts.prompts += 1
+        counts.responses += len(responses)
+        user = {} if prompt.user_id is None else {"user_id": prompt.user_id}
+        lines.append(json.dumps({"prompt": prompt.prompt, "responses": responses, **user}, ensure_ascii=False) + "\n")
+    if is_writer:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(out)  # a reader never sees half a file
+    return counts
+
+
+def run(config: Config) -> None:
+    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    data = config.data
+    assert data.prompts is not None  # config.require
+    mesh = meshes.initialize(config.parallel, config.train.seed)
+    rejected = Path(config.output_dir) / "rejected.jsonl" if mesh.rank == 0 else None
+    prompts = list(read_records(data.prompts, "prompts", data.on_error, rejected))
+    lengths = map(len, encode_prompts(tokenizer, [prompt.prompt for prompt in prompts]))
+    fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= data.max_prompt_tokens]
+    if not fitting:
+        raise UserError(
+            f"{', '.join(data.prompts)}: none of the {len(prompts)} prompts is within data.max_prompt_tokens "
+            f"{data.max_prompt_tokens}; raise it or shorten the prompts"
+        )
+    params = SamplingParams.from_config(config.generation, config.train.seed)
+    out = Path(config.output_dir) / "samples.jsonl"
+    stage = _policy(config, mesh, len(tokenizer))
+    counts = sample(stage, tokenizer, fitting, RESPONSES, params, mesh=mesh, out=out, slots=config.generation.slots)
+    if mesh.rank == 0:
+        too_long = len(prompts) - len(fitting)
+        print(
+            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked for, "
+            f"{counts.unusable} were left out with fewer than two, {too_long} were too long)"
+        )
+    dist.barrier()
+
+
+def _policy(config: Config, mesh: Mesh, tokens: int) -> GPT:
+    model = config.model
+    if model.load is not None:
+        saved = describe_model(model.load)
+        if saved.head != "lm":
+            raise UserError(
+                f"{model.load} is a reward or value model, which writes no text; set model.load to a policy"
+            )
+        stage = build_model(saved.model.model_copy(update={"dtype": model.dtype}), mesh, saved.vocab_size)
+        load_model(saved, stage)
+    elif model.hf is not None:
+        from fastrlhf.models.hf import load_hf
+
+        stage = build_model(model, mesh, model.vocab_size or tokens)
+        load_hf(model.hf, stage)
+    else:
+        raise UserError(
+            "sample needs a trained model: set model.load to a run's folder or model.hf to a Hugging Face one"
+        )
+    return stage
