@@ -27,12 +27,8 @@ from safetensors.torch import load_file, save_file
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.optimizer import torch_adams
 
-# Optimizer state in a form that loads under any tensor, pipeline and data-parallel size.
-_RESHARDABLE = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
 _MODELS = ("ema", "policy", "reward")
 
 
@@ -70,10 +66,21 @@ def describe_model(path: str | Path) -> SavedModel:
     )
 
 
+def _reshardable() -> dict[str, Any]:
+    """Optimizer state in a form that loads under any tensor, pipeline and data-parallel size.
+
+    A new dict each time: megatron adds its process groups to it, which belong to one mesh.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
+
+
 def save_model(path: Path, stage: Any, *, tokenizer: str, statistics: dict[str, float] | None = None) -> None:
     """Writes the weights of `stage` (all ranks call) and `model.json` to the folder `path`."""
     path.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(stage.sharded_state_dict(metadata=_RESHARDABLE), str(path))
+    dist_checkpointing.save(stage.sharded_state_dict(metadata=_reshardable()), str(path))
     if dist.get_rank() == 0:
         description = {
             "model": stage.model_config.model_dump(exclude={"load", "hf"}),
@@ -92,7 +99,7 @@ def load_model(saved: SavedModel, stage: Any) -> None:
     A scalar-head stage loaded from an LM keeps its own (fresh) head: the unembedding is dropped (InstructGPT, section
     3.5).
     """
-    wanted = stage.sharded_state_dict(metadata=_RESHARDABLE)
+    wanted = stage.sharded_state_dict(metadata=_reshardable())
     if stage.head_kind == "scalar" and saved.head == "lm":
         wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("score.")}
     elif stage.head_kind != saved.head:
@@ -165,8 +172,8 @@ class Checkpointer:
 
 
 def _optimizer_state(learner: Any, is_loading: bool) -> dict[str, Any]:
-    model = learner.stage.sharded_state_dict(metadata=_RESHARDABLE)
-    return {"optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)}
+    model = learner.stage.sharded_state_dict(metadata=_reshardable())
+    return {"optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_reshardable())}
 
 
 def _save_optimizer(path: Path, learner: Any) -> None:
@@ -178,9 +185,28 @@ def _save_optimizer(path: Path, learner: Any) -> None:
 
 def _load_optimizer(path: Path, learner: Any) -> None:
     loaded = dist_checkpointing.load(_optimizer_state(learner, is_loading=True), str(path))
-    learner.optimizer.load_state_dict(loaded["optimizer"])
-    learner.optimizer.reload_model_params()
+    _restore(learner.optimizer, loaded["optimizer"])
+    # megatron adds the saved steps to those already made.
+    learner.scheduler.num_steps = 0
     learner.scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _restore(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads an optimizer's state, fp32 master weights included.
+
+    megatron's distributed optimizer looks for every tensor of Adam's state among the saved moments, but torch keeps
+    its step counts there too; and it gives all parameters one step tensor, which each of them would then advance. So
+    the steps are set aside while the moments are loaded, and each parameter gets its own.
+    """
+    moments = state.pop("param_state", None)
+    optimizer.load_state_dict(state)
+    if moments is None:
+        return
+    steps = [(values, values.pop("step")) for adam in torch_adams(optimizer) for values in adam.state.values()]
+    (part,) = optimizer.chained_optimizers
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for values, step in steps:
+        values["step"] = step.clone()
 
 
 def _save_generators(folder: Path, mesh: Mesh) -> None:

@@ -48,6 +48,7 @@ class Learner:
             stage,
         )
         self.optimizer = get_megatron_optimizer(_megatron_optimizer(optimizer, config, lr, min_lr), [self.ddp])
+        _allocate_state(self.optimizer)
         self.scheduler = _scheduler(self.optimizer, schedule, lr, min_lr, optimizer.weight_decay, total_steps)
         config.grad_scale_func = self.optimizer.scale_loss
         config.no_sync_func = self.ddp.no_sync if overlap else None
@@ -74,6 +75,24 @@ class Learner:
         if self.stage.config.fp16:
             metrics |= {"skipped": float(not updated), "loss_scale": float(self.optimizer.get_loss_scale())}
         return metrics
+
+
+def torch_adams(optimizer: Any) -> Iterator[torch.optim.Adam]:
+    """torch's Adams inside megatron's optimizer; none where Transformer Engine or apex brings its own."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Adam):
+            yield part.optimizer
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Gives torch's Adam its state now, as its first step would: megatron neither saves nor loads a state that is not
+    there.
+    """
+    for adam in torch_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 def _megatron_optimizer(optimizer: OptimizerConfig, config: Any, lr: float, min_lr: float) -> MegatronOptimizerConfig:
