@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mesh() -> Iterator[meshes.Mesh]:
     yield meshes.initialize(ParallelConfig(), seed=7)
     meshes.finalize()

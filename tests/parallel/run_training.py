@@ -1,0 +1,203 @@
+"""Training under every layout of four ranks; test_training.py and test_checkpoint.py launch this once and compare with
+one rank.
+
+torchrun --nproc-per-node 4 run_training.py FOLDER writes FOLDER/<layout>/ and the checkpoints FOLDER/saved.<layout>/.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from fastrlhf.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from fastrlhf.data.batches import PackedBatch, pack
+from fastrlhf.models.gpt import GPT, build_model, global_names
+from fastrlhf.models.hf.weights import hf_tensors
+from fastrlhf.ops import linear_cross_entropy
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.checkpoint import Checkpointer
+from fastrlhf.training.optimizer import Learner
+
+# (parallel section, optimizer.distributed); the data-parallel size is what is left of four ranks.
+LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "data": ({}, False),
+    "data-sharded-optimizer": ({}, True),
+    "tensor": ({"tensor": 2}, True),
+    "sequence": ({"tensor": 2, "sequence": True}, True),
+    "pipeline": ({"pipeline": 2}, True),
+    "both": ({"tensor": 2, "pipeline": 2}, False),
+    "both-sequence": ({"tensor": 2, "pipeline": 2, "sequence": True}, True),
+}
+SAVING = ("tensor", "pipeline", "data")
+VOCAB = 101
+SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "init_std": 0.1}
+MODELS: dict[str, dict[str, Any]] = {
+    "tied": {"family": "gpt", **SHAPE},
+    "untied": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, **SHAPE},
+}
+# eps is far above the noise of gradients that are exactly 0 in theory (a key's bias): Adam would blow the noise up to
+# a step.
+OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
+SCHEDULE = ScheduleConfig(decay="cosine", warmup_steps=2)
+
+
+def global_batch(step: int) -> list[PackedBatch]:
+    """Four micro-batches of several sequences, different at every step, the same on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    return [
+        pack([torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths], [2] * len(lengths))
+        for lengths in ((5, 9, 3), (12, 4), (3, 7, 3), (20,))
+    ]
+
+
+def lm_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBatch], Any]:
+    def head(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = linear_cross_entropy(
+            hidden, labels=batch.labels, mask=batch.loss_mask, denominator=denominator, **stage.lm_head()
+        )
+        return loss, {"loss": loss.detach()}
+
+    return head
+
+
+class Training:
+    """A language model and its learner: just enough of an algorithm to train and to save."""
+
+    def __init__(self, mesh: Mesh, model: ModelConfig, seed: int = 5, **optimizer: Any) -> None:
+        self.mesh = mesh
+        self.stage = build_model(model, mesh, VOCAB, seed=seed)
+        config = OptimizerConfig(**{**OPTIMIZER, **optimizer})
+        self.learner = Learner(mesh, self.stage, config, SCHEDULE, total_steps=10)
+
+    def gradients(self, step: int) -> float:
+        """Accumulates the gradients of a global batch; returns its loss."""
+        batches = global_batch(step)
+        denominator = float(sum(batch.loss_mask.sum() for batch in batches))
+        mine = batches[self.mesh.data_rank :: self.mesh.data_size]
+        metrics = self.learner.accumulate(mine, lm_head(self.stage, denominator))
+        return self.mesh.sum_metrics(metrics)["loss"]
+
+    def steps(self, numbers: Sequence[int]) -> list[dict[str, float]]:
+        """Trains on these global batches; loss, lr and gradient norm of each."""
+        return [{"loss": self.gradients(number)} | self.learner.step() for number in numbers]
+
+    def main_gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients on rank 0, by Hugging Face name."""
+        own: dict[str, Any] = {name: vars(parameter)["main_grad"] for name, parameter in global_names(self.stage)}
+        return dict(hf_tensors(self.stage, own))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Whole weights on rank 0, by Hugging Face name."""
+        own = {name: parameter.detach().clone() for name, parameter in global_names(self.stage)}
+        return dict(hf_tensors(self.stage, own))
+
+    def models(self) -> dict[str, Any]:
+        return {"policy": self.stage}
+
+    def learners(self) -> dict[str, Any]:
+        return {"policy": self.learner}
+
+    def statistics(self) -> dict[str, float]:
+        return {}
+
+
+def checkpointer(mesh: Mesh, folder: Path) -> Checkpointer:
+    return Checkpointer(mesh, folder, keep_last=2, config_text="", tokenizer="")
+
+
+def three_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
+    """Gradients of the first global batch, the metrics of three steps and the weights after them."""
+    model = ModelConfig(**MODELS[kind], dtype="fp32")
+    # A sharded optimizer leaves each rank with the sum of its own shard only, so gradients are read without one.
+    replicated = Training(mesh, model, distributed=False)
+    replicated.gradients(0)
+    training = Training(mesh, model, distributed=distributed)
+    steps = training.steps([0, 1, 2])
+    return {"gradients": replicated.main_gradients(), "steps": steps, "weights": training.weights()}
+
+
+def save_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[str, float]]:
+    """Two steps, a checkpoint, and the two steps after it."""
+    training = Training(mesh, ModelConfig(**MODELS["tied"], dtype="fp32"), distributed=distributed)
+    training.steps([0, 1])
+    checkpointer(mesh, folder).save(2, training, {"step": 2, "cursor": 17})
+    return training.steps([2, 3])
+
+
+def load_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[str, float]]:
+    """The two steps after a checkpoint, in a model with other weights."""
+    training = Training(mesh, ModelConfig(**MODELS["tied"], dtype="fp32"), seed=99, distributed=distributed)
+    reader = checkpointer(mesh, folder)
+    latest = reader.latest()
+    assert latest is not None
+    assert reader.load(latest, training) == {"step": 2, "cursor": 17}
+    return training.steps([2, 3])
+
+
+def resume_with_dropout(mesh: Mesh, folder: Path) -> list[list[dict[str, float]]]:
+    """Two steps after a checkpoint, without and with a restart: dropout's generators and the fp32 masters are in it."""
+    model = ModelConfig(**MODELS["tied"], dtype="bf16", residual_dropout=0.2, attention_dropout=0.2)
+    training = Training(mesh, model)
+    training.steps([0])
+    checkpointer(mesh, folder).save(1, training, {"step": 1})
+    unbroken = training.steps([1, 2])
+    meshes.seed_generators(mesh, 1234)
+    again = Training(mesh, model, seed=99)
+    checkpointer(mesh, folder).load(folder / "step_00000001", again)
+    return [unbroken, again.steps([1, 2])]
+
+
+def half_precision(mesh: Mesh, dtype: str, initial_loss_scale: float, steps: int) -> dict[str, Any]:
+    """Repeats one global batch; whether the first step moved the weights, and whether all ranks skip the same steps."""
+    training = Training(mesh, ModelConfig(**MODELS["tied"], dtype=dtype), initial_loss_scale=initial_loss_scale)  # type: ignore[arg-type]
+    before = [parameter.detach().clone() for parameter in training.stage.parameters()]
+    first = training.steps([0])
+    moved = any(not torch.equal(a, b) for a, b in zip(before, training.stage.parameters(), strict=True))
+    metrics = first + training.steps([0] * (steps - 1))
+    skipped = torch.tensor([row.get("skipped", 0.0) for row in metrics])
+    everyone = [torch.empty_like(skipped) for _ in range(mesh.world_size)]
+    dist.all_gather(everyone, skipped)
+    return {"steps": metrics, "moved": moved, "agree": all(torch.equal(other, skipped) for other in everyone)}
+
+
+def run(folder: Path, name: str) -> None:
+    parallel, distributed = LAYOUTS[name]
+    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
+    out = folder / name
+    out.mkdir(exist_ok=True)
+    results: dict[str, Any] = {"place": [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]}
+    for kind in MODELS:
+        trained = three_steps(mesh, kind, distributed)
+        results[kind] = trained["steps"]
+        if mesh.rank == 0:
+            save_file(trained["gradients"], out / f"{kind}.gradients.safetensors")
+            save_file(trained["weights"], out / f"{kind}.weights.safetensors")
+    if name in SAVING:
+        results["continued"] = save_and_continue(mesh, folder / f"saved.{name}", distributed)
+    results["loaded"] = {
+        saved: load_and_continue(mesh, folder / f"saved.{saved}", distributed)
+        for saved in SAVING
+        if (folder / f"saved.{saved}").is_dir() and LAYOUTS[saved][1] == distributed
+    }
+    if name == "both-sequence":
+        results["resumed"] = resume_with_dropout(mesh, folder / "dropout")
+        results["fp16.overflow"] = half_precision(mesh, "fp16", 2.0**60, 5)
+        results["fp16"] = half_precision(mesh, "fp16", 2.0**8, 8)
+        results["bf16"] = half_precision(mesh, "bf16", 1.0, 8)
+    if mesh.rank == 0:
+        (out / "results.json").write_text(json.dumps(results))
+    meshes.finalize()
+
+
+if __name__ == "__main__":
+    # Checkpoints are saved before they are loaded.
+    for layout in sorted(LAYOUTS, key=lambda layout: layout not in SAVING):
+        run(Path(sys.argv[1]), layout)

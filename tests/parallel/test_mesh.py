@@ -1,0 +1,70 @@
+"""Start-up, seeds, and what a rank says when another does not come."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrlhf.config import ParallelConfig
+from fastrlhf.errors import UserError
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.watchdog import describe_failure
+
+STALL = Path(__file__).with_name("stall.py")
+
+
+def test_world_that_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(
+        UserError, match=r"6 processes .* parallel.tensor=2 \* parallel.pipeline=2 = 4: launch a multiple"
+    ):
+        meshes.initialize(ParallelConfig(tensor=2, pipeline=2), seed=1)
+    assert not torch.distributed.is_initialized()
+
+
+def test_one_process_is_a_mesh_without_torchrun() -> None:
+    mesh = meshes.initialize(ParallelConfig(sequence=True), seed=1)
+    try:
+        assert (mesh.world_size, mesh.tensor_size, mesh.pipeline_size, mesh.data_size) == (1, 1, 1, 1)
+        assert mesh.is_first_stage and mesh.is_last_stage and mesh.vocab_group is None
+        assert not mesh.sequence_parallel  # nothing to split over
+        assert mesh.sum_metrics([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]) == {"a": 1.5, "b": 5.0}
+    finally:
+        meshes.finalize()
+
+
+def test_seeds_decide_the_generators() -> None:
+    mesh = meshes.initialize(ParallelConfig(), seed=1)
+    try:
+        draws = []
+        for seed in (1, 2, 1):
+            meshes.seed_generators(mesh, seed)
+            draws.append(torch.rand(8))
+        assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
+    finally:
+        meshes.finalize()
+
+
+def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
+    """parallel.timeout_s is 3: rank 0 gives up on rank 1, which sleeps for ten minutes, and torchrun ends both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(STALL)]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert time.monotonic() - start < 280
+    assert done.returncode != 0
+    line = next((line for line in done.stderr.splitlines() if "collective" in line and "rank 0" in line), done.stderr)
+    expected = r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): .*[Tt]imed? ?out"
+    assert re.search(expected, line), line
+
+
+def test_other_errors_are_no_failed_collectives() -> None:
+    try:
+        raise ValueError("something else")
+    except ValueError as error:
+        assert describe_failure(error) is None
