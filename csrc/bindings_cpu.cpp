@@ -1,0 +1,419 @@
+// torch.ops.fastrlhf_cpu: the CPU kernels for torch tensors, through torch's stable ABI (one build serves every torch
+// from 2.11 on). Signatures and meaning are those of the torch bodies in fastrlhf/ops. No autograd here.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using namespace fastrlhf;
+
+// --- which instruction set ------------------------------------------------------------------------------------------
+
+#ifdef FASTRLHF_HAVE_AVX2
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+#ifdef FASTRLHF_HAVE_AVX512
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+struct Level {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// Best first.
+const std::vector<Level>& levels() {
+  static const std::vector<Level> found = [] {
+    std::vector<Level> all;
+#ifdef FASTRLHF_HAVE_AVX512BF16
+    if (has_avx512() && __builtin_cpu_supports("avx512bf16")) all.push_back({"avx512bf16", &kernels_avx512bf16});
+#endif
+#ifdef FASTRLHF_HAVE_AVX512
+    if (has_avx512()) all.push_back({"avx512", &kernels_avx512});
+#endif
+#ifdef FASTRLHF_HAVE_AVX2
+    if (has_avx2()) all.push_back({"avx2", &kernels_avx2});
+#endif
+    all.push_back({"default", &kernels_default});
+    return all;
+  }();
+  return found;
+}
+
+// FASTRLHF_CPU_ISA names a level; it is read at every call, so that a test or a benchmark can go through them.
+const Level& level() {
+  const char* wanted = std::getenv("FASTRLHF_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return levels().front();
+  std::string known;
+  for (const Level& one : levels()) {
+    if (std::string(one.name) == wanted) return one;
+    known += std::string(known.empty() ? "" : ", ") + one.name;
+  }
+  throw std::runtime_error(std::string("FASTRLHF_CPU_ISA=") + wanted + ": this build on this CPU has " + known);
+}
+
+std::string isa() { return level().name; }
+
+// --- tensors as pointers --------------------------------------------------------------------------------------------
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    default: throw std::runtime_error("fastrlhf_cpu: expected a floating tensor");
+  }
+}
+
+DType logits_dtype(const Tensor& x) {
+  const DType dtype = dtype_of(x);
+  STD_TORCH_CHECK(dtype != DType::f64, "fastrlhf_cpu: logits must be fp32, bf16 or fp16");
+  return dtype;
+}
+
+Rows rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) <= 1 || x.stride(2) == 1), "fastrlhf_cpu: expected rows [B, L, V]");
+  return {x.data_ptr(), std::max<int64_t>(x.size(1), 1), x.stride(0), x.stride(1)};
+}
+
+Rows rows_of(const Maybe& x) { return x ? rows_of(*x) : Rows{nullptr, 1, 0, 0}; }
+
+Tensor empty(std::initializer_list<int64_t> sizes) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float);
+}
+
+// Contiguous per-token tensors [count] of one dtype.
+template <class T>
+T* flat(const Tensor& x, int64_t count, ScalarType dtype) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == count && x.is_contiguous(),
+                  "fastrlhf_cpu: expected a contiguous per-token tensor of ", count, " elements");
+  return static_cast<T*>(x.data_ptr());
+}
+
+float* floats(const Tensor& x, int64_t count) { return flat<float>(x, count, ScalarType::Float); }
+const float* floats(const Maybe& x, int64_t count) { return x ? floats(*x, count) : nullptr; }
+const bool* mask_of(const Maybe& x, int64_t count) { return x ? flat<bool>(*x, count, ScalarType::Bool) : nullptr; }
+
+Floats any_floats(const Tensor& x, int64_t count) {
+  STD_TORCH_CHECK(x.numel() == count && x.is_contiguous(), "fastrlhf_cpu: expected ", count, " contiguous elements");
+  return {x.data_ptr(), dtype_of(x)};
+}
+
+Floats any_floats(const Maybe& x, int64_t count) { return x ? any_floats(*x, count) : Floats{nullptr, DType::f32}; }
+
+// --- threads and memory ---------------------------------------------------------------------------------------------
+
+constexpr int64_t kChunk = 1 << 16;       // elements a thread takes at a time
+constexpr int64_t kHugeBytes = 4 << 20;   // ask for huge pages from here on
+constexpr int64_t kStreamBytes = 8 << 20;  // outputs larger than a core's own caches are written around them
+
+// Run f(begin, end) over [0, count) in steps of `step`. Threads take the next step when they are done with theirs: rows
+// that are masked out cost nothing, and would leave an even split unbalanced.
+template <class F>
+void for_each_range(int64_t count, int64_t step, const F& f) {
+  if (count == 0) return;
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), (count + step - 1) / step);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t at = next.fetch_add(step); at < count; at = next.fetch_add(step)) f(at, std::min(at + step, count));
+  });
+}
+
+int64_t rows_at_a_time(int64_t width) { return std::max<int64_t>(1, kChunk / std::max<int64_t>(1, width)); }
+
+// Rows of a rollout: whole groups of those that gae walks together.
+int64_t rollout_rows(int64_t length) { return std::max<int64_t>(8, rows_at_a_time(4 * length) / 8 * 8); }
+
+int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
+
+// A large buffer just allocated has no pages yet. 2 MiB ones are found and cleared in a fraction of the time that 512
+// of 4 KiB take, which would otherwise cost more than the kernel itself.
+void use_huge_pages(const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes_of(x) < kHugeBytes || !x.is_contiguous()) return;
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.data_ptr()) + page - 1) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(x.data_ptr()) + bytes_of(x);
+  madvise(reinterpret_cast<void*>(begin), (end - begin) / page * page, MADV_HUGEPAGE);  // advice: failing is harmless
+#endif
+}
+
+bool stream_to(const Tensor& out, const Tensor& rows) {
+  return bytes_of(out) >= kStreamBytes && out.data_ptr() != rows.data_ptr();
+}
+
+// --- ops ------------------------------------------------------------------------------------------------------------
+
+Tensor logprob_statistics(const Tensor rows, const Tensor labels, const Maybe mask, double temperature,
+                          int64_t vocab_start, int64_t columns) {
+  const int64_t count = rows.size(0) * rows.size(1);
+  Tensor stats = empty({4, count});
+  float* out = floats(stats, 4 * count);
+  const LogprobStatistics args{rows_of(rows), logits_dtype(rows), flat<int64_t>(labels, count, ScalarType::Long),
+                               mask_of(mask, count), temperature, vocab_start, columns,
+                               out, out + count, out + 2 * count, out + 3 * count};
+  const Kernels& kernels = *level().kernels;
+  for_each_range(count, rows_at_a_time(columns),
+                 [&](int64_t begin, int64_t end) { kernels.logprob_statistics(args, begin, end); });
+  return stats;
+}
+
+void logprob_backward(const Tensor rows, const Tensor labels, const Maybe mask, const Tensor row_max,
+                      const Tensor row_sum, const Maybe entropy, const Maybe grad_logprobs, const Maybe grad_entropy,
+                      const Maybe grad_logsumexp, double temperature, int64_t vocab_start, int64_t columns,
+                      const Tensor out) {
+  const int64_t count = rows.size(0) * rows.size(1);
+  STD_TORCH_CHECK(!grad_entropy || entropy, "fastrlhf_cpu: grad_entropy needs entropy");
+  STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.numel() == rows.numel(), "fastrlhf_cpu: out is not like rows");
+  const LogprobBackward args{rows_of(rows), rows_of(out), logits_dtype(rows),
+                             flat<int64_t>(labels, count, ScalarType::Long), mask_of(mask, count),
+                             floats(row_max, count), floats(row_sum, count), floats(entropy, count),
+                             floats(grad_logprobs, count), floats(grad_entropy, count), floats(grad_logsumexp, count),
+                             temperature, vocab_start, columns, rows.size(2), stream_to(out, rows)};
+  use_huge_pages(out);
+  const Kernels& kernels = *level().kernels;
+  for_each_range(count, rows_at_a_time(rows.size(2)),
+                 [&](int64_t begin, int64_t end) { kernels.logprob_backward(args, begin, end); });
+}
+
+Tensor logits_kl_statistics(const Tensor rows, const Tensor ref_rows, const Maybe mask, double temperature,
+                            int64_t columns) {
+  const int64_t count = rows.size(0) * rows.size(1);
+  STD_TORCH_CHECK(ref_rows.scalar_type() == rows.scalar_type() && ref_rows.numel() == rows.numel(),
+                  "fastrlhf_cpu: ref_rows is not like rows");
+  Tensor stats = empty({5, count});
+  float* out = floats(stats, 5 * count);
+  const KlStatistics args{rows_of(rows), rows_of(ref_rows), logits_dtype(rows), mask_of(mask, count), temperature,
+                          columns, out, out + count, out + 2 * count, out + 3 * count, out + 4 * count};
+  const Kernels& kernels = *level().kernels;
+  for_each_range(count, rows_at_a_time(columns),
+                 [&](int64_t begin, int64_t end) { kernels.kl_statistics(args, begin, end); });
+  return stats;
+}
+
+void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe mask, const Tensor stats, const Tensor kl,
+                        const Tensor grad, double temperature, int64_t columns, const Maybe out, const Maybe ref_out) {
+  const int64_t count = rows.size(0) * rows.size(1);
+  bool stream = true;
+  for (const Maybe& written : {out, ref_out}) {
+    if (!written) continue;
+    STD_TORCH_CHECK(written->scalar_type() == rows.scalar_type() && written->numel() == rows.numel(),
+                    "fastrlhf_cpu: out is not like rows");
+    stream = stream && stream_to(*written, rows) && stream_to(*written, ref_rows);
+    use_huge_pages(*written);
+  }
+  const float* statistic = floats(stats, 5 * count);
+  const KlBackward args{rows_of(rows), rows_of(ref_rows), rows_of(out), rows_of(ref_out), logits_dtype(rows),
+                        mask_of(mask, count), statistic, statistic + count, statistic + 2 * count,
+                        statistic + 3 * count, floats(kl, count), floats(grad, count), temperature, columns,
+                        rows.size(2), stream};
+  const Kernels& kernels = *level().kernels;
+  for_each_range(count, rows_at_a_time(rows.size(2)),
+                 [&](int64_t begin, int64_t end) { kernels.kl_backward(args, begin, end); });
+}
+
+double scalar(const Tensor& x) {
+  const Tensor wide = torch::stable::to(x, ScalarType::Double);
+  return *static_cast<const double*>(wide.data_ptr());
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor rewards, const Tensor values, const Tensor mask, double gamma, double lam) {
+  STD_TORCH_CHECK(rewards.dim() == 2, "fastrlhf_cpu: expected rewards [B, T]");
+  const int64_t batch = rewards.size(0), length = rewards.size(1), count = batch * length;
+  Tensor advantages = empty({batch, length}), returns = empty({batch, length});
+  const Gae args{any_floats(rewards, count), any_floats(values, count), flat<bool>(mask, count, ScalarType::Bool),
+                 length, gamma, lam, floats(advantages, count), floats(returns, count)};
+  const Kernels& kernels = *level().kernels;
+  for_each_range(count == 0 ? 0 : batch, rollout_rows(length),
+                 [&](int64_t begin, int64_t end) { kernels.gae(args, begin, end); });
+  return {advantages, returns};
+}
+
+Estimator estimator_of(const std::string& name) {
+  if (name == "k1") return Estimator::k1;
+  if (name == "abs") return Estimator::abs;
+  if (name == "k2") return Estimator::k2;
+  if (name == "k3") return Estimator::k3;
+  throw std::runtime_error("fastrlhf_cpu: unknown estimator " + name);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor scores, const Tensor logprobs,
+                                                              const Tensor ref_logprobs, const Tensor values,
+                                                              const Tensor mask, const Tensor kl_coef,
+                                                              const std::string estimator,
+                                                              const std::optional<double> clip, double gamma,
+                                                              double lam) {
+  STD_TORCH_CHECK(logprobs.dim() == 2, "fastrlhf_cpu: expected logprobs [B, T]");
+  const int64_t batch = logprobs.size(0), length = logprobs.size(1), count = batch * length;
+  const Tensor rewards = empty({batch, length}), kl = empty({batch, length}), advantages = empty({batch, length}),
+               returns = empty({batch, length}), moments = empty({batch, 3});
+  const bool* keep = flat<bool>(mask, count, ScalarType::Bool);
+  const ShapedRewards shape{any_floats(scores, batch), any_floats(logprobs, count), any_floats(ref_logprobs, count),
+                            keep, length, estimator_of(estimator), static_cast<float>(scalar(kl_coef)),
+                            static_cast<float>(clip.value_or(HUGE_VAL)), floats(rewards, count), floats(kl, count)};
+  const Gae estimate{any_floats(rewards, count), any_floats(values, count), keep, length, gamma, lam,
+                     floats(advantages, count), floats(returns, count)};
+  const Moments moment{floats(advantages, count), keep, length, floats(moments, 3 * batch)};
+  const Kernels& kernels = *level().kernels;
+  for_each_range(batch, rollout_rows(length), [&](int64_t begin, int64_t end) {
+    kernels.shaped_rewards(shape, begin, end);
+    kernels.gae(estimate, begin, end);
+    kernels.moments(moment, begin, end);
+  });
+  return {rewards, kl, advantages, returns, moments};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor old_logprobs, const Tensor advantages,
+                                            const Tensor mask, const Maybe values, const Maybe old_values,
+                                            const Maybe returns, const Maybe entropy, const Maybe denominator,
+                                            double clip, double value_clip, double value_coef, double entropy_coef) {
+  const int64_t count = logprobs.numel();
+  const bool with_values = values && old_values && returns;
+  Tensor metrics = empty({10}), grad_logprobs = empty({count}), grad_values = empty({with_values ? count : 0});
+  const Maybe nothing;
+  const PpoLoss args{any_floats(logprobs, count), any_floats(old_logprobs, count), any_floats(advantages, count),
+                     any_floats(with_values ? values : nothing, count),
+                     any_floats(with_values ? old_values : nothing, count),
+                     any_floats(with_values ? returns : nothing, count), any_floats(entropy, count),
+                     flat<bool>(mask, count, ScalarType::Bool), clip, value_clip, value_coef,
+                     floats(grad_logprobs, count), with_values ? floats(grad_values, count) : nullptr};
+
+  // Blocks are fixed and their sums are added in order, so the result does not depend on the threads.
+  std::vector<PpoSums> blocks((count + kPpoBlock - 1) / kPpoBlock);
+  const Kernels& kernels = *level().kernels;
+  for_each_range(static_cast<int64_t>(blocks.size()), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      blocks[b] = kernels.ppo_loss(args, b * kPpoBlock, std::min((b + 1) * kPpoBlock, count));
+  });
+  PpoSums total{};
+  for (const PpoSums& b : blocks) {
+    total.policy += b.policy, total.value += b.value, total.entropy += b.entropy, total.clipped += b.clipped;
+    total.value_clipped += b.value_clipped, total.approx_kl += b.approx_kl, total.ratio += b.ratio;
+    total.count += b.count;
+    if (!(b.ratio_max <= total.ratio_max)) total.ratio_max = b.ratio_max;  // so that NaN stays
+  }
+  const double scale = 1 / (denominator ? scalar(*denominator) : std::max(total.count, 1.0));
+  const double loss = total.policy + value_coef * total.value - entropy_coef * total.entropy;
+  const double means[] = {loss, total.policy, total.value, total.entropy, total.clipped, total.value_clipped,
+                          total.approx_kl, total.ratio};
+  float* metric = floats(metrics, 10);
+  for (const double mean : means) *metric++ = static_cast<float>(mean * scale);
+  *metric++ = total.ratio_max;
+  *metric = static_cast<float>(scale);
+  return {metrics, grad_logprobs, grad_values};
+}
+
+bool is_integer(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Long || x.scalar_type() == ScalarType::Int;
+}
+
+std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks, const Tensor prompt_offsets,
+                                        bool per_prompt) {
+  using torch::stable::to;
+  const int64_t count = scores.numel(), prompts = prompt_offsets.numel() - 1;
+  const Tensor x = to(scores, ScalarType::Float), offsets = to(prompt_offsets, ScalarType::Long);
+  const bool integers = is_integer(ranks);
+  const Tensor rank = to(ranks, integers ? ScalarType::Long : ScalarType::Double);
+  const int64_t* offset = flat<int64_t>(offsets, prompts + 1, ScalarType::Long);
+  bool rising = offset[0] == 0 && offset[prompts] == count;
+  for (int64_t g = 0; g < prompts; ++g) rising = rising && offset[g] <= offset[g + 1];
+  STD_TORCH_CHECK(rising, "prompt_offsets must rise from 0 to the number of scores, ", count);
+
+  Tensor metrics = empty({5}), grad = empty({count});
+  const Ranking args{floats(x, count), integers ? flat<int64_t>(rank, count, ScalarType::Long) : nullptr,
+                     integers ? nullptr : flat<double>(rank, count, ScalarType::Double), per_prompt,
+                     floats(grad, count)};
+  std::vector<RankingSums> sums(prompts);
+  const Kernels& kernels = *level().kernels;
+  const int64_t pairs_each = prompts ? count / prompts * (count / prompts) : 0;
+  for_each_range(prompts, rows_at_a_time(pairs_each), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) sums[g] = kernels.ranking(args, offset[g], offset[g + 1]);
+  });
+  RankingSums total{};
+  double counted = 0;
+  for (const RankingSums& prompt : sums) {
+    total.loss += per_prompt ? prompt.loss / std::max(prompt.pairs, 1.0) : prompt.loss;
+    total.correct += prompt.correct, total.pairs += prompt.pairs, total.margin += prompt.margin;
+    counted += prompt.pairs > 0;
+  }
+  const double scale = 1 / std::max(per_prompt ? counted : total.pairs, 1.0), per_pair = 1 / std::max(total.pairs, 1.0);
+  float* metric = floats(metrics, 5);
+  for (const double value : {total.loss * scale, total.correct * per_pair, total.pairs, total.margin * per_pair, scale})
+    *metric++ = static_cast<float>(value);
+  return {metrics, grad};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
+  m.def("isa() -> str");
+  m.def(
+      "logprob_statistics(Tensor rows, Tensor labels, Tensor? mask, float temperature, int vocab_start, int columns)"
+      " -> Tensor");
+  m.def(
+      "logprob_backward(Tensor rows, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor? entropy,"
+      " Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp, float temperature, int vocab_start,"
+      " int columns, Tensor(a!) out) -> ()");
+  m.def(
+      "logits_kl_statistics(Tensor rows, Tensor ref_rows, Tensor? mask, float temperature, int columns) -> Tensor");
+  m.def(
+      "logits_kl_backward(Tensor rows, Tensor ref_rows, Tensor? mask, Tensor stats, Tensor kl, Tensor grad,"
+      " float temperature, int columns, Tensor(a!)? out, Tensor(b!)? ref_out) -> ()");
+  m.def("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)");
+  m.def(
+      "shaped_gae(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor kl_coef,"
+      " str estimator, float? clip, float gamma, float lam) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values,"
+      " Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? denominator, float clip, float value_clip,"
+      " float value_coef, float entropy_coef) -> (Tensor, Tensor, Tensor)");
+  m.def("ranking_loss(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CPU, m) {
+  m.impl("logprob_statistics", TORCH_BOX(&logprob_statistics));
+  m.impl("logprob_backward", TORCH_BOX(&logprob_backward));
+  m.impl("logits_kl_statistics", TORCH_BOX(&logits_kl_statistics));
+  m.impl("logits_kl_backward", TORCH_BOX(&logits_kl_backward));
+  m.impl("gae", TORCH_BOX(&gae));
+  m.impl("shaped_gae", TORCH_BOX(&shaped_gae));
+  m.impl("ppo_loss", TORCH_BOX(&ppo_loss));
+  m.impl("ranking_loss", TORCH_BOX(&ranking_loss));
+}
+
+// `import fastrlhf._C_cpu` loads this library, and loading it registers the ops above.
+PyMODINIT_FUNC PyInit__C_cpu(void) {
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                      nullptr};
+  return PyModule_Create(&module);
+}

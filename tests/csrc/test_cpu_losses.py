@@ -1,0 +1,226 @@
+"""GAE, the PPO and the ranking losses in C++ against their torch bodies in float64, under every instruction set."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import gae, pairwise_ranking_loss, ppo_loss
+from fastrlhf.ops.advantage import _gae_torch, _shaped_gae_torch
+from fastrlhf.ops.ppo import _ppo_loss_torch
+from fastrlhf.ops.ranking import _ranking_loss_torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = torch.finfo(torch.float32).eps
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
+
+
+# --- gae -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rewards_dtype", "values_dtype"), [*zip(DTYPES, DTYPES, strict=True), (DTYPES[0], DTYPES[1])])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (9, 513), (3, 1100)])
+def test_gae(
+    cpu: SimpleNamespace, shape: tuple[int, int], rewards_dtype: torch.dtype, values_dtype: torch.dtype
+) -> None:
+    g = generator()
+    rewards, values = torch.randn(shape, generator=g).to(rewards_dtype), torch.randn(shape, generator=g)
+    values = values.to(values_dtype)
+    mask = torch.rand(shape, generator=g) < 0.7
+    mask[0] = shape[1] % 2 == 0  # an empty row, or a full one
+    rewards = rewards.masked_fill(~mask, torch.nan)
+    want = _gae_torch(*widened(rewards, values, mask), 0.99, 0.95)
+    # errors decay by gamma lam a step: a geometric sum of a few roundings of the largest advantage
+    bound = 8 * EPS / (1 - 0.99 * 0.95) * (1 + want[0].abs().max())
+    for ours, truth in zip(cpu.gae(rewards, values, mask, 0.99, 0.95), want, strict=True):
+        assert ours.dtype == torch.float32 and ((ours - truth).abs() <= bound).all() and (ours[~mask] == 0).all()
+
+
+def test_gae_by_hand(cpu: SimpleNamespace) -> None:
+    rewards = torch.tensor([[1.0, 100.0, 2.0, 0.0]])
+    values = torch.tensor([[0.5, 100.0, 1.0, 100.0]])
+    mask = torch.tensor([[True, False, True, False]])
+    advantages, returns = cpu.gae(rewards, values, mask, 0.5, 0.5)
+    # last: 2 - 1 = 1.  first: 1 + 0.5 * 1 - 0.5 + 0.25 * 1 = 1.25
+    assert advantages.tolist() == [[1.25, 0.0, 1.0, 0.0]]
+    assert returns.tolist() == [[1.75, 0.0, 2.0, 0.0]]
+
+
+def test_gae_without_rows_or_columns(cpu: SimpleNamespace) -> None:
+    for shape in ((0, 5), (5, 0)):
+        advantages, returns = cpu.gae(torch.ones(shape), torch.ones(shape), torch.ones(shape, dtype=torch.bool), 1, 1)
+        assert advantages.shape == returns.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("estimator", "clip"), [("k1", None), ("k1", 0.1), ("abs", None), ("k2", 0.1), ("k3", None)])
+def test_shaped_rewards_gae_and_moments(
+    cpu: SimpleNamespace, estimator: str, clip: float | None, dtype: torch.dtype
+) -> None:
+    g, shape = generator(), (9, 601)
+    logprobs, ref, values = ((torch.randn(shape, generator=g) * 0.3).to(dtype) for _ in range(3))
+    mask = torch.rand(shape, generator=g) < 0.6
+    mask[3] = False
+    mask[4, 100:] = False
+    logprobs, values = (t.masked_fill(~mask, torch.nan) for t in (logprobs, values))
+    scores = torch.randn(9, generator=g).to(dtype)
+    options = (estimator, clip, 0.99, 0.95)
+    got = cpu.shaped_gae(scores, logprobs, ref, values, mask, torch.tensor(0.2), *options)
+    wide = widened(scores, logprobs, ref, values, mask)
+    want = _shaped_gae_torch(*wide, torch.tensor(0.2), *options)
+    assert len(got) == len(want) == 5 and all(t.isfinite().all() for t in got)
+    for ours, truth in zip(got, want, strict=True):
+        # as for gae above; the squares of the moments double the relative error
+        torch.testing.assert_close(ours.double(), truth.double(), rtol=64 * EPS, atol=1e3 * EPS)
+
+
+# --- ppo -------------------------------------------------------------------------------------------------------------
+
+
+def ppo_inputs(n: int, dtype: torch.dtype, full: bool = True) -> list[Tensor | None]:
+    g = generator(n)
+    old = -3 * torch.rand(n, generator=g)
+    near = old + 0.3 * torch.randn(n, generator=g)
+    tensors = [near, old, *(torch.randn(n, generator=g) for _ in range(4)), torch.rand(n, generator=g)]
+    logprobs, old, advantages, values, old_values, returns, entropy = (t.to(dtype) for t in tensors)
+    mask = torch.rand(n, generator=g) < 0.8
+    logprobs, values = (t.masked_fill(~mask, torch.nan) for t in (logprobs, values))
+    if not full:
+        return [logprobs, old, advantages, mask, None, None, None, None]
+    return [logprobs, old, advantages, mask, values, old_values, returns, entropy]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 15, 123, 1024, 1025, 20011])
+@pytest.mark.parametrize("full", [True, False])
+def test_ppo_loss(cpu: SimpleNamespace, n: int, full: bool, dtype: torch.dtype) -> None:
+    inputs = ppo_inputs(n, dtype, full)
+    options = (0.2, 0.2, 0.7, 0.01)
+    for denominator in (None, torch.tensor(37.0), torch.tensor(37)):
+        got = cpu.ppo_loss(*inputs, denominator, *options)
+        wide = None if denominator is None else denominator.double()
+        want = _ppo_loss_torch(*widened(*inputs), wide, *options)
+        # A ratio carries a rounding of log-probs up to 8 in size; a token at the clip's very edge may fall either side
+        # in fp32, which moves the two fractions by whole tokens: none does with these seeds.
+        for ours, truth in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=32 * EPS, atol=32 * EPS)
+
+
+def test_ppo_loss_mixes_dtypes_and_takes_no_true_position(cpu: SimpleNamespace) -> None:
+    inputs = ppo_inputs(50, torch.float32)
+    inputs[1], inputs[2], inputs[4] = inputs[1].bfloat16(), inputs[2].double(), inputs[4].half()
+    got = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
+    want = _ppo_loss_torch(*widened(*inputs), None, 0.2, 0.2, 1.0, 0.0)
+    for ours, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=32 * EPS, atol=32 * EPS)
+    inputs[3] = torch.zeros(50, dtype=torch.bool)
+    metrics, d_logprobs, d_values = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
+    assert metrics.tolist() == [0.0] * 9 + [1.0] and not d_logprobs.any() and not d_values.any()
+
+
+def test_approx_kl_does_not_cancel_for_tiny_steps(cpu: SimpleNamespace) -> None:
+    # r - 1 - log r = d^2 / 2 + d^3 / 6 for small d: computed as written, fp32 would return noise of 1e-7
+    step = 2.0**-14
+    logprobs, old = torch.full((64,), -step), torch.full((64,), -2 * step)
+    mask = torch.ones(64, dtype=torch.bool)
+    metrics, _, _ = cpu.ppo_loss(logprobs, old, mask.float(), mask, None, None, None, None, None, 0.2, 0.2, 1.0, 0.0)
+    assert math.isclose(metrics[6].item(), step**2 / 2 + step**3 / 6, rel_tol=1e-6)
+
+
+def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace) -> None:
+    inputs = ppo_inputs(2000, torch.float32, full=False)
+    inputs[3] = torch.ones(2000, dtype=torch.bool)
+    inputs[0] = torch.nan_to_num(inputs[0])
+    inputs[0][1500] = torch.nan
+    metrics, d_logprobs, _ = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
+    assert metrics[[0, 1, 6, 7, 8]].isnan().all() and d_logprobs.isnan().nonzero().tolist() == [[1500]]
+
+
+# --- ranking ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank_dtype", [torch.int64, torch.int32, torch.float32])
+@pytest.mark.parametrize("per_prompt", [True, False])
+@pytest.mark.parametrize("sizes", [(2,), (9,) * 7, (4, 0, 1, 9, 64, 17, 300)])
+def test_ranking_loss(
+    cpu: SimpleNamespace, sizes: tuple[int, ...], per_prompt: bool, rank_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    g, n = generator(sum(sizes)), sum(sizes)
+    scores = (4 * torch.randn(n, generator=g)).to(dtype)
+    ranks = torch.randint(0, 6, (n,), generator=g).to(rank_dtype)  # with ties
+    ranks[:2] = torch.tensor([1, 2])
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    metrics, grad = cpu.ranking_loss(scores, ranks, offsets, per_prompt)
+    want, want_grad = _ranking_loss_torch(scores.double(), ranks, offsets, per_prompt)
+    torch.testing.assert_close(metrics.double(), want, rtol=16 * EPS, atol=16 * EPS)
+    # a gradient is a sum of up to K - 1 sigmoids, each of a margin that was rounded once
+    terms = 1 if per_prompt else max(sizes)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=16 * EPS, atol=16 * EPS * terms)
+
+
+def test_ranking_loss_at_its_edges(cpu: SimpleNamespace) -> None:
+    offsets = torch.tensor([0, 2], dtype=torch.int32)
+    ranks = torch.tensor([1, 2])
+    for gap, loss, slope in ((200.0, 0.0, 0.0), (-200.0, 200.0, -1.0), (0.0, math.log(2), -0.5)):
+        metrics, grad = cpu.ranking_loss(torch.tensor([gap, 0.0]), ranks, offsets, True)
+        assert math.isclose(metrics[0].item(), loss, rel_tol=1e-6, abs_tol=1e-30)
+        assert grad.tolist() == pytest.approx([slope, -slope], abs=1e-30)
+        assert metrics[1:].tolist() == [float(gap > 0), 1.0, gap, 1.0]
+    tied, grad = cpu.ranking_loss(torch.tensor([1.0, torch.nan]), torch.tensor([3, 3]), offsets, True)
+    assert tied.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0] and grad.tolist() == [0.0, 0.0]
+    huge = torch.tensor([2**62, 2**62 + 1])  # equal as floats
+    assert cpu.ranking_loss(torch.zeros(2), huge, offsets, True)[0][2] == 1
+    with pytest.raises(RuntimeError, match="prompt_offsets must rise from 0 to the number of scores, 2"):
+        cpu.ranking_loss(torch.zeros(2), ranks, torch.tensor([0, 3]), True)
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_thread_and_two_give_the_same_bits(cpu: SimpleNamespace, two_threads: None) -> None:
+    g = generator()
+    rewards, values = torch.randn(70, 600, generator=g), torch.randn(70, 600, generator=g)
+    scores, ranks = torch.randn(64 * 32, generator=g), torch.randint(0, 9, (64 * 32,), generator=g)
+
+    def everything() -> list[Tensor]:
+        out = [*cpu.gae(rewards, values, rewards < 1, 0.99, 0.95)]
+        out += cpu.ppo_loss(*ppo_inputs(40001, torch.float32), None, 0.2, 0.2, 1.0, 0.1)
+        return out + list(cpu.ranking_loss(scores, ranks, torch.arange(0, 64 * 32 + 1, 32), True))
+
+    two = everything()
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(two, everything(), strict=True))
+
+
+def test_through_the_public_ops(isa: str) -> None:
+    results: dict[str, list[Tensor]] = {}
+    inputs = ppo_inputs(500, torch.bfloat16)
+    logprobs, old, advantages, mask, values, old_values, returns, entropy = inputs
+    g = generator(1)
+    scores, ranks = torch.randn(27, generator=g), torch.randint(0, 5, (27,), generator=g)
+    rewards = torch.randn(6, 40, generator=g)
+    for backend in ("cpu", "torch"):
+        leaves = [t.detach().clone().requires_grad_() for t in (logprobs, values, entropy, scores)]
+        loss = ppo_loss(
+            leaves[0], old, advantages, mask, values=leaves[1], old_values=old_values, returns=returns,
+            entropy=leaves[2], entropy_coef=0.1, backend=backend,
+        )  # fmt: skip
+        ranking = pairwise_ranking_loss(leaves[3], ranks, torch.tensor([0, 9, 9, 27]), backend=backend)
+        (3 * loss.loss + ranking.loss).backward()
+        found = [*loss, *ranking, *gae(rewards, rewards + 1, rewards < 1, backend=backend)]
+        results[backend] = [t.detach() for t in found] + [leaf.grad for leaf in leaves if leaf.grad is not None]
+    assert len(results["cpu"]) == 9 + 4 + 2 + 4
+    for ours, theirs in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
