@@ -33,7 +33,7 @@ def convert_from_hf(path: str | Path, out: str | Path, parallel: ParallelConfig 
     between what was written and transformers' model. Raises `UserError` (nothing is written) or
     `models.hf.LogitMismatch`.
     """
-    path, out, parallel = Path(path), Path(out), parallel or ParallelConfig()
+    path, out, parallel = Path(path), Path(out).resolve(), parallel or ParallelConfig()
     model, head = model_config_from_hf(path), head_from_hf(path)
     _check_layout(model, parallel)
     _check_new(out)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from fastrlhf.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from fastrlhf.convert import convert_from_hf, convert_to_hf
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.models.gpt import GPT, build_model, global_names
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf, save_hf, verify_logits, vocab_size_from_hf
@@ -120,6 +121,15 @@ def run(folder: Path, name: str) -> None:
     meshes.finalize()
 
 
+def convert(folder: Path) -> None:
+    """From Hugging Face to our checkpoint under one layout, and back under another."""
+    source, ours = folder / "hf" / "qwen2-tied", folder / "checkpoint"
+    there = convert_from_hf(source, ours, ParallelConfig(tensor=2, pipeline=2))
+    back = convert_to_hf(ours, folder / "converted", ParallelConfig(tensor=2))
+    (folder / "converted.json").write_text(json.dumps([there, back]))
+
+
 if __name__ == "__main__":
+    convert(Path(sys.argv[1]))
     for layout in LAYOUTS:
         run(Path(sys.argv[1]), layout)

@@ -93,6 +93,13 @@ def test_initial_weights_are_those_of_one_rank(family: str, layout: Path, script
         assert torch.equal(weights[name], weight), name
 
 
+def test_four_ranks_convert_there_and_back(ran: Path) -> None:
+    assert max(json.loads((ran / "converted.json").read_text())) < 2e-5
+    before = load_file(ran / "hf" / "qwen2-tied" / "model.safetensors")
+    after = load_file(ran / "converted" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("name", ["tensor", "sequence"])
 def test_dropout_is_shared_where_activations_are_and_differs_where_they_are_split(name: str, ran: Path) -> None:
     """Tensor-parallel ranks hold the same tokens' embeddings, sequence-parallel ranks those of different tokens."""

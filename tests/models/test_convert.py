@@ -1,0 +1,96 @@
+"""Folders of Hugging Face become our checkpoints and come back, tokenizer included, verified on what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from fastrlhf import convert
+from fastrlhf.config import ParallelConfig
+from fastrlhf.data.tokenize import load_tokenizer, train_bpe
+from fastrlhf.errors import UserError
+from fastrlhf.models.hf import LogitMismatch
+from fastrlhf.training.checkpoint import describe_model
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    equal = {
+        name: after[name].dtype == tensor.dtype and torch.equal(tensor, after[name]) for name, tensor in before.items()
+    }
+    return before.keys() == after.keys() and all(equal.values())
+
+
+def test_language_model_with_tokenizer(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    train_bpe(["a small corpus of words to learn from"] * 4, 300, source)
+    tokenizer = load_tokenizer(source)
+    model = hf_model("llama", vocab_size=320, eos_token_id=tokenizer.eos_token_id).bfloat16()
+    model.save_pretrained(source)
+    assert convert.convert_from_hf(source, tmp_path / "ours") < 2e-5
+    saved = describe_model(tmp_path / "ours")
+    assert (saved.head, saved.vocab_size, saved.model.dtype) == ("lm", 320, "bf16")
+    assert load_tokenizer(saved.tokenizer).get_vocab() == tokenizer.get_vocab()
+
+    assert convert.convert_to_hf(tmp_path / "ours", tmp_path / "back") < 2e-5
+    assert same_tensors(source, tmp_path / "back")
+    assert load_tokenizer(tmp_path / "back").get_vocab() == tokenizer.get_vocab()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert again.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert again.dtype == torch.bfloat16
+
+
+def test_reward_model_keeps_bias_and_statistics(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+    kind = transformers.AutoModelForSequenceClassification
+    model = hf_model("gpt2", kind, num_labels=1, pad_token_id=0)
+    model.config.score_bias = -0.625
+    model.config.score_statistics = {"mean": 1.5, "std": 0.25}
+    model.save_pretrained(tmp_path / "source")
+    convert.convert_from_hf(tmp_path / "source", tmp_path / "ours")
+    saved = describe_model(tmp_path / "ours")
+    assert (saved.head, saved.statistics, saved.tokenizer) == ("scalar", {"mean": 1.5, "std": 0.25}, "")
+    convert.convert_to_hf(tmp_path / "ours", tmp_path / "back")
+    assert same_tensors(tmp_path / "source", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["score_bias"] == -0.625
+    assert config["score_statistics"] == {"mean": 1.5, "std": 0.25}
+    assert config["architectures"] == ["GPT2ForSequenceClassification"] and len(config["id2label"]) == 1
+
+
+def test_mistakes_are_said_before_anything_is_written(hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"parallel\.tensor 4 does not divide num_kv_heads 2"):
+        convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(tensor=4))
+    with pytest.raises(UserError, match=r"parallel\.pipeline 3 does not divide the model's 2 layers"):
+        convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(pipeline=3))
+    with pytest.raises(UserError, match="1 processes cannot be split"):
+        convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(tensor=2))
+    with pytest.raises(UserError, match="no model here"):
+        convert.convert_to_hf(tmp_path, tmp_path / "back")
+    assert not (tmp_path / "ours").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        convert.convert_from_hf(hf_folder("llama"), tmp_path / "used")
+
+
+def test_what_was_written_is_what_is_verified(
+    hf_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage between loading and saving does not pass."""
+    save_model = convert.save_model
+
+    def damaged(path: Path, stage: Any, **options: Any) -> None:
+        with torch.no_grad():
+            stage.decoder.layers[0].mlp.linear_fc1.weight[3] += 1.0
+        save_model(path, stage, **options)
+
+    monkeypatch.setattr(convert, "save_model", damaged)
+    with pytest.raises(LogitMismatch):
+        convert.convert_from_hf(hf_folder("gpt2"), tmp_path / "ours")
