@@ -5,6 +5,7 @@ A group travels as its name (a string), "" being none: custom ops take no Proces
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,19 @@ def gather_stack(x: Tensor, group_name: str) -> Tensor:
     out = x.new_empty(group.size(), *x.shape)
     dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
     return out
+
+
+def gather_stack_later(x: Tensor, group_name: str) -> Callable[[], Tensor]:
+    """Start `gather_stack`; the function returned waits for it (on a GPU the stream does, not the host)."""
+    group = _resolve(group_name)
+    x, out = x.contiguous(), x.new_empty(group.size(), *x.shape)
+    work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True)
+
+    def arrived() -> Tensor:
+        work.wait()
+        return out
+
+    return arrived
 
 
 def reduce_sum_(x: Tensor, group_name: str) -> Tensor:

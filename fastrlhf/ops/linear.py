@@ -7,13 +7,13 @@ Left out on purpose: hidden states sharded over the sequence (gather them first)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastrlhf.ops import checks, collectives
+from fastrlhf.ops.linear_chunks import CountedRows, Gradients, as_matrix, divided, head, logits_fit, scaled, unit_of
 from fastrlhf.ops.logprob import (
     BACKWARD,
     STATISTICS,
@@ -42,63 +42,7 @@ def linear_logprobs_ref(
     return logprobs_ref(linear_logits_ref(hidden, weight, bias), labels, **options)
 
 
-# --- the pieces of a chunk -------------------------------------------------------------------------------------------
-
-
-def chunks(tokens: int, device: torch.device) -> Iterator[slice]:
-    """cuBLAS needs some 4,096 rows to run at full speed with dW's traffic amortised; a CPU is content with 512."""
-    rows = 4096 if device.type == "cuda" else 512
-    for start in range(0, tokens, rows):
-        yield slice(start, min(start + rows, tokens))
-
-
-def hidden_chunk(hidden_NH: Tensor, mask: Tensor | None, at: slice) -> Tensor:
-    """Rows masked out become zeros, or a NaN in one would reach dW as 0 * NaN."""
-    return hidden_NH[at] if mask is None else hidden_NH[at].masked_fill(~mask[at][:, None], 0.0)
-
-
-def head(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    return hidden_NH @ weight_VH.T if bias_V is None else torch.addmm(bias_V, hidden_NH, weight_VH.T)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (fp32) += left^T right, never rounding a product to the inputs' dtype: that would bias training."""
-    if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
-
-
-class Gradients:
-    """dh [N, H] in hidden's dtype, dW [V, H] and db [V] in the compute dtype; empty where not needed."""
-
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, needs: tuple[bool, bool, bool]) -> None:
-        dtype, nothing = checks.compute_dtype(hidden_NH), hidden_NH.new_empty(0)
-        self.needs = needs
-        self.hidden = torch.empty_like(hidden_NH, memory_format=torch.contiguous_format) if needs[0] else nothing
-        self.weight = torch.zeros(weight_VH.shape if needs[1] else 0, dtype=dtype, device=weight_VH.device)
-        self.bias = torch.zeros(weight_VH.shape[0] if needs[2] else 0, dtype=dtype, device=weight_VH.device)
-
-    def add(self, at: slice, d_logits: Tensor, hidden_chunk: Tensor, weight_VH: Tensor) -> None:
-        if self.needs[0]:
-            torch.mm(d_logits, weight_VH, out=self.hidden[at])
-        if self.needs[1]:
-            _add_product_(self.weight, d_logits, hidden_chunk)
-        if self.needs[2]:
-            self.bias += d_logits.sum(0, dtype=self.bias.dtype)
-
-    def reduced(self, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum dh over the vocabulary's shards; dW and db belong to this shard alone."""
-        if self.needs[0]:
-            collectives.reduce_sum_(self.hidden, group_name)
-        return self.hidden, self.weight, self.bias
-
-
 # --- log-probs -------------------------------------------------------------------------------------------------------
-
-
-def as_matrix(hidden: Tensor) -> Tensor:
-    return hidden.reshape(-1, hidden.shape[-1])
 
 
 @custom_op(
@@ -112,17 +56,18 @@ def _linear_logprobs(
     ref_logprobs: Tensor | None, temperature: float, with_entropy: bool, keep_logits: bool, vocab_start: int,
     columns: int, group_name: str, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    hidden_NH, labels_N, keep = as_matrix(hidden), flat(labels).long(), flat(mask)
-    dtype, tokens = checks.compute_dtype(hidden), labels.numel()
-    stats = torch.empty(4, tokens, dtype=dtype, device=hidden.device)
-    kept = hidden.new_empty((tokens, weight.shape[0]) if keep_logits else 0)
-    for at in chunks(tokens, hidden.device):
-        logits = head(hidden_chunk(hidden_NH, mask=keep, at=at), weight, bias)
-        chunk_mask = None if keep is None else keep[at]
+    labels_N, keep = flat(labels).long(), flat(mask)
+    dtype, tokens, width = checks.compute_dtype(hidden), labels.numel(), weight.shape[0]
+    rows = CountedRows(as_matrix(hidden), keep, width)
+    # ones where rows are left out: finite, and replaced by zeros in outputs_from
+    stats = torch.ones(4, tokens, dtype=dtype, device=hidden.device)
+    kept = hidden.new_empty((tokens, width) if keep_logits else 0)  # the rows that count come first
+    buffer = hidden.new_empty(0 if keep_logits else rows.step, width)
+    for at in rows:
+        logits = head(rows.chunk(at), weight, bias, out=kept[at] if keep_logits else buffer[: at.stop - at.start])
         body = STATISTICS.on(logits, backend)
-        stats[:, at] = body(logits[None], labels_N[at], chunk_mask, temperature, vocab_start, columns)
-        if keep_logits:
-            kept[at] = logits
+        chunk_mask = rows.take(rows.mask, at)
+        rows.put(stats, at, body(logits[None], rows.take(labels_N, at), chunk_mask, temperature, vocab_start, columns))
     if group_name:
         stats = combine_statistics(collectives.gather_stack(stats, group_name), temperature)
     ref = None if ref_logprobs is None else flat(ref_logprobs).to(dtype)
@@ -153,21 +98,24 @@ def _linear_logprobs_backward(
     grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, temperature: float, vocab_start: int, columns: int,
     group_name: str, backend: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    hidden_NH, keep = as_matrix(hidden), flat(mask)
-    per_token = [flat(t) for t in (row_max, row_sum, entropy, grad_logprobs, grad_entropy, grad_logsumexp)]
-    gradients = Gradients(hidden_NH, weight, (needs[0], needs[1], needs[2]))
-    for at in chunks(labels.numel(), hidden.device):
-        chunk = hidden_chunk(hidden_NH, keep, at)
-        logits = kept_logits[at] if kept_logits.numel() else head(chunk, weight, bias)
+    labels_N, width = flat(labels).long(), weight.shape[0]
+    rows = CountedRows(as_matrix(hidden), flat(mask), width)
+    upstream = [flat(t) for t in (grad_logprobs, grad_entropy, grad_logsumexp)]
+    unit = unit_of(rows, *upstream)
+    per_token = [*(flat(t) for t in (row_max, row_sum, entropy)), *(divided(g, unit) for g in upstream)]
+    gradients = Gradients(rows, weight, needs)
+    buffer = hidden.new_empty(rows.step, width)
+    for at in rows:
+        chunk, out = rows.chunk(at), buffer[: at.stop - at.start]
         # kept logits survive, for a second backward; recomputed ones are overwritten
-        out = torch.empty_like(logits) if kept_logits.numel() else logits
-        rest = [None if t is None else t[at] for t in (keep, *per_token)]
+        logits = kept_logits[at] if kept_logits.numel() else head(chunk, weight, bias, out=out)
+        rest = [rows.take(t, at) for t in (rows.mask, *per_token)]
         body = BACKWARD.on(logits, backend)
-        body(logits[None], flat(labels).long()[at], *rest, temperature, vocab_start, columns, out[None])
+        body(logits[None], rows.take(labels_N, at), *rest, temperature, vocab_start, columns, out[None])
         gradients.add(at, out, chunk, weight)
     d_hidden, d_weight, d_bias = gradients.reduced(group_name)
-    d_hidden = d_hidden.view(hidden.shape) if needs[0] else d_hidden
-    return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    d_hidden = scaled(d_hidden.view(hidden.shape) if needs[0] else d_hidden, unit, hidden.dtype)
+    return d_hidden, scaled(d_weight, unit, weight.dtype), scaled(d_bias, unit, weight.dtype)
 
 
 @register_fake(_linear_logprobs_backward)
@@ -185,9 +133,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.temperature = temperature
     _logp, entropy, _lse, _kl, row_max, row_sum, kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden, weight, bias, labels, mask, row_max, row_sum, entropy if with_entropy else None, kept
-    )
+    ctx.save_for_backward(hidden, weight, bias, labels, mask, row_max, row_sum, entropy if with_entropy else None, kept)
 
 
 def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -212,10 +158,6 @@ def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 register_autograd(_linear_logprobs, _linear_logprobs_grad, _setup)
 
 
-def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
-
-
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.floating("hidden", hidden)
     checks.require(hidden.dim() >= 1, "hidden", hidden, "shape [..., H]")
@@ -237,18 +179,18 @@ def linear_logprobs(
 
     hidden [..., H] and weight [V, H], bias [V], of one dtype; labels [...]; the rest as in `logprobs`. recompute=True
     makes each chunk's logits again in the backward (4 GEMMs, never [..., V]); False keeps them in hidden's dtype (3
-    GEMMs); "auto" keeps them when they fit an eighth of the device's memory (1 GiB on a CPU). Gradients for hidden,
-    weight (accumulated in fp32) and bias. With `group`, weight and bias are this rank's rows, hidden is the same on
-    every rank, its gradient is the full one (summed over the group here), and the weight's is local.
+    GEMMs); "auto" keeps them when they fit a quarter of a GPU's free memory, 1 GiB on a CPU, or
+    FASTRLHF_LINEAR_BUDGET_MB, which also bounds a chunk's logits. On a CPU rows masked out cost nothing; on a GPU they
+    cost what others do, so leave out those known beforehand: hidden[index], labels[index]. Gradients for hidden, weight
+    (accumulated in fp32) and bias. With `group`, weight and bias are this rank's rows, hidden is the same on every
+    rank, its gradient is the full one (summed over the group here), and the weight's is local.
     """
     check_linear(hidden, weight, bias)
     check_tokens(hidden.shape[:-1], hidden.device, labels, mask, ref_logprobs, temperature, backend)
     checks.choice("recompute", recompute, ("auto", True, False))
     start, columns = local_columns(weight.shape[0], vocab_start, vocab_size, group)
-    size = labels.numel() * weight.shape[0] * hidden.element_size()
-    keep = size * 8 <= _memory(hidden.device) if recompute == "auto" else not recompute
-    inputs = [t for t in (hidden, weight, bias) if t is not None]
-    keep = keep and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    keep = keep and (logits_fit(hidden, labels.numel(), weight.shape[0]) if recompute == "auto" else not recompute)
     logp, entropy, lse, kl, _, _, _ = _linear_logprobs(
         hidden, weight, bias, labels, mask, ref_logprobs, float(temperature), with_entropy, keep, start, columns,
         collectives.name_of(group), backend,

@@ -8,13 +8,15 @@ Left out on purpose: what linear.py leaves out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrlhf.ops import checks, collectives, ppo
-from fastrlhf.ops.linear import Gradients, as_matrix, check_linear, chunks, head, hidden_chunk, linear_logprobs_ref
+from fastrlhf.ops.linear import check_linear, linear_logprobs_ref
+from fastrlhf.ops.linear_chunks import CountedRows, Gradients, as_matrix, divided, head, one_behind, scaled, unit_of
 from fastrlhf.ops.logprob import BACKWARD, STATISTICS, check_tokens, combine_statistics, finish_statistics
 from fastrlhf.ops.ppo import PPOLoss
 from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
@@ -44,61 +46,103 @@ def linear_ppo_loss_ref(
     )  # fmt: skip
 
 
+class _Chunk(NamedTuple):
+    at: slice
+    hidden: Tensor
+    labels: Tensor
+    mask: Tensor | None
+    logits: Tensor
+    statistics: Callable[[], Tensor]
+    """Those of the whole vocabulary: waits for the other shards'."""
+
+
+def _chunks(
+    rows: CountedRows, weight: Tensor, bias: Tensor | None, labels_N: Tensor, temperature: float, vocab_start: int,
+    columns: int, group_name: str, backend: str,
+) -> Iterator[_Chunk]:  # fmt: skip
+    """Each chunk's logits and statistics. Sharded, the statistics travel while the next chunk's GEMM runs."""
+    made = _chunk_logits(rows, weight, bias, labels_N, temperature, vocab_start, columns, group_name, backend)
+    return one_behind(made) if group_name else made
+
+
+def _chunk_logits(
+    rows: CountedRows, weight: Tensor, bias: Tensor | None, labels_N: Tensor, temperature: float, vocab_start: int,
+    columns: int, group_name: str, backend: str,
+) -> Iterator[_Chunk]:  # fmt: skip
+    alive = 2 if group_name else 1  # chunks whose logits are held at a time
+    buffers = rows.hidden.new_empty(alive, rows.step, weight.shape[0])
+    for i, at in enumerate(rows):
+        chunk, labels, mask = rows.chunk(at), rows.take(labels_N, at), rows.take(rows.mask, at)
+        logits = head(chunk, weight, bias, out=buffers[i % alive, : at.stop - at.start])
+        stats = STATISTICS.on(logits, backend)(logits[None], labels, mask, temperature, vocab_start, columns)
+        yield _Chunk(at, chunk, labels, mask, logits, _whole(stats, temperature, group_name))
+
+
+def _whole(stats: Tensor, temperature: float, group_name: str) -> Callable[[], Tensor]:
+    if not group_name:
+        return lambda: stats
+    gathered = collectives.gather_stack_later(stats, group_name)
+    return lambda: combine_statistics(gathered(), temperature)
+
+
 def _chunk_loss(
-    logp: Tensor, entropy: Tensor, mask: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None,
+    logp: Tensor, entropy: Tensor, mask: Tensor | None, old_logprobs: Tensor | None, advantages: Tensor | None,
     clip: float, entropy_coef: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(sums laid out as ppo_loss's metrics [10], d / d logprobs, d / d entropy), all of the chunk's sum."""
+    counted = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
     if old_logprobs is None or advantages is None:
         sums = torch.zeros(10, dtype=logp.dtype, device=logp.device)
         sums[0] = -logp.sum()
-        return sums, -mask.to(logp.dtype), None
+        return sums, -counted.to(logp.dtype), None
     one = torch.ones((), dtype=logp.dtype, device=logp.device)
     body = ppo.KERNEL.on(logp, backend)
     options = (clip, clip, 1.0, entropy_coef)
-    sums, d_logp, _ = body(logp, old_logprobs, advantages, mask, None, None, None, entropy, one, *options)
-    return sums, d_logp, -entropy_coef * mask.to(logp.dtype) if entropy_coef else None
+    sums, d_logp, _ = body(logp, old_logprobs, advantages, counted, None, None, None, entropy, one, *options)
+    return sums, d_logp, -entropy_coef * counted.to(logp.dtype) if entropy_coef else None
 
 
 @custom_op(
     "linear_loss",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor? old_logprobs,"
     " Tensor? advantages, Tensor? denominator, float clip, float entropy_coef, float temperature, int vocab_start,"
-    " int columns, str group_name, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int columns, int chunk_width,"
+    " str group_name, str backend, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor, old_logprobs: Tensor | None,
     advantages: Tensor | None, denominator: Tensor | None, clip: float, entropy_coef: float, temperature: float,
-    vocab_start: int, columns: int, group_name: str, backend: str, needs: list[bool],
+    vocab_start: int, columns: int, chunk_width: int, group_name: str, backend: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(loss, metrics [10], dh, dW, db); the gradients are of the sum, not yet divided by the denominator."""
-    hidden_NH, labels_N, keep_N = as_matrix(hidden), flat(labels).long(), flat(mask)
-    dtype = checks.compute_dtype(hidden)
-    old, adv = flat(old_logprobs), flat(advantages)
+    """(loss, metrics [11], dh, dW, db): metrics as ppo_loss's, then `unit`.
+
+    The gradients are of the sum / unit: still to be multiplied by the upstream, unit and 1 / denominator.
+    """
+    keep, old, adv, dtype = flat(mask), flat(old_logprobs), flat(advantages), checks.compute_dtype(hidden)
+    rows = CountedRows(as_matrix(hidden), keep, chunk_width, shared=bool(group_name))
+    unit = unit_of(rows, adv, at_least=entropy_coef)
     metrics = torch.zeros(10, dtype=dtype, device=hidden.device)
-    gradients = Gradients(hidden_NH, weight, (needs[0], needs[1], needs[2]))
-    for at in chunks(labels.numel(), hidden.device):
-        keep, token = keep_N[at], labels_N[at]
-        chunk = hidden_chunk(hidden_NH, keep_N, at)
-        logits = head(chunk, weight, bias)
-        stats = STATISTICS.on(logits, backend)(logits[None], token, keep, temperature, vocab_start, columns)
-        if group_name:
-            stats = combine_statistics(collectives.gather_stack(stats, group_name), temperature)
-        logp, entropy, _ = finish_statistics(stats, keep, temperature)
-        old_chunk, adv_chunk = (None if t is None else t[at] for t in (old, adv))
-        terms = _chunk_loss(logp, entropy, keep, old_chunk, adv_chunk, clip, entropy_coef, backend)
-        sums, d_logp, d_entropy = terms
+    gradients = Gradients(rows, weight, needs)
+    where = (temperature, vocab_start, columns)
+    for chunk in _chunks(rows, weight, bias, flat(labels).long(), *where, group_name, backend):
+        stats = chunk.statistics()
+        logp, entropy, _ = finish_statistics(stats, chunk.mask, temperature)
+        constants = (rows.take(old, chunk.at), rows.take(adv, chunk.at))
+        terms = _chunk_loss(logp, entropy, chunk.mask, *constants, clip, entropy_coef, backend)
+        sums, *upstream = terms
         ratio_max = torch.maximum(metrics[8], sums[8])
         metrics += sums
         metrics[8] = ratio_max
         if any(needs):
-            saved = (keep, stats[0], stats[1], None if d_entropy is None else entropy, d_logp, d_entropy, None)
-            body = BACKWARD.on(logits, backend)
-            body(logits[None], token, *saved, temperature, vocab_start, columns, logits[None])
-            gradients.add(at, logits, chunk, weight)
-    scale = 1.0 / (keep_N.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype))
+            d_logp, d_entropy = (divided(t, unit) for t in upstream)
+            saved = (chunk.mask, stats[0], stats[1], None if d_entropy is None else entropy, d_logp, d_entropy, None)
+            body = BACKWARD.on(chunk.logits, backend)
+            body(chunk.logits[None], chunk.labels, *saved, *where, chunk.logits[None])
+            gradients.add(chunk.at, chunk.logits, chunk.hidden, weight)
+    scale = 1.0 / (keep.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype))
     metrics[:8] *= scale
     metrics[9] = scale
+    metrics = torch.cat([metrics, torch.ones_like(metrics[:1]) if unit is None else unit[None]])
     d_hidden, d_weight, d_bias = gradients.reduced(group_name)
     return metrics[0].clone(), metrics, d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
 
@@ -108,7 +152,7 @@ def _(hidden, weight, *rest):  # type: ignore[no-untyped-def]
     dtype, needs = checks.compute_dtype(hidden), rest[-1]
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(10, dtype=dtype),
+        hidden.new_empty(11, dtype=dtype),
         hidden.new_empty(hidden.shape if needs[0] else 0),
         weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
         weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
@@ -123,11 +167,11 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _loss_grad(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
-        return (None,) * 16
+        return (None,) * 17
     metrics, *gradients = ctx.saved_tensors
-    upstream = grad_loss * metrics[9]
+    upstream = grad_loss * metrics[9] * metrics[10]
     needed = zip(gradients, ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
-    return *((g * upstream).to(dtype) if needs else None for g, needs, dtype in needed), *(None,) * 13
+    return *(scaled(g, upstream, dtype) if needs else None for g, needs, dtype in needed), *(None,) * 14
 
 
 register_autograd(_linear_loss, _loss_grad, _loss_setup)
@@ -143,12 +187,14 @@ def _run_loss(
     checks.like("mask", mask, hidden.shape[:-1], hidden.device, "bool")
     checks.denominator(denominator, hidden.device)
     start, columns = local_columns(weight.shape[0], vocab_start, vocab_size, group)
+    # Sharded, all ranks must cut the same chunks, and only the true size tells a rank how wide the others are.
+    chunk_width = weight.shape[0] if group is None else -(-(vocab_size or 0) // group.size())
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, metrics, _, _, _ = _linear_loss(
         hidden, weight, bias, labels, mask, old_logprobs, advantages, ppo.as_denominator(denominator, hidden),
-        float(clip), float(entropy_coef), float(temperature), start, columns, collectives.name_of(group), backend,
-        needs,
+        float(clip), float(entropy_coef), float(temperature), start, columns, chunk_width,
+        collectives.name_of(group), backend, needs,
     )  # fmt: skip
     return loss, metrics
 

@@ -85,7 +85,7 @@ def cases():
     h, w, b = _float(2, 3, 5), _float(7, 5), _float(7)
     yield lib.linear_logprobs, (h, w, b, long, m, flat, 1.0, True, False, 0, 7, "", "auto")
     yield lib.linear_logprobs, (h, w, None, long, None, None, 1.0, False, True, 0, 7, "", "auto")
-    options = (0.2, 0.1, 1.0, 0, 7, "", "auto", [True, True, True])
+    options = (0.2, 0.1, 1.0, 0, 7, 7, "", "auto", [True, True, True])
     yield lib.linear_loss, (h, w, b, long, m, flat, flat, torch.tensor(3.0), *options)
     yield lib.linear_loss, (h, w, b, long, m, None, None, None, *options)
     numbers = (0.2, 0.2, 1.0, 0.1, "auto")

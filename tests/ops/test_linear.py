@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrlhf.ops import linear, linear_cross_entropy, linear_logprobs, linear_loss, linear_ppo_loss
+from fastrlhf.ops import linear_chunks, linear_cross_entropy, linear_logprobs, linear_ppo_loss
 from fastrlhf.ops.linear import linear_logprobs_ref
 from fastrlhf.ops.linear_loss import linear_cross_entropy_ref, linear_ppo_loss_ref
 
@@ -43,20 +43,16 @@ def compare(inputs, call_ours, call_ref, within, upstream):
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
 
 
-@pytest.fixture(params=[3, 512])
-def chunk_rows(request, monkeypatch):
-    """Chunks of 3 rows (18 rows: several, all full) and one chunk of all."""
-
-    def chunks(tokens, device):
-        return (slice(i, min(i + request.param, tokens)) for i in range(0, tokens, request.param))
-
-    for module in (linear, linear_loss):
-        monkeypatch.setattr(module, "chunks", chunks)
+@pytest.fixture(params=["small chunks", "one chunk"])
+def chunking(request, monkeypatch):
+    """18 rows of 123 logits: in chunks of at most 5 (fp32) or 10 (bf16) rows, and in a single one."""
+    if request.param == "small chunks":
+        monkeypatch.setenv("FASTRLHF_LINEAR_BUDGET_MB", str(5.5 * 123 * 4 / 2**20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recompute", [True, False])
-def test_logprobs(dtype, recompute, backend, device, within, chunk_rows):
+def test_logprobs(dtype, recompute, backend, device, within, chunking):
     inputs, labels, mask = make(dtype, device)
     ref = torch.randn(labels.shape, device=device)
     shared = {"temperature": 0.8, "mask": mask, "ref_logprobs": ref}
@@ -73,7 +69,7 @@ def test_logprobs(dtype, recompute, backend, device, within, chunk_rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("denominator", [None, 5.0, "tensor"])
-def test_cross_entropy(dtype, denominator, backend, device, within, chunk_rows):
+def test_cross_entropy(dtype, denominator, backend, device, within, chunking):
     inputs, labels, mask = make(dtype, device)
     denominator = torch.tensor(7.0, device=device) if denominator == "tensor" else denominator
     shared = {"denominator": denominator, "temperature": 1.3}
@@ -87,7 +83,7 @@ def test_cross_entropy(dtype, denominator, backend, device, within, chunk_rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
-def test_ppo_loss(dtype, entropy_coef, backend, device, within, chunk_rows):
+def test_ppo_loss(dtype, entropy_coef, backend, device, within, chunking):
     inputs, labels, mask = make(dtype, device)
     with torch.no_grad():
         now = linear_logprobs_ref(*double(inputs[:2]), labels, bias=inputs[2].double()).logprobs
@@ -146,11 +142,8 @@ def test_retain_graph_and_frozen_parameters(backend, device):
 
 def test_the_weight_gradient_is_accumulated_in_fp32(backend, device, monkeypatch):
     """64 chunks each adding 2^-9 of a first, large one: in bf16 every one of them would round away."""
-
-    def rows_of_one(tokens, device):
-        return (slice(i, i + 1) for i in range(tokens))
-
-    monkeypatch.setattr(linear_loss, "chunks", rows_of_one)
+    for limit in ("CPU_ROWS", "GPU_ROWS"):
+        monkeypatch.setattr(linear_chunks, limit, 1)
     h = torch.full((65, 1), 2.0**-9, dtype=torch.bfloat16, device=device)
     h[0] = 1.0
     w = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)

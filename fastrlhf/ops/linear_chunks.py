@@ -1,0 +1,201 @@
+"""What the linear ops share: which rows count, how many go through at a time, and the GEMMs of one chunk of rows.
+
+Left out on purpose: tiles along the vocabulary. A chunk of rows holds whole logits, so its gradient needs one pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from fastrlhf.ops import checks, collectives
+
+MIB = 1 << 20
+BUDGET_VARIABLE = "FASTRLHF_LINEAR_BUDGET_MB"
+# cuBLAS runs at full speed from some 4,096 rows on: dW [V, H] is read and written once a chunk, and so amortised.
+GPU_ROWS = 4096
+CPU_ROWS, CPU_BUDGET = 512, 256 * MIB
+KEPT_ON_CPU = 1024 * MIB
+
+Item = TypeVar("Item")
+
+
+def budget_override() -> int | None:
+    """FASTRLHF_LINEAR_BUDGET_MB in bytes: how much of the logits may be held at a time (MiB, a fraction will do)."""
+    text = os.environ.get(BUDGET_VARIABLE, "")
+    if not text:
+        return None
+    try:
+        megabytes = float(text)
+    except ValueError:
+        megabytes = float("nan")
+    if not 0 < megabytes < float("inf"):
+        raise ValueError(f"{BUDGET_VARIABLE}: got {text!r}, expected a number of MiB above 0, such as 512")
+    return max(1, int(megabytes * MIB))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still take on a GPU: the driver's free ones and the allocator's unused ones."""
+    free, _ = torch.cuda.mem_get_info(device)  # asks the driver, waits for no kernel
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def chunk_rows(hidden: Tensor, tokens: int, width: int, shared: bool = False) -> int:
+    """Rows in a chunk, for `tokens` rows whose logits are `width` columns wide in hidden's dtype.
+
+    The override alone decides when it is set. Otherwise at most GPU_ROWS or CPU_ROWS, fewer where their logits would
+    take more than a sixteenth of a GPU's free memory, or CPU_BUDGET. Equal chunks, not full ones and a remainder.
+    `shared`: ranks must cut alike, so what differs from rank to rank (free memory) has no say; width 0: not known.
+    """
+    budget, on_gpu = budget_override(), hidden.is_cuda
+    most = GPU_ROWS if on_gpu else CPU_ROWS
+    row_bytes = width * hidden.element_size()
+    if budget is not None and width:
+        rows = budget // row_bytes
+    elif on_gpu:
+        rows = most if shared or not width else min(most, free_memory(hidden.device) // 16 // row_bytes)
+    else:
+        rows = min(most, CPU_BUDGET // row_bytes) if width else most
+    parts = -(-tokens // max(1, rows))
+    return -(-tokens // max(1, parts))
+
+
+def logits_fit(hidden: Tensor, tokens: int, width: int) -> bool:
+    """Whether to keep [tokens, width] logits: within the override, a quarter of a GPU's free memory, or 1 GiB."""
+    budget = budget_override()
+    if budget is None and not hidden.is_cuda:
+        budget = KEPT_ON_CPU
+    if budget is None and torch.compiler.is_compiling():  # a graph outlives what is free now
+        budget = torch.cuda.get_device_properties(hidden.device).total_memory // 8
+    if budget is None:
+        budget = free_memory(hidden.device) // 4
+    return tokens * width * hidden.element_size() <= budget
+
+
+def as_matrix(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+class CountedRows:
+    """The rows of hidden [N, H] that `mask` [N] counts, in chunks.
+
+    On a CPU the others are never touched: they cost nothing. On a GPU their number could only be known by waiting for
+    it, so all rows go through, those masked out as zeros; a caller that knows which rows count passes those alone.
+    """
+
+    def __init__(self, hidden_NH: Tensor, mask_N: Tensor | None, width: int, shared: bool = False) -> None:
+        self.hidden, self.mask, self.index = hidden_NH, mask_N, None
+        if mask_N is not None and not hidden_NH.is_cuda:
+            self.mask = None
+            self.index = None if bool(mask_N.all()) else mask_N.nonzero().squeeze(1)
+        self.count = len(hidden_NH if self.index is None else self.index)
+        self.step = chunk_rows(hidden_NH, self.count, width, shared)
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, self.count, max(1, self.step)):
+            yield slice(start, min(start + self.step, self.count))
+
+    @overload
+    def take(self, x: Tensor, at: slice) -> Tensor: ...
+    @overload
+    def take(self, x: None, at: slice) -> None: ...
+    def take(self, x: Tensor | None, at: slice) -> Tensor | None:
+        """Those of x [N, ...] that chunk `at` holds."""
+        if x is None:
+            return None
+        return x[at] if self.index is None else x[self.index[at]]
+
+    def put(self, total: Tensor, at: slice, x: Tensor) -> None:
+        """total [..., N] at the chunk's rows = x [..., rows]."""
+        total[..., at if self.index is None else self.index[at]] = x
+
+    def chunk(self, at: slice) -> Tensor:
+        """The chunk's hidden states; rows masked out as zeros, or a NaN in one would reach dW as 0 * NaN."""
+        if self.index is not None:
+            return self.hidden[self.index[at]]
+        return self.hidden[at] if self.mask is None else self.hidden[at].masked_fill(~self.mask[at][:, None], 0.0)
+
+
+def head(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
+    """Logits of a chunk, into `out`: fresh pages for every chunk would cost a CPU as much as a pass over them."""
+    if bias_V is None:
+        return torch.mm(hidden, weight_VH.T, out=out)
+    return torch.addmm(bias_V, hidden, weight_VH.T, out=out)
+
+
+def unit_of(rows: CountedRows, *upstream: Tensor | None, at_least: float = 0.0) -> Tensor | None:
+    """The power of two just below the largest |upstream| [N] of a row that counts; None where it would change nothing.
+
+    Half-precision gradients of the logits are computed divided by it, and multiplied by it after the GEMMs: an
+    upstream of 1 / denominator would else drown in fp16's 6e-8. A power of two, so that nothing is rounded.
+    """
+    given = [t for t in upstream if t is not None]
+    if rows.hidden.element_size() > 2 or not given or not rows.count:
+        return None
+    largest = torch.full((), at_least, device=rows.hidden.device)
+    for x in given:
+        x = x[rows.index] if rows.index is not None else x
+        size = x.float().abs() if rows.mask is None else torch.where(rows.mask, x.float().abs(), 0.0)
+        largest = torch.maximum(largest, size.amax())
+    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+
+
+def divided(x: Tensor | None, unit: Tensor | None) -> Tensor | None:
+    return x if x is None or unit is None else x / unit
+
+
+def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x * factor in fp32 or wider, then to `dtype`; 1-dim, since a 0-dim factor would be rounded to x's fp16 first."""
+    return x.to(dtype) if factor is None else (x * factor.reshape(1)).to(dtype)
+
+
+class Gradients:
+    """dh [N, H] in hidden's dtype, dW [V, H] and db [V] in the compute dtype; empty where not needed."""
+
+    def __init__(self, rows: CountedRows, weight_VH: Tensor, needs: Iterable[bool]) -> None:
+        hidden_NH, dtype = rows.hidden, checks.compute_dtype(rows.hidden)
+        self.rows, self.needs = rows, tuple(needs)
+        # zeros where rows are left out; otherwise each row is written once
+        make = torch.empty if rows.index is None else torch.zeros
+        shape = hidden_NH.shape if self.needs[0] else (0,)
+        self.hidden = make(shape, dtype=hidden_NH.dtype, device=hidden_NH.device)
+        self.weight = torch.zeros(weight_VH.shape if self.needs[1] else 0, dtype=dtype, device=weight_VH.device)
+        self.bias = torch.zeros(weight_VH.shape[0] if self.needs[2] else 0, dtype=dtype, device=weight_VH.device)
+
+    def add(self, at: slice, d_logits: Tensor, hidden_chunk: Tensor, weight_VH: Tensor) -> None:
+        if self.needs[0]:
+            if self.rows.index is None:
+                torch.mm(d_logits, weight_VH, out=self.hidden[at])
+            else:
+                self.hidden[self.rows.index[at]] = d_logits @ weight_VH
+        if self.needs[1]:
+            _add_product_(self.weight, d_logits, hidden_chunk)
+        if self.needs[2]:
+            self.bias += d_logits.sum(0, dtype=self.bias.dtype)
+
+    def reduced(self, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum dh over the vocabulary's shards; dW and db belong to this shard alone."""
+        if self.needs[0]:
+            collectives.reduce_sum_(self.hidden, group_name)
+        return self.hidden, self.weight, self.bias
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (fp32) += left^T right, never rounding a product to the inputs' dtype: that would bias training."""
+    if left.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+def one_behind(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield each item once the next one is made, so that its collective runs beside the next one's GEMM."""
+    for previous in items:
+        for item in items:
+            yield previous
+            previous = item
+        yield previous
