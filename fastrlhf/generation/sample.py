@@ -30,8 +30,6 @@ from fastrlhf.training.checkpoint import describe_model, load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RESPONSES = (4, 9)
-"""Responses to a prompt (Ouyang et al. 2022, section 3.4: K between 4 and 9)."""
 ROUNDS = 4
 """Times that a prompt is drawn from: responses that repeat another or say nothing are drawn anew."""
 
@@ -147,12 +145,13 @@ def run(config: Config) -> None:
     params = SamplingParams.from_config(config.generation, config.train.seed)
     out = Path(config.output_dir) / "samples.jsonl"
     stage = _policy(config, mesh, len(tokenizer))
-    counts = sample(stage, tokenizer, fitting, RESPONSES, params, mesh=mesh, out=out, slots=config.generation.slots)
+    slots = config.generation.slots
+    counts = sample(stage, tokenizer, fitting, config.sample.k, params, mesh=mesh, out=out, slots=slots)
     if mesh.rank == 0:
         too_long = len(prompts) - len(fitting)
         print(
-            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked for, "
-            f"{counts.unusable} were left out with fewer than two, {too_long} were too long)"
+            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked "
+            f"for, {counts.unusable} were left out with fewer than two, {too_long} were too long)"
         )
     dist.barrier()
 
@@ -162,9 +161,7 @@ def _policy(config: Config, mesh: Mesh, tokens: int) -> GPT:
     if model.load is not None:
         saved = describe_model(model.load)
         if saved.head != "lm":
-            raise UserError(
-                f"{model.load} is a reward or value model, which writes no text; set model.load to a policy"
-            )
+            raise UserError(f"{model.load} is a reward or value model, not a policy; set model.load to a policy")
         stage = build_model(saved.model.model_copy(update={"dtype": model.dtype}), mesh, saved.vocab_size)
         load_model(saved, stage)
     elif model.hf is not None:
