@@ -22,6 +22,7 @@ from fastrlhf.configsections import (
     OptimizerConfig,
     ParallelConfig,
     PPOConfig,
+    SampleConfig,
     ScheduleConfig,
     Section,
     TrainConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "ParallelConfig",
+    "SampleConfig",
     "ScheduleConfig",
     "TrainConfig",
     "check_batch",
@@ -66,6 +68,8 @@ class Config(Section):
     """The PPO algorithm; read by the ppo command only."""
     generation: GenerationConfig = Field(default_factory=GenerationConfig)
     """Sampling, in PPO rollouts too."""
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    """What the sample command writes."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Saving and resuming."""
     log: LogConfig = Field(default_factory=LogConfig)

@@ -6,6 +6,7 @@ docstring says what None means. Checks that span two sections, or that depend on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -341,6 +342,29 @@ class GenerationConfig(Section):
     def _check(self) -> GenerationConfig:
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError("min_new_tokens", f"{self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+def _range(value: Any) -> Any:
+    """4 -> (4, 4) and "4..9" -> (4, 9)."""
+    if isinstance(value, int):
+        return (value, value)
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", value)):
+        return (int(match[1]), int(match[2] or match[1]))
+    return value
+
+
+class SampleConfig(Section):
+    """What the sample command writes."""
+
+    k: Annotated[tuple[Positive, Positive], BeforeValidator(_range)] = (4, 9)
+    """Distinct responses to a prompt: a number, or least..most (as "4..9" or [4, 9]) drawn for each prompt.
+    InstructGPT's labelers ranked 4 to 9."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleConfig:
+        if self.k[0] > self.k[1]:
+            raise ConfigError("k", f"{self.k[0]}..{self.k[1]} is empty: the first number must not be the larger one")
         return self
 
 

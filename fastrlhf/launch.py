@@ -268,7 +268,7 @@ def _ppo(run: Parts) -> Job:
     algorithm = PPO(
         mesh,
         config.ppo,
-        _sampling(config),
+        SamplingParams.from_config(config.generation, config.train.seed),
         policy=policy,
         value=value,
         reference=run.stage(model, "lm"),
@@ -298,19 +298,6 @@ def _ptx_batches(run: Parts) -> Loader | None:
     assert pretrain is not None
     examples = ppo.ptx_per_episode * ppo.minibatch_size
     return run.loader(run.windows(pretrain), pack_windows, global_batch_size=examples)
-
-
-def _sampling(config: Config) -> SamplingParams:
-    generation = config.generation
-    return SamplingParams(
-        max_new_tokens=generation.max_new_tokens,
-        min_new_tokens=generation.min_new_tokens,
-        temperature=generation.temperature,
-        top_k=generation.top_k,
-        top_p=generation.top_p,
-        stop=tuple(generation.stop),
-        seed=config.train.seed,
-    )
 
 
 def _without_dropout(model: ModelConfig) -> ModelConfig:

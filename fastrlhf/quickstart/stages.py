@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +25,20 @@ from fastrlhf import launch
 from fastrlhf.algorithms.sft import evaluate_loss
 from fastrlhf.config import Config
 from fastrlhf.data.batches import pack_windows
+from fastrlhf.data.records import Prompt
 from fastrlhf.data.tokenize import train_bpe
 from fastrlhf.evaluation.report import Answer
 from fastrlhf.evaluation.winrate import WinRate, win_rate
 from fastrlhf.generation import SamplingParams, generate_all
+from fastrlhf.generation.sample import sample
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.quickstart import corpus as corpora
+from fastrlhf.quickstart.configs import Scale, data_path, stage_config
 from fastrlhf.quickstart.labeler import Calibration, Rule, calibrate, known_words, majority, mean_terms, panel
 from fastrlhf.quickstart.report import Results, Sample, write_quickstart_report
 
 MODELS = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything: chosen so that two CPU cores finish in under 8 minutes."""
-
-    vocab_size: int = 4096
-    layers: int = 4
-    hidden: int = 128
-    heads: int = 4
-    context: int = 128
-    window: int = 96
-    pretrain_steps: int = 400
-    sft_steps: int = 350
-    ranking_prompts: int = 2400
-    rm_epochs: float = 1.0
-    ppo_steps: int = 40
-    ppo_batch: int = 64
-    eval_prompts: int = 256
-    eval_windows: int = 512
-    labelers: int = 5
-    new_tokens: int = 32
 
 
 def run(out: Path, tensor: int = 1, pipeline: int = 1, seed: int = 1234, scale: Scale | None = None) -> None:
@@ -138,7 +118,7 @@ class _Loop:
         return corpus
 
     def path(self, name: str) -> Path:
-        return self.out / "data" / f"{name}.jsonl"
+        return data_path(self.out, name)
 
     def write(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -157,40 +137,40 @@ class _Loop:
 
     def rank(self, corpus: corpora.Corpus | None) -> tuple[Rule, Calibration] | None:
         """Samples K = 4..9 responses to each ranking prompt; rank 0 has a panel of labelers rank them."""
-        asked = self.records("ranking", self.scale.ranking_prompts)
-        prompts = [record["prompt"] for record in asked]
-        draw = random.Random(self.seed)
-        counts = [draw.randint(4, 9) for _ in prompts]
-        repeated = [prompt for prompt, k in zip(prompts, counts, strict=True) for _ in range(k)]
-        flat = iter(self.sample("sft", repeated, seed=self.seed))
-        sampled = [[next(flat) for _ in range(k)] for k in counts]
+        asked = [Prompt(r["prompt"], r["user_id"]) for r in self.records("ranking", self.scale.ranking_prompts)]
+        parts, stage = self.load("sft")
+        params = SamplingParams(max_new_tokens=self.scale.new_tokens, seed=self.seed)
+        out = self.path("samples")
+        sample(stage, parts.tokenizer, asked, (4, 9), params, mesh=parts.mesh, out=out, slots=128)
         if not self.is_main:
             return None
         assert corpus is not None
+        sampled = self.records("samples", self.scale.ranking_prompts)
         rule = Rule(known_words(corpus.train_text))
-        calibration = calibrate([rule.utilities(p, r) for p, r in zip(prompts, sampled, strict=True)])
+        calibration = calibrate([rule.utilities(row["prompt"], row["responses"]) for row in sampled])
         labelers = panel(rule, calibration.noise, self.scale.labelers, self.seed)
         rankings: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
+        draw = random.Random(self.seed)
         # By user, so that no package's functions are on both sides.
-        held_out = set(draw.sample(users := sorted({record["user_id"] for record in asked}), max(1, len(users) // 8)))
-        for record, responses in zip(asked, sampled, strict=True):
+        users = sorted({row["user_id"] for row in sampled})
+        held_out = set(draw.sample(users, max(1, len(users) // 8)))
+        for row in sampled:
             labeler = draw.choice(labelers)
-            ranks = labeler.rank(record["prompt"], responses)
+            ranks = labeler.rank(row["prompt"], row["responses"])
             if len(set(ranks)) > 1:
-                ranking = {**record, "responses": responses, "ranks": ranks, "labeler_id": labeler.labeler_id}
-                del ranking["response"]
-                rankings["valid" if record["user_id"] in held_out else "train"].append(ranking)
+                split = "valid" if row["user_id"] in held_out else "train"
+                rankings[split].append({**row, "ranks": ranks, "labeler_id": labeler.labeler_id})
         for split, rows in rankings.items():
             self.write(f"rankings_{split}", rows)
         return rule, calibration
 
-    def sample(self, run: str, prompts: Sequence[str], seed: int, greedy: bool = False) -> list[str]:
+    def answer(self, run: str, prompts: Sequence[str], seed: int) -> list[str]:
         """One response text to each prompt from the model of a run; the same list on every rank."""
         parts, stage = self.load(run)
         mesh = parts.mesh
         tokenized = [parts.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
         mine = list(range(mesh.data_rank, len(prompts), mesh.data_size))
-        params = SamplingParams(max_new_tokens=self.scale.new_tokens, temperature=0.0 if greedy else 1.0, seed=seed)
+        params = SamplingParams(max_new_tokens=self.scale.new_tokens, seed=seed)
         eos = parts.tokenizer.eos_token_id
         generated = generate_all(stage, [tokenized[i] for i in mine], params, mesh=mesh, eos=eos, slots=128, ids=mine)
         texts = {
@@ -216,7 +196,7 @@ class _Loop:
     def answers(self) -> dict[str, list[str]]:
         """Model -> its response to each held-out prompt, sampled at temperature 1 like the rollouts."""
         prompts = self.eval_prompts()
-        return {name: self.sample(run, prompts, seed=self.seed + 1) for name, run in MODELS.items()}
+        return {name: self.answer(run, prompts, seed=self.seed + 1) for name, run in MODELS.items()}
 
     def pretraining_losses(self) -> dict[str, float]:
         """Run -> cross-entropy per token on held-out text, "base" for the pretrained model."""
@@ -271,93 +251,20 @@ class _Loop:
                 "demonstrations": len(corpus.demonstrations["sft"]),
                 "ranked prompts": len(self.path("rankings_train").read_text().splitlines()),
             },
-            samples=[
-                Sample(
-                    prompt,
-                    [Answer(model, answers[model][i], rule.utility(prompt, answers[model][i])) for model in MODELS],
-                )
-                for i, prompt in enumerate(prompts[:8])
-            ],
+            samples=[compare(rule, prompt, answers, i) for i, prompt in enumerate(prompts[:8])],
         )
         path = write_quickstart_report(self.out, results)
         print(json.dumps(summary, indent=2))
         self.say(f"report: {path}")
 
-    def compare(self, rule: Rule, prompt: str, answers: dict[str, list[str]], i: int) -> Sample:
-        texts = {model: answers[model][i] for model in MODELS}
-        return Sample(prompt, [Answer(model, text, rule.utility(prompt, text)) for model, text in texts.items()])
+    def config(self, stage: str) -> Config:
+        return stage_config(stage, self.out, self.scale, self.parallel, self.seed)
 
     def last_metrics(self, run: str) -> dict[str, float]:
         return json.loads((self.out / run / "metrics.jsonl").read_text().splitlines()[-1])
 
-    # ---- configurations ---------------------------------------------------------------------------------------------
 
-    def config(self, run: str) -> Config:
-        """The configuration of one stage; each starts from the model of the one before."""
-        scale = self.scale
-        model: dict[str, Any] = {
-            "family": "gpt",
-            "num_layers": scale.layers,
-            "hidden_size": scale.hidden,
-            "num_heads": scale.heads,
-            "max_positions": scale.context,
-            "dtype": "fp32",
-        }
-        start = {"sft": "pretrain", "rm": "sft", "ppo": "sft", "ppo_ptx": "sft"}.get(run)
-        if start is not None:
-            model["load"] = str(self.out / start)
-        data: dict[str, Any] = {
-            "tokenizer": str(self.out / "tokenizer"),
-            "max_prompt_tokens": scale.context - scale.new_tokens,
-            "max_response_tokens": scale.new_tokens,
-            "sequence_length": scale.window,
-        }
-        sections: dict[str, Any] = {
-            "model": model,
-            "parallel": self.parallel,
-            "output_dir": str(self.out / run),
-            "schedule": {"decay": "cosine", "min_lr_ratio": 0.1},
-            "generation": {"max_new_tokens": scale.new_tokens, "slots": 64},
-        }
-        if run == "pretrain":
-            data |= {"train": str(self.path("pretrain"))}
-            sections |= {
-                "train": {"steps": scale.pretrain_steps, "global_batch_size": 32, "micro_batch_size": 32},
-                "optimizer": {"lr": 2e-3, "weight_decay": 0.01},
-                "schedule": {"decay": "cosine", "min_lr_ratio": 0.1, "warmup_steps": 20},
-            }
-        elif run == "sft":
-            # Pretraining text mixed in, as for InstructGPT's starting point of RL.
-            data |= {"train": str(self.path("sft")), "pretrain": str(self.path("pretrain")), "pretrain_fraction": 0.2}
-            sections |= {
-                "train": {"steps": scale.sft_steps, "global_batch_size": 32, "micro_batch_size": 32},
-                "optimizer": {"lr": 1e-3},
-            }
-        elif run == "rm":
-            data |= {
-                "train": str(self.path("rankings_train")),
-                "valid": str(self.path("rankings_valid")),
-                "demonstrations": str(self.path("ppo")),
-            }
-            sections |= {
-                "train": {"epochs": scale.rm_epochs, "global_batch_size": 16, "micro_batch_size": 8},
-                "optimizer": {"lr": 5e-4},
-            }
-        else:
-            data |= {"prompts": str(self.path("ppo")), "pretrain": str(self.path("pretrain"))}
-            sections |= {
-                "train": {"steps": scale.ppo_steps, "global_batch_size": scale.ppo_batch, "micro_batch_size": 16},
-                "optimizer": {"lr": 3e-4},
-                "schedule": {"decay": "constant", "warmup_steps": 2},
-                "ppo": {
-                    "reward_model": str(self.out / "rm"),
-                    "batch_size": scale.ppo_batch,
-                    "minibatch_size": scale.ppo_batch // 4,
-                    "ptx_per_episode": 1,
-                    "gamma_ptx": 1.0 if run == "ppo_ptx" else 0.0,
-                    "value_lr": 5e-4,
-                    "kl_coef": 0.05,
-                    "ema_decay": 0.9,
-                },
-            }
-        return Config.model_validate({**sections, "data": data})
+def compare(rule: Rule, prompt: str, answers: dict[str, list[str]], i: int) -> Sample:
+    """What each model answered to held-out prompt i, with the rule's noiseless opinion."""
+    texts = {model: answers[model][i] for model in MODELS}
+    return Sample(prompt, [Answer(model, text, rule.utility(prompt, text)) for model, text in texts.items()])

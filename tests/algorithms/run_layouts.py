@@ -31,7 +31,12 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
     return {
         "pretrain": [*common, f"data.train={data / 'text.jsonl'}"],
         "sft": [*common, f"data.train={data / 'demonstrations.jsonl'}", f"model.load={loaded / 'pretrain'}"],
-        "rm": [*common, f"data.train={data / 'rankings.jsonl'}", f"model.load={loaded / 'sft'}"],
+        "rm": [
+            *common,
+            f"data.train={data / 'rankings.jsonl'}",
+            f"data.demonstrations={data / 'demonstrations.jsonl'}",
+            f"model.load={loaded / 'sft'}",
+        ],
         "ppo": [
             *common,
             f"data.prompts={data / 'prompts.jsonl'}",

@@ -60,7 +60,7 @@ def test_counts_are_logged_and_rejected_records_counted(
     jsonl: Callable[..., Path], tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = jsonl({"prompt": "hello"}, {"prompt": ""}, {"prompt": LONG})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="fastrlhf"):
         loaded, counts = load_prompts(path, tokenizer, max_prompt_tokens=20, on_error="quarantine")
     assert loaded == [encode_prompt(tokenizer, "hello")]
     assert counts == Counts(read=3, kept=1, rejected=1, long_prompts=1)

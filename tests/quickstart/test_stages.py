@@ -12,7 +12,8 @@ import pytest
 
 TINY = """
 from pathlib import Path
-from fastrlhf.quickstart.stages import Scale, run
+from fastrlhf.quickstart.configs import Scale
+from fastrlhf.quickstart.stages import run
 
 if __name__ == "__main__":
     run(Path({out!r}), scale=Scale(
