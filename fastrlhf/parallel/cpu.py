@@ -59,6 +59,7 @@ def install() -> None:
         torch.set_rng_state(state)
 
     _patch(torch.cuda, "current_device", lambda: _CPU)
+    _patch(torch.cuda, "current_stream", lambda *_args, **_kwargs: torch.cpu.current_stream())
     _patch(torch.cuda, "synchronize", lambda *_args, **_kwargs: None)
     _patch(torch.cuda, "get_rng_state", get_rng_state)
     _patch(torch.cuda, "set_rng_state", set_rng_state)
