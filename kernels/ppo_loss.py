@@ -87,8 +87,11 @@ def _kernel(
             old = load_where(old_values_ptr + at, inside, keep)
             target = load_where(returns_ptr + at, inside, keep)
             off = v - target
-            off_clipped = old + tl.minimum(tl.maximum(v - old, -value_clip), value_clip) - target
-            cut = off_clipped * off_clipped > off * off
+            step = v - old
+            bounded = tl.minimum(tl.maximum(step, -value_clip), value_clip)
+            off_clipped = old + bounded - target
+            # a step inside the bound is never cut: old + (v - old) may round past v, which would lose its gradient
+            cut = (step != bounded) & (off_clipped * off_clipped > off * off)
             tl.store(grad_values_ptr + at, tl.where(cut, 0.0, value_coef * off), mask=inside)
             off = tl.where(cut, off_clipped, off)
             value += 0.5 * off * off

@@ -98,8 +98,10 @@ def _ppo_loss_torch(
     value_clipped, grad_values = scale.new_zeros(()), logprobs.new_empty(0, dtype=dtype)
     if values is not None and old_values is not None and returns is not None:
         v, old, target = clean(values), clean(old_values), clean(returns)
-        off, off_clipped = v - target, old + (v - old).clamp(-value_clip, value_clip) - target
-        cut = off_clipped.square() > off.square()
+        step, bounded = v - old, (v - old).clamp(-value_clip, value_clip)
+        off, off_clipped = v - target, old + bounded - target
+        # a step inside the bound is never cut: old + (v - old) may round past v, which would lose its gradient
+        cut = (step != bounded) & (off_clipped.square() > off.square())
         sums[1] = 0.5 * torch.where(cut, off_clipped, off).square().sum()
         value_clipped = cut.sum(dtype=dtype)
         grad_values = torch.where(cut, 0.0, value_coef * off)

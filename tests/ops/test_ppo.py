@@ -38,6 +38,18 @@ def run(function, tensors, mask, upstream, **options):
     return out, torch.autograd.grad(out.loss * upstream, leaves)
 
 
+def test_a_value_inside_the_clip_keeps_its_gradient(backend, device):
+    """old + (v - old) rounds to either side of v; that must not count as clipped."""
+    old, step = torch.randn(4096, device=device), 0.1 * torch.rand(4096, device=device)
+    values = (old + step).requires_grad_()
+    returns, zero, mask = values.detach() + 2, torch.zeros_like(old), torch.ones_like(old, dtype=torch.bool)
+    options = {"old_values": old, "returns": returns, "denominator": 1.0, "backend": backend}
+    out = ppo_loss(zero, zero, zero, mask, values=values, **options)
+    assert float(out.value_clip_fraction) == 0
+    (grad,) = torch.autograd.grad(out.loss, values)
+    torch.testing.assert_close(grad, values.detach() - returns)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(7, 33), (1,), (3, 1100)])
 @pytest.mark.parametrize("denominator", [None, 123.0])
