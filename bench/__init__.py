@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench --help`. Rivals are used where they are installed."""

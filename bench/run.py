@@ -1,0 +1,257 @@
+"""One case (op, mode, shape, dtype): load every provider, check each against float64, time those that are right."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import bench.rivals  # registers the other libraries
+from bench import machine
+from bench.cases import Inputs, Op, Outputs, Shape, shape_text
+from bench.machine import Limits
+from bench.providers import PROVIDERS, Function, Provider
+from bench.results import Row
+from bench.stats import Spread
+from bench.timing import Candidate, Effort, clocks_of, interleaved, peak_extra_bytes
+
+__all__ = ["Session", "bench", "foreign_errors", "run_case"]
+
+# Rounding of inputs is not counted (the reference reads the rounded ones); that of logits, dlogits and results is.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+SEED = 20220304
+T = TypeVar("T")
+
+
+@dataclass
+class Session:
+    """What all cases of one run share."""
+
+    device: torch.device
+    threads: int
+    effort: Effort
+    limits: Limits
+    about: dict[str, Any]
+    only: tuple[str, ...] = ()
+    """name the providers to run, by any part of their names; empty: all"""
+    deadline: float = float("inf")
+    """time.monotonic() after which nothing new is started"""
+    clocks: tuple[str, ...] = ()
+
+    def wants(self, provider: Provider) -> bool:
+        return not self.only or any(part.lower() in provider.name.lower() for part in self.only)
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def foreign_errors() -> tuple[type[Exception], ...]:
+    """What a provider may fail with, its compilers included: one that fails is reported and the others go on."""
+    errors: list[type[Exception]] = [
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
+        RuntimeError, TypeError, ValueError,
+    ]  # fmt: skip
+    triton_errors = sys.modules.get("triton.errors") or sys.modules.get("triton.compiler.errors")
+    for name in ("TritonError", "CompilationError"):
+        if hasattr(triton_errors, name):
+            errors.append(getattr(triton_errors, name))
+    cutlass = sys.modules.get("cutlass.base_dsl.common")
+    if hasattr(cutlass, "DSLBaseError"):
+        errors.append(cutlass.DSLBaseError)  # type: ignore[union-attr]
+    return tuple(errors)
+
+
+def attempt(what: str, call: Callable[[], T]) -> tuple[T | None, str]:
+    """(result, "") or (None, the reason); the traceback goes to stderr."""
+    try:
+        return call(), ""
+    except foreign_errors() as error:
+        print(f"--- {what} failed", file=sys.stderr)
+        traceback.print_exc()
+        first = str(error).strip().splitlines()
+        return None, f"{type(error).__name__}: {first[0] if first else ''}"[:200]
+
+
+# --- running a provider ----------------------------------------------------------------------------------------------
+
+
+def with_leaves(op: Op, inputs: Inputs) -> Inputs:
+    return {k: v.detach().requires_grad_() if k in op.leaves else v for k, v in inputs.items()}
+
+
+def upstream_of(op: Op, outputs: Outputs) -> list[Tensor]:
+    """Random gradients, the same for every provider: ones would let a wrong scale by row pass."""
+    generator = torch.Generator().manual_seed(SEED)
+    ones = [torch.randn(o.shape, generator=generator) if o.dim() else torch.ones(()) for o in outputs]
+    return [u.to(o.device, o.dtype) for u, o in zip(ones, outputs, strict=True)]
+
+
+def gradients(op: Op, inputs: Inputs, outputs: Outputs, upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    cast = [u.to(o.dtype) if u.dtype != o.dtype else u for u, o in zip(upstream, outputs, strict=True)]
+    return torch.autograd.grad(outputs, [inputs[n] for n in op.leaves], cast)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """|| got - exact || / || exact ||; infinite for a NaN or another shape."""
+    if got.shape != exact.shape:
+        return float("inf")
+    error = torch.linalg.vector_norm(got.double() - exact) / torch.linalg.vector_norm(exact).clamp(min=1e-30)
+    return float("inf") if torch.isnan(error) else float(error)
+
+
+def check(
+    op: Op, provider: Provider, function: Function, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> str:
+    """ "" when outputs and gradients at a small shape are right to the dtype's rounding, else what is wrong."""
+    torch.manual_seed(SEED)
+    plain = op.make(op.check_shape(shape), dtype, device)
+    exact_in = with_leaves(op, {k: v.double() if v.is_floating_point() else v for k, v in plain.items()})
+    exact = op.reference(exact_in)
+    upstream = upstream_of(op, exact)
+    inputs = with_leaves(op, {k: v.clone() for k, v in plain.items()})
+    got = function(inputs)
+    pairs = list(zip(op.outputs, got, exact, strict=True))
+    if op.leaves:
+        names = [f"gradient of {n}" for n in op.leaves]
+        exact_grads = gradients(op, exact_in, exact, upstream)
+        pairs += list(zip(names, gradients(op, inputs, got, upstream), exact_grads, strict=True))
+    for name, ours, truth in pairs:
+        error = relative_error(ours.detach(), truth.detach())
+        if error > TOLERANCE[dtype]:
+            return f"{name} off by {error:.1e} of its norm"
+    return ""
+
+
+def candidate(op: Op, provider: Provider, function: Function, shared: Inputs, mode: str) -> Candidate:
+    inputs = with_leaves(op, {k: v.clone() if k in provider.mutates else v for k, v in shared.items()})
+    example: list[list[Tensor]] = []
+
+    def upstream(outputs: Outputs) -> list[Tensor]:
+        if not example:
+            example.append(upstream_of(op, outputs))
+        return example[0]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name in provider.mutates:
+                inputs[name].copy_(shared[name])
+
+    def forward(_: Any) -> Outputs:
+        with torch.no_grad():
+            return function(inputs)
+
+    def graph() -> Outputs:
+        restore()
+        outputs = function(inputs)
+        upstream(outputs)
+        return outputs
+
+    def backward(outputs: Outputs) -> tuple[Tensor, ...]:
+        return gradients(op, inputs, outputs, upstream(outputs))
+
+    def both(_: Any) -> Any:
+        if provider.kind == "floor":
+            return function(inputs)
+        outputs = function(inputs)
+        return outputs, gradients(op, inputs, outputs, upstream(outputs))
+
+    prepare = graph if mode == "bwd" else restore
+    return Candidate(provider.name, prepare, {"fwd": forward, "bwd": backward, "fwd+bwd": both}[mode])
+
+
+# --- a case ----------------------------------------------------------------------------------------------------------
+
+
+def row(session: Session, op: Op, provider: Provider, mode: str, shape: Shape, dtype: torch.dtype, **more: Any) -> Row:
+    return Row(
+        op=op.name, mode=mode, provider=provider.name, kind=provider.kind, shape=shape_text(shape),
+        dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(provider.package or ""),
+        copy_gb_s=round(session.limits.copy_gb_s, 1),
+        matmul_tflop_s=round(session.limits.matmul_tflop_s.get(dtype, 0.0), 3), **session.about, **more,
+    )  # fmt: skip
+
+
+def _right_ones(
+    session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dtype
+) -> tuple[list[tuple[Provider, Function]], list[Row]]:
+    """Providers that load and give right answers, and rows that say why the others do not."""
+    right, rows = [], []
+    for provider in PROVIDERS[op.name]:
+        if not session.wants(provider) or mode not in provider.modes:
+            continue
+        status, note, function = "", "", None
+        if session.device.type not in provider.devices:
+            status, note = "not for this device", f"runs on {', '.join(provider.devices)}"
+        elif session.late():
+            status, note = "skipped", "out of time"
+        else:
+            try:
+                function = provider.load()
+            except ImportError as error:
+                status, note = "not installed", str(error).strip().splitlines()[0][:200]
+            except OSError as error:  # a shared library that does not load
+                status, note = "failed", f"does not load: {error}"[:200]
+        if function is not None and provider.kind != "floor":
+            loaded: Function = function
+            what = f"{provider.name}: {op.name} {mode}, check"
+            wrong, note = attempt(what, lambda p=provider, f=loaded: check(op, p, f, shape, dtype, session.device))
+            status = "failed" if wrong is None else "wrong" if wrong else ""
+            note = note or wrong or ""
+        if status:
+            rows.append(row(session, op, provider, mode, shape, dtype, status=status, note=note))
+        elif function is not None:
+            right.append((provider, function))
+    return right, rows
+
+
+def _timed_row(
+    session: Session, op: Op, provider: Provider, mode: str, shape: Shape, dtype: torch.dtype, clock: str,
+    time_ms: Spread, peak: int, sm_clock: str,
+) -> Row:  # fmt: skip
+    moved, flops = op.least(mode, shape, dtype)
+    floor = session.limits.floor_ms(moved, flops, dtype)
+    return row(
+        session, op, provider, mode, shape, dtype, status="ok", clock=clock, median_ms=time_ms.median,
+        p20_ms=time_ms.p20, p80_ms=time_ms.p80, samples=time_ms.samples, gb_per_s=moved / time_ms.median / 1e6,
+        tflop_per_s=flops / time_ms.median / 1e9, pct_sol=100 * floor / time_ms.median, peak_extra_mb=peak / 1e6,
+        load=machine.load(), sm_clock_mhz=sm_clock,
+    )  # fmt: skip
+
+
+def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dtype) -> list[Row]:
+    """Rows for every provider of `op`, one a clock for those that were timed."""
+    right, rows = _right_ones(session, op, mode, shape, dtype)
+    if not right or session.late():
+        return rows + [row(session, op, p, mode, shape, dtype, status="skipped", note="out of time") for p, _ in right]
+    torch.manual_seed(SEED)
+    shared = op.make(shape, dtype, session.device)
+    candidates, owners, peaks = [], [], []
+    for provider, function in right:
+        one = candidate(op, provider, function, shared, mode)
+
+        def measure(one: Candidate = one) -> int:
+            one.call(one.prepare())  # compile, and make the buffers that are kept
+            return peak_extra_bytes(one, session.device)
+
+        peak, why = attempt(f"{provider.name}: {op.name} {mode} at {shape_text(shape)}", measure)
+        if peak is None:
+            rows.append(row(session, op, provider, mode, shape, dtype, status="failed", note=why))
+            continue
+        candidates.append(one)
+        owners.append(provider)
+        peaks.append(peak)
+    for clock in session.clocks or clocks_of(session.device):
+        if not candidates or session.late():
+            break
+        before = machine.sm_clock_mhz(session.device)
+        times = interleaved(candidates, session.device, clock, session.effort)
+        sm_clock = f"{before}-{machine.sm_clock_mhz(session.device)}" if before else ""
+        for provider, peak, time_ms in zip(owners, peaks, times, strict=True):
+            rows.append(_timed_row(session, op, provider, mode, shape, dtype, clock, time_ms, peak, sm_clock))
+    return rows
