@@ -1,0 +1,91 @@
+"""The linear ops as nn.Modules, for models that keep their loss as a submodule.
+
+They hold options, never parameters: the weight comes with each call, so a tied or sharded one stays the model's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fastrlhf.ops import checks
+from fastrlhf.ops.linear import linear_logprobs
+from fastrlhf.ops.linear_loss import linear_cross_entropy, linear_ppo_loss
+from fastrlhf.ops.logprob import TokenLogprobs
+from fastrlhf.ops.ppo import PPOLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class _FusedLinear(nn.Module):
+    """What the three share: temperature, the vocabulary's shard, backend."""
+
+    def __init__(
+        self, *, temperature: float = 1.0, vocab_start: int | None = None, vocab_size: int | None = None,
+        group: ProcessGroup | None = None, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        checks.positive("temperature", temperature)
+        self.temperature, self.backend = temperature, backend
+        self.vocab_start, self.vocab_size, self.group = vocab_start, vocab_size, group
+
+    def _options(self) -> dict[str, object]:
+        names = ("temperature", "vocab_start", "vocab_size", "group", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, vocab_size={self.vocab_size}, backend={self.backend!r}"
+
+
+class FusedLinearLogprobs(_FusedLinear):
+    """`linear_logprobs` with its options held; `forward` takes its tensors."""
+
+    def __init__(self, *, recompute: bool | str = "auto", with_entropy: bool = False, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        checks.choice("recompute", recompute, ("auto", True, False))
+        self.recompute, self.with_entropy = recompute, with_entropy
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None,
+        mask: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    ) -> TokenLogprobs:  # fmt: skip
+        return linear_logprobs(
+            hidden, weight, labels, bias=bias, mask=mask, ref_logprobs=ref_logprobs, recompute=self.recompute,
+            with_entropy=self.with_entropy, **self._options(),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class FusedLinearCrossEntropy(_FusedLinear):
+    """`linear_cross_entropy` with its options held; without a mask, labels of `ignore_index` do not count."""
+
+    def __init__(self, *, ignore_index: int = -100, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.ignore_index = ignore_index
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None = None, *,
+        bias: Tensor | None = None, denominator: float | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        mask = labels != self.ignore_index if mask is None else mask
+        options = self._options()
+        return linear_cross_entropy(hidden, weight, labels, mask, bias=bias, denominator=denominator, **options)  # type: ignore[arg-type]
+
+
+class FusedLinearPPOLoss(_FusedLinear):
+    """`linear_ppo_loss` with its options held; `forward` takes its tensors."""
+
+    def __init__(self, *, clip: float = 0.2, entropy_coef: float = 0.0, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        checks.positive("clip", clip)
+        self.clip, self.entropy_coef = clip, entropy_coef
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
+        bias: Tensor | None = None, denominator: float | Tensor | None = None,
+    ) -> PPOLoss:  # fmt: skip
+        return linear_ppo_loss(
+            hidden, weight, labels, old_logprobs, advantages, mask, bias=bias, denominator=denominator, clip=self.clip,
+            entropy_coef=self.entropy_coef, **self._options(),  # type: ignore[arg-type]
+        )  # fmt: skip
