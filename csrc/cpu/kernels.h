@@ -45,7 +45,6 @@ struct LogprobBackward {
   const float *grad_logprobs, *grad_entropy, *grad_logsumexp;  // [N]; null is 0
   double temperature;
   int64_t vocab_start, columns, width;  // width: V
-  bool stream;                          // write around the caches
 };
 
 struct KlStatistics {
@@ -64,7 +63,6 @@ struct KlBackward {
   const float *max_x, *sum_x, *max_y, *sum_y, *kl, *grad;  // [N] each
   double temperature;
   int64_t columns, width;
-  bool stream;
 };
 
 struct Gae {

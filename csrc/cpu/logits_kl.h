@@ -119,12 +119,12 @@ void kl_gradient_row(const KlBackward& a, const Temp& temperature, int64_t n) {
     const double offset = __builtin_log(sum_y) - __builtin_log(sum_x) - a.kl[n];
     typename D::T* out = row_of<D>(a.out, n);
     const KlGradient<D, Temp> gradient{x, y, max_x, max_y, splat(static_cast<float>(offset)), scale_x, temperature};
-    write_row<D>(out, a.columns, a.stream, gradient);
+    write_row<D>(out, a.columns, gradient);
     clear<D>(out + a.columns, a.width - a.columns);
   }
   if (a.ref_out.data) {
     typename D::T* out = row_of<D>(a.ref_out, n);
-    write_row<D>(out, a.columns, a.stream, KlRefGradient<D, Temp>{x, y, max_x, max_y, scale_x, scale_y, temperature});
+    write_row<D>(out, a.columns, KlRefGradient<D, Temp>{x, y, max_x, max_y, scale_x, scale_y, temperature});
     clear<D>(out + a.columns, a.width - a.columns);
   }
 }
@@ -141,7 +141,6 @@ void kl_backward(const KlBackward& a, int64_t begin, int64_t end) {
       if (a.ref_out.data) clear<D>(row_of<D>(a.ref_out, n), a.width);
     }
   });
-  drain_stores();
 }
 
 }  // namespace

@@ -134,9 +134,9 @@ void logprob_gradient_row(const LogprobBackward& a, const Temp& temperature, int
   const vfloat at_entropy = splat(static_cast<float>(-to_entropy * norm));
   const vfloat top = splat(a.row_max[n]);
   if (a.grad_entropy)
-    write_row<D>(out, a.columns, a.stream, LogprobGradient<D, Temp, true>{x, top, at_p, at_entropy, temperature});
+    write_row<D>(out, a.columns, LogprobGradient<D, Temp, true>{x, top, at_p, at_entropy, temperature});
   else
-    write_row<D>(out, a.columns, a.stream, LogprobGradient<D, Temp, false>{x, top, at_p, at_entropy, temperature});
+    write_row<D>(out, a.columns, LogprobGradient<D, Temp, false>{x, top, at_p, at_entropy, temperature});
   if (label >= 0) store_part<D>(out + label, 1, splat(static_cast<float>(at_label)));
   clear<D>(out + a.columns, a.width - a.columns);
 }
@@ -151,7 +151,6 @@ void logprob_backward(const LogprobBackward& a, int64_t begin, int64_t end) {
         logprob_gradient_row<D>(a, temperature, n);
     }
   });
-  drain_stores();
 }
 
 }  // namespace

@@ -260,47 +260,16 @@ FASTRLHF_INLINE vint mask_lanes(const bool* mask, int64_t n) {
   return __builtin_convertvector(load_as<vbyte>(here), vint) != 0;
 }
 
-// A store that goes to memory around the caches; `p` is a multiple of the vector's size.
-template <class V, class T>
-FASTRLHF_INLINE void store_around(T* p, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits<__m512i>(v));
-#endif
-#if defined(__AVX__)
-  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits<__m256i>(v));
-  if constexpr (sizeof(V) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits<__m128i>(v));
-#endif
-  store_as(p, v);
-}
-
-FASTRLHF_INLINE void drain_stores() {
-#if defined(__AVX__)
-  _mm_sfence();
-#endif
-}
-
 // out[i] = f at i, for i in [0, n): `f.whole(i)` gives the W values from i on, `f.part(i, k)` the k < W from i on.
-// Several vectors are in flight at a time, since each is a long chain. With `stream` they bypass the caches; up to W
-// values at the front are then written first, for alignment.
 template <class D, class F>
-FASTRLHF_INLINE void write_row(typename D::T* out, int64_t n, bool stream, const F& f) {
-  using T = typename D::T;
-  using Packed = decltype(D::pack(vfloat{}));
+FASTRLHF_INLINE void write_row(typename D::T* out, int64_t n, const F& f) {
+  // Each vector is a long chain of operations; AVX2's sixteen registers hold the constants and one such chain.
+  constexpr int kFlight = W == 16 ? 4 : 1;
+  decltype(D::pack(vfloat{})) packed[kFlight];
   int64_t i = 0;
-  if (stream) {
-    constexpr uint64_t size = sizeof(Packed);
-    const int64_t head = static_cast<int64_t>((size - reinterpret_cast<uint64_t>(out) % size) % size / sizeof(T));
-    i = head < n ? head : n;
-    if (i) store_part<D>(out, i, f.part(0, i));
-  }
-  constexpr int kFlight = W == 16 ? 4 : 1;  // AVX2's sixteen registers hold the constants and one vector's work
-  Packed packed[kFlight];
   for (; i + kFlight * W <= n; i += kFlight * W) {
     for (int k = 0; k < kFlight; ++k) packed[k] = D::pack(f.whole(i + k * W));
-    if (stream)
-      for (int k = 0; k < kFlight; ++k) store_around(out + i + k * W, packed[k]);
-    else
-      for (int k = 0; k < kFlight; ++k) store_as(out + i + k * W, packed[k]);
+    for (int k = 0; k < kFlight; ++k) store_as(out + i + k * W, packed[k]);
   }
   for (; i + W <= n; i += W) store_as(out + i, D::pack(f.whole(i)));
   if (i < n) store_part<D>(out + i, n - i, f.part(i, n - i));
