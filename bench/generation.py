@@ -134,7 +134,7 @@ def main() -> None:
         cpu = statistics.median(row["cpu"] for row in rows)
         mean = statistics.mean(row["tokens"] for row in rows) / args.prompts
         print(
-            f"{name:12}  {statistics.median(wall):7.0f} tokens/s (median of {len(wall)}, {wall[0]:.0f}..{wall[-1]:.0f}),"
+            f"{name:12}  {statistics.median(wall):7.0f} tokens/s (median; {wall[0]:.0f}..{wall[-1]:.0f}),"
             f" {cpu:.0f} tokens/CPU-s, mean response {mean:.0f} tokens"
         )
     for kind in ("wall", "cpu"):

@@ -143,8 +143,8 @@ class _Engine:
             self.stage.train(was_training)
 
     def _refill(self, groups: list[SlotGroup], waiting: deque[Running], slots: int) -> list[Draw]:
-        """Prefills into free slots. A prefill costs a step of its own, so it waits until an eighth of the slots is
-        free.
+        """Prefills into free slots, once an eighth of them is free: nothing decodes during a prefill. (On a CPU, all
+        thresholds from a single slot to a quarter of them are within 5 %.)
         """
         free = sum(group.free for group in groups)
         if not waiting or free < max(1, slots // 8):

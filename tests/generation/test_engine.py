@@ -79,6 +79,17 @@ def test_greedy_equals_a_loop_without_cache(cases: ModuleType, mesh: Mesh, name:
     assert [response.tokens for response in out] == [greedy_loop(stage, prompt, 9) for prompt in prompts]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision(cases: ModuleType, mesh: Mesh, dtype: str) -> None:
+    """Log-probabilities are within the dtype's rounding of a training forward's (logits of size 4: steps of 2^-6)."""
+    stage = cases.build("llama", mesh, dtype=dtype)
+    prompts = cases.prompts(stage.vocab_size)
+    out = generate_all(stage, prompts, SamplingParams(max_new_tokens=9, seed=1), mesh=mesh, eos=EOS, slots=4)
+    again = cases.recomputed(stage, mesh, prompts, out, 1.0)
+    for response, logprobs in zip(out, again, strict=True):
+        assert response.logprobs == pytest.approx(logprobs, abs=0.04)
+
+
 def test_order_slots_and_neighbours_change_nothing(cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
     prompts = cases.prompts(stage.vocab_size)
     params = SamplingParams(max_new_tokens=20, seed=4)

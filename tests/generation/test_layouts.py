@@ -1,7 +1,7 @@
 """Every parallel layout returns the responses of one process.
 
 Tokens are compared exactly. Layouts round the logits differently (1e-6 here), which changes a draw only where the two
-best tokens are that close: about once in 1e5 tokens; the seeds are fixed and none of the 2,500 tokens here is such a
+best tokens are that close: about once in 1e5 tokens; the seeds are fixed and none of the 1,500 tokens here is such a
 one.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from fastrlhf.parallel.mesh import Mesh
 
 LAYOUTS = ("tensor-2", "tensor-2-sequence", "pipeline-2", "all")
-CASES = ("greedy", "sampled", "hot", "top-k", "top-p", "min")
+CASES = ("greedy", "sampled", "top-k", "top-p", "min")
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -56,15 +56,14 @@ def test_ranks_of_a_model_agree_exactly(parallel_results: Results, layout: str) 
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
-@pytest.mark.parametrize("name", ["sampled", "hot"])
 def test_logprobs_are_those_of_a_training_forward(
-    serial: dict[str, Any], parallel_results: Results, name: str, family: str
+    serial: dict[str, Any], parallel_results: Results, family: str
 ) -> None:
     """The first PPO ratio is 1, whatever the layout."""
     ranks = [serial] + [rank for ranks in parallel_results.values() for rank in ranks if rank["last_stage"]]
     assert len(ranks) == 1 + 4 + 4 + 2 + 2
     for rank in ranks:
-        responses, recomputed = rank[family][name], rank[family][name + "-recomputed"]
+        responses, recomputed = rank[family]["sampled"], rank[family]["recomputed"]
         for response, again in zip(responses, recomputed, strict=True):
             assert response["logprobs"] == pytest.approx(again, abs=1e-5, rel=1e-5)
 
@@ -73,8 +72,8 @@ def test_cases_cover_both_endings(serial: dict[str, Any]) -> None:
     for family in ("gpt", "llama"):
         endings = {response["stopped"] for response in serial[family]["sampled"]}
         assert endings == {True, False}
-        assert any(response["stopped"] and len(response["tokens"]) <= 20 for response in serial[family]["sampled"])
-        assert all(len(response["tokens"]) > 20 for response in serial[family]["min"])
+        assert any(response["stopped"] and len(response["tokens"]) <= 12 for response in serial[family]["sampled"])
+        assert all(len(response["tokens"]) > 12 for response in serial[family]["min"])
 
 
 def test_shards_draw_what_the_whole_draws(serial: dict[str, Any], parallel_results: Results) -> None:
