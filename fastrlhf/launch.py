@@ -275,7 +275,7 @@ def _ppo(run: Parts) -> Job:
         reward=run.saved_stage(config.ppo.reward_model, "scalar"),
         average=_average(run, model, policy),
         pretraining=_ptx_batches(run),
-        eos=run.tokenizer.eos_token_id,
+        tokenizer=run.tokenizer,
         slots=config.generation.slots,
         micro_batch_size=config.train.micro_batch_size,
         seed=config.train.seed,

@@ -111,7 +111,7 @@ class PPO:
         reward: Any,
         average: Any | None,
         pretraining: Loader | None,
-        eos: int,
+        tokenizer: Any,
         slots: int,
         micro_batch_size: int,
         seed: int,
@@ -126,7 +126,7 @@ class PPO:
         self.average = average
         self.pretraining = pretraining
         self._windows = iter(pretraining) if pretraining is not None else None
-        self.eos = eos
+        self.tokenizer = tokenizer
         self.slots = slots
         self.micro_batch_size = micro_batch_size
         self.seed = seed
@@ -160,7 +160,8 @@ class PPO:
             prompts,
             self.sampling,
             mesh=self.mesh,
-            eos=self.eos,
+            eos=self.tokenizer.eos_token_id,
+            tokenizer=self.tokenizer,
             slots=self.slots,
             ids=list(range(first, first + len(prompts))),
         )

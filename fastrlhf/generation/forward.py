@@ -44,7 +44,7 @@ class Forward:
             return self._forward(batch)
 
     def _forward(self, batch: CachedInput) -> Tensor:
-        layout = self.stage._layout(batch)
+        layout = self.stage.layout(batch)
         if self.stage.pre_process:
             x_TH = self._embed(batch.tokens, layout.positions)
         else:

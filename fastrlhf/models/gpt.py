@@ -229,7 +229,7 @@ class GPT(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0])
 
     def forward(self, batch: PackedInput | CachedInput) -> Tensor:
-        layout = self._layout(batch)
+        layout = self.layout(batch)
         hidden = None
         if self.pre_process:
             tokens = _pad_to_multiple(batch.tokens, self._multiple)
@@ -247,7 +247,8 @@ class GPT(LanguageModule):
     def _multiple(self) -> int:
         return self.mesh.tensor_size if self.mesh.sequence_parallel else 1
 
-    def _layout(self, batch: PackedInput | CachedInput) -> SequenceLayout:
+    def layout(self, batch: PackedInput | CachedInput) -> SequenceLayout:
+        """Where the tokens of a micro-batch stand, with rotary tables if this model rotates."""
         if isinstance(batch, CachedInput):
             layout = batch.layout
         else:
