@@ -103,14 +103,15 @@ def normwise(ours, exact):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("op", ["cross_entropy", "ppo_loss", "recomputed", "kept"])
-@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+@pytest.mark.parametrize("loss_scale", [1.0, 64.0])
 def test_nothing_underflows_at_a_denominator_of_a_million(op, dtype, loss_scale, monkeypatch):
-    """p / 1e6 for p around 1 / 512 is 2e-9, far below fp16's least 6e-8: naively every such dlogit would be 0.
+    """p / 1e6 for p around 1 / 8191 is 1e-10, far below fp16's least 6e-8: naively every such dlogit would be 0.
 
-    dH and dW are of upstream * O(1), each rounded once to the dtype: an eps normwise, and fp16's least number.
+    The weights are 1 + noise, so that dh = w_label - sum p w is wrong by the whole of what the p lose. dh and dW are
+    rounded to the dtype a few times, relatively, and once to a multiple of its least number.
     """
-    (h, w, b), labels, mask = make(512, hidden=16, tokens=64, dtype=dtype)
-    w = (w * 0.25).to(dtype)
+    (h, w, b), labels, mask = make(8191, hidden=16, tokens=64, dtype=dtype)
+    w = (1 + w * 0.25).to(dtype)
     small_chunks(monkeypatch, w, 7)
     advantages = torch.randn(64)
     exact_in = [t.double().requires_grad_() for t in (h, w, b)]
@@ -137,8 +138,6 @@ def test_nothing_underflows_at_a_denominator_of_a_million(op, dtype, loss_scale,
     for a, e in zip(ours, exact, strict=True):
         lost = least * e.numel() ** 0.5 / float(e.norm())
         assert normwise(a, e) <= 8 * info.eps + lost
-    if loss_scale > 1:
-        assert all(bool((a != 0).float().mean() > 0.5) for a in ours)
 
 
 def test_the_upstream_of_a_masked_row_is_not_measured(monkeypatch):
