@@ -153,7 +153,8 @@ def test_the_weight_gradient_is_accumulated_in_fp32(backend, device, monkeypatch
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_gradcheck(recompute, torch_only):
+def test_gradcheck(recompute, torch_only, monkeypatch):
+    monkeypatch.setenv("FASTRLHF_LINEAR_BUDGET_MB", str(2 * 7 * 8 / 2**20))  # two rows at a time
     (h, w, b), labels, mask = make(torch.float64, "cpu", vocab=7, hidden=3, shape=(2, 3))
     old, advantages = torch.randn(2, 3).double() - 2, torch.randn(2, 3).double()
 
