@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def nvcc() -> str:
 
 
 def run(*command: str) -> None:
-    print(*command, flush=True)
+    print(shlex.join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
@@ -126,7 +127,13 @@ class BuildKernels(build_ext):
         objects = [str(folder / f"{source.stem}.o") for source in sources]
         for source, target in zip(sources, objects, strict=True):
             run(cuda, *CUDA_FLAGS, *STABLE, "-DUSE_CUDA", *includes, "-c", str(source), "-o", target)
-        run(cuda, *CUDA_FLAGS, "-shared", "-o", str(output), *objects, *libraries, "-ltorch_cpu")
+        # A torch without CUDA has no libtorch_cuda: the build then shows that everything compiles, and no more.
+        present = [
+            name
+            for name in ("torch_cpu", "torch_cuda")
+            if any(Path(i[2:], f"lib{name}.so").exists() for i in libraries)
+        ]
+        run(cuda, *CUDA_FLAGS, "-shared", "-o", str(output), *objects, *libraries, *(f"-l{name}" for name in present))
 
 
 # The sources listed are those that a source distribution must hold; headers are in MANIFEST.in.
