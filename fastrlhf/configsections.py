@@ -191,6 +191,8 @@ class DataConfig(Section):
     """Records with a longer prompt are dropped, and counted."""
     max_response_tokens: Positive = 1024
     """Longest response kept in training, in tokens."""
+    cache: str | None = None
+    """Folder of tokenized text, which runs may share. None: cache/ in the output folder."""
     sequence_length: Positive = 2048
     """Tokens in a pretraining window."""
     on_error: Literal["strict", "quarantine"] = "strict"

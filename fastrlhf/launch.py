@@ -143,7 +143,8 @@ class Parts:
         return partial(self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False)
 
     def windows(self, paths: list[str]) -> PretrainWindows:
-        stream = TokenStream.open(paths, self.tokenizer, Path(self.config.output_dir) / "cache")
+        cache = self.config.data.cache or Path(self.config.output_dir) / "cache"
+        stream = TokenStream.open(paths, self.tokenizer, cache)
         return PretrainWindows(stream, self.config.data.sequence_length)
 
     def demonstrations(self, paths: list[str]) -> Sequence[Any]:

@@ -57,6 +57,7 @@ def stage_config(run: str, out: Path, scale: Scale, parallel: dict[str, int], se
         "parallel": parallel,
         "data": {
             "tokenizer": str(out / "tokenizer"),
+            "cache": str(out / "cache"),
             "max_prompt_tokens": scale.context - scale.new_tokens,
             "max_response_tokens": scale.new_tokens,
             "sequence_length": scale.window,
