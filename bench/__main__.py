@@ -48,6 +48,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="timing budget of a case and clock")
     parser.add_argument("--rounds", type=int, default=100, help="most samples of each provider")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing new is begun")
+    parser.add_argument("--patience", type=float, default=300.0, help="seconds a provider may compile and tune itself")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few samples")
     args = parser.parse_args(argv)
     known = (*OPS, "list", "report", "cpu-targets")
@@ -69,7 +70,7 @@ def start(args: argparse.Namespace) -> Session:
     return Session(
         device, args.threads, effort, machine.measure_limits(device, dtypes, args.quick),
         machine.describe(device, args.threads), tuple(args.providers), began + args.budget,
-        tuple(args.clocks or ()) if device.type == "cuda" else (),
+        tuple(args.clocks or ()) if device.type == "cuda" else (), args.patience,
     )  # fmt: skip
 
 

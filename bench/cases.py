@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -39,9 +39,9 @@ class Op:
     """bytes read and written at least, by mode, from the shape and the element size; its keys are the op's modes"""
     flops: dict[str, Callable[[Shape], int]] = field(default_factory=dict)
     """operations of the matrix products, by mode"""
-    shapes: dict[str, tuple[Shape, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
     """defaults for "cpu", "cuda" and "quick" """
-    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
 
     def least(self, mode: str, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
         """(bytes, operations) of one call in `mode`."""
@@ -117,12 +117,12 @@ def make_ppo(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     x = {"logprobs": noise(1.0) - 2, "values": noise(1.0), "advantages": noise(1.0), "returns": noise(1.0)}
     x["old_logprobs"] = x["logprobs"] + noise(0.2)
     x["old_values"] = x["values"] + noise(0.2)
-    return {**x, "mask": _prefix_mask(*shape, device)}
+    return {**x, "mask": _prefix_mask(shape[0], shape[1], device)}
 
 
 def make_gae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     rewards, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    return {"rewards": rewards, "values": values, "mask": _prefix_mask(*shape, device)}
+    return {"rewards": rewards, "values": values, "mask": _prefix_mask(shape[0], shape[1], device)}
 
 
 def make_ranking(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:

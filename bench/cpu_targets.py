@@ -6,7 +6,7 @@
   linear_cross_entropy, linear_ppo_loss        at most 1.10x three bare GEMMs
   linear_logprobs with recompute               at most 1.10x four bare GEMMs
 
-Forward and backward (gae: forward), medians, candidates in turn. A ratio's spread pairs the samples of equal rank.
+Forward and backward (gae: forward), medians, candidates in turn. A ratio's range is p20 over p80 to p80 over p20.
 Where eager can be written two ways (bf16 logits upcast or not), the target is held against the faster one.
 """
 
@@ -18,6 +18,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 LOGITS, HEAD = (2048, 50257), (2048, 768, 50257)
 EAGER = ("eager", "eager, no upcast")
 TARGETS = (
-    Target("logprobs_entropy", LOGITS, (32, 5003), F32, EAGER, at_least=8, memory=True),
+    Target("logprobs_entropy", LOGITS, (32, 5003), F32, ("eager",), at_least=8, memory=True),
     Target("logprobs_entropy", LOGITS, (32, 5003), BF16, EAGER, at_least=8, memory=True),
     Target("gae", (512, 1024), (16, 64), F32, ("Python loop over time",), at_least=30),
     Target("pairwise_ranking_loss", (64, 9), (8, 9), F32, ("Python loop over pairs",), ("eager",), at_least=20),
@@ -80,11 +81,10 @@ TARGETS = (
 
 
 def _ratio(target: Target, versus: Row, ours: Row) -> tuple[float, float, float]:
-    """(median, p20, p80): how many times faster ours is, or for GEMMs how many times slower."""
+    """(of the medians, lowest, highest): how many times faster ours is, or for GEMMs how many times slower."""
     a, b = (versus, ours) if target.at_least else (ours, versus)
     assert a.median_ms and b.median_ms and a.p20_ms and a.p80_ms and b.p20_ms and b.p80_ms
-    ratios = sorted((a.p20_ms / b.p20_ms, a.p80_ms / b.p80_ms))
-    return a.median_ms / b.median_ms, ratios[0], ratios[1]
+    return a.median_ms / b.median_ms, a.p20_ms / b.p80_ms, a.p80_ms / b.p20_ms
 
 
 def _reached(target: Target, ratio: float) -> str:
@@ -97,11 +97,11 @@ def judge(target: Target, rows: Sequence[Row]) -> list[Outcome]:
     timed = {r.provider: r for r in rows if r.median_ms is not None}
     ours = timed.get("fastrlhf[cpu]") or timed.get("fastrlhf[torch]")
     text = f">= {target.at_least:g}x" if target.at_least else f"<= {target.at_most:.2f}x"
-    common = {"op": target.op, "dtype": str(target.dtype).removeprefix("torch.")}
+    common: dict[str, Any] = {"op": target.op, "dtype": str(target.dtype).removeprefix("torch.")}
     shape = rows[0].shape if rows else shape_text(target.shape)
     if ours is None:
         why = "; ".join(f"{r.provider}: {r.status} {r.note}" for r in rows if r.kind == "ours")
-        times = dict.fromkeys(("ours_ms", "versus_ms", "ratio", "low", "high"))
+        times: dict[str, Any] = dict.fromkeys(("ours_ms", "versus_ms", "ratio", "low", "high"))
         return [Outcome(**common, shape=shape, measured="nothing", versus=why, **times, target=text, reached="no")]
     outcomes = []
     held = [timed[name] for name in target.against if name in timed]
@@ -131,7 +131,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown."""
     text = results.text_of
     lines = [
-        "| op | shape | dtype | measured | against | ours ms | theirs ms | ratio | p20-p80 | target | reached |",
+        "| op | shape | dtype | measured | against | ours ms | theirs ms | ratio | range | target | reached |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for o in outcomes:

@@ -67,7 +67,10 @@ def measure_limits(device: torch.device, dtypes: tuple[torch.dtype, ...], quick:
     return Limits(copy, rates)
 
 
-def version_of(package: str) -> str:
+def version_of(package: str | None) -> str:
+    """ "" when it is not installed, or None."""
+    if not package:
+        return ""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

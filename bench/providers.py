@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,13 @@ PROVIDERS: dict[str, list[Provider]] = {}
 
 
 def provider(
-    op: str, name: str, kind: str = "rival", **options: object
+    op: str, name: str, kind: str = "rival", **options: Any
 ) -> Callable[[Callable[[], Function]], Callable[[], Function]]:
     """Register a loader for `op` (several, joined by spaces)."""
 
     def register(load: Callable[[], Function]) -> Callable[[], Function]:
         for one in op.split():
-            PROVIDERS.setdefault(one, []).append(Provider(one, name, kind, load, **options))  # type: ignore[arg-type]
+            PROVIDERS.setdefault(one, []).append(Provider(one, name, kind, load, **options))
         return load
 
     return register
@@ -260,7 +261,7 @@ class BareGemms:
 
     def __call__(self, x: Inputs) -> Outputs:
         hidden, weight = x["hidden"].detach(), x["weight"].detach()
-        if self.buffers is None:
+        if self.buffers is None or self.buffers[0].shape != (hidden.shape[0], weight.shape[0]):
             logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
             self.buffers = logits, torch.empty_like(hidden), torch.empty_like(weight)
         logits, d_hidden, d_weight = self.buffers

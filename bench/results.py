@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,13 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 
 
 def text_of(value: float | None, digits: int = 3) -> str:
-    return "" if value is None else f"{value:.{digits}g}" if value < 1000 else f"{value:.0f}"
+    """`digits` significant ones, never in powers of ten: "0.0123", "1.23", "12345"; "" for None."""
+    if value is None:
+        return ""
+    if value == 0 or abs(value) >= 10**digits:
+        return f"{value:.0f}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{min(decimals, 6)}f}"
 
 
 def cases_of(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
@@ -119,30 +126,59 @@ def cases_of(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
     return cases
 
 
+def _one_provider(row: Row, by_clock: dict[str, Row], clocks: Sequence[str]) -> list[str]:
+    cells = [escape(row.provider)]
+    for clock in clocks:
+        r = by_clock.get(clock)
+        cells.append(f"{text_of(r.median_ms, 4)} ({text_of(r.p20_ms)}-{text_of(r.p80_ms)})" if r else "")
+    rate = text_of(row.tflop_per_s) if row.tflop_per_s else ""
+    return [*cells, text_of(row.gb_per_s), rate, text_of(row.pct_sol), text_of(row.peak_extra_mb), str(row.samples)]
+
+
+def print_case(case: str, rows: Sequence[Row], console: Console) -> None:
+    """A line a provider, the fastest first; rates are those of the first clock (cold on a GPU)."""
+    clocks = sorted({r.clock for r in rows}, key=("cold", "hot", "wall").index)
+    table = Table(title=case, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("provider", no_wrap=True)
+    for name in (*(f"{c} ms (p20-p80)" for c in clocks), "GB/s", "TFLOP/s", "% limit", "extra MB", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.clock == clocks[0]:
+            mine = {r.clock: r for r in rows if r.provider == row.provider}
+            style = {"ours": "green", "rival": "", "floor": "dim"}[row.kind]
+            table.add_row(*_one_provider(row, mine, clocks), style=style)
+    console.print(table)
+
+
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Everything timed, one line each; what was not is summed up under it."""
-    table = Table(title=f"{rows[0].device}, {rows[0].threads} threads" if rows else "nothing measured", title_style="")
-    for name in ("case", "provider", "clock", "ms", "p20-p80", "GB/s", "TFLOP/s", "% SOL", "extra MB", "n"):
-        table.add_column(name, justify="left" if name in ("case", "provider", "clock") else "right", no_wrap=True)
+    """Each case's table, then who was not timed and why, then ours beside the best rival."""
     others: dict[str, list[str]] = {}
-    for (op, mode, shape, dtype), group in cases_of(rows).items():
-        title = f"{op} {mode} {shape} {dtype}"
+    summary = Table(title="ours and the fastest other", title_justify="left", title_style="bold", box=None)
+    for name in ("case", "ours", "ms", "% limit", "fastest other", "ms", "times faster", "GEMMs ms"):
+        summary.add_column(name, justify="left" if name in ("case", "ours", "fastest other") else "right", no_wrap=True)
+    for key, group in cases_of(rows).items():
+        case = " ".join(key)
+        timed = [r for r in group if r.median_ms is not None]
         for row in group:
             if row.median_ms is None:
-                why = f"{row.status}: {row.note}" if row.note else row.status
-                others.setdefault(f"{row.provider}: {why}", []).append(f"{op} {mode} {dtype}")
-                continue
-            style = "bold" if row.kind == "ours" else "dim" if row.kind == "floor" else ""
-            table.add_row(
-                title, escape(row.provider), row.clock, text_of(row.median_ms, 4),
-                f"{text_of(row.p20_ms)}-{text_of(row.p80_ms)}", text_of(row.gb_per_s), text_of(row.tflop_per_s or None),
-                text_of(row.pct_sol), text_of(row.peak_extra_mb), str(row.samples), style=style,
-            )  # fmt: skip
-            title = ""
-        table.add_section()
-    console.print(table)
+                others.setdefault(f"{row.provider}: {row.status}: {row.note}", []).append(row.op)
+        if timed:
+            print_case(case, timed, console)
+            summary.add_row(case, *_summary(timed))
     for what, where in others.items():
         console.print(f"{what}  [{', '.join(dict.fromkeys(where))}]", markup=False, highlight=False)
+    console.print(summary)
+
+
+def _summary(timed: Sequence[Row]) -> list[str]:
+    """Cells of one case: rows come fastest first within a clock, the cold clock before the others."""
+    best = {kind: next((r for r in timed if r.kind == kind), None) for kind in ("ours", "rival", "floor")}
+    ours, rival, floor = best["ours"], best["rival"], best["floor"]
+    mine = [escape(ours.provider), text_of(ours.median_ms, 4), text_of(ours.pct_sol)] if ours else [""] * 3
+    theirs = [escape(rival.provider), text_of(rival.median_ms, 4)] if rival else [""] * 2
+    both = ours and rival and ours.median_ms and rival.median_ms
+    times = text_of(rival.median_ms / ours.median_ms) if both else ""  # type: ignore[union-attr,operator]
+    return [*mine, *theirs, times, text_of(floor.median_ms, 4) if floor else ""]
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:

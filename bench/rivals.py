@@ -5,13 +5,15 @@ The ops with no rival in any library so far: linear_ppo_loss, pairwise_ranking_l
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench.cases import Inputs, Outputs
 from bench.providers import Function, provider
 
 CUDA = ("cuda",)
 
 
-def cuda(name: str) -> dict[str, object]:
+def cuda(name: str) -> dict[str, Any]:
     return {"package": name, "devices": CUDA}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,9 @@ class Session:
     deadline: float = float("inf")
     """time.monotonic() after which nothing new is started"""
     clocks: tuple[str, ...] = ()
+    patience_s: float = 300.0
+    """for a provider to compile and tune itself at one shape"""
+    checked: dict[Any, tuple[Function | None, str, str]] = field(default_factory=dict)
 
     def wants(self, provider: Provider) -> bool:
         return not self.only or any(part.lower() in provider.name.lower() for part in self.only)
@@ -67,8 +71,14 @@ def foreign_errors() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
-def attempt(what: str, call: Callable[[], T]) -> tuple[T | None, str]:
-    """(result, "") or (None, the reason); the traceback goes to stderr."""
+def _too_slow(*_: object) -> None:
+    raise TimeoutError("not ready in the time it was given to compile and tune")
+
+
+def attempt(what: str, call: Callable[[], T], limit_s: float) -> tuple[T | None, str]:
+    """(result, "") or (None, the reason); the traceback goes to stderr. Python code is stopped after `limit_s`."""
+    before = signal.signal(signal.SIGALRM, _too_slow)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         return call(), ""
     except foreign_errors() as error:
@@ -76,6 +86,9 @@ def attempt(what: str, call: Callable[[], T]) -> tuple[T | None, str]:
         traceback.print_exc()
         first = str(error).strip().splitlines()
         return None, f"{type(error).__name__}: {first[0] if first else ''}"[:200]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # --- running a provider ----------------------------------------------------------------------------------------------
@@ -105,9 +118,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float("inf") if torch.isnan(error) else float(error)
 
 
-def check(
-    op: Op, provider: Provider, function: Function, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> str:
+def check(op: Op, function: Function, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
     """ "" when outputs and gradients at a small shape are right to the dtype's rounding, else what is wrong."""
     torch.manual_seed(SEED)
     plain = op.make(op.check_shape(shape), dtype, device)
@@ -171,10 +182,42 @@ def candidate(op: Op, provider: Provider, function: Function, shared: Inputs, mo
 def row(session: Session, op: Op, provider: Provider, mode: str, shape: Shape, dtype: torch.dtype, **more: Any) -> Row:
     return Row(
         op=op.name, mode=mode, provider=provider.name, kind=provider.kind, shape=shape_text(shape),
-        dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(provider.package or ""),
+        dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(provider.package),
         copy_gb_s=round(session.limits.copy_gb_s, 1),
         matmul_tflop_s=round(session.limits.matmul_tflop_s.get(dtype, 0.0), 3), **session.about, **more,
     )  # fmt: skip
+
+
+def _ready(
+    session: Session, op: Op, provider: Provider, shape: Shape, dtype: torch.dtype
+) -> tuple[Function | None, str, str]:
+    """(function, "", "") of a provider that is here and right, else (None, status, note); asked once a dtype."""
+    key = (provider.op, provider.name, op.check_shape(shape), dtype)
+    if key not in session.checked:
+        session.checked[key] = _load_and_check(session, op, provider, shape, dtype)
+    return session.checked[key]
+
+
+def _load_and_check(
+    session: Session, op: Op, provider: Provider, shape: Shape, dtype: torch.dtype
+) -> tuple[Function | None, str, str]:
+    if session.device.type not in provider.devices:
+        return None, "not for this device", f"runs on {', '.join(provider.devices)}"
+    if session.late():
+        return None, "skipped", "out of time"
+    try:
+        function = provider.load()
+    except ImportError as error:
+        return None, "not installed", str(error).strip().splitlines()[0][:200]
+    except foreign_errors() as error:
+        return None, "failed", f"does not load: {error}"[:200]
+    if provider.kind == "floor":
+        return function, "", ""
+    what = f"{provider.name}: check of {op.name}"
+    wrong, why = attempt(what, lambda: check(op, function, shape, dtype, session.device), session.patience_s)
+    if wrong is None:
+        return None, "failed", why
+    return (None, "wrong", wrong) if wrong else (function, "", "")
 
 
 def _right_ones(
@@ -185,27 +228,10 @@ def _right_ones(
     for provider in PROVIDERS[op.name]:
         if not session.wants(provider) or mode not in provider.modes:
             continue
-        status, note, function = "", "", None
-        if session.device.type not in provider.devices:
-            status, note = "not for this device", f"runs on {', '.join(provider.devices)}"
-        elif session.late():
-            status, note = "skipped", "out of time"
-        else:
-            try:
-                function = provider.load()
-            except ImportError as error:
-                status, note = "not installed", str(error).strip().splitlines()[0][:200]
-            except OSError as error:  # a shared library that does not load
-                status, note = "failed", f"does not load: {error}"[:200]
-        if function is not None and provider.kind != "floor":
-            loaded: Function = function
-            what = f"{provider.name}: {op.name} {mode}, check"
-            wrong, note = attempt(what, lambda p=provider, f=loaded: check(op, p, f, shape, dtype, session.device))
-            status = "failed" if wrong is None else "wrong" if wrong else ""
-            note = note or wrong or ""
-        if status:
+        function, status, note = _ready(session, op, provider, shape, dtype)
+        if function is None:
             rows.append(row(session, op, provider, mode, shape, dtype, status=status, note=note))
-        elif function is not None:
+        else:
             right.append((provider, function))
     return right, rows
 
@@ -239,7 +265,8 @@ def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dty
             one.call(one.prepare())  # compile, and make the buffers that are kept
             return peak_extra_bytes(one, session.device)
 
-        peak, why = attempt(f"{provider.name}: {op.name} {mode} at {shape_text(shape)}", measure)
+        what = f"{provider.name}: {op.name} {mode} at {shape_text(shape)}"
+        peak, why = attempt(what, measure, session.patience_s)
         if peak is None:
             rows.append(row(session, op, provider, mode, shape, dtype, status="failed", note=why))
             continue

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of less than nine minutes, without a network:
+#   bench/gpu.sh              or, with wheels of rivals in a folder,  FASTRLHF_WHEELS=.whl bench/gpu.sh
+# 1. unpacks the wheels in FASTRLHF_WHEELS, if given, into a folder of its own; 2. builds csrc when nvcc is there;
+# 3. runs the tests that need a GPU; 4. runs the kernel benchmarks, each op in a process of its own, so that a rival
+# that breaks the CUDA context takes nothing else along; 5. prints the tables.
+# What fails is reported and the rest goes on; the exit status is then 1. Results (kernels.csv, kernels.svg, *.log,
+# summary.txt) go to $OUT, or else to bench/results/<name of the GPU>.
+#   FASTRLHF_SECONDS=520    time for everything; parts that no longer fit are left out and named
+#   FASTRLHF_OPS="gae ..."  only these benchmarks;  FASTRLHF_SKIP="build tests" leaves parts out
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+SECONDS=0
+TOTAL=${FASTRLHF_SECONDS:-520}
+PYTHON=${PYTHON:-python3}
+SKIP=" ${FASTRLHF_SKIP:-} "
+OPS=${FASTRLHF_OPS:-"logprobs_entropy linear_cross_entropy linear_ppo_loss gae ppo_loss pairwise_ranking_loss \
+linear_logprobs_recompute logprobs linear_logprobs logits_kl"}
+RESERVE=25 # seconds kept for the report
+FAILED=()
+
+if ! command -v nvidia-smi >/dev/null; then
+  echo "bench/gpu.sh: no nvidia-smi here; this needs an NVIDIA GPU (on a CPU: python -m bench)" >&2
+  exit 1
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+GPU=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9\n' - | tr 'A-Z' 'a-z')
+OUT=${OUT:-bench/results/$GPU}
+mkdir -p "$OUT" || exit 1
+OUT=$(cd "$OUT" && pwd)
+# A file named by this run: results measured before stay where they are.
+CSV_FOLDER=$OUT
+[ -e "$OUT/kernels.csv" ] && mv "$OUT/kernels.csv" "$OUT/kernels.before-$(date +%Y%m%d-%H%M%S).csv"
+
+left() { echo $((TOTAL - RESERVE - SECONDS)); }
+
+# part NAME SECONDS LOG COMMAND...: run within the time left; the log keeps everything, the screen its last lines.
+part() {
+  local name=$1 most=$2 log=$OUT/$3 limit status began=$SECONDS
+  shift 3
+  limit=$(left)
+  [ "$limit" -gt "$most" ] && limit=$most
+  if [ "$limit" -lt 10 ]; then
+    echo "=== $name: left out, no time"
+    FAILED+=("$name (no time)")
+    return 1
+  fi
+  echo "=== $name (at most $limit s)"
+  echo "=== $name" >>"$log"
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+  status=$?
+  tail -n "${LINES_SHOWN:-3}" "$log" | cut -c 1-200
+  [ $status -eq 124 ] && echo "stopped after $limit s"
+  if [ $status -ne 0 ]; then
+    FAILED+=("$name (status $status)")
+    grep -nE '^(E  |ERROR|FAILED|--- .* failed|[A-Za-z_.]*(Error|Exception): )' "$log" | tail -n 8 | cut -c 1-220
+  fi
+  echo "    $((SECONDS - began)) s, status $status"
+  return $status
+}
+
+about() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu,power.draw --format=csv
+  command -v nvcc && nvcc --version | tail -n 2
+  "$PYTHON" - <<'PY'
+import importlib.metadata as m, platform
+names = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy", "trl", "flash-attn", "pytest")
+def version(name):
+    try:
+        return m.version(name)
+    except m.PackageNotFoundError:
+        return "-"
+print("python", platform.python_version(), *(f"{n} {version(n)}" for n in names), sep="; ")
+PY
+}
+
+wheels() { # --target, so that nothing of the machine's own Python is replaced
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --find-links "$1" --target "$2" \
+    "$1"/*.whl
+}
+export -f about wheels
+export PYTHON
+
+LINES_SHOWN=8 part "machine" 60 gpu.log bash -c about
+if [ -n "${FASTRLHF_WHEELS:-}" ]; then
+  SITE=$(mktemp -d)
+  trap 'rm -rf "$SITE"' EXIT
+  # after the machine's own packages would be safer, but PYTHONPATH goes before: carry only what is missing there
+  part "wheels" 60 gpu.log bash -c 'wheels "$@"' _ "$FASTRLHF_WHEELS" "$SITE" && export PYTHONPATH="$PYTHONPATH:$SITE"
+fi
+if [[ $SKIP != *" build "* ]]; then
+  if command -v nvcc >/dev/null && [ -d csrc ]; then
+    part "build of csrc" 150 build.log "$PYTHON" setup.py build_ext --inplace
+    grep "is left out" "$OUT/build.log" && FAILED+=("build of csrc (an extension was left out)")
+  else
+    echo "=== build of csrc: left out, no nvcc here"
+  fi
+fi
+part "backends" 60 gpu.log "$PYTHON" -c 'import json, fastrlhf.ops as o; print(json.dumps(o.backends(), indent=1))'
+if [[ $SKIP != *" tests "* ]]; then
+  folders=()
+  for folder in tests/gpu tests/ops tests/csrc; do [ -d $folder ] && folders+=("$folder"); done
+  part "tests, gpu" 110 tests.log "$PYTHON" -m pytest -m gpu -p no:cacheprovider -rs "${folders[@]}"
+  part "tests, ops on triton" 90 tests.log "$PYTHON" -m pytest -m "not gpu" -p no:cacheprovider -k triton tests/ops
+fi
+waiting=$(wc -w <<<"$OPS")
+for op in $OPS; do
+  share=$(($(left) / waiting)) # what one leaves over goes to those after it
+  part "bench $op" $((share + 15)) bench.log "$PYTHON" -m bench "$op" --device cuda --seconds 0.4 --rounds 40 \
+    --budget $((share > 20 ? share - 10 : 10)) --patience $((share > 30 ? share / 2 : 15)) --out "$CSV_FOLDER"
+  waiting=$((waiting - 1))
+done
+echo "=== results"
+"$PYTHON" -m bench report --device cuda --out "$CSV_FOLDER" >"$OUT/summary.txt" 2>&1 || FAILED+=("report")
+nvidia-smi --query-gpu=clocks.sm,temperature.gpu,power.draw --format=csv,noheader
+cat "$OUT/summary.txt"
+echo "=== $SECONDS s"
+if [ ${#FAILED[@]} -gt 0 ]; then
+  printf 'failed: %s\n' "${FAILED[@]}"
+  exit 1
+fi
+echo "all parts passed"
