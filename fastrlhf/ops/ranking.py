@@ -88,8 +88,7 @@ KERNEL = Kernel("ranking_loss", _ranking_loss_torch, "fastrlhf.kernels.ranking")
 
 @custom_op(
     "ranking_loss",
-    "(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _ranking_loss(
     scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool, backend: str
