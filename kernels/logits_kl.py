@@ -37,9 +37,7 @@ def _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale):
     return top_x, sum_x, top_y, sum_y, cross
 
 
-@triton.jit(
-    do_not_specialize=["rows", "length", "stride_b", "stride_l", "ref_stride_b", "ref_stride_l", "columns"]
-)
+@triton.jit(do_not_specialize=["rows", "length", "stride_b", "stride_l", "ref_stride_b", "ref_stride_l", "columns"])
 def _statistics_kernel(
     x_ptr,  # [B, L, V] logits
     y_ptr,  # [B, L, V] reference logits

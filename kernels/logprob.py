@@ -69,8 +69,6 @@ def _row_statistics(
     return top, total, weighted * LN2, target
 
 
-
-
 @triton.jit(do_not_specialize=["rows", "length", "stride_b", "stride_l", "vocab_start", "columns"])
 def _statistics_kernel(
     x_ptr,  # [B, L, V] logits

@@ -41,9 +41,7 @@ def check(logits, labels, backend, within, temperature=1.0, mask=None, ref=None)
     exact_in = logits.detach().double().requires_grad_()
     exact, exact_grad = run(logprobs_ref, exact_in, labels, upstream, ref_logprobs=exact_ref, **shared)
     torchs, torch_grad = run(logprobs_ref, logits, labels, upstream, ref_logprobs=ref, **shared)
-    ours, grad = run(
-        logprobs, logits, labels, upstream, ref_logprobs=ref, with_entropy=True, backend=backend, **shared
-    )
+    ours, grad = run(logprobs, logits, labels, upstream, ref_logprobs=ref, with_entropy=True, backend=backend, **shared)
     assert all(t.dtype == torch.float32 for t in ours) and grad.dtype == logits.dtype
     for a, b, c in zip(ours, exact, torchs, strict=True):
         within(a, b, c, value_bound(b.cpu(), logits.shape[-1]))

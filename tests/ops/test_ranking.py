@@ -44,9 +44,7 @@ ragged = st.lists(
 )
 
 
-@settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=ragged, reduction=st.sampled_from(["prompts", "pairs"]))
 def test_ragged_prompts_against_a_double_loop(prompts, reduction, backend, device):
     prompts = [([s for s, _ in p], [r for _, r in p]) for p in prompts]
