@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from bench.stats import quantile
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,7 +36,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _best_ms(call, device: torch.device, repeats: int) -> float:  # type: ignore[no-untyped-def]
-    """The fastest fifth: a ceiling is what the machine can do, not what it does on a bad day."""
+    """The fastest: a ceiling is what the machine can do, not what it does on a bad day."""
     call()
     times = []
     for _ in range(repeats):
@@ -47,18 +45,18 @@ def _best_ms(call, device: torch.device, repeats: int) -> float:  # type: ignore
         call()
         synchronize(device)
         times.append(1e3 * (time.perf_counter() - start))
-    return quantile(times, 0.2)
+    return min(times)
 
 
 def measure_limits(device: torch.device, dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Limits:
-    """Copy of 2 GiB (64 MiB on a CPU) and products of 8192 (1024) square matrices, smaller when `quick`."""
+    """Copy of 2 GiB (64 MiB on a CPU) and products of 8192 (2048) square matrices, smaller when `quick`."""
     gpu = device.type == "cuda"
     size = (1 << 31 if gpu else 1 << 26) >> (3 if quick else 0)
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
-    repeats = 5 if quick else 10
+    repeats = 5 if quick else 20 if gpu else 10
     copy = 2 * size / _best_ms(lambda: target.copy_(source), device, repeats) / 1e6
-    n = (8192 if gpu else 1024) >> (1 if quick else 0)
+    n = (8192 if gpu else 2048) >> (1 if quick else 0)
     rates = {}
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -273,12 +273,13 @@ def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dty
         candidates.append(one)
         owners.append(provider)
         peaks.append(peak)
+    before, timed = machine.sm_clock_mhz(session.device), []
     for clock in session.clocks or clocks_of(session.device):
         if not candidates or session.late():
             break
-        before = machine.sm_clock_mhz(session.device)
-        times = interleaved(candidates, session.device, clock, session.effort)
-        sm_clock = f"{before}-{machine.sm_clock_mhz(session.device)}" if before else ""
+        timed.append((clock, interleaved(candidates, session.device, clock, session.effort)))
+    sm_clock = f"{before}-{machine.sm_clock_mhz(session.device)}" if before else ""
+    for clock, times in timed:
         for provider, peak, time_ms in zip(owners, peaks, times, strict=True):
             rows.append(_timed_row(session, op, provider, mode, shape, dtype, clock, time_ms, peak, sm_clock))
     return rows
