@@ -240,5 +240,5 @@ def _tell(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
-        report = {"message": line, "timestamp": int(time.time())}
+        report = {"message": line.removeprefix("error: "), "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
