@@ -22,8 +22,8 @@ void kl_block(const typename D::T* x, const typename D::T* y, int64_t n, const T
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W)
     for (int k = 0; k < 2; ++k) {
-      prefetch(x + i + k * W + kBlock);
-      prefetch(y + i + k * W + kBlock);
+      prefetch(x + i + k * W + kBlock<D>);
+      prefetch(y + i + k * W + kBlock<D>);
       add(D::load(x + i + k * W), D::load(y + i + k * W), k);
     }
   for (; i < n; i += W) {
@@ -45,8 +45,8 @@ void kl_statistics_row(const KlStatistics& a, const Temp& temperature, int64_t n
   const typename D::T *x = row_of<D>(a.rows, n), *y = row_of<D>(a.ref, n);
   Softmax p, q;
   double cross = 0, scale;
-  for (int64_t at = 0; at < a.columns; at += kBlock) {
-    const int64_t size = a.columns - at < kBlock ? a.columns - at : kBlock;
+  for (int64_t at = 0; at < a.columns; at += kBlock<D>) {
+    const int64_t size = a.columns - at < kBlock<D> ? a.columns - at : kBlock<D>;
     if (p.raise(block_max<D>(x + at, size), a.temperature, &scale)) cross = scale == 0 ? 0.0 : cross * scale;
     q.raise(block_max<D>(y + at, size), a.temperature, &scale);
     kl_block<D>(x + at, y + at, size, temperature, &p, &q, &cross);
@@ -85,7 +85,11 @@ struct KlGradient {
     const vfloat u = temperature.divide_clamped(vx - max_x), e = exp_nonpositive(u);
     return select(e == 0.0f, vfloat{}, e * (u - w + offset) * scale_x);
   }
-  FASTRLHF_INLINE vfloat whole(int64_t i) const { return of(D::load(x + i), D::load(y + i)); }
+  FASTRLHF_INLINE vfloat whole(int64_t i) const {
+    prefetch(x + i + kAhead<D>);
+    prefetch(y + i + kAhead<D>);
+    return of(D::load(x + i), D::load(y + i));
+  }
   FASTRLHF_INLINE vfloat part(int64_t i, int64_t n) const {
     return of(load_part<D>(x + i, n, -kInf), load_part<D>(y + i, n, -kInf));
   }
@@ -103,7 +107,11 @@ struct KlRefGradient {
     const vfloat f = exp_nonpositive(temperature.divide_clamped(vy - max_y));
     return f * scale_y - e * scale_x;
   }
-  FASTRLHF_INLINE vfloat whole(int64_t i) const { return of(D::load(x + i), D::load(y + i)); }
+  FASTRLHF_INLINE vfloat whole(int64_t i) const {
+    prefetch(x + i + kAhead<D>);
+    prefetch(y + i + kAhead<D>);
+    return of(D::load(x + i), D::load(y + i));
+  }
   FASTRLHF_INLINE vfloat part(int64_t i, int64_t n) const {
     return of(load_part<D>(x + i, n, -kInf), load_part<D>(y + i, n, -kInf));
   }
