@@ -157,10 +157,11 @@ int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.el
 // in fp32. (Stores around the caches, and 2 MiB pages on a virtual machine, took longer than this.)
 class Pages {
  public:
-  Pages(const Tensor& out, const Tensor& rows)
-      : begin_(reinterpret_cast<uintptr_t>(out.data_ptr())), bytes_(bytes_of(out)), count_(out.size(0) * out.size(1)) {
-    constexpr int64_t worthwhile = 32 << 20;  // smaller ones malloc has at hand
-    wanted_ = bytes_ >= worthwhile && out.is_contiguous() && out.data_ptr() != rows.data_ptr();
+  // `out` holds `count` rows.
+  Pages(const Tensor& out, int64_t count)
+      : begin_(reinterpret_cast<uintptr_t>(out.data_ptr())), bytes_(bytes_of(out)), count_(count) {
+    constexpr int64_t worthwhile = 1 << 20;  // smaller ones malloc has at hand
+    wanted_ = bytes_ >= worthwhile && out.is_contiguous();
   }
 
   void get([[maybe_unused]] int64_t first_row, [[maybe_unused]] int64_t last_row) const {
@@ -208,11 +209,11 @@ void logprob_backward(const Tensor rows, const Tensor labels, const Maybe mask, 
                              floats(row_max, count), floats(row_sum, count), floats(entropy, count),
                              floats(grad_logprobs, count), floats(grad_entropy, count), floats(grad_logsumexp, count),
                              temperature, vocab_start, columns, rows.size(2)};
-  const Pages pages(out, rows);
+  const Pages pages(out, count);
   const Kernels& kernels = *level().kernels;
   for_each_range(count, rows_at_a_time(rows.size(2)),
                  [&](int64_t begin, int64_t end) {
-                   pages.get(begin, end);
+                   if (args.out.data != args.rows.data) pages.get(begin, end);
                    kernels.logprob_backward(args, begin, end);
                  });
 }
@@ -240,7 +241,7 @@ void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe ma
     if (!written) continue;
     STD_TORCH_CHECK(written->scalar_type() == rows.scalar_type() && written->numel() == rows.numel(),
                     "fastrlhf_cpu: out is not like rows");
-    pages.emplace_back(*written, rows);
+    pages.emplace_back(*written, count);
   }
   const float* statistic = floats(stats, 5 * count);
   const KlBackward args{rows_of(rows), rows_of(ref_rows), rows_of(out), rows_of(ref_out), logits_dtype(rows),
@@ -267,8 +268,12 @@ std::tuple<Tensor, Tensor> gae(const Tensor rewards, const Tensor values, const 
   const Gae args{any_floats(rewards, count), any_floats(values, count), flat<bool>(mask, count, ScalarType::Bool),
                  length, gamma, lam, floats(advantages, count), floats(returns, count)};
   const Kernels& kernels = *level().kernels;
-  for_each_range(count == 0 ? 0 : batch, rollout_rows(length),
-                 [&](int64_t begin, int64_t end) { kernels.gae(args, begin, end); });
+  const Pages advantage_pages(advantages, batch), return_pages(returns, batch);
+  for_each_range(count == 0 ? 0 : batch, rollout_rows(length), [&](int64_t begin, int64_t end) {
+    advantage_pages.get(begin, end);
+    return_pages.get(begin, end);
+    kernels.gae(args, begin, end);
+  });
   return {advantages, returns};
 }
 
