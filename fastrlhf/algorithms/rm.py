@@ -36,13 +36,7 @@ class RewardModelling:
         def head(hidden: torch.Tensor, batch: RankingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             ranking = ranking_loss(self.reward.stage, hidden, batch)
             loss = ranking.loss * ((batch.prompt_offsets.numel() - 1) / prompts)
-            pairs = ranking.pairs.float()
-            return loss, {
-                "loss": loss.detach(),
-                "pairs": pairs,
-                "accuracy": ranking.accuracy * pairs,
-                "margin": ranking.margin * pairs,
-            }
+            return loss, {"loss": loss.detach(), **_sums_over_pairs(ranking)}
 
         metrics = _per_pair(self.mesh.sum_metrics(self.reward.accumulate(batches, head)))
         return metrics | self.reward.step()
@@ -91,14 +85,8 @@ def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingB
 
     def head(hidden: torch.Tensor, batch: RankingBatch) -> dict[str, torch.Tensor]:
         ranking = ranking_loss(stage, hidden, batch)
-        prompts, pairs = float(batch.prompt_offsets.numel() - 1), ranking.pairs.float()
-        return {
-            "loss": ranking.loss * prompts,
-            "prompts": torch.tensor(prompts),
-            "pairs": pairs,
-            "accuracy": ranking.accuracy * pairs,
-            "margin": ranking.margin * pairs,
-        }
+        prompts = float(batch.prompt_offsets.numel() - 1)
+        return {"loss": ranking.loss * prompts, "prompts": torch.tensor(prompts), **_sums_over_pairs(ranking)}
 
     training, _ = stage.training, stage.eval()
     for step in batches:
@@ -122,6 +110,12 @@ def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBat
     ]
     stage.train(training)
     return mesh.from_last_stage(torch.cat(rows) if mesh.is_last_stage else None)
+
+
+def _sums_over_pairs(ranking: ops.RankingLoss) -> dict[str, torch.Tensor]:
+    """What adds up over micro-batches and ranks; `_per_pair` turns the sums into means."""
+    pairs = ranking.pairs.float()
+    return {"pairs": pairs, "accuracy": ranking.accuracy * pairs, "margin": ranking.margin * pairs}
 
 
 def _per_pair(metrics: dict[str, float]) -> dict[str, float]:
