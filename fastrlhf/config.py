@@ -1,7 +1,7 @@
 """The configuration of a run: reading it, the checks that span sections, and what each command needs.
 
-The sections and their fields are in `configsections.py`, YAML and overrides in `configfile.py`. No torch, no megatron,
-and no look at the data: a path is checked by the module that opens it.
+The sections and their fields are in `configsections.py` and `configrl.py`, YAML and overrides in `configfile.py`. No
+torch, no megatron, and no look at the data: a path is checked by the module that opens it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from pydantic import Field, model_validator
 
 from fastrlhf import configfile
 from fastrlhf.configfile import ConfigError
+from fastrlhf.configrl import GenerationConfig, PPOConfig, SampleConfig
 from fastrlhf.configsections import (
     CheckpointConfig,
     DataConfig,
-    GenerationConfig,
     LogConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    PPOConfig,
-    SampleConfig,
     ScheduleConfig,
     Section,
     TrainConfig,

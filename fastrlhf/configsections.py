@@ -1,12 +1,12 @@
-"""The sections of the configuration: one strict pydantic model per owner, a docstring under each field.
+"""The sections that every run has: one strict pydantic model per owner, a docstring under each field.
 
 After validation every field holds its final value (unset model fields are filled from the family), except those whose
-docstring says what None means. Checks that span two sections, or that depend on the command, are in `config.py`.
+docstring says what None means. Sections of reinforcement learning are in `configrl.py`; checks that span two sections,
+or that depend on the command, are in `config.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -261,112 +261,6 @@ class TrainConfig(Section):
                 "global_batch_size",
                 f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one",
             )
-        return self
-
-
-class PPOConfig(Section):
-    """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4)."""
-
-    reward_model: str | None = None
-    """Checkpoint folder of the reward model; the ppo command requires it."""
-    value_model: str | None = Field(default_factory=lambda fields: fields["reward_model"])
-    """Checkpoint folder that the value function starts from. Unset: reward_model."""
-    batch_size: Positive = 512
-    """Episodes in one iteration over all ranks."""
-    minibatch_size: Positive = 64
-    """Episodes in one optimizer step over all ranks."""
-    inner_epochs: Positive = 1
-    """Passes over the episodes of an iteration."""
-    kl_coef: AtLeast0 = 0.02
-    """Weight beta of the KL penalty in the reward."""
-    kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
-    """Per-token estimate of the KL from the reference."""
-    kl_clip: Above0 | None = None
-    """Largest absolute per-token KL in the reward. None: no clip."""
-    adaptive_kl_target: Above0 | None = None
-    """KL that an adaptive controller steers kl_coef to (classic: 6). None: kl_coef is fixed."""
-    adaptive_kl_horizon: Positive = 10000
-    """Episodes over which the controller acts."""
-    gamma_ptx: AtLeast0 = 27.8
-    """Weight gamma of the pretraining term; 0 is plain PPO."""
-    ptx_per_episode: Positive = 8
-    """Pretraining examples for each episode."""
-    clip: Above0 = 0.2
-    """Clip range of the probability ratio."""
-    value_clip: Above0 = 0.2
-    """Clip range of the value around its rollout value."""
-    gamma: Fraction = 1.0
-    """Discount of rewards."""
-    lam: Fraction = 0.95
-    """GAE lambda."""
-    entropy_coef: AtLeast0 = 0.0
-    """Weight of the entropy bonus."""
-    whiten_rewards: bool = False
-    """Divide rewards by their standard deviation over the batch, without shifting the mean."""
-    whiten_advantages: bool = True
-    """Shift and scale advantages to mean 0, variance 1 over the batch."""
-    no_stop_penalty: float | None = -1.0
-    """Score of a response without a stop token. None: the reward model's."""
-    ema_decay: Rate | None = 0.992
-    """Decay of the running average of the policy, which is evaluated and exported. None: off."""
-    value_lr: Above0 = 9e-6
-    """Peak learning rate of the value function."""
-
-    @model_validator(mode="after")
-    def _check(self) -> PPOConfig:
-        if self.batch_size % self.minibatch_size:
-            raise ConfigError(
-                "minibatch_size",
-                f"{self.minibatch_size} does not divide batch_size {self.batch_size}; change one",
-            )
-        return self
-
-
-class GenerationConfig(Section):
-    """Sampling. The defaults draw from the model's own distribution, as PPO requires."""
-
-    max_new_tokens: Positive = 1024
-    """Longest response in tokens."""
-    min_new_tokens: Count = 0
-    """No stop token before this many tokens."""
-    temperature: AtLeast0 = 1.0
-    """Divides the logits; 0 is greedy."""
-    top_k: Count = 0
-    """Sample from the k likeliest tokens; 0: all."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the likeliest tokens that hold this probability; 1: all."""
-    stop: Strings = Field(default_factory=list)
-    """Strings that end a response, besides the end-of-text token."""
-    slots: Positive = 64
-    """Sequences decoded at once on one data-parallel rank."""
-
-    @model_validator(mode="after")
-    def _check(self) -> GenerationConfig:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ConfigError("min_new_tokens", f"{self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
-        return self
-
-
-def _range(value: Any) -> Any:
-    """4 -> (4, 4) and "4..9" -> (4, 9)."""
-    if isinstance(value, int):
-        return (value, value)
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", value)):
-        return (int(match[1]), int(match[2] or match[1]))
-    return value
-
-
-class SampleConfig(Section):
-    """What the sample command writes."""
-
-    k: Annotated[tuple[Positive, Positive], BeforeValidator(_range)] = (4, 9)
-    """Distinct responses to a prompt: a number, or least..most (as "4..9" or [4, 9]) drawn for each prompt.
-    InstructGPT's labelers ranked 4 to 9."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SampleConfig:
-        if self.k[0] > self.k[1]:
-            raise ConfigError("k", f"{self.k[0]}..{self.k[1]} is empty: the first number must not be the larger one")
         return self
 
 

@@ -40,7 +40,7 @@ def import_without(blocked: set[str], names: list[str]) -> subprocess.CompletedP
     [
         (["fastrlhf.errors"], {"torch", "numpy", "pydantic", "yaml", "megatron", "triton", "transformers"}),
         (
-            ["fastrlhf.config", "fastrlhf.configfile", "fastrlhf.configsections", "fastrlhf.cli"],
+            ["fastrlhf.config", "fastrlhf.configfile", "fastrlhf.configsections", "fastrlhf.configrl", "fastrlhf.cli"],
             {"torch", "numpy", "megatron", "triton", "transformers"},
         ),
         (modules("ops"), {"megatron", "triton", "transformers", "pydantic", "numpy", "matplotlib", "rich"}),
