@@ -108,9 +108,14 @@ def check_batch(config: Config, data_parallel: int, key: str = "train.global_bat
     """Micro-batches per data-parallel rank in one batch: `key` / (train.micro_batch_size * data_parallel), exactly.
 
     `key` is "train.global_batch_size", "ppo.batch_size" or "ppo.minibatch_size". Raises UserError if the division
-    leaves a remainder, so that no sample is ever dropped or repeated in silence.
+    leaves a remainder, so that no sample is ever dropped or repeated in silence. Under a token budget
+    (train.max_tokens_per_micro_batch) a rank needs one sample, and 1 is returned: lengths decide the rest.
     """
     batch, micro = _get(config, key), config.train.micro_batch_size
+    if config.train.max_tokens_per_micro_batch is not None:
+        if batch < data_parallel:
+            raise UserError(f"{key} {batch} is below the data-parallel size {data_parallel}; every rank needs a sample")
+        return 1
     unit = micro * data_parallel
     if batch % unit:
         raise UserError(

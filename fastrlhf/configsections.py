@@ -244,6 +244,9 @@ class TrainConfig(Section):
     """Passes over the training data. None: steps decides."""
     micro_batch_size: Positive = 1
     """Sequences (rm: prompts with all their responses) in one forward on one rank."""
+    max_tokens_per_micro_batch: Positive | None = None
+    """Token budget of one micro-batch on one rank; sequences are packed first-fit under it and balanced over ranks.
+    None: micro_batch_size sequences."""
     global_batch_size: Positive = Field(default_factory=lambda fields: fields["micro_batch_size"])
     """Sequences (rm: prompts) in one optimizer step over all ranks. sft, rm and pretrain must give it; PPO's global
     batch is ppo.batch_size."""
@@ -256,7 +259,7 @@ class TrainConfig(Section):
     def _check(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("epochs", "and steps are both set; the length of a run has one source: remove the other")
-        if self.global_batch_size % self.micro_batch_size:
+        if self.max_tokens_per_micro_batch is None and self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 "global_batch_size",
                 f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one",

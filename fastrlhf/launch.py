@@ -20,7 +20,13 @@ from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
 from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
 from fastrlhf.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, check_batch, dump_config, require
-from fastrlhf.data.batches import pack_demonstrations, pack_rankings, pack_windows
+from fastrlhf.data.batches import (
+    demonstration_tokens,
+    pack_demonstrations,
+    pack_rankings,
+    pack_windows,
+    window_tokens,
+)
 from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
@@ -116,8 +122,11 @@ class Parts:
         shuffle: bool = True,
         epochs: int | None = None,
         drop_last: bool = True,
+        cost: Callable[[Any], int] | None = None,
     ) -> Loader:
+        """With `cost`, the tokens of a sample, train.max_tokens_per_micro_batch decides what a micro-batch holds."""
         train = self.config.train
+        budget = train.max_tokens_per_micro_batch if cost is not None else None
         return Loader(
             dataset,
             global_batch_size=global_batch_size or train.global_batch_size,
@@ -129,6 +138,8 @@ class Parts:
             shuffle=shuffle,
             epochs=epochs,
             drop_last=drop_last,
+            max_tokens=budget,
+            cost=cost if budget is not None else None,
         )
 
     def total_steps(self, batches: Loader) -> int:
@@ -138,9 +149,11 @@ class Parts:
         assert train.epochs is not None
         return max(1, math.ceil(train.epochs * len(batches)))
 
-    def one_pass(self, dataset: Sequence[Any], collate: Callable) -> Callable[[], Loader]:
+    def one_pass(
+        self, dataset: Sequence[Any], collate: Callable, cost: Callable[[Any], int] | None = None
+    ) -> Callable[[], Loader]:
         """A fresh loader over the whole of `dataset` for every evaluation."""
-        return partial(self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False)
+        return partial(self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False, cost=cost)
 
     def windows(self, paths: list[str]) -> PretrainWindows:
         cache = self.config.data.cache or Path(self.config.output_dir) / "cache"
@@ -198,8 +211,8 @@ class Parts:
 def _pretrain(run: Parts) -> Job:
     data = run.config.data
     assert data.train is not None
-    valid = run.one_pass(run.windows(data.valid), pack_windows) if data.valid else None
-    return _language_modelling(run, run.loader(run.windows(data.train), pack_windows), valid)
+    valid = run.one_pass(run.windows(data.valid), pack_windows, window_tokens) if data.valid else None
+    return _language_modelling(run, run.loader(run.windows(data.train), pack_windows, cost=window_tokens), valid)
 
 
 def _sft(run: Parts) -> Job:
@@ -209,8 +222,10 @@ def _sft(run: Parts) -> Job:
     if data.pretrain_fraction > 0:
         assert data.pretrain is not None
         dataset = Mixture(dataset, run.windows(data.pretrain), data.pretrain_fraction, run.config.train.seed)
-    batches = run.loader(dataset, pack_demonstrations)
-    valid = run.one_pass(run.demonstrations(data.valid), pack_demonstrations) if data.valid else None
+    batches = run.loader(dataset, pack_demonstrations, cost=demonstration_tokens)
+    valid = None
+    if data.valid:
+        valid = run.one_pass(run.demonstrations(data.valid), pack_demonstrations, demonstration_tokens)
     return _language_modelling(run, batches, valid)
 
 
@@ -242,7 +257,8 @@ def _rm(run: Parts) -> Job:
             return {f"valid_{name}": metrics[name] for name in ("loss", "accuracy", "margin")}
 
     if data.demonstrations:
-        demonstrations = run.one_pass(run.demonstrations(data.demonstrations), pack_demonstrations)
+        dataset = run.demonstrations(data.demonstrations)
+        demonstrations = run.one_pass(dataset, pack_demonstrations, demonstration_tokens)
 
         def finish() -> None:
             algorithm.centre(demonstrations())

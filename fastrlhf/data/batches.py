@@ -148,6 +148,16 @@ def pack_windows(windows: Sequence[Sequence[int]]) -> PackedBatch:
     return packed
 
 
+def demonstration_tokens(demonstration: DemonstrationTokens) -> int:
+    """Tokens that `demonstration` adds to a micro-batch."""
+    return len(demonstration.tokens)
+
+
+def window_tokens(window: Sequence[int]) -> int:
+    """Tokens that a pretraining window of L + 1 adds to a micro-batch: L."""
+    return len(window) - 1
+
+
 def _lengths(sequences: Sequence[Sequence[int]]) -> np.ndarray:
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     if len(lengths) == 0:

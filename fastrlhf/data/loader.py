@@ -2,8 +2,10 @@
 
 Every rank computes the same permutation of an epoch from (seed, epoch). Global batch b is permutation[b*G : (b+1)*G],
 cut into micro-batches in order; data-parallel rank r takes the r-th contiguous block of them. So neither the samples
-of a step nor the composition of a micro-batch depends on the data-parallel size. Left out on purpose: worker processes
-(samples are already tokens in memory, and packing a micro-batch takes well under a millisecond).
+of a step nor the composition of a micro-batch depends on the data-parallel size. With a token budget the micro-batches
+are packed and balanced over the ranks instead (packing.py): the samples of a step stay the same, what shares a
+micro-batch does not. Left out on purpose: worker processes (samples are already tokens in memory, and packing a
+micro-batch takes well under a millisecond).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from fastrlhf.data import packing
 from fastrlhf.errors import UserError
 
 Sample = TypeVar("Sample")
@@ -25,6 +28,9 @@ class Loader(Generic[Sample, MicroBatch]):
     `epochs=None` never ends. `drop_last=True` leaves out the samples of an epoch that do not fill a global batch
     (others each epoch, as each is shuffled anew); with False the last step is short, and a rank may get fewer
     micro-batches, even none. Iterating goes on from the current state; make a new Loader to start again.
+
+    `max_tokens` replaces `micro_batch_size`: a micro-batch has as many samples as fit under it by `cost`, the tokens of
+    a sample; every rank has a micro-batch at least in a whole step, and ranks may have different numbers of them.
     """
 
     def __init__(
@@ -40,15 +46,23 @@ class Loader(Generic[Sample, MicroBatch]):
         shuffle: bool = True,
         epochs: int | None = None,
         drop_last: bool = True,
+        max_tokens: int | None = None,
+        cost: Callable[[Sample], int] | None = None,
     ) -> None:
-        _check_sizes(len(dataset), global_batch_size, micro_batch_size, data_size, drop_last)
+        if (max_tokens is None) != (cost is None):
+            raise ValueError("max_tokens and cost go together: give both, or neither")
+        unit = micro_batch_size if max_tokens is None else None
+        _check_sizes(len(dataset), global_batch_size, unit, data_size, drop_last)
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} is outside 0..{data_size - 1}")
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.micro_batches_per_rank = global_batch_size // (micro_batch_size * data_size)
+        self.micro_batches_per_rank = global_batch_size // (micro_batch_size * data_size)  # without max_tokens
         self.data_rank = data_rank
+        self.data_size = data_size
+        self.max_tokens = max_tokens
+        self.cost = cost
         self.seed = seed
         self.collate = collate
         self.shuffle = shuffle
@@ -76,6 +90,10 @@ class Loader(Generic[Sample, MicroBatch]):
             yield [self.collate([self.dataset[int(i)] for i in micro]) for micro in self._own(indices)]
 
     def _own(self, indices: np.ndarray) -> list[np.ndarray]:
+        if self.max_tokens is not None and self.cost is not None:
+            lengths = [self.cost(self.dataset[int(i)]) for i in indices]
+            shares = packing.share(lengths, self.data_size, self.max_tokens)
+            return [indices[micro] for micro in shares[self.data_rank]]
         size = self.micro_batch_size
         micro_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         first = self.data_rank * self.micro_batches_per_rank
@@ -120,11 +138,17 @@ def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarr
     return np.argsort(words, kind="stable")
 
 
-def _check_sizes(samples: int, global_batch: int, micro_batch: int, data_size: int, drop_last: bool) -> None:
-    if min(global_batch, micro_batch, data_size) < 1:
+def _check_sizes(samples: int, global_batch: int, micro_batch: int | None, data_size: int, drop_last: bool) -> None:
+    """`micro_batch` None: micro-batches are cut by tokens, so that a rank needs one sample and no division is exact."""
+    if min(global_batch, micro_batch or 1, data_size) < 1:
         raise UserError(f"batch sizes must be at least 1: global batch {global_batch}, micro-batch {micro_batch}")
-    unit = micro_batch * data_size
-    if global_batch % unit:
+    if micro_batch is None and global_batch < data_size:
+        raise UserError(
+            f"the global batch size {global_batch} is smaller than the data-parallel size {data_size}; every rank "
+            f"needs a sample: use {data_size} or more"
+        )
+    unit = (micro_batch or 1) * data_size
+    if micro_batch is not None and global_batch % unit:
         below, above = global_batch // unit * unit, -(-global_batch // unit) * unit
         use = f"{above}" if below == 0 else f"{below} or {above}"
         raise UserError(

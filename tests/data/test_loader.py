@@ -129,3 +129,54 @@ def test_sizes_that_do_not_divide_name_the_numbers() -> None:
     with pytest.raises(UserError, match="at least 1"):
         loader(10, 0, 1)
     assert len(loader(10, 32, 4, drop_last=False)) == 1
+
+
+def packed(samples: int, G: int, size: int, **options: Any) -> list[list[list[list[int]]]]:
+    """Steps of ranks of micro-batches, at most 20 tokens each, sample i having 1 + i % 9 of them."""
+    arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost, **options}
+    return [
+        list(step) for step in zip(*(loader(samples, G, 1, r, size, **arguments) for r in range(size)), strict=True)
+    ]
+
+
+def _cost(sample: int) -> int:
+    return 1 + sample % 9
+
+
+@given(size=st.sampled_from([1, 2, 3]), drop_last=st.booleans(), seed=st.integers(0, 2**32))
+def test_packed_steps_have_the_samples_of_unpacked_ones(size: int, drop_last: bool, seed: int) -> None:
+    options: dict[str, Any] = {"seed": seed, "epochs": 2, "drop_last": drop_last}
+    steps = packed(41, 13, size, **options)
+    plain = all_ranks(41, 13, 1, 1, **options)
+    assert len(steps) == len(plain)
+    for step, unpacked in zip(steps, plain, strict=True):
+        assert all(sum(map(_cost, micro)) <= 20 for rank in step for micro in rank)
+        seen = sorted(sample for rank in step for micro in rank for sample in micro)
+        assert seen == sorted(sample for micro in unpacked for sample in micro)
+        assert all(step) or len(seen) < size
+
+
+@given(done=st.integers(0, 3), before=st.sampled_from([1, 2, 3]), after=st.sampled_from([1, 2, 3]))
+def test_a_packed_epoch_goes_on_under_another_layout(done: int, before: int, after: int) -> None:
+    """Each sample of the epoch once, before and after together, whatever was packed where."""
+    arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost, "epochs": 1, "drop_last": False}
+    started = [loader(41, 11, 1, rank, before, **arguments) for rank in range(before)]
+    first = [list(islice(one, done)) for one in started]
+    assert len({str(one.state_dict()) for one in started}) == 1
+    rest = []
+    for rank in range(after):
+        resumed = loader(41, 11, 1, rank, after, **arguments)
+        resumed.load_state_dict(started[0].state_dict())
+        rest.append(list(resumed))
+    assert sorted(s for steps in first + rest for step in steps for micro in step for s in micro) == list(range(41))
+
+
+def test_a_token_budget_needs_a_sample_a_rank_and_a_cost() -> None:
+    arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost}
+    assert len(loader(100, 7, 4, size=3, **arguments)) == 14
+    with pytest.raises(UserError, match="the global batch size 2 is smaller than the data-parallel size 3"):
+        loader(100, 2, 1, size=3, **arguments)
+    with pytest.raises(UserError, match=r"a sample has 9 tokens, above train.max_tokens_per_micro_batch 8"):
+        list(loader(9, 9, 1, max_tokens=8, cost=_cost))
+    with pytest.raises(ValueError, match="go together"):
+        loader(9, 9, 1, max_tokens=8)
