@@ -20,6 +20,10 @@ LAYOUTS = {
     "1x4": ["parallel.pipeline=4"],
     "2x1-sequence-dp2": ["parallel.tensor=2", "parallel.sequence=true"],
 }
+# SFT with micro-batches cut by tokens: data-parallel ranks get different numbers of them. "unpacked": the same batches.
+MIXED = ["train.steps=5", "train.global_batch_size=15", "data.pretrain_fraction=0.3", "data.sequence_length=24"]
+BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
+PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
 # Serially, the same global batch in other micro-batches.
 MICRO_BATCHES = {"serial": 4, "micro-1": 1, "micro-8": 8}
 
@@ -74,6 +78,12 @@ def learn(workspace: Path) -> None:
     run(workspace, "ppo", "learn", [*models, *size, *rates])
 
 
+def mixed(workspace: Path, name: str, extra: list[str]) -> None:
+    """SFT on demonstrations and pretraining windows, so that lengths differ."""
+    text = f"data.pretrain={workspace / 'data' / 'text.jsonl'}"
+    run(workspace, "sft", name, [text, "checkpoint.save=false", *extra])
+
+
 def main(workspace: Path, mode: str) -> None:
     if mode == "serial":
         prepare(workspace)
@@ -82,10 +92,14 @@ def main(workspace: Path, mode: str) -> None:
             for command, steps in STEPS.items():
                 extra = [f"train.steps={steps}", f"train.micro_batch_size={size}"]
                 run(workspace, command, name, [*extra, "checkpoint.save=false"])
+        mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
+        mixed(workspace, "packed", BUDGET)
         return
     for name, layout in LAYOUTS.items():
         for command, steps in STEPS.items():
             run(workspace, command, name, [f"train.steps={steps}", "checkpoint.save=false", *layout])
+    for name, layout in PACKED.items():
+        mixed(workspace, name, layout)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,17 @@ def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
             assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (expected["step"], key)
 
 
+@pytest.mark.parametrize("name", ["packed", "dp4-packed", "1x2-dp2-packed"])
+def test_packing_under_a_token_budget_changes_no_loss(workspace: Path, name: str) -> None:
+    """Fifteen samples over two or four ranks: some rank has more of them, and more micro-batches, than another."""
+    plain, packed = metrics(workspace / "unpacked" / "sft"), metrics(workspace / name / "sft")
+    assert len(plain) == len(packed) == 5
+    for expected, got in zip(plain, packed, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert got["tokens"] == expected["tokens"]
+
+
 @pytest.mark.parametrize("name", ["serial", *LAYOUTS])
 def test_first_ratio_is_one(workspace: Path, name: str) -> None:
     for line in metrics(workspace / name / "ppo"):
