@@ -121,6 +121,8 @@ class ModelConfig(Section):
     """Activations recomputed in the backward: none, the core attention (selective), or whole layers (full)."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Core attention. auto: flash-attn where it is installed and can run, else torch's SDPA."""
+    shared_prompt: bool = True
+    """Reward models: a prompt is encoded once and its responses branch from it. The scores are the same either way."""
     load: str | None = None
     """Checkpoint folder of this project to start from. None: random weights (or hf)."""
     hf: str | None = None

@@ -21,13 +21,15 @@ from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
 from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
 from fastrlhf.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, check_batch, dump_config, require
 from fastrlhf.data.batches import (
+    TokenizedRanking,
     demonstration_tokens,
     pack_demonstrations,
     pack_rankings,
     pack_windows,
+    ranking_tokens,
     window_tokens,
 )
-from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
+from fastrlhf.data.datasets import check_groups, load_demonstrations, load_prompts, load_rankings
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
@@ -244,16 +246,25 @@ def _language_modelling(run: Parts, batches: Loader, evaluation: Callable[[], Lo
 def _rm(run: Parts) -> Job:
     data = run.config.data
     assert data.train is not None
-    batches = run.loader(run.rankings(data.train), pack_rankings)
+    return reward_job(run, run.rankings(data.train), run.rankings(data.valid) if data.valid else None)
+
+
+def reward_job(run: Parts, rankings: Sequence[TokenizedRanking], valid: Sequence[TokenizedRanking] | None) -> Job:
+    """A reward model trained on `rankings`, each of whose prompts stays whole in one micro-batch."""
+    data, shared = run.config.data, run.config.model.shared_prompt
+    collate, cost = partial(pack_rankings, shared_prompt=shared), partial(ranking_tokens, shared_prompt=shared)
+    check_groups(rankings, cost, run.config.train.max_tokens_per_micro_batch)
+    batches = run.loader(rankings, collate, cost=cost)
     total_steps = run.total_steps(batches)
     algorithm = RewardModelling(run.mesh, run.learner(run.stage(run.config.model, "scalar"), total_steps))
     stage = algorithm.reward.stage
     evaluate = finish = None
-    if data.valid:
-        valid = run.one_pass(run.rankings(data.valid), pack_rankings)
+    if valid is not None:
+        check_groups(valid, cost, run.config.train.max_tokens_per_micro_batch)
+        held_out = run.one_pass(valid, collate, cost)
 
         def evaluate() -> dict[str, float]:
-            metrics = evaluate_ranking(run.mesh, stage, valid())
+            metrics = evaluate_ranking(run.mesh, stage, held_out())
             return {f"valid_{name}": metrics[name] for name in ("loss", "accuracy", "margin")}
 
     if data.demonstrations:

@@ -1,8 +1,9 @@
 """The reward model: -1 / C(K, 2) * sum of log sigmoid(r_better - r_worse) over all pairs of a prompt's K ranked
 responses.
 
-All pairs of a prompt are in one micro-batch, one forward per completion; ties are dropped; prompts weigh the same
-whatever their K (InstructGPT, section 3.5, equation 1).
+All pairs of a prompt are in one micro-batch; ties are dropped; prompts weigh the same whatever their K (InstructGPT,
+section 3.5, equation 1). A prompt is encoded once and its responses branch from it (model.shared_prompt), which gives
+the scores of one forward per completion from fewer tokens.
 
     torchrun --nproc-per-node 8 -m fastrlhf rm configs/instructgpt/6b/rm.yaml
 """
@@ -30,16 +31,17 @@ class RewardModelling:
 
     def step(self, micro_batches: Sequence[RankingBatch]) -> dict[str, float]:
         batches = [batch.to(self.mesh.device) for batch in micro_batches]
-        prompts = torch.tensor(float(sum(b.prompt_offsets.numel() - 1 for b in batches)), device=self.mesh.device)
-        self.mesh.sum_over_data(prompts)
+        counts = self.mesh.sum_over_data(_counts(self.mesh, batches))
+        prompts = counts[0].float()
 
         def head(hidden: torch.Tensor, batch: RankingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             ranking = ranking_loss(self.reward.stage, hidden, batch)
-            loss = ranking.loss * ((batch.prompt_offsets.numel() - 1) / prompts)
+            loss = ranking.loss * (batch.num_prompts / prompts)
             return loss, {"loss": loss.detach(), **_sums_over_pairs(ranking)}
 
         metrics = _per_pair(self.mesh.sum_metrics(self.reward.accumulate(batches, head)))
-        return metrics | self.reward.step()
+        _, tokens, separate = counts.tolist()
+        return metrics | self.reward.step() | {"tokens": tokens, "tokens_unshared": separate}
 
     def centre(self, demonstrations: Iterable[Sequence[PackedBatch]]) -> None:
         """Shifts the head's bias so that demonstrations score 0 on average (section 3.5), and keeps their
@@ -85,7 +87,7 @@ def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingB
 
     def head(hidden: torch.Tensor, batch: RankingBatch) -> dict[str, torch.Tensor]:
         ranking = ranking_loss(stage, hidden, batch)
-        prompts = float(batch.prompt_offsets.numel() - 1)
+        prompts = float(batch.num_prompts)
         return {"loss": ranking.loss * prompts, "prompts": torch.tensor(prompts), **_sums_over_pairs(ranking)}
 
     training, _ = stage.training, stage.eval()
@@ -109,7 +111,19 @@ def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBat
         for scores in schedule.forward(mesh, stage, [batch.to(mesh.device) for batch in step], head)
     ]
     stage.train(training)
-    return mesh.from_last_stage(torch.cat(rows) if mesh.is_last_stage else None)
+    if not mesh.is_last_stage:
+        return mesh.from_last_stage(None)
+    return mesh.from_last_stage(torch.cat(rows) if rows else torch.zeros(0, device=mesh.device))
+
+
+def _counts(mesh: Mesh, batches: Sequence[RankingBatch]) -> torch.Tensor:
+    """Prompts, tokens processed, and tokens that one forward per response would process; float64 [3]."""
+    counts = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    for batch in batches:
+        counts[0] += batch.num_prompts
+        counts[1] += batch.tokens.numel()
+        counts[2] += batch.separate_tokens()
+    return counts
 
 
 def _sums_over_pairs(ranking: ops.RankingLoss) -> dict[str, torch.Tensor]:

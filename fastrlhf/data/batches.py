@@ -1,8 +1,9 @@
 """Packed micro-batches: one flat row of T tokens holds S sequences back to back, told apart by cu_seqlens. No padding.
 
 `pack` builds them from sequences with prompts (SFT, sampling, PPO), `pack_rankings` from K ranked responses a prompt
-(reward model), `pack_windows` from pretraining windows. Left out on purpose: truncation (datasets.py) and batch
-composition (loader.py).
+(reward model), `pack_branches` from prompts that stand in the row once with several responses behind them,
+`pack_windows` from pretraining windows. Left out on purpose: truncation (datasets.py) and batch composition
+(loader.py).
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class DemonstrationTokens:
 
 @dataclass(frozen=True)
 class TokenizedRanking:
-    """One prompt, its K responses, and each response's rank (lower is better, equal is a tie)."""
+    """One prompt, its K responses, each response's rank (lower is better, equal is a tie), and whose ranking it is."""
 
     prompt_tokens: list[int]
     responses: list[list[int]]
     ranks: Sequence[int | float]
+    user_id: str | None = None
+    labeler_id: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,10 @@ class PackedBatch:
     [cu_seqlens[s], cu_seqlens[s+1]); labels int64 [T], the next token of the same sequence, -100 where there is none;
     loss_mask bool [T], True where the label counts; max_seqlen, the longest sequence, a Python int so that attention
     kernels get it without waiting for the device (0: computed here).
+
+    Where sequences branch from a prompt that the row holds once (`pack_branches`), the tokens that sequence s attends
+    to, its prompt's before its own, are key_index[cu_seqlens_kv[s] : cu_seqlens_kv[s+1]]: key_index int64,
+    cu_seqlens_kv int32 [S+1], max_seqlen_kv the longest of them. Positions of a branch continue from its prompt's.
     """
 
     tokens: torch.Tensor
@@ -52,6 +59,9 @@ class PackedBatch:
     labels: torch.Tensor
     loss_mask: torch.Tensor
     max_seqlen: int = 0
+    key_index: torch.Tensor | None = None
+    cu_seqlens_kv: torch.Tensor | None = None
+    max_seqlen_kv: int = 0
 
     def __post_init__(self) -> None:
         if self.max_seqlen == 0:
@@ -74,16 +84,26 @@ class PackedBatch:
 
 @dataclass(kw_only=True)
 class RankingBatch(PackedBatch):
-    """G prompts with N = sum K responses; sequence n is prompt + response n, the responses of a prompt side by side.
+    """G prompts with N = sum K responses, the responses of a prompt side by side.
 
-    ranks int64 or float32 [N]; prompt_offsets int64 [G+1], prompt g owns sequences [prompt_offsets[g],
-    prompt_offsets[g+1]); last_index int64 [N], the place in the row of each sequence's last token, where the score is
+    The row holds prompt + response for each response, or each prompt once with its responses branching from it.
+    ranks int64 or float32 [N]; prompt_offsets int64 [G+1], prompt g owns responses [prompt_offsets[g],
+    prompt_offsets[g+1]); last_index int64 [N], the place in the row of each response's last token, where the score is
     read.
     """
 
     ranks: torch.Tensor
     prompt_offsets: torch.Tensor
     last_index: torch.Tensor
+
+    @property
+    def num_prompts(self) -> int:
+        """G."""
+        return self.prompt_offsets.numel() - 1
+
+    def separate_tokens(self) -> torch.Tensor:
+        """Tokens that one forward per response would process, prompt and response each time; int64 scalar."""
+        return (self.positions[self.last_index] + 1).sum()
 
 
 def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> PackedBatch:
@@ -118,23 +138,71 @@ def pack_demonstrations(demonstrations: Sequence[DemonstrationTokens]) -> Packed
     return pack([d.tokens for d in demonstrations], [d.prompt_length for d in demonstrations])
 
 
-def pack_rankings(rankings: Sequence[TokenizedRanking]) -> RankingBatch:
+def pack_rankings(rankings: Sequence[TokenizedRanking], *, shared_prompt: bool = False) -> RankingBatch:
     """The micro-batch of the reward model: every response of a prompt is in it, so that all C(K,2) pairs can be
     formed.
+
+    With `shared_prompt` a prompt stands in the row once and its responses branch from it: the same scores from fewer
+    tokens.
     """
-    sequences = [r.prompt_tokens + response for r in rankings for response in r.responses]
-    packed = pack(sequences, [len(r.prompt_tokens) for r in rankings for _ in r.responses])
     for g, r in enumerate(rankings):
         if len(r.ranks) != len(r.responses):
             raise ValueError(f"ranking {g} has {len(r.ranks)} ranks for {len(r.responses)} responses")
+        if not all(r.responses):
+            raise ValueError(f"ranking {g}: response {r.responses.index([])} is empty; each has at least one token")
+    if shared_prompt:
+        packed, last = pack_branches([r.prompt_tokens for r in rankings], [r.responses for r in rankings])
+    else:
+        sequences = [r.prompt_tokens + response for r in rankings for response in r.responses]
+        packed = pack(sequences, [len(r.prompt_tokens) for r in rankings for _ in r.responses])
+        last = packed.cu_seqlens[1:].long() - 1
     ranks = [rank for r in rankings for rank in r.ranks]
     whole = all(isinstance(rank, int) for rank in ranks)
     return RankingBatch(
         **vars(packed),
         ranks=torch.tensor(ranks, dtype=torch.int64 if whole else torch.float32),
         prompt_offsets=torch.from_numpy(_offsets(np.array([len(r.responses) for r in rankings], dtype=np.int64))),
-        last_index=packed.cu_seqlens[1:].long() - 1,
+        last_index=last,
     )
+
+
+def ranking_tokens(ranking: TokenizedRanking, *, shared_prompt: bool) -> int:
+    """Tokens of one ranking in a row of `pack_rankings`: what it costs of a token budget."""
+    copies = 1 if shared_prompt else len(ranking.responses)
+    return copies * len(ranking.prompt_tokens) + sum(map(len, ranking.responses))
+
+
+def pack_branches(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]
+) -> tuple[PackedBatch, torch.Tensor]:
+    """Each prompt once, its responses behind it: prompt 0, its K responses, prompt 1, ...; and int64 [N], the place of
+    each response's last token.
+
+    Every prompt and every response is a sequence of the row. A response's tokens stand at the positions after its
+    prompt and attend to prompt and response, to no other response, so its hidden states are those of the two in one
+    sequence. The label of a prompt's last token, which would be each response's first, is left out.
+    """
+    sequences: list[Sequence[int]] = []
+    prompt_of: list[int] = []  # the sequence that holds a sequence's prompt
+    offsets: list[int] = []  # tokens of the prompt before a sequence's own
+    branches: list[int] = []
+    for prompt, continuations in zip(prompts, responses, strict=True):
+        first, roots = len(sequences), 1 if prompt else 0
+        sequences += [prompt, *continuations] if prompt else continuations
+        prompt_of += [first] * (roots + len(continuations))
+        offsets += [0] * roots + [len(prompt)] * len(continuations)
+        branches += range(first + roots, len(sequences))
+    packed = pack(sequences, [0 if offset else len(tokens) for tokens, offset in zip(sequences, offsets, strict=True)])
+    starts, lengths, shared = packed.cu_seqlens.numpy().astype(np.int64), _lengths(sequences), np.array(offsets)
+    keys = [
+        np.concatenate([np.arange(starts[prompt], starts[prompt] + offset), np.arange(start, start + length)])
+        for prompt, offset, start, length in zip(prompt_of, offsets, starts, lengths, strict=False)
+    ]
+    packed.positions += torch.from_numpy(np.repeat(shared, lengths))
+    packed.key_index = torch.from_numpy(np.concatenate(keys))
+    packed.cu_seqlens_kv = torch.from_numpy(_offsets(lengths + shared).astype(np.int32))
+    packed.max_seqlen_kv = int((lengths + shared).max())
+    return packed, torch.from_numpy(starts[1:] - 1)[branches]
 
 
 def pack_windows(windows: Sequence[Sequence[int]]) -> PackedBatch:

@@ -8,7 +8,7 @@ InstructGPT's largest set, 33k prompts with up to 9 responses, is under a gigaby
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -69,8 +69,29 @@ def load_rankings(
             own = list(islice(responses, len(record.responses)))
             if _fits(prompt, max_prompt_tokens, counts):
                 cut = [shared(_cut(response, max_response_tokens, counts)) for response in own]
-                loaded.append(TokenizedRanking(shared(prompt), cut, record.ranks))
+                ids = (record.user_id, record.labeler_id)
+                loaded.append(TokenizedRanking(shared(prompt), cut, record.ranks, *ids))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
+
+
+def check_groups(
+    rankings: Sequence[TokenizedRanking], cost: Callable[[TokenizedRanking], int], max_tokens: int | None
+) -> None:
+    """Logs the longest prompt with its responses, which stay in one micro-batch; UserError when it is over the budget.
+
+    `cost` is a ranking's tokens (`batches.ranking_tokens`), `max_tokens` the budget of a micro-batch, None for none.
+    """
+    longest = max(rankings, key=cost)
+    K, tokens = len(longest.responses), cost(longest)
+    log.info(
+        "longest prompt with its responses: %d tokens (K = %d)%s", tokens, K, f" of {max_tokens}" * bool(max_tokens)
+    )
+    if max_tokens is not None and tokens > max_tokens:
+        raise UserError(
+            f"a prompt with its {K} responses has {tokens} tokens, which cannot be cut into micro-batches of "
+            f"train.max_tokens_per_micro_batch {max_tokens}: raise that to {tokens} or more, or lower "
+            "data.max_prompt_tokens or data.max_response_tokens"
+        )
 
 
 def load_prompts(

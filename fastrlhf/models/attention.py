@@ -3,12 +3,17 @@
 A micro-batch is one row of T tokens holding S sequences back to back. `SequenceLayout` describes it and travels through
 megatron's layers as their `packed_seq_params`, so megatron needs no change and no mask of size T x T ever exists.
 Kernels, best first: flash-attn (when installed) or torch's varlen attention on a GPU in half precision, else SDPA on
-the sequences padded on the right (exact without a mask: a causal query never sees the padding behind it). Left out on
-purpose: context parallelism, sliding windows.
+the sequences padded on the right (exact without a mask: a causal query never sees the padding behind it).
+
+Sequences may branch from a prompt that the row holds once (`data.batches.pack_branches`). The keys of a branch are its
+prompt's and its own, gathered from the row for each layer: beside the projections and the MLP, which see the prompt
+once, the copies cost little, and attention stays one exact, differentiable call. Left out on purpose: context
+parallelism, sliding windows, branches of branches, branches with a KV cache.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -53,15 +58,37 @@ class KVCache:
                 buffer[target, :length] = buffer[source, :length]
 
 
+@dataclass(frozen=True)
+class Padding:
+    """B of a row's sequences, padded on the right to one shape, which is what SDPA can work on."""
+
+    rows: int
+    """B."""
+    max_q: int
+    max_kv: int
+    query_place: Tensor
+    """int64 [n]: where each query token goes in [B * max_q]."""
+    key_place: Tensor
+    """int64 [m]: where each key goes in [B * max_kv]."""
+    queries: Tensor | None = None
+    """int64 [n]: the row's tokens that these queries are. None: all, in order."""
+    keys: Tensor | None = None
+    """int64 [m]: the row's tokens that these keys are. None: all, in order."""
+    visible: Tensor | None = None
+    """bool [B, 1, max_q, max_kv]: keys a query may attend to. None: causal, sequence and keys begin together."""
+
+
 @dataclass(kw_only=True)
 class SequenceLayout(PackedSeqParams):
-    """Where the T tokens of a packed micro-batch stand. `cu_seqlens_q` int32 [S + 1] comes from megatron's class."""
+    """Where the T tokens of a packed micro-batch stand. `cu_seqlens_q` int32 [S + 1] comes from megatron's class, and
+    `cu_seqlens_kv`: of the sequences' keys, which are more than their queries where they branch from a prompt.
+    """
 
     qkv_format: str = "thd"
     positions: Tensor
     """int64 [T]: index of each token in its sequence."""
-    padded_index: Tensor | None = None
-    """int64 [T]: index of each token in the sequences padded to max_seqlen and flattened."""
+    key_index: Tensor | None = None
+    """int64 [cu_seqlens_kv[S]]: the tokens whose keys each sequence attends to, in order. None: its own."""
     rope: tuple[Tensor, Tensor] | None = None
     """cos and sin, fp32 [T, 1, head_dim]."""
     cache: KVCache | None = None
@@ -86,20 +113,59 @@ class SequenceLayout(PackedSeqParams):
         cache_rows: Tensor | None = None,
     ) -> SequenceLayout:
         """Layout of whole sequences: training, scoring, or the prefill of a cache (`cache_rows` int64 [T])."""
-        lengths = cu_seqlens.diff()
-        sequence = torch.repeat_interleave(
-            torch.arange(lengths.numel(), device=positions.device), lengths, output_size=positions.numel()
-        )
-        offsets = torch.arange(positions.numel(), device=positions.device) - cu_seqlens[:-1].long()[sequence]
         return cls(
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
             positions=positions,
-            padded_index=sequence * max_seqlen + offsets,
             cache=cache,
             cache_rows=cache_rows,
+        )
+
+    @classmethod
+    def of(cls, batch: Any) -> SequenceLayout:
+        """Layout of a `data.batches.PackedBatch`, with the branches it may have."""
+        layout = cls.packed(batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        if batch.key_index is not None:
+            layout.key_index = batch.key_index
+            layout.cu_seqlens_kv, layout.max_seqlen_kv = batch.cu_seqlens_kv, batch.max_seqlen_kv
+        return layout
+
+    @functools.cached_property
+    def paddings(self) -> tuple[Padding, ...]:
+        """The sequences in the shapes that SDPA works on: all in one, or those that branch apart from the others,
+        because the one prompt is long and its many branches are short.
+        """
+        if self.key_index is None:
+            place = _places(self.cu_seqlens_q.diff(), self.max_seqlen_q, self.num_tokens)
+            return (Padding(self.cu_seqlens_q.numel() - 1, self.max_seqlen_q, self.max_seqlen_q, place, place),)
+        before = self.cu_seqlens_kv.diff() - self.cu_seqlens_q.diff()
+        groups = [which for which in (before == 0, before > 0) if which.any()]
+        return tuple(self._padding(which, self.key_index) for which in groups)
+
+    def _padding(self, which: Tensor, key_index: Tensor) -> Padding:
+        """Of the sequences marked in `which`, bool [S]."""
+        every_q, every_kv = self.cu_seqlens_q.diff(), self.cu_seqlens_kv.diff()
+        lengths_q, lengths_kv = every_q[which], every_kv[which]
+        queries = which.repeat_interleave(every_q).nonzero()[:, 0]
+        keys = key_index[which.repeat_interleave(every_kv)]
+        max_q, max_kv = int(lengths_q.max()), int(lengths_kv.max())
+        visible = None
+        before = lengths_kv - lengths_q
+        if (before > 0).any():
+            device = before.device
+            last = before[:, None] + torch.arange(max_q, device=device)
+            visible = (torch.arange(max_kv, device=device) <= last[:, :, None])[:, None]
+        return Padding(
+            lengths_q.numel(),
+            max_q,
+            max_kv,
+            _places(lengths_q, max_q, queries.numel()),
+            _places(lengths_kv, max_kv, keys.numel()),
+            queries,
+            keys,
+            visible,
         )
 
     @classmethod
@@ -191,33 +257,55 @@ def packed_attention(
     if backend == "flash" or (backend == "auto" and half_on_gpu and HAVE_FLASH_ATTN):
         from flash_attn import flash_attn_varlen_func
 
-        cu, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, dropout_p=dropout, causal=True)
+        k, v = _gather_keys(k, layout), _gather_keys(v, layout)
+        # Causal from the last key (flash-attn >= 2.1): the last query of a branch sees all its keys, and so on back.
+        return flash_attn_varlen_func(q, k, v, *_lengths(layout), dropout_p=dropout, causal=True)
     if backend == "auto" and half_on_gpu and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
 
-        k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-        cu, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+        k, v = _repeat_heads(_gather_keys(k, layout), q.shape[1]), _repeat_heads(_gather_keys(v, layout), q.shape[1])
+        out = varlen_attn(q, k, v, *_lengths(layout), window_size=(-1, 0))  # the same kernel and the same alignment
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out
-    return _padded_attention(q, k, v, layout, dropout)
+    parts = [_padded_attention(q, k, v, padding, dropout) for padding in layout.paddings]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.cat([padding.queries for padding in layout.paddings if padding.queries is not None])
+    return torch.empty_like(q).index_copy(0, order, torch.cat(parts))
 
 
-def _padded_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, dropout: float) -> Tensor:
-    S, longest, index = layout.cu_seqlens_q.numel() - 1, layout.max_seqlen_q, layout.padded_index
-    assert index is not None
+def _gather_keys(x: Tensor, layout: SequenceLayout) -> Tensor:
+    return x if layout.key_index is None else x.index_select(0, layout.key_index)
 
-    def pad(x: Tensor) -> Tensor:
-        if S == 1:
+
+def _lengths(layout: SequenceLayout) -> tuple[Tensor, Tensor, int, int]:
+    return layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv
+
+
+def _places(lengths: Tensor, longest: int, total: int) -> Tensor:
+    """int64 [total]: the place of each token of sequences of `lengths` [B] in rows of `longest`, flattened."""
+    device, starts = lengths.device, lengths.cumsum(0) - lengths
+    shift = torch.arange(lengths.numel(), device=device) * longest - starts
+    return torch.arange(total, device=device) + shift.repeat_interleave(lengths, output_size=total)
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout: float) -> Tensor:
+    """Of the padding's queries, [n, heads, d]."""
+    B, heads = padding.rows, q.shape[1]
+
+    def pad(x: Tensor, index: Tensor | None, longest: int, place: Tensor) -> Tensor:
+        x = _repeat_heads(x if index is None else x.index_select(0, index), heads)
+        if B == 1:
             return x.transpose(0, 1).unsqueeze(0)
-        padded = x.new_zeros(S * longest, *x.shape[1:]).index_copy(0, index, x)
-        return padded.view(S, longest, *x.shape[1:]).transpose(1, 2)
+        padded = x.new_zeros(B * longest, *x.shape[1:]).index_copy(0, place, x)
+        return padded.view(B, longest, *x.shape[1:]).transpose(1, 2)
 
-    k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), dropout_p=dropout, is_causal=True)
+    q = pad(q, padding.queries, padding.max_q, padding.query_place)
+    k, v = (pad(x, padding.keys, padding.max_kv, padding.key_place) for x in (k, v))
+    causal = padding.visible is None
+    out = F.scaled_dot_product_attention(q, k, v, padding.visible, dropout_p=dropout, is_causal=causal)
     out = out.transpose(1, 2).flatten(0, 1)
-    return out if S == 1 else out.index_select(0, index)
+    return out if B == 1 else out.index_select(0, padding.query_place)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:

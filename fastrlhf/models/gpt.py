@@ -249,10 +249,7 @@ class GPT(LanguageModule):
 
     def layout(self, batch: PackedInput | CachedInput) -> SequenceLayout:
         """Where the tokens of a micro-batch stand, with rotary tables if this model rotates."""
-        if isinstance(batch, CachedInput):
-            layout = batch.layout
-        else:
-            layout = SequenceLayout.packed(batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        layout = batch.layout if isinstance(batch, CachedInput) else SequenceLayout.of(batch)
         if self.model_config.position == "rope":
             layout.rope = rope_tables(layout.positions, self.config.kv_channels, self.model_config.rope_theta)
         return layout

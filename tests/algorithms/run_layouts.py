@@ -26,6 +26,19 @@ BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
 PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
 # Serially, the same global batch in other micro-batches.
 MICRO_BATCHES = {"serial": 4, "micro-1": 1, "micro-8": 8}
+# The reward model alone: prompts once or with every response, micro-batches by number or by tokens, every layout.
+GROUPS = "train.max_tokens_per_micro_batch=160"
+REWARD_SERIAL = {
+    "separate": ["model.shared_prompt=false"],
+    "budget": [GROUPS],
+    "separate-budget": ["model.shared_prompt=false", GROUPS],
+}
+REWARD_PARALLEL = {
+    "dp4": [],
+    "2x1-dp2-budget": ["parallel.tensor=2", GROUPS],
+    "1x2-dp2-budget": ["parallel.pipeline=2", GROUPS],
+    "2x2-sequence-budget": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", GROUPS],
+}
 
 
 def data_overrides(workspace: Path) -> dict[str, list[str]]:
@@ -84,6 +97,11 @@ def mixed(workspace: Path, name: str, extra: list[str]) -> None:
     run(workspace, "sft", name, [text, "checkpoint.save=false", *extra])
 
 
+def reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
+    for name, layout in layouts.items():
+        run(workspace, "rm", name, [f"train.steps={STEPS['rm']}", "checkpoint.save=false", *layout])
+
+
 def main(workspace: Path, mode: str) -> None:
     if mode == "serial":
         prepare(workspace)
@@ -94,12 +112,14 @@ def main(workspace: Path, mode: str) -> None:
                 run(workspace, command, name, [*extra, "checkpoint.save=false"])
         mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
         mixed(workspace, "packed", BUDGET)
+        reward_layouts(workspace, REWARD_SERIAL)
         return
     for name, layout in LAYOUTS.items():
         for command, steps in STEPS.items():
             run(workspace, command, name, [f"train.steps={steps}", "checkpoint.save=false", *layout])
     for name, layout in PACKED.items():
         mixed(workspace, name, layout)
+    reward_layouts(workspace, REWARD_PARALLEL)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""Sharing prompts, packing by tokens and splitting the model change no loss and no gradient of the reward model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SERIAL = ("separate", "budget", "separate-budget")
+PARALLEL = ("dp4", "2x1-dp2-budget", "1x2-dp2-budget", "2x2-sequence-budget")
+
+
+def metrics(workspace: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workspace / name / "rm" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", [*SERIAL, *PARALLEL])
+def test_same_as_one_process(workspace: Path, name: str) -> None:
+    serial, other = metrics(workspace, "serial"), metrics(workspace, name)
+    assert len(serial) == len(other) >= 3
+    for expected, got in zip(serial, other, strict=True):
+        for key in ("loss", "grad_norm", "accuracy", "margin", "pairs", "tokens_unshared"):
+            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (expected["step"], key)
+
+
+def test_tokens_are_counted(workspace: Path) -> None:
+    """Three responses of a prompt of p tokens and responses of r: p + 3 r tokens shared, 3 p + 3 r apart."""
+    shared, separate = metrics(workspace, "serial"), metrics(workspace, "separate")
+    for one, other in zip(shared, separate, strict=True):
+        assert other["tokens"] == other["tokens_unshared"] == one["tokens_unshared"]
+        assert one["tokens_unshared"] / 3 < one["tokens"] < 0.75 * one["tokens_unshared"]
+    for name in PARALLEL:
+        assert [line["tokens"] for line in metrics(workspace, name)] == [line["tokens"] for line in shared]
