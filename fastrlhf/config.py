@@ -135,10 +135,7 @@ _FILES = {
     "pretrain": {"data.train": "the text (JSONL with a text field, or a .bin/.idx pair)"},
     "sft": {"data.train": f"the demonstrations {_RECORDS}"},
     "rm": {"data.train": f"the rankings or pairs {_RECORDS}"},
-    "ppo": {
-        "data.prompts": f"the prompts {_RECORDS}",
-        "ppo.reward_model": "the checkpoint folder of a trained reward model",
-    },
+    "ppo": {"data.prompts": f"the prompts {_RECORDS}"},
     "sample": {"data.prompts": f"the prompts {_RECORDS}"},
 }
 """The paths that each command cannot do without, and what they hold."""
@@ -166,6 +163,11 @@ def require(config: Config, command: str) -> None:
 
 def _require_ppo(config: Config) -> None:
     ppo, generation = config.ppo, config.generation
+    if not ppo.reward_models and ppo.reward_function is None:
+        raise UserError(
+            "ppo needs ppo.reward_model or ppo.reward_function: the checkpoint folder of a trained reward model, or a "
+            "Python function module:function"
+        )
     if config.train.steps is None:
         raise UserError("ppo needs train.steps: its number of iterations, which is episodes / ppo.batch_size")
     if ppo.gamma_ptx > 0 and not config.data.pretrain:
@@ -193,3 +195,8 @@ def _require_positions(config: Config, command: str) -> None:
         if sum(_get(config, key) for key in keys) > config.model.max_positions:
             terms = " + ".join(f"{key} {_get(config, key)}" for key in keys)
             raise UserError(f"{terms} is above model.max_positions {config.model.max_positions}; shorten the sequences")
+        budget = config.train.max_tokens_per_micro_batch
+        # Elsewhere lengths are known when the data are read; a response's only when it is sampled.
+        if command == "ppo" and budget is not None and sum(_get(config, key) for key in keys) > budget:
+            terms = " + ".join(f"{key} {_get(config, key)}" for key in keys)
+            raise UserError(f"{terms} is above train.max_tokens_per_micro_batch {budget}; raise it to the sum at least")

@@ -14,19 +14,33 @@ from fastrlhf.configfile import ConfigError
 from fastrlhf.configsections import Above0, AtLeast0, Count, Fraction, Positive, Rate, Section, Strings
 
 
+def _first(paths: str | list[str] | None) -> str | None:
+    return paths[0] if isinstance(paths, list) and paths else paths or None  # type: ignore[return-value]
+
+
 class PPOConfig(Section):
     """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4)."""
 
-    reward_model: str | None = None
-    """Checkpoint folder of the reward model; the ppo command requires it."""
-    value_model: str | None = Field(default_factory=lambda fields: fields["reward_model"])
-    """Checkpoint folder that the value function starts from. Unset: reward_model."""
+    reward_model: str | list[str] | None = None
+    """Checkpoint folder of the reward model, or several whose scores are added. The ppo command needs this or
+    reward_function."""
+    reward_weights: list[float] | None = None
+    """Weight of each reward model's score. None: 1 each."""
+    reward_function: str | None = None
+    """Python function "module:function" that scores responses, alone or added to the reward models:
+    f(prompts: list[str], responses: list[str]) -> list[float]."""
+    value_model: str | None = Field(default_factory=lambda fields: _first(fields["reward_model"]))
+    """Checkpoint folder that the value function starts from. Unset: the (first) reward_model; without one, the
+    policy's start with a fresh scalar head."""
     batch_size: Positive = 512
     """Episodes in one iteration over all ranks."""
     minibatch_size: Positive = 64
     """Episodes in one optimizer step over all ranks."""
     inner_epochs: Positive = 1
     """Passes over the episodes of an iteration."""
+    target_kl: Above0 | None = None
+    """Ends an iteration before the minibatch whose approximate KL from the sampling policy (nats a token) is above
+    it. None: every minibatch is taken."""
     kl_coef: AtLeast0 = 0.02
     """Weight beta of the KL penalty in the reward."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
@@ -61,6 +75,9 @@ class PPOConfig(Section):
     """Decay of the running average of the policy, which is evaluated and exported. None: off."""
     value_lr: Above0 = 9e-6
     """Peak learning rate of the value function."""
+    offload: bool = False
+    """Keep the reference, the reward models and the running average in host memory while they are not in use. The
+    trained models stay: their memory is part of megatron's contiguous buffers."""
 
     @model_validator(mode="after")
     def _check(self) -> PPOConfig:
@@ -69,7 +86,23 @@ class PPOConfig(Section):
                 "minibatch_size",
                 f"{self.minibatch_size} does not divide batch_size {self.batch_size}; change one",
             )
+        weights, models = self.reward_weights, len(self.reward_models)
+        if weights is not None and len(weights) != models:
+            raise ConfigError(
+                "reward_weights", f"has {len(weights)} entries for {models} reward models; give one for each"
+            )
+        if self.reward_function is not None and not re.fullmatch(r"[\w.]+:\w+", self.reward_function):
+            raise ConfigError(
+                "reward_function", f"is {self.reward_function!r}, expected module:function, as in my_rewards:length"
+            )
         return self
+
+    @property
+    def reward_models(self) -> list[str]:
+        """reward_model as a list, empty when there is none."""
+        if self.reward_model is None:
+            return []
+        return [self.reward_model] if isinstance(self.reward_model, str) else self.reward_model
 
 
 class GenerationConfig(Section):

@@ -4,79 +4,42 @@
 An iteration: sample responses on the training weights; score them with the reward, reference and value models; shape
 the rewards with the per-token KL, estimate advantages; update policy and value over minibatches, the pretraining
 gradient summed into the policy's. Sizes: B episodes of the iteration over all data-parallel ranks, R the longest
-response, T the tokens of a packed micro-batch. Every rank of a model-parallel group holds the same rollouts.
+response, T the tokens of a packed micro-batch. Every rank holds all of an iteration's rollouts. docs/ppo.md sets each
+equation beside the paper's.
 
     torchrun --nproc-per-node 8 -m fastrlhf ppo configs/instructgpt/1.3b/ppo_ptx.yaml
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastrlhf import ops
+from fastrlhf.algorithms.offload import Offload
+from fastrlhf.algorithms.ppo_metrics import Clock, mean_over_updates, rollout_metrics
+from fastrlhf.algorithms.ppo_warnings import Watch
+from fastrlhf.algorithms.rewards import Rewards
+from fastrlhf.algorithms.rollouts import PPOBatch, Rollouts, gather, own_rows, sample_records, training_batch
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
-from fastrlhf.config import PPOConfig
-from fastrlhf.data.batches import PackedBatch, pack
+from fastrlhf.config import Config, PPOConfig
+from fastrlhf.data.batches import PackedBatch
 from fastrlhf.data.loader import Loader
+from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
+from fastrlhf.ops import RolloutTargets
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.parallel.watchdog import phase
 
 Tensor = torch.Tensor
 Metrics = dict[str, Tensor]
-
-
-@dataclass
-class Rollouts:
-    """Episodes and what is known of them; rows are episodes, response columns count from the first response token."""
-
-    tokens: Tensor
-    """int64 [B, L]: prompt and response, 0 behind them."""
-    prompt_lengths: Tensor
-    """int64 [B]."""
-    response_lengths: Tensor
-    """int64 [B], the stop token included."""
-    stopped: Tensor
-    """bool [B]: the response ended with a stop token."""
-    logprobs: Tensor
-    """fp32 [B, R]: of the sampled tokens, by the policy that sampled them, at the sampling temperature."""
-    ref_logprobs: Tensor
-    """fp32 [B, R]: of the same tokens, by the reference."""
-    values: Tensor
-    """fp32 [B, R]: value of the state before each token."""
-    scores: Tensor
-    """fp32 [B]: the reward model's score at the last token."""
-
-    @property
-    def mask(self) -> Tensor:
-        """bool [B, R]: real response tokens."""
-        R = self.logprobs.shape[1]
-        return torch.arange(R, device=self.tokens.device) < self.response_lengths[:, None]
-
-    def packed(self, rows: Tensor) -> PackedBatch:
-        """The given episodes as one packed micro-batch; its loss_mask marks the positions that predict response
-        tokens.
-        """
-        lengths = (self.prompt_lengths + self.response_lengths)[rows].tolist()
-        sequences = [self.tokens[row, :n].tolist() for row, n in zip(rows.tolist(), lengths, strict=True)]
-        return pack(sequences, self.prompt_lengths[rows].tolist()).to(self.tokens.device)
-
-
-@dataclass(kw_only=True)
-class PPOBatch(PackedBatch):
-    """A packed micro-batch of episodes with what the losses need, fp32 [T], 0 outside loss_mask."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    old_values: Tensor
-    returns: Tensor
+logger = logging.getLogger(__name__)
 
 
 class KLController:
@@ -94,59 +57,69 @@ class KLController:
             self.coefficient *= 1.0 + error * episodes / self._horizon
 
 
+@dataclass(kw_only=True)
+class Models:
+    """What PPO runs, all without dropout; `policy` and `value` are learners, the others stages."""
+
+    policy: Any
+    value: Any
+    reference: Any
+    """The policy's start, never changed."""
+    rewards: Rewards
+    average: Any | None = None
+    """Running average of the policy (`ExponentialAverage`)."""
+
+
 class PPO:
-    """PPO-ptx on four models. `step(prompts)` is one iteration; `prompts` are this rank's, in micro-batches as
-    loaded.
+    """`step(prompts)` is one iteration; `prompts` are this rank's, in micro-batches as loaded.
+
+    `pretraining` is the stream of the ptx term (None: plain PPO). `write_samples(iteration, records)` takes a few
+    responses of each iteration, on the rank that writes files.
     """
 
     def __init__(
         self,
         mesh: Mesh,
-        config: PPOConfig,
-        sampling: SamplingParams,
-        *,
-        policy: Any,
-        value: Any,
-        reference: Any,
-        reward: Any,
-        average: Any | None,
-        pretraining: Loader | None,
+        config: Config,
+        models: Models,
         tokenizer: Any,
-        slots: int,
-        micro_batch_size: int,
-        seed: int,
+        pretraining: Loader | None = None,
+        write_samples: Callable[[int, list[dict[str, Any]]], None] | None = None,
     ) -> None:
         self.mesh = mesh
-        self.config = config
-        self.sampling = sampling
-        self.policy = policy
-        self.value = value
-        self.reference = reference
-        self.reward = reward
-        self.average = average
+        self.config = config.ppo
+        self.train = config.train
+        self.slots = config.generation.slots
+        self.sampling = SamplingParams.from_config(config.generation, config.train.seed)
+        self.policy = models.policy
+        self.value = models.value
+        self.reference = models.reference
+        self.rewards = models.rewards
+        self.average = models.average
+        self.tokenizer = tokenizer
         self.pretraining = pretraining
         self._windows = iter(pretraining) if pretraining is not None else None
-        self.tokenizer = tokenizer
-        self.slots = slots
-        self.micro_batch_size = micro_batch_size
-        self.seed = seed
-        self.kl = KLController(config)
+        self.write_samples = write_samples
+        self.samples = config.log.samples
+        self.kl = KLController(config.ppo)
+        self.watch = Watch(config.model.dtype, config.ppo.adaptive_kl_target)
         self.iteration = 0
+        self._on_device: Callable[[Any], Any] = self._offload() if config.ppo.offload else nullcontext
 
     def step(self, prompts: Sequence[Sequence[list[int]]]) -> dict[str, float]:
-        times = {}
-        start = time.perf_counter()
-        with phase("rollout"):
-            generated = self.sample([prompt for micro_batch in prompts for prompt in micro_batch])
-        times["seconds_rollout"] = time.perf_counter() - start
-        with phase("scoring"):
-            rollouts = self.score(generated)
-        times["seconds_scoring"] = time.perf_counter() - start - times["seconds_rollout"]
-        with phase("update"):
+        clock = Clock()
+        with clock("rollout"):
+            episodes = self.sample([prompt for micro_batch in prompts for prompt in micro_batch])
+        with clock("scoring"):
+            rollouts = self.score(gather(self.mesh, episodes))
+        with clock("update"):
             metrics = self.learn(rollouts)
-        times["seconds_update"] = time.perf_counter() - start - sum(times.values())
         self.iteration += 1
-        return metrics | times
+        metrics |= clock.metrics(
+            sampled_tokens=rollouts.response_lengths.sum().item(), trained_tokens=metrics.pop("trained_tokens")
+        )
+        self._report(rollouts, metrics)
+        return metrics
 
     # ---- rollout ----------------------------------------------------------------------------------------------------
 
@@ -167,125 +140,131 @@ class PPO:
         )
         return list(zip(prompts, generated, strict=True))
 
-    def score(self, episodes: list[tuple[list[int], Generated]]) -> Rollouts:
-        """Adds reference log-probs, values and scores, then gathers the episodes of all data-parallel ranks."""
-        local = self._tensors(episodes)
-        batches = [local.packed(rows) for rows in torch.arange(len(episodes)).split(self.micro_batch_size)]
-        reference = schedule.forward(self.mesh, self.reference, batches, self._response_logprobs)
-        values = schedule.forward(self.mesh, self.value.stage, batches, self._response_values)
-        scores = schedule.forward(self.mesh, self.reward, batches, self._final_scores)
-        last = self.mesh.is_last_stage
-        local.ref_logprobs[local.mask] = self.mesh.from_last_stage(torch.cat(reference) if last else None)
-        local.values[local.mask] = self.mesh.from_last_stage(torch.cat(values) if last else None)
-        local.scores = self.mesh.from_last_stage(torch.cat(scores) if last else None)
-        return replace(local, **{f.name: self.mesh.gather_over_data(getattr(local, f.name)) for f in fields(local)})
+    def score(self, rollouts: Rollouts) -> Rollouts:
+        """Fills in reference log-probs, values and scores, each data-parallel rank those of its share of the tokens."""
+        mesh, mask = self.mesh, rollouts.mask
+        micro_batches = own_rows(mesh, torch.arange(mask.shape[0]), rollouts.lengths, self.train)
+        batches = [rollouts.packed(rows) for rows in micro_batches]
+        rows = torch.cat(micro_batches)
+        with self._on_device(self.reference):
+            reference = schedule.forward(mesh, self.reference, batches, self._reference_logprobs)
+        values = schedule.forward(mesh, self.value.stage, batches, self._values)
+        scores = self.rewards.score(mesh, rollouts, rows, batches, self.tokenizer)
 
-    def _tensors(self, episodes: list[tuple[list[int], Generated]]) -> Rollouts:
-        """The episodes as padded tensors, of the same shape on all data-parallel ranks."""
-        device = self.mesh.device
-        prompt_lengths = torch.tensor([len(prompt) for prompt, _ in episodes], device=device)
-        response_lengths = torch.tensor([len(answer.tokens) for _, answer in episodes], device=device)
-        longest = torch.stack([(prompt_lengths + response_lengths).max(), response_lengths.max()])
-        L, R = self.mesh.max_over_data(longest).tolist()
-        logprobs = [torch.as_tensor(answer.logprobs, dtype=torch.float32, device=device) for _, answer in episodes]
-        tokens = [torch.tensor(prompt + list(answer.tokens), device=device) for prompt, answer in episodes]
-        return Rollouts(
-            tokens=torch.stack([F.pad(row, (0, L - row.numel())) for row in tokens]),
-            prompt_lengths=prompt_lengths,
-            response_lengths=response_lengths,
-            stopped=torch.tensor([answer.stopped for _, answer in episodes], device=device),
-            logprobs=torch.stack([F.pad(row, (0, R - row.numel())) for row in logprobs]),
-            ref_logprobs=torch.zeros(len(episodes), R, device=device),
-            values=torch.zeros(len(episodes), R, device=device),
-            scores=torch.zeros(len(episodes), device=device),
-        )
+        def everyone(own: Tensor, like: Tensor) -> Tensor:
+            """`own`, in the order of `rows`, put in place; other ranks' rows come from them."""
+            filled = torch.zeros_like(like)
+            filled[rows] = own
+            return mesh.sum_over_data(filled)
 
-    def _response_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        logprobs = ops.linear_logprobs(
-            hidden,
-            labels=batch.labels,
-            mask=batch.loss_mask,
-            temperature=self.sampling.temperature,
-            **self.reference.lm_head(),
+        def per_token(parts: list[Tensor]) -> Tensor:
+            padded = torch.zeros_like(rollouts.logprobs[rows])
+            padded[mask[rows]] = mesh.from_last_stage(torch.cat(parts) if mesh.is_last_stage else None)
+            return padded
+
+        rollouts.ref_logprobs = everyone(per_token(reference), rollouts.ref_logprobs)
+        rollouts.values = everyone(per_token(values), rollouts.values)
+        rollouts.scores = everyone(scores, rollouts.scores)
+        return rollouts
+
+    def _reference_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        return self._logprobs(self.reference, hidden, batch)[batch.loss_mask]
+
+    def _logprobs(self, stage: Any, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Of the labels, at the sampling temperature, fp32 [T], 0 outside loss_mask."""
+        temperature = self.sampling.temperature
+        return ops.linear_logprobs(
+            hidden, labels=batch.labels, mask=batch.loss_mask, temperature=temperature, **stage.lm_head()
         ).logprobs
-        return logprobs[batch.loss_mask]
 
-    def _response_values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         return self.value.stage.score(hidden[batch.loss_mask])
-
-    def _final_scores(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self.reward.score(hidden[batch.cu_seqlens[1:].long() - 1])
 
     # ---- update -----------------------------------------------------------------------------------------------------
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
-        """Advantages, then `inner_epochs` passes of minibatch updates over a fresh shuffle; returns their mean
-        metrics.
-        """
+        """Advantages, then minibatch updates of policy and value; returns the iteration's metrics."""
         config = self.config
-        mask = rollouts.mask
-        scores = rollouts.scores
-        if config.no_stop_penalty is not None:
-            scores = torch.where(rollouts.stopped, scores, config.no_stop_penalty)
-        rewards, kl = ops.shaped_rewards(
-            scores,
-            rollouts.logprobs,
-            rollouts.ref_logprobs,
-            mask,
-            self.kl.coefficient,
-            estimator=config.kl_estimator,
-            clip=config.kl_clip,
-        )
-        shaped = rewards
-        if config.whiten_rewards:
-            shaped = ops.masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = ops.gae(shaped, rollouts.values, mask, gamma=config.gamma, lam=config.lam)
-        if config.whiten_advantages:
-            advantages = ops.masked_whiten(advantages, mask)
-        metrics = rollout_metrics(rollouts, scores, rewards, kl, returns) | {"kl_coef": self.kl.coefficient}
-
-        generator = torch.Generator().manual_seed(self.seed + self.iteration)
+        scores = self.penalised(rollouts)
+        targets = self.targets(rollouts, scores)
+        metrics = rollout_metrics(rollouts, scores, targets.rewards, targets.returns)
+        metrics["kl_coef"] = self.kl.coefficient
         updates: list[dict[str, float]] = []
-        for _ in range(config.inner_epochs):
-            order = torch.randperm(rollouts.scores.numel(), generator=generator)
-            for rows in order.split(config.minibatch_size):
-                batches = self._minibatch(rollouts, rows, advantages, returns)
-                updates.append(self.update_policy(batches, first=not updates) | self.update_value(batches))
+        for rows in self.minibatches(rollouts.scores.numel()):
+            micro_batches = own_rows(self.mesh, rows, rollouts.lengths, self.train)
+            batches = [training_batch(rollouts, targets.advantages, targets.returns, own) for own in micro_batches]
+            update = self.update(batches, first=not updates)
+            if update is None:
+                break
+            tokens = float(rollouts.lengths[rows].sum()) + update.pop("ptx_tokens", 0.0)
+            updates.append(update | {"trained_tokens": tokens})
         if self.average is not None:
-            self.average.update()
+            with self._on_device(self.average.stage):
+                self.average.update()
         self.kl.update(metrics["kl"], rollouts.scores.numel())
-        metrics |= _mean_over_updates(updates)
+        metrics |= mean_over_updates(updates)
+        metrics["updates"] = float(len(updates))
+        metrics["trained_tokens"] *= len(updates)
         # The sum of all that is minimised, as the other algorithms report it.
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coef * metrics["entropy"] + metrics["value_loss"]
         metrics["loss"] += config.gamma_ptx * metrics.get("ptx_loss", 0.0)
         return metrics
 
-    def _minibatch(self, rollouts: Rollouts, rows: Tensor, advantages: Tensor, returns: Tensor) -> list[PPOBatch]:
-        """This rank's share of a minibatch, in packed micro-batches."""
-        mask = rollouts.mask
-        share = rows.chunk(self.mesh.data_size)[self.mesh.data_rank]
-        batches = []
-        for part in share.split(self.micro_batch_size):
-            batch = rollouts.packed(part)
+    def penalised(self, rollouts: Rollouts) -> Tensor:
+        """Scores [B]; a response without a stop token has ppo.no_stop_penalty instead of its own."""
+        if self.config.no_stop_penalty is None:
+            return rollouts.scores
+        return torch.where(rollouts.stopped, rollouts.scores, self.config.no_stop_penalty)
 
-            def spread(per_response: Tensor, part: Tensor = part, batch: PackedBatch = batch) -> Tensor:
-                row = per_response.new_zeros(batch.tokens.numel())
-                row[batch.loss_mask] = per_response[part][mask[part]]
-                return row
+    def targets(self, rollouts: Rollouts, scores: Tensor) -> RolloutTargets:
+        """KL-shaped rewards, advantages and returns [B, R]; whitening is over the whole batch, which every rank has."""
+        config, mask = self.config, rollouts.mask
+        targets = ops.rollout_targets(
+            scores,
+            rollouts.logprobs,
+            rollouts.ref_logprobs,
+            rollouts.values,
+            mask,
+            kl_coef=self.kl.coefficient,
+            estimator=config.kl_estimator,
+            clip=config.kl_clip,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten=config.whiten_advantages,
+        )
+        if not config.whiten_rewards:
+            return targets
+        shaped = ops.masked_whiten(targets.rewards, mask, shift_mean=False)
+        advantages, returns = ops.gae(shaped, rollouts.values, mask, gamma=config.gamma, lam=config.lam)
+        if config.whiten_advantages:
+            advantages = ops.masked_whiten(advantages, mask)
+        return targets._replace(advantages=advantages, returns=returns)
 
-            batches.append(
-                PPOBatch(
-                    **vars(batch),
-                    old_logprobs=spread(rollouts.logprobs),
-                    advantages=spread(advantages),
-                    old_values=spread(rollouts.values),
-                    returns=spread(returns),
-                )
-            )
-        return batches
+    def minibatches(self, episodes: int) -> Iterator[Tensor]:
+        """Rows of each minibatch, int64, the same on every rank: `inner_epochs` passes, each a fresh shuffle."""
+        generator = torch.Generator().manual_seed(self.train.seed + self.iteration)
+        for _ in range(self.config.inner_epochs):
+            yield from torch.randperm(episodes, generator=generator).split(self.config.minibatch_size)
 
-    def update_policy(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float]:
-        """One policy update: PPO gradients, then pretraining gradients, summed in the same buffers."""
+    def update(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float] | None:
+        """One update of both models on this rank's micro-batches. None, and nothing updated, when the policy is
+        further from the sampling policy than ppo.target_kl; ranks agree, for all see the same metrics.
+        """
+        metrics = self.policy_gradient(batches, first)
+        if self.config.target_kl is not None and not first and metrics["approx_kl"] > self.config.target_kl:
+            return None
+        metrics |= self.value_gradient(batches)
+        self._check_finite(metrics)
+        value = self.value.step()
+        metrics |= {"value_grad_norm": value["grad_norm"], "value_lr": value["lr"]}
+        return metrics | self.policy.step()
+
+    def policy_gradient(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float]:
+        """PPO gradients, then pretraining gradients, summed in the same buffers.
+
+        The first minibatch of an iteration also measures the norm of each (`ppo_grad_norm`, and `ptx_grad_norm` with
+        gamma), which takes a gradient reduction and a pipeline flush more than the others.
+        """
         tokens = counted_tokens(self.mesh, batches)
         pretraining = [b.to(self.mesh.device) for b in next(self._windows)] if self._windows is not None else []
         pretraining_tokens = counted_tokens(self.mesh, pretraining) if pretraining else tokens
@@ -296,12 +275,17 @@ class PPO:
             loss = language_loss(self.policy.stage, hidden, batch, pretraining_tokens)
             return self.config.gamma_ptx * loss, {"ptx_loss": loss.detach()}
 
-        rows = self.policy.accumulate([*batches, *pretraining], head)
-        metrics = self.mesh.sum_metrics(rows, largest=("ratio_deviation",))
-        return metrics | self.policy.step()
+        norms: dict[str, float] = {}
+        if first and pretraining:
+            rows, (ppo, ptx) = self.policy.accumulate_apart([batches, pretraining], head)
+            norms = {"ppo_grad_norm": ppo, "ptx_grad_norm": ptx}
+        else:
+            rows = self.policy.accumulate([*batches, *pretraining], head)
+        metrics = self.mesh.sum_metrics(rows, largest=("ratio_deviation",)) | norms
+        return metrics | ({"ptx_tokens": float(pretraining_tokens)} if pretraining else {})
 
     def _ppo_loss(self, hidden: Tensor, batch: PPOBatch, tokens: Tensor, first: bool) -> tuple[Tensor, Metrics]:
-        config, head = self.config, self.policy.stage.lm_head()
+        config = self.config
         loss = ops.linear_ppo_loss(
             hidden,
             labels=batch.labels,
@@ -312,7 +296,7 @@ class PPO:
             entropy_coef=config.entropy_coef,
             temperature=self.sampling.temperature,
             denominator=tokens,
-            **head,
+            **self.policy.stage.lm_head(),
         )
         metrics = {
             "policy_loss": loss.policy_loss,
@@ -323,15 +307,12 @@ class PPO:
         if first:
             # Rollouts run on the training weights, so the first update's ratios are 1 but for rounding.
             with torch.no_grad():
-                now = ops.linear_logprobs(
-                    hidden, labels=batch.labels, mask=batch.loss_mask, temperature=self.sampling.temperature, **head
-                ).logprobs
+                now = self._logprobs(self.policy.stage, hidden, batch)
             metrics["ratio_deviation"] = torch.expm1((now - batch.old_logprobs).abs().max())
         return loss.loss, metrics
 
-    def update_value(self, batches: Sequence[PPOBatch]) -> dict[str, float]:
-        """One value update on the clipped squared error."""
-        config = self.config
+    def value_gradient(self, batches: Sequence[PPOBatch]) -> dict[str, float]:
+        """Gradient of the clipped squared error."""
         tokens = counted_tokens(self.mesh, batches)
 
         def head(hidden: Tensor, batch: PPOBatch) -> tuple[Tensor, Metrics]:
@@ -345,14 +326,45 @@ class PPO:
                 values=self.value.stage.score(hidden),
                 old_values=batch.old_values,
                 returns=batch.returns,
-                value_clip=config.value_clip,
+                value_clip=self.config.value_clip,
                 denominator=tokens,
             )
             return loss.loss, {"value_loss": loss.value_loss, "value_clip_fraction": loss.value_clip_fraction}
 
-        metrics = self.mesh.sum_metrics(self.value.accumulate(batches, head))
-        step = self.value.step()
-        return metrics | {"value_grad_norm": step["grad_norm"], "value_lr": step["lr"]}
+        return self.mesh.sum_metrics(self.value.accumulate(batches, head))
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        """Stops before a loss that is NaN or infinite reaches the weights. With fp16 the optimizer skips such updates
+        by itself and lowers its loss scale.
+        """
+        if self.policy.stage.config.fp16:
+            return
+        for name in ("policy_loss", "value_loss", "ptx_loss"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise UserError(
+                    f"iteration {self.iteration + 1}: {name} is {metrics[name]}; stopped before this update, and the "
+                    "last checkpoint is untouched: resume from it with a lower optimizer.lr (or ppo.value_lr), and "
+                    "check the scores in samples.jsonl"
+                )
+
+    # ---- reporting and memory ---------------------------------------------------------------------------------------
+
+    def _report(self, rollouts: Rollouts, metrics: dict[str, float]) -> None:
+        for line in self.watch.check(self.iteration, metrics):
+            if self.mesh.rank == 0:
+                logger.warning("warning: %s", line)
+        if self.write_samples is not None and self.samples:
+            scores = self.penalised(rollouts)
+            self.write_samples(self.iteration, sample_records(rollouts, scores, self.tokenizer, self.samples))
+
+    def _offload(self) -> Offload:
+        """Sends what only some phases use to host memory."""
+        offload = Offload(self.mesh.device)
+        self.rewards.on_device = offload
+        averaged = [self.average.stage] if self.average is not None else []
+        for stage in (self.reference, *(stage for _, stage in self.rewards.models), *averaged):
+            offload.park(stage)
+        return offload
 
     # ---- what a checkpoint holds ------------------------------------------------------------------------------------
 
@@ -376,31 +388,3 @@ class PPO:
         if self.pretraining is not None:
             self.pretraining.load_state_dict(state["pretraining"])
             self._windows = iter(self.pretraining)
-
-
-def rollout_metrics(
-    rollouts: Rollouts, scores: Tensor, rewards: Tensor, kl: Tensor, returns: Tensor
-) -> dict[str, float]:
-    """Means over the iteration's episodes. `kl` in nats a response (k1), `reward` with the KL penalty, `score`
-    without.
-    """
-    mask = rollouts.mask
-    errors = returns - rollouts.values
-    variance = returns[mask].var(unbiased=False)
-    log_ratio = rollouts.ref_logprobs - rollouts.logprobs
-    metrics = {
-        "score": scores.mean(),
-        "reward": (rewards * mask).sum(1).mean(),
-        "kl": (kl * mask).sum(1).mean(),
-        "kl_k3": ((log_ratio.exp() - 1 - log_ratio) * mask).sum(1).mean(),
-        "response_length": rollouts.response_lengths.float().mean(),
-        "no_stop": 1.0 - rollouts.stopped.float().mean(),
-        "explained_variance": 1.0 - errors[mask].var(unbiased=False) / variance.clamp_min(1e-12),
-    }
-    return {name: value.item() for name, value in metrics.items()}
-
-
-def _mean_over_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the updates of an iteration; what only the first one reports (ratio_deviation) as it is."""
-    mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[-1]}
-    return updates[0] | mean

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -79,6 +80,22 @@ class MetricsLog:
             self._progress.update(self._task, completed=step, numbers=numbers)
 
 
+class SampleLog:
+    """Responses for people to read, a line each with its `iteration`. Give only the rank that writes files one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._started = False
+
+    def __call__(self, iteration: int, records: Sequence[Mapping[str, Any]]) -> None:
+        if not self._started:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _forget_after(self._path, iteration - 1, "iteration")
+            self._started = True
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"iteration": iteration, **record}) + "\n" for record in records)
+
+
 def _progress_bar() -> Progress:
     columns = (
         TextColumn("{task.description}"),
@@ -92,9 +109,9 @@ def _progress_bar() -> Progress:
     return Progress(*columns, console=Console(file=sys.stderr), refresh_per_second=4)
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _forget_after(path: Path, step: int, key: str = "step") -> None:
     """Drops lines past `step`: a resumed run writes them again."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+    lines = [line for line in path.read_text().splitlines() if line and json.loads(line)[key] <= step]
     path.write_text("".join(line + "\n" for line in lines))

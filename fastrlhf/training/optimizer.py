@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fastrlhf.config import OptimizerConfig, ScheduleConfig
+from fastrlhf.errors import UserError
 from fastrlhf.parallel import schedule as pipeline
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.watchdog import current_phase
 
 
 class Learner:
@@ -63,12 +67,55 @@ class Learner:
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.mesh, self.ddp, batches, head)
 
+    def accumulate_apart(
+        self, parts: Sequence[Sequence[Any]], head: Callable[[torch.Tensor, Any], Any]
+    ) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+        """As `accumulate` of all `parts` one after another, and the norm of each part's own gradient.
+
+        The norm of a part is that of its sum over all ranks, so each part is reduced by itself and set aside while the
+        next one is: a reduction and a pipeline flush more than `accumulate` for each part after the first, and a copy
+        of the gradients that this rank holds after a reduction (with the distributed optimizer its own shard).
+        """
+        rows: list[dict[str, torch.Tensor]] = []
+        norms: list[float] = []
+        before: list[torch.Tensor] = []
+        for part in parts:
+            rows += self.accumulate(part, head)
+            norms.append(self.grad_norm())
+            reduced = list(self._reduced_gradients())
+            if before:
+                torch._foreach_add_(reduced, before)
+            before = [gradients.clone() for gradients in reduced] if part is not parts[-1] else []
+        return rows, norms
+
+    def grad_norm(self) -> float:
+        """Norm of the accumulated gradient over all ranks, loss scale divided out; inf or nan after an overflow."""
+        for part in self.optimizer.chained_optimizers:
+            # What `step` does first, but for unscaling and counting overflows.
+            mixed = isinstance(part, MixedPrecisionOptimizer)
+            part._copy_model_grads_to_main_grads() if mixed else part.prepare_grads()
+        return float(self.optimizer.get_grad_norm()) / float(self.optimizer.get_loss_scale())
+
+    def _reduced_gradients(self) -> Iterator[torch.Tensor]:
+        """The parts of megatron's buffers that hold sums over the data-parallel ranks: this rank's shard of each bucket
+        with the distributed optimizer, else all.
+        """
+        for buffer in self.ddp.buffers:
+            for bucket in buffer.buckets:
+                shards = self.mesh.data_size if buffer.ddp_config.use_distributed_optimizer else 1
+                yield bucket.grad_data.chunk(shards)[self.mesh.data_rank if shards > 1 else 0]
+
     def step(self) -> dict[str, float]:
         """Clips, updates the weights and moves the schedule. Returns lr, grad_norm, and 1.0 in `skipped` on fp16
-        overflow.
+        overflow. A gradient that is not finite with fp32 or bf16 raises `UserError`: what has been saved stays good.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
+        if updated and not math.isfinite(grad_norm or 0.0):
+            raise UserError(
+                f"{current_phase()}: the gradient norm is {grad_norm}; stopped, and the last checkpoint is untouched: "
+                "resume from it with a lower learning rate, and look at the loss in metrics.jsonl"
+            )
         if updated:
             self.scheduler.step(increment=1)
         metrics = {"lr": float(lr), "grad_norm": float(grad_norm or 0.0)}

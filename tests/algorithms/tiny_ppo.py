@@ -1,0 +1,104 @@
+"""A PPO run small enough to be built in a test: data, a random reward model, and the job as `fastrlhf ppo` builds it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrlhf import launch
+from fastrlhf.config import Config, ModelConfig
+from fastrlhf.generation.engine import Generated
+from fastrlhf.models.gpt import build_model
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.checkpoint import save_model
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
+# Large initial weights, so that no term of an equation is too small to be seen.
+MODEL: dict[str, Any] = {
+    "family": "gpt",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "max_positions": 64,
+    "init_std": 0.15,
+    "dtype": "fp32",
+}
+
+
+def make_data(folder: Path) -> None:
+    """The debug configurations' data and tokenizer in folder/data."""
+    sys.path.insert(0, str(CONFIGS))
+    import make_data as debug
+
+    debug.main(folder / "data")
+
+
+def save_reward_model(folder: Path, mesh: Mesh, vocab_size: int, name: str = "rm", seed: int = 7) -> None:
+    """A random reward model in folder/name."""
+    stage = build_model(ModelConfig(**MODEL), mesh, vocab_size, head="scalar", seed=seed)
+    save_model(folder / name, stage, tokenizer=str(folder / "data" / "tokenizer"))
+
+
+def config(folder: Path, **sections: dict[str, Any]) -> Config:
+    """16 episodes an iteration in minibatches of 8, with ptx; `sections` add to and override what is here."""
+    data = folder / "data"
+    base: dict[str, dict[str, Any]] = {
+        "model": dict(MODEL),
+        "parallel": {},
+        "data": {
+            "tokenizer": str(data / "tokenizer"),
+            "prompts": str(data / "prompts.jsonl"),
+            "pretrain": str(data / "text.jsonl"),
+            "cache": str(folder / "cache"),
+            "sequence_length": 24,
+            "max_prompt_tokens": 32,
+            "max_response_tokens": 16,
+        },
+        "optimizer": {"lr": 1e-3, "eps": 1e-5},
+        "schedule": {"decay": "constant"},
+        "train": {"steps": 2, "micro_batch_size": 4, "seed": 11},
+        "ppo": {
+            "reward_model": str(folder / "rm"),
+            "batch_size": 16,
+            "minibatch_size": 8,
+            "gamma_ptx": 2.0,
+            "ptx_per_episode": 1,
+            "kl_coef": 0.1,
+            "value_lr": 1e-3,
+        },
+        "generation": {"max_new_tokens": 10, "slots": 8},
+        "log": {"progress": False, "tensorboard": False},
+    }
+    for name, section in sections.items():
+        base[name] = base.get(name, {}) | section
+    return Config.model_validate({**base, "output_dir": str(folder / "out")})
+
+
+def build(mesh: Mesh, chosen: Config) -> tuple[Any, list[list[list[int]]]]:
+    """(the PPO object, this rank's prompts of the first iteration) of a run."""
+    job = launch._ppo(launch.Parts(chosen, mesh))
+    return job.algorithm, next(iter(job.batches))
+
+
+def mesh_of(chosen: Config) -> Mesh:
+    return meshes.initialize(chosen.parallel, chosen.train.seed)
+
+
+def episodes(count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[int], Generated]]:
+    """Made-up episodes of all lengths, every third without a stop token; log-probs are filled in by the test."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    made = []
+    for i in range(count):
+        prompt = torch.randint(1, vocab_size, (number(3, 12),), generator=generator).tolist()
+        response = torch.randint(1, vocab_size, (number(2, 11),), generator=generator).tolist()
+        logprobs = (torch.rand(len(response), generator=generator) - 6.0).tolist()
+        made.append((prompt, Generated(i, response, logprobs, i % 3 > 0)))
+    return made
