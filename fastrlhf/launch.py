@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from fastrlhf.algorithms.ppo import PPO
+from fastrlhf.algorithms.ppo import PPO, Models
+from fastrlhf.algorithms.rewards import Rewards, load_reward_function
 from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
 from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
 from fastrlhf.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig, check_batch, dump_config, require
@@ -36,14 +37,13 @@ from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import write_run_report
-from fastrlhf.generation.engine import SamplingParams
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.training import loop
 from fastrlhf.training.checkpoint import Checkpointer, SavedModel, describe_model, load_model
-from fastrlhf.training.metrics import MetricsLog
+from fastrlhf.training.metrics import MetricsLog, SampleLog
 from fastrlhf.training.optimizer import ExponentialAverage, Learner
 
 
@@ -279,7 +279,7 @@ def reward_job(run: Parts, rankings: Sequence[TokenizedRanking], valid: Sequence
 
 def _ppo(run: Parts) -> Job:
     config, mesh = run.config, run.mesh
-    assert config.data.prompts is not None and config.train.steps is not None and config.ppo.reward_model is not None
+    assert config.data.prompts is not None and config.train.steps is not None
     prompts = run.loader(run.prompts(config.data.prompts), list, global_batch_size=config.ppo.batch_size)
     updates = config.ppo.inner_epochs * math.ceil(config.ppo.batch_size / config.ppo.minibatch_size)
     # PPO counts its warm-up in iterations, as it counts its steps.
@@ -287,28 +287,34 @@ def _ppo(run: Parts) -> Job:
     total_updates = config.train.steps * updates
     model = _without_dropout(config.model)
     policy = run.learner(run.stage(model, "lm"), total_updates, schedule)
-    value = run.learner(
-        run.saved_stage(config.ppo.value_model or config.ppo.reward_model, "scalar"),
-        total_updates,
-        schedule,
-        config.ppo.value_lr,
-    )
-    algorithm = PPO(
-        mesh,
-        config.ppo,
-        SamplingParams.from_config(config.generation, config.train.seed),
+    value_start = config.ppo.value_model
+    value = run.stage(model, "scalar") if value_start is None else run.saved_stage(value_start, "scalar")
+    models = Models(
         policy=policy,
-        value=value,
+        value=run.learner(value, total_updates, schedule, config.ppo.value_lr),
         reference=run.stage(model, "lm"),
-        reward=run.saved_stage(config.ppo.reward_model, "scalar"),
+        rewards=_rewards(run),
         average=_average(run, model, policy),
-        pretraining=_ptx_batches(run),
-        tokenizer=run.tokenizer,
-        slots=config.generation.slots,
-        micro_batch_size=config.train.micro_batch_size,
-        seed=config.train.seed,
     )
+    samples = SampleLog(Path(config.output_dir) / "samples.jsonl") if mesh.rank == 0 else None
+    algorithm = PPO(mesh, config, models, run.tokenizer, _ptx_batches(run), samples)
     return Job(algorithm, prompts, config.train.steps)
+
+
+def _rewards(run: Parts) -> Rewards:
+    ppo = run.config.ppo
+    weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
+    models = [(w, run.saved_stage(path, "scalar")) for w, path in zip(weights, ppo.reward_models, strict=True)]
+    for (_, stage), path in zip(models, ppo.reward_models, strict=True):
+        if stage.vocab_size < len(run.tokenizer):
+            raise UserError(
+                f"the reward model {path} has a vocabulary of {stage.vocab_size}, and the tokenizer "
+                f"{run.config.data.tokenizer} {len(run.tokenizer)} tokens; train it with the policy's tokenizer"
+            )
+    if ppo.reward_function is None:
+        return Rewards(models)
+    function = load_reward_function(ppo.reward_function)
+    return Rewards(models, function, f"ppo.reward_function {ppo.reward_function}")
 
 
 def _average(run: Parts, model: ModelConfig, policy: Learner) -> ExponentialAverage | None:
@@ -325,7 +331,7 @@ def _ptx_batches(run: Parts) -> Loader | None:
         return None
     assert pretrain is not None
     examples = ppo.ptx_per_episode * ppo.minibatch_size
-    return run.loader(run.windows(pretrain), pack_windows, global_batch_size=examples)
+    return run.loader(run.windows(pretrain), pack_windows, global_batch_size=examples, cost=window_tokens)
 
 
 def _without_dropout(model: ModelConfig) -> ModelConfig:
