@@ -252,6 +252,9 @@ class TrainConfig(Section):
     global_batch_size: Positive = Field(default_factory=lambda fields: fields["micro_batch_size"])
     """Sequences (rm: prompts) in one optimizer step over all ranks. sft, rm and pretrain must give it; PPO's global
     batch is ppo.batch_size."""
+    max_seconds: Above0 | None = None
+    """Seconds from the start of the process after which the run saves and stops, between two steps; set it below the
+    job's time limit by a step and a checkpoint. The same command goes on from there. None: no limit."""
     eval_interval: Count = 0
     """Steps between validations; 0: only at the end."""
     eval_batches: Positive | None = None
@@ -275,11 +278,29 @@ class CheckpointConfig(Section):
     interval: Count = 0
     """Steps between checkpoints; 0: only the last."""
     keep_last: Positive = 2
-    """Checkpoints kept; older ones are removed."""
+    """Newest checkpoints kept; older ones are removed, but for those of keep_every and keep_best."""
+    keep_every: Count = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    keep_best: str | None = None
+    """"lowest METRIC" or "highest METRIC": the checkpoint that is best by a number of metrics.jsonl is kept, and named
+    in checkpoints/best. Checkpoints of steps without that number do not compete. None: no such rule."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false: training waits for the disk, and the
+    copy is saved."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest whole checkpoint of output_dir; never starts over."""
+    """auto continues from the newest whole checkpoint of output_dir; never starts over and sets them aside."""
     save: bool = True
     """Write checkpoints at all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        words = (self.keep_best or "lowest x").split()
+        if len(words) != 2 or words[0] not in ("lowest", "highest"):
+            raise ConfigError(
+                "keep_best",
+                f'is "{self.keep_best}"; expected "lowest METRIC" or "highest METRIC", as in "lowest valid_loss"',
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -291,7 +312,5 @@ class LogConfig(Section):
     """Write TensorBoard files."""
     wandb_project: str | None = None
     """Weights & Biases project. None: off."""
-    samples: Count = 4
-    """Responses of each PPO iteration written to samples.jsonl and shown in the report; 0: none."""
     progress: bool = True
     """Show a live progress line on rank 0."""

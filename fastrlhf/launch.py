@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +61,7 @@ class Job:
 
 def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> None:
     """Trains as `config` says and leaves everything under `config.output_dir`; resumes a run that is there already."""
+    start = time.monotonic()
     require(config, command)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s):
@@ -67,17 +69,17 @@ def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> N
             for sizes in _BATCHES[command]:
                 check_batch(config, mesh.data_size, sizes)
             job = _JOBS[command](Parts(config, mesh))
-        _loop(command, config, mesh, job)
+        _loop(command, config, mesh, job, start)
     dist.barrier()
 
 
-def _loop(command: str, config: Config, mesh: Mesh, job: Job) -> None:
+def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> None:
     out = Path(config.output_dir)
     if mesh.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump_config(config))
     checkpointer = Checkpointer(
-        mesh, out / "checkpoints", config.checkpoint.keep_last, dump_config(config), config.data.tokenizer
+        mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
     )
     done = loop.resume(config, job.algorithm, job.batches, checkpointer)
     if mesh.rank == 0 and done:
@@ -86,7 +88,7 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job) -> None:
         out, config.log, title=command, total_steps=job.total_steps, start_step=done, is_main=mesh.rank == 0
     )
     with log:
-        loop.run(
+        stopped = loop.run(
             config,
             job.algorithm,
             job.batches,
@@ -94,10 +96,13 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job) -> None:
             log,
             total_steps=job.total_steps,
             done=done,
+            deadline=start + config.train.max_seconds if config.train.max_seconds is not None else None,
             evaluate=job.evaluate,
             finish=job.finish,
         )
     if mesh.rank == 0:
+        if stopped is not None:
+            print(stopped, file=sys.stderr)
         write_run_report(out)
 
 

@@ -1,232 +1,279 @@
-"""Checkpoints on megatron-core's dist_checkpointing: sharded weights and optimizer state that load under any layout.
+"""A run's checkpoints: written whole or not at all, verified when they are read, and loaded under any layout.
 
 A checkpoint is a folder `checkpoints/step_XXXXXXXX/`:
-    <model>/            weights (policy, reward, value, ema ...), and `model.json`: its shape, vocabulary, head and
-    statistics <model>.optimizer/  optimizer, loss scale and learning-rate schedule random/             generator states
-    of every rank, for a resume under the same layout
-    state.json          step, data cursors, controllers: what is not a tensor
+    <model>/            weights (policy, value, ema, reward), `model.json`: shape, vocabulary, head and statistics
+    <model>.optimizer/  Adam's moments and fp32 masters
+    random/             generator states of every rank, for a resume under the same layout
+    state.json          step, data cursors, controllers, update counts, loss scales, metrics, versions
     config.yaml         the run's configuration
-It is written under a temporary name and renamed when complete; `checkpoints/latest` names the newest one.
+    files.json          size and hash of every file, in each folder too
+`checkpoints/latest` names the newest one, `checkpoints/best` the best one if `checkpoint.keep_best` asks for it.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import logging
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from safetensors.torch import load_file, save_file
+import yaml
 
-from fastrlhf.config import ModelConfig
+import fastrlhf
+from fastrlhf.config import CheckpointConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.optimizer import torch_adams
+from fastrlhf.training.integrity import replace_text, verify
+from fastrlhf.training.model_folder import SavedModel as SavedModel
+from fastrlhf.training.model_folder import (
+    describe_model,
+    fill_weights,
+    load_model,
+    model_contents,
+    save_model,
+    shard_reader,
+)
+from fastrlhf.training.shards import ShardFile, owned, parts_of, snapshot
+from fastrlhf.training.state import (
+    generator_states,
+    is_sharded_over_data,
+    learner_state,
+    optimizer_values,
+    restore_generators,
+    restore_learner,
+)
+from fastrlhf.training.writing import PARTIAL, REMOVED, Contents, Writing, remove, same_outcome
 
-_MODELS = ("ema", "policy", "reward")
+__all__ = ["Checkpointer", "SavedModel", "describe_model", "load_model", "save_model"]
 
-
-@dataclass(frozen=True)
-class SavedModel:
-    """`model.json`: what a folder of weights holds."""
-
-    path: Path
-    model: ModelConfig
-    vocab_size: int
-    head: str
-    tokenizer: str
-    statistics: dict[str, float] = field(default_factory=dict)
-    """Of reward models: mean and std of scores on demonstrations, and the bias that makes the mean 0."""
-
-
-def describe_model(path: str | Path) -> SavedModel:
-    """Finds the weights at `path`: a model folder, a checkpoint folder, or a run's output folder (its latest
-    checkpoint).
-
-    In a checkpoint, the averaged policy ("ema") is preferred to the raw one. Raises `UserError` if there is none.
-    """
-    root = Path(path)
-    candidates = [root]
-    latest = root / "checkpoints" / "latest"
-    if latest.is_file():
-        candidates.append(root / "checkpoints" / latest.read_text().strip())
-    for folder in candidates:
-        for model in (folder, *(folder / name for name in _MODELS)):
-            if (model / "model.json").is_file():
-                saved = json.loads((model / "model.json").read_text())
-                return SavedModel(path=model, **{**saved, "model": ModelConfig(**saved["model"])})
-    raise UserError(
-        f"{path}: no model here; expected a run's output folder, a checkpoint step_XXXXXXXX or a model folder"
-    )
-
-
-def _reshardable() -> dict[str, Any]:
-    """Optimizer state in a form that loads under any tensor, pipeline and data-parallel size.
-
-    A new dict each time: megatron adds its process groups to it, which belong to one mesh.
-    """
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
-
-
-def save_model(path: Path, stage: Any, *, tokenizer: str, statistics: dict[str, float] | None = None) -> None:
-    """Writes the weights of `stage` (all ranks call) and `model.json` to the folder `path`."""
-    path.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(stage.sharded_state_dict(metadata=_reshardable()), str(path))
-    if dist.get_rank() == 0:
-        description = {
-            "model": stage.model_config.model_dump(exclude={"load", "hf"}),
-            "vocab_size": stage.vocab_size,
-            "head": stage.head_kind,
-            "tokenizer": tokenizer,
-            "statistics": statistics or {},
-        }
-        (path / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-    dist.barrier()
-
-
-def load_model(saved: SavedModel, stage: Any) -> None:
-    """Loads the weights into `stage`, whatever layout they were saved under.
-
-    A scalar-head stage loaded from an LM keeps its own (fresh) head: the unembedding is dropped (InstructGPT, section
-    3.5).
-    """
-    wanted = stage.sharded_state_dict(metadata=_reshardable())
-    if stage.head_kind == "scalar" and saved.head == "lm":
-        wanted = {name: tensor for name, tensor in wanted.items() if not name.startswith("score.")}
-    elif stage.head_kind != saved.head:
-        raise UserError(
-            f"{saved.path}: holds a model with a {saved.head} head, not the {stage.head_kind} head needed here"
-        )
-    loaded = dist_checkpointing.load(wanted, str(saved.path), validate_access_integrity=False)
-    missing, unexpected = stage.load_state_dict(loaded, strict=False)
-    unexplained = [name for name in missing if not name.startswith("score.") and not name.endswith("_extra_state")]
-    assert not unexplained and not unexpected, (unexplained, unexpected)
+logger = logging.getLogger(__name__)
+_UNUSED = ".unused"
 
 
 @dataclass
 class Checkpointer:
-    """Writes and reads a run's checkpoints."""
+    """Writes and reads a run's checkpoints; all ranks call every method."""
 
     mesh: Mesh
     folder: Path
-    keep_last: int
+    config: CheckpointConfig
     config_text: str
     tokenizer: str
+    _writing: Writing | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        pointer = self.folder / "latest"
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+    # ---- writing ----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, algorithm: Any, state: dict[str, Any]) -> Path:
-        """Saves `algorithm.models()`, `algorithm.learners()` and the JSON-able `state`; all ranks call."""
-        final = self.path(step)
-        partial = final.with_name(final.name + ".partial")
-        if self.mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
+    def prepare(self) -> None:
+        """Makes the folder, or says at once that it cannot be written; removes what an interrupted run left."""
+        with same_outcome("checkpoint.save is on, but the folder cannot be written"):
+            if self.mesh.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for suffix in (PARTIAL, REMOVED):
+                    for left in self.folder.glob(f"step_*{suffix}"):
+                        shutil.rmtree(left)
+                probe = self.folder / f"probe{PARTIAL}"
+                probe.write_text("")
+                probe.unlink()
+
+    def save(self, step: int, algorithm: Any, state: dict[str, Any], metrics: dict[str, float] | None = None) -> Path:
+        """Saves `algorithm.models()`, `algorithm.learners()` and the JSON-able `state`.
+
+        Returns as soon as everything is copied to host memory if `checkpoint.asynchronous` says so; the checkpoint is
+        there after the next `poll` that finds it written, or `finish`. `metrics` are those that keep_best compares.
+        """
+        self.finish()
+        contents = self._contents(algorithm, {**state, "metrics": metrics or {}})
+        self._writing = Writing(self.path(step), contents, in_background=self.config.asynchronous)
+        if not self.config.asynchronous:
+            self.finish()
+        return self.path(step)
+
+    def poll(self) -> None:
+        """Completes the checkpoint that is being written if every rank has written its files."""
+        if self._writing is not None and self._writing.is_done(self.mesh.device):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written, if any, and makes it the latest."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.finish()
+        with same_outcome(f"cannot write {self.folder}"):
+            if self.mesh.rank == 0:
+                replace_text(self.folder / "latest", writing.path.name)
+                self._retire(writing.path)
+
+    def _contents(self, algorithm: Any, state: dict[str, Any]) -> Contents:
+        copy = self.config.asynchronous
+        contents: Contents = {}
         for name, stage in algorithm.models().items():
-            save_model(partial / name, stage, tokenizer=self.tokenizer, statistics=algorithm.statistics())
+            model = model_contents(stage, tokenizer=self.tokenizer, statistics=algorithm.statistics(), copy=copy)
+            contents |= {f"{name}/{file}": content for file, content in model.items()}
+        own = f"rank_{self.mesh.rank:05d}.safetensors"
         for name, learner in algorithm.learners().items():
-            _save_optimizer(partial / f"{name}.optimizer", learner)
-        _save_generators(partial / "random", self.mesh)
-        dist.barrier()  # every rank's files are there before the folder gets its final name
+            parts = parts_of(learner.stage, optimizer_values(learner))
+            mine = owned(parts, self.mesh, sharded_over_data=is_sharded_over_data(learner))
+            contents[f"{name}.optimizer/{own}"] = snapshot(mine, copy=copy)
+        contents[f"random/{own}"] = ShardFile(generator_states(self.mesh), {"format": "pt"})
         if self.mesh.rank == 0:
-            (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            (partial / "config.yaml").write_text(self.config_text)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            pointer = self.folder / "latest.partial"
-            pointer.write_text(final.name)
-            os.replace(pointer, self.folder / "latest")
-            self._retire()
-        dist.barrier()
-        return final
+            learners = {name: learner_state(learner) for name, learner in algorithm.learners().items()}
+            whole = {**state, "learners": learners, "layout": _layout(self.mesh), "versions": _versions()}
+            contents["state.json"] = json.dumps(whole, indent=2) + "\n"
+            contents["config.yaml"] = self.config_text
+        return contents
+
+    def _retire(self, newest: Path) -> None:
+        """Removes the checkpoints that no rule keeps, after the newest is there; names the best."""
+        steps = sorted(path for path in self.folder.glob("step_*") if path.suffix == "")
+        kept = set(steps[-self.config.keep_last :]) | {newest}
+        if self.config.keep_every:
+            kept |= {path for path in steps if int(path.name[5:]) % self.config.keep_every == 0}
+        if self.config.keep_best is not None and (best := self._best(steps)) is not None:
+            kept.add(best)
+            replace_text(self.folder / "best", best.name)
+        for path in set(steps) - kept:
+            remove(path)
+
+    def _best(self, steps: list[Path]) -> Path | None:
+        assert self.config.keep_best is not None
+        direction, metric = self.config.keep_best.split()
+        values = {path: json.loads((path / "state.json").read_text())["metrics"] for path in steps}
+        if metric not in values[steps[-1]]:
+            logger.warning(
+                "checkpoint.keep_best: %s has no metric %s; it has %s",
+                *(steps[-1].name, metric, ", ".join(values[steps[-1]])),
+            )
+        # Of equals the earlier; NaN is never best.
+        known = {path: row[metric] for path, row in values.items() if row.get(metric, float("nan")) == row.get(metric)}
+        return (min if direction == "lowest" else max)(known, key=lambda path: known[path], default=None)
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, or None if there is none at all; what is wrong with newer ones is printed.
+
+        Starts at `latest`; if that is missing or names nothing, at the highest step. Raises `UserError` if there are
+        checkpoints but none is whole.
+        """
+        told: list[list[Path]] = [self._candidates() if self.mesh.rank == 0 else []]
+        dist.broadcast_object_list(told, src=0)
+        candidates = told[0]
+        first = ""
+        for path in candidates:
+            problems = verify(path)
+            if not problems:
+                return path
+            first = first or problems[0]
+            if self.mesh.rank == 0:
+                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+                logger.warning("%s%s; trying the checkpoint before %s", problems[0], more, path.name)
+        if candidates:
+            raise UserError(
+                f"none of the {len(candidates)} checkpoints in {self.folder} is whole: {first}; restore one, or start "
+                "over with checkpoint.resume=never"
+            )
+        return None
+
+    def _candidates(self) -> list[Path]:
+        """Newest first."""
+        steps = sorted((path for path in self.folder.glob("step_*") if path.suffix == ""), reverse=True)
+        pointer = self.folder / "latest"
+        try:
+            latest = self.folder / pointer.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            latest = self.folder
+        if latest in steps:
+            return steps[steps.index(latest) :]
+        if steps:
+            logger.warning("%s names no checkpoint; taking the newest", pointer)
+        return steps
 
     def load(self, path: Path, algorithm: Any) -> dict[str, Any]:
-        """Restores models, optimizers and generators; returns the saved `state`."""
+        """Restores models, optimizers and generators from a verified checkpoint; returns the saved `state`.
+
+        Checkpoints newer than `path` (damaged, or of a run that went another way) are set aside: they would be taken
+        for the newest later.
+        """
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name, stage in algorithm.models().items():
-            load_model(describe_model(path / name), stage)
+            saved = describe_model(path / name)
+            _check_dtype(saved, stage)
+            fill_weights(saved, stage)
         for name, learner in algorithm.learners().items():
-            _load_optimizer(path / f"{name}.optimizer", learner)
-        _load_generators(path / "random", self.mesh)
-        return json.loads((path / "state.json").read_text())
+            reader = shard_reader(path / f"{name}.optimizer")
+            for part in parts_of(learner.stage, optimizer_values(learner)):
+                reader.fill(part)
+            restore_learner(learner, state["learners"][name])
+        if state["layout"] == _layout(self.mesh):
+            restore_generators(path / "random" / f"rank_{self.mesh.rank:05d}.safetensors", self.mesh)
+        if self.mesh.rank == 0:
+            for line in _differences(path, state, self.config_text):
+                logger.info("resuming with %s", line)
+        with same_outcome(f"cannot write {self.folder}"):
+            if self.mesh.rank == 0:
+                for newer in (other for other in self.folder.glob("step_*") if not other.suffix and other > path):
+                    _set_aside(newer)
+        return state
 
-    def _retire(self) -> None:
-        steps = sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.suffix != ".partial")
-        for old in steps[: -self.keep_last]:
-            shutil.rmtree(old)
-
-
-def _optimizer_state(learner: Any, is_loading: bool) -> dict[str, Any]:
-    model = learner.stage.sharded_state_dict(metadata=_reshardable())
-    return {"optimizer": learner.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_reshardable())}
-
-
-def _save_optimizer(path: Path, learner: Any) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    state = _optimizer_state(learner, is_loading=False) | {"scheduler": learner.scheduler.state_dict()}
-    dist_checkpointing.save(state, str(path))
-
-
-def _load_optimizer(path: Path, learner: Any) -> None:
-    loaded = dist_checkpointing.load(_optimizer_state(learner, is_loading=True), str(path))
-    _restore(learner.optimizer, loaded["optimizer"])
-    # megatron adds the saved steps to those already made.
-    learner.scheduler.num_steps = 0
-    learner.scheduler.load_state_dict(loaded["scheduler"])
+    def set_all_aside(self) -> None:
+        """Renames the folder of an earlier run's checkpoints, for a run that does not resume them."""
+        with same_outcome(f"cannot write {self.folder}"):
+            if self.mesh.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
+                _set_aside(self.folder)
 
 
-def _restore(optimizer: Any, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state, fp32 master weights included.
-
-    megatron's distributed optimizer looks for every tensor of Adam's state among the saved moments, but torch keeps
-    its step counts there too; and it gives all parameters one step tensor, which each of them would then advance. So
-    the steps are set aside while the moments are loaded, and each parameter gets its own.
-    """
-    moments = state.pop("param_state", None)
-    optimizer.load_state_dict(state)
-    if moments is None:
-        return
-    steps = [(values, values.pop("step")) for adam in torch_adams(optimizer) for values in adam.state.values()]
-    (part,) = optimizer.chained_optimizers
-    part.load_parameter_state_from_fully_reshardable(moments)
-    for values, step in steps:
-        values["step"] = step.clone()
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (unused := path.with_name(f"{path.name}{_UNUSED}{number}")).exists():
+        number += 1
+    os.replace(path, unused)
+    logger.warning("%s is now %s", path, unused.name)
 
 
-def _save_generators(folder: Path, mesh: Mesh) -> None:
-    states = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    states["cpu"] = torch.get_rng_state()
-    if mesh.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: state.clone() for name, state in states.items()}, folder / f"rank_{mesh.rank:05d}.safetensors")
+def _check_dtype(saved: SavedModel, stage: Any) -> None:
+    if saved.model.dtype != stage.model_config.dtype:
+        raise UserError(
+            f"{saved.path}: was trained in {saved.model.dtype}, not {stage.model_config.dtype}; a run keeps its "
+            f"model.dtype: set it to {saved.model.dtype}, or start a new output_dir with model.load"
+        )
 
 
-def _load_generators(folder: Path, mesh: Mesh) -> None:
-    """Restores this rank's generators if the checkpoint was written by as many ranks; another layout keeps its
-    seeds.
-    """
-    if len(list(folder.glob("rank_*.safetensors"))) != mesh.world_size:
-        return
-    states = load_file(folder / f"rank_{mesh.rank:05d}.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if mesh.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"])
-    prefix = "tracker."
-    get_cuda_rng_tracker().set_states({n[len(prefix) :]: s for n, s in states.items() if n.startswith(prefix)})
+def _layout(mesh: Mesh) -> list[int]:
+    return [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "megatron-core", "safetensors")
+    return {"fastrlhf": fastrlhf.__version__, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def _differences(path: Path, state: dict[str, Any], config_text: str) -> list[str]:
+    """What is not as it was when the checkpoint was written, one line each."""
+    before, now = _flat(yaml.safe_load((path / "config.yaml").read_text())), _flat(yaml.safe_load(config_text))
+    lines = [
+        f"{key} {now.get(key)} (was {before.get(key)})"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    versions = _versions()
+    lines += [
+        f"{name} {versions[name]} (was {old})" for name, old in state["versions"].items() if versions[name] != old
+    ]
+    return lines
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree} if prefix else {}
+    return {
+        key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}.{name}".strip(".")).items()
+    }

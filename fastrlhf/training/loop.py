@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from fastrlhf.config import Config
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.checkpoint import Checkpointer
 from fastrlhf.training.metrics import MetricsLog
+from fastrlhf.training.stopping import StopRequest
 
 
 class Algorithm(Protocol):
@@ -29,18 +31,23 @@ class Batches(Protocol):
     """A resumable stream of global batches, this rank's part of each."""
 
     def __iter__(self) -> Any: ...
+    def metrics(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def resume(config: Config, algorithm: Algorithm, batches: Batches, checkpointer: Checkpointer) -> int:
-    """Restores the newest checkpoint if there is one and `checkpoint.resume` allows it; returns the steps already
-    done.
+    """Restores the newest whole checkpoint if there is one and `checkpoint.resume` allows it; returns the steps already
+    done. A process that torchrun has restarted always goes on from its own checkpoints.
     """
-    newest = checkpointer.latest() if config.checkpoint.resume == "auto" else None
-    if newest is None:
-        return 0
     with phase("resume"):
+        if config.checkpoint.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            checkpointer.set_all_aside()
+        if config.checkpoint.save:
+            checkpointer.prepare()
+        newest = checkpointer.newest()
+        if newest is None:
+            return 0
         state = checkpointer.load(newest, algorithm)
     batches.load_state_dict(state["data"])
     algorithm.load_state_dict(state["algorithm"])
@@ -56,37 +63,48 @@ def run(
     *,
     total_steps: int,
     done: int = 0,
+    deadline: float | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
-) -> None:
+) -> str | None:
     """Runs steps done + 1 .. total_steps; evaluates and saves at their intervals and at the end.
 
-    `finish` runs after the last update, before the last evaluation and checkpoint.
+    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM, and past `deadline` (a
+    `time.monotonic()` value), the run saves after the current step and stops: returns a line that says so, else None.
     """
-    step = done
+    step, reason = done, None
     stream: Iterable[Any] = iter(batches) if step < total_steps else ()
-    for batch in stream:
-        start = time.perf_counter()
-        step += 1
-        with phase(f"step {step}"):
-            metrics = algorithm.step(batch)
-        metrics["seconds"] = time.perf_counter() - start
-        last = step == total_steps
-        if last and finish is not None:
-            with phase("finish"):
-                finish()
-        if evaluate is not None and (last or _due(step, config.train.eval_interval)):
-            with phase("evaluation"):
-                metrics |= evaluate()
-        if last or _due(step, config.log.interval):
-            log.record(step, metrics)
-        if config.checkpoint.save and (last or _due(step, config.checkpoint.interval)):
+    with StopRequest(checkpointer.mesh.device, deadline) as stop:
+        for batch in stream:
+            start = time.perf_counter()
+            step += 1
+            with phase(f"step {step}"):
+                metrics = algorithm.step(batch)
+            metrics["seconds"] = time.perf_counter() - start
+            last = step == total_steps
+            if last and finish is not None:
+                with phase("finish"):
+                    finish()
+            if evaluate is not None and (last or _due(step, config.train.eval_interval)):
+                with phase("evaluation"):
+                    metrics |= evaluate()
+            if last or _due(step, config.log.interval):
+                log.record(step, metrics)
+            reason = None if last else stop.reason()
             with phase("checkpoint"):
-                checkpointer.save(
-                    step, algorithm, {"step": step, "data": batches.state_dict(), "algorithm": algorithm.state_dict()}
-                )
-        if last:
-            break
+                if config.checkpoint.save and (last or reason or _due(step, config.checkpoint.interval)):
+                    data, own = batches.state_dict(), algorithm.state_dict()
+                    checkpointer.save(step, algorithm, {"step": step, "data": data, "algorithm": own}, metrics)
+                else:
+                    checkpointer.poll()
+            if last or reason:
+                break
+        with phase("checkpoint"):
+            checkpointer.finish()
+    if reason is None:
+        return None
+    saved = "saved, and the same command goes on from there" if config.checkpoint.save else "checkpoint.save is off"
+    return f"stopped by {reason} after step {step} of {total_steps}: {saved}"
 
 
 def _due(step: int, interval: int) -> bool:

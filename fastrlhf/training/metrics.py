@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastrlhf.config import LogConfig
+from fastrlhf.training.integrity import replace_text
 
 _SHOWN = ("loss", "accuracy", "reward", "kl", "grad_norm", "lr")
 
@@ -110,8 +111,9 @@ def _progress_bar() -> Progress:
 
 
 def _forget_after(path: Path, step: int, key: str = "step") -> None:
-    """Drops lines past `step`: a resumed run writes them again."""
+    """Drops lines past `step`, which a resumed run writes again, and a last line that a kill cut short."""
     if not path.is_file():
         return
-    lines = [line for line in path.read_text().splitlines() if line and json.loads(line)[key] <= step]
-    path.write_text("".join(line + "\n" for line in lines))
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    kept = [line for line in whole if line and json.loads(line)[key] <= step]
+    replace_text(path, "".join(line + "\n" for line in kept))

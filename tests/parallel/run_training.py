@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from fastrlhf.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from fastrlhf.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.models.gpt import GPT, build_model, global_names
 from fastrlhf.models.hf.weights import hf_tensors
@@ -110,7 +110,7 @@ class Training:
 
 
 def checkpointer(mesh: Mesh, folder: Path) -> Checkpointer:
-    return Checkpointer(mesh, folder, keep_last=2, config_text="", tokenizer="")
+    return Checkpointer(mesh, folder, CheckpointConfig(asynchronous=False), config_text="", tokenizer="")
 
 
 def three_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
@@ -136,9 +136,10 @@ def load_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[
     """The two steps after a checkpoint, in a model with other weights."""
     training = Training(mesh, ModelConfig(**MODELS["tied"], dtype="fp32"), seed=99, distributed=distributed)
     reader = checkpointer(mesh, folder)
-    latest = reader.latest()
-    assert latest is not None
-    assert reader.load(latest, training) == {"step": 2, "cursor": 17}
+    newest = reader.newest()
+    assert newest is not None
+    state = reader.load(newest, training)
+    assert (state["step"], state["cursor"]) == (2, 17)
     return training.steps([2, 3])
 
 
