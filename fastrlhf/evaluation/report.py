@@ -2,7 +2,7 @@
 nothing.
 
 `Report` is built section by section; `write_run_report` makes the one that every training run leaves in its folder,
-from its metrics.jsonl and config.yaml. All text that comes from data is escaped.
+from its metrics.jsonl, config.yaml and samples.jsonl. All text that comes from data is escaped.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ EXPLAINED = {
         "First ratio's deviation from 1",
         "Rollout and training must agree: anything but rounding is a bug.",
     ),
+    "ppo_grad_norm": (
+        "Gradient norm of PPO",
+        "Of the policy loss alone, in the first minibatch. Far below that of the pretraining part, PPO learns little.",
+    ),
+    "ptx_grad_norm": ("Gradient norm of the pretraining part", "Of gamma times its loss, in the first minibatch."),
     "grad_norm": ("Gradient norm", "Before clipping. Spikes are harmless when rare; steady growth is not."),
     "lr": ("Learning rate", "As the schedule asks: warm-up first, then decay."),
     "seconds": ("Seconds a step", "Wall-clock time. Steady is good; growth hints at a leak or a slowing disk."),
@@ -214,8 +219,8 @@ def metric_charts(metrics: Metrics, names: Iterable[str] | None = None) -> list[
 
 
 def write_run_report(run_dir: str | Path) -> Path:
-    """Writes `run_dir`/report.html from its metrics.jsonl and, if there, config.yaml. Raises UserError without
-    metrics.
+    """Writes `run_dir`/report.html from its metrics.jsonl and, if there, config.yaml and samples.jsonl. Raises
+    UserError without metrics.
     """
     folder = Path(run_dir)
     metrics = read_metrics(folder / "metrics.jsonl")
@@ -226,11 +231,30 @@ def write_run_report(run_dir: str | Path) -> Path:
         report.charts(metric_charts(metrics))
     else:
         report.section("Curves", "Nothing has been recorded yet.")
+    _run_samples(report, folder / "samples.jsonl")
     config = folder / "config.yaml"
     if config.is_file():
         report.section("Configuration")
         report.details("config.yaml, every default written out", config.read_text(encoding="utf-8"))
     return report.write(folder / "report.html")
+
+
+def _run_samples(report: Report, path: Path) -> None:
+    """The responses of the first and the last iteration in a samples.jsonl, if there is one; a last line cut short is
+    skipped.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    records = [json.loads(line) for line in lines if line]
+    iterations = [record["iteration"] for record in records]
+    for iteration in sorted({iterations[0], iterations[-1]}) if iterations else []:
+        report.section(f"Responses of iteration {iteration}", "The score includes penalties, but not the KL.")
+        for record in records:
+            if record["iteration"] == iteration:
+                ended = "" if record["stopped"] else ", cut off"
+                name = f"KL {record['kl']:.2f} nats{ended}"
+                report.sample(record["prompt"], [Answer(name, record["response"], record["score"])])
 
 
 def _run_figures(metrics: Metrics) -> list[Figure]:
