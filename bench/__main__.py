@@ -5,6 +5,7 @@ python -m bench gae logprobs --quick     some ops, tiny shapes, seconds
 python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --device cuda --providers fastrlhf quack
 python -m bench cpu-targets              the ratios that the CPU kernels are held to
 python -m bench generation               tokens a second of rollouts (bench/generation.py)
+python -m bench shared-prompt            a reward model's step, prompts encoded once or with every response
 python -m bench report --out FOLDER      table and plots of results measured before
 python -m bench list                     ops and providers, and which of them are here
 """
@@ -128,6 +129,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv and argv[0] == "cpu-targets":
         return cpu_targets.main(argv[1:])
+    if argv and argv[0] == "shared-prompt":
+        from bench import shared_prompt  # megatron, which the kernels' benchmarks do without
+
+        return shared_prompt.main(argv[1:])
     args = arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     out = args.out or HERE / "results" / machine.folder_name(torch.device(args.device))

@@ -60,20 +60,19 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Padding:
-    """B of a row's sequences, padded on the right to one shape, which is what SDPA can work on."""
+    """B of a row's sequences, padded on the right to one shape, which is what SDPA can work on.
+
+    Padding repeats a token of its own sequence: no real query attends to it, and what it yields is dropped.
+    """
 
     rows: int
     """B."""
-    max_q: int
-    max_kv: int
-    query_place: Tensor
-    """int64 [n]: where each query token goes in [B * max_q]."""
-    key_place: Tensor
-    """int64 [m]: where each key goes in [B * max_kv]."""
-    queries: Tensor | None = None
-    """int64 [n]: the row's tokens that these queries are. None: all, in order."""
-    keys: Tensor | None = None
-    """int64 [m]: the row's tokens that these keys are. None: all, in order."""
+    queries: Tensor
+    """int64 [B * max_q]: the row's token at each place."""
+    keys: Tensor
+    """int64 [B * max_kv]: the row's token whose key stands at each place."""
+    place: Tensor
+    """int64 [n]: the places that are not padding, in order."""
     visible: Tensor | None = None
     """bool [B, 1, max_q, max_kv]: keys a query may attend to. None: causal, sequence and keys begin together."""
 
@@ -125,9 +124,9 @@ class SequenceLayout(PackedSeqParams):
 
     @classmethod
     def of(cls, batch: Any) -> SequenceLayout:
-        """Layout of a `data.batches.PackedBatch`, with the branches it may have."""
+        """Layout of a `data.batches.PackedBatch`, with the branches it may have, or of plain sequences like it."""
         layout = cls.packed(batch.positions, batch.cu_seqlens, batch.max_seqlen)
-        if batch.key_index is not None:
+        if getattr(batch, "key_index", None) is not None:
             layout.key_index = batch.key_index
             layout.cu_seqlens_kv, layout.max_seqlen_kv = batch.cu_seqlens_kv, batch.max_seqlen_kv
         return layout
@@ -137,34 +136,27 @@ class SequenceLayout(PackedSeqParams):
         """The sequences in the shapes that SDPA works on: all in one, or those that branch apart from the others,
         because the one prompt is long and its many branches are short.
         """
+        starts, lengths = self.cu_seqlens_q[:-1], self.cu_seqlens_q.diff()
         if self.key_index is None:
-            place = _places(self.cu_seqlens_q.diff(), self.max_seqlen_q, self.num_tokens)
-            return (Padding(self.cu_seqlens_q.numel() - 1, self.max_seqlen_q, self.max_seqlen_q, place, place),)
-        before = self.cu_seqlens_kv.diff() - self.cu_seqlens_q.diff()
+            index = _padded_index(starts, lengths, self.max_seqlen_q)
+            return (Padding(lengths.numel(), index, index, _places(lengths, self.max_seqlen_q, self.num_tokens)),)
+        before = self.cu_seqlens_kv.diff() - lengths
         groups = [which for which in (before == 0, before > 0) if which.any()]
-        return tuple(self._padding(which, self.key_index) for which in groups)
+        return tuple(self._padding(which, before, self.key_index) for which in groups)
 
-    def _padding(self, which: Tensor, key_index: Tensor) -> Padding:
-        """Of the sequences marked in `which`, bool [S]."""
-        every_q, every_kv = self.cu_seqlens_q.diff(), self.cu_seqlens_kv.diff()
-        lengths_q, lengths_kv = every_q[which], every_kv[which]
-        queries = which.repeat_interleave(every_q).nonzero()[:, 0]
-        keys = key_index[which.repeat_interleave(every_kv)]
-        max_q, max_kv = int(lengths_q.max()), int(lengths_kv.max())
+    def _padding(self, which: Tensor, before: Tensor, key_index: Tensor) -> Padding:
+        """Of the sequences marked in `which`, bool [S], that have `before` [S] keys of a prompt before their own."""
+        lengths, before = self.cu_seqlens_q.diff()[which], before[which]
+        max_q, max_kv = int(lengths.max()), int((lengths + before).max())
         visible = None
-        before = lengths_kv - lengths_q
-        if (before > 0).any():
-            device = before.device
-            last = before[:, None] + torch.arange(max_q, device=device)
-            visible = (torch.arange(max_kv, device=device) <= last[:, :, None])[:, None]
+        if before.any():
+            last = before[:, None] + torch.arange(max_q, device=before.device)
+            visible = (torch.arange(max_kv, device=before.device) <= last[:, :, None])[:, None]
         return Padding(
-            lengths_q.numel(),
-            max_q,
-            max_kv,
-            _places(lengths_q, max_q, queries.numel()),
-            _places(lengths_kv, max_kv, keys.numel()),
-            queries,
-            keys,
+            lengths.numel(),
+            _padded_index(self.cu_seqlens_q[:-1][which], lengths, max_q),
+            key_index[_padded_index(self.cu_seqlens_kv[:-1][which], lengths + before, max_kv)],
+            _places(lengths, max_q, int(lengths.sum())),
             visible,
         )
 
@@ -267,11 +259,11 @@ def packed_attention(
         out = varlen_attn(q, k, v, *_lengths(layout), window_size=(-1, 0))  # the same kernel and the same alignment
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out
+    if len(layout.paddings) == 1:
+        return _padded_attention(q, k, v, layout.paddings[0], dropout)
     parts = [_padded_attention(q, k, v, padding, dropout) for padding in layout.paddings]
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.cat([padding.queries for padding in layout.paddings if padding.queries is not None])
-    return torch.empty_like(q).index_copy(0, order, torch.cat(parts))
+    tokens = torch.cat([padding.queries[padding.place] for padding in layout.paddings])
+    return torch.empty_like(q).index_copy(0, tokens, torch.cat(parts))
 
 
 def _gather_keys(x: Tensor, layout: SequenceLayout) -> Tensor:
@@ -289,23 +281,27 @@ def _places(lengths: Tensor, longest: int, total: int) -> Tensor:
     return torch.arange(total, device=device) + shift.repeat_interleave(lengths, output_size=total)
 
 
+def _padded_index(starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """int64 [B * longest]: start + 0, 1, ... of each sequence, and its start again where it has ended."""
+    offsets = torch.arange(longest, device=starts.device)
+    return (starts[:, None] + torch.where(offsets < lengths[:, None], offsets, 0)).flatten()
+
+
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout: float) -> Tensor:
     """Of the padding's queries, [n, heads, d]."""
     B, heads = padding.rows, q.shape[1]
 
-    def pad(x: Tensor, index: Tensor | None, longest: int, place: Tensor) -> Tensor:
-        x = _repeat_heads(x if index is None else x.index_select(0, index), heads)
-        if B == 1:
-            return x.transpose(0, 1).unsqueeze(0)
-        padded = x.new_zeros(B * longest, *x.shape[1:]).index_copy(0, place, x)
-        return padded.view(B, longest, *x.shape[1:]).transpose(1, 2)
+    def pad(x: Tensor, index: Tensor) -> Tensor:
+        # A row that is one sequence is in its place already.
+        x = x if B == 1 and index.numel() == x.shape[0] else x.index_select(0, index)
+        x = _repeat_heads(x, heads)
+        return x.view(B, -1, *x.shape[1:]).transpose(1, 2)
 
-    q = pad(q, padding.queries, padding.max_q, padding.query_place)
-    k, v = (pad(x, padding.keys, padding.max_kv, padding.key_place) for x in (k, v))
+    q, k, v = pad(q, padding.queries), pad(k, padding.keys), pad(v, padding.keys)
     causal = padding.visible is None
     out = F.scaled_dot_product_attention(q, k, v, padding.visible, dropout_p=dropout, is_causal=causal)
     out = out.transpose(1, 2).flatten(0, 1)
-    return out if B == 1 else out.index_select(0, padding.query_place)
+    return out if out.shape[0] == padding.place.numel() else out.index_select(0, padding.place)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
