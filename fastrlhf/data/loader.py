@@ -10,6 +10,7 @@ micro-batch takes well under a millisecond).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +18,8 @@ import numpy as np
 
 from fastrlhf.data import packing
 from fastrlhf.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Sample = TypeVar("Sample")
 MicroBatch = TypeVar("MicroBatch")
@@ -71,6 +74,7 @@ class Loader(Generic[Sample, MicroBatch]):
         self.epoch = 0
         self.cursor = 0  # samples of this epoch already given out, over all ranks
         self._permutation: tuple[int, np.ndarray] | None = None
+        self._efficiency: float | None = None
 
     def __len__(self) -> int:
         """Steps in a whole epoch."""
@@ -93,11 +97,32 @@ class Loader(Generic[Sample, MicroBatch]):
         if self.max_tokens is not None and self.cost is not None:
             lengths = [self.cost(self.dataset[int(i)]) for i in indices]
             shares = packing.share(lengths, self.data_size, self.max_tokens)
+            self._packed(lengths, shares, self.max_tokens)
             return [indices[micro] for micro in shares[self.data_rank]]
         size = self.micro_batch_size
         micro_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         first = self.data_rank * self.micro_batches_per_rank
         return micro_batches[first : first + self.micro_batches_per_rank]
+
+    def _packed(self, lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> None:
+        first = self._efficiency is None
+        self._efficiency = packing.efficiency(lengths, shares, max_tokens)
+        if first:
+            log.info(
+                "packing: %d samples of %d tokens in %d micro-batches of at most %d, %.1f%% of their room used",
+                len(lengths),
+                sum(lengths),
+                sum(len(micro_batches) for micro_batches in shares),
+                max_tokens,
+                100 * self._efficiency,
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step, over all ranks: packing_efficiency, the share of the micro-batches' room that tokens fill.
+
+        Empty without a token budget.
+        """
+        return {} if self._efficiency is None else {"packing_efficiency": self._efficiency}
 
     def _order(self) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != self.epoch:

@@ -180,3 +180,18 @@ def test_a_token_budget_needs_a_sample_a_rank_and_a_cost() -> None:
         list(loader(9, 9, 1, max_tokens=8, cost=_cost))
     with pytest.raises(ValueError, match="go together"):
         loader(9, 9, 1, max_tokens=8)
+
+
+def test_the_efficiency_of_packing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Nine samples of 1 to 9 tokens on two ranks: 45 tokens in four micro-batches of 20, or three on one rank."""
+    caplog.set_level("INFO")
+    for size, efficiency in ((1, 45 / 60), (2, 45 / 80)):
+        one = loader(9, 9, 1, 0, size, max_tokens=20, cost=_cost)
+        assert one.metrics() == {}
+        steps = iter(one)
+        next(steps), next(steps)
+        assert one.metrics() == {"packing_efficiency": efficiency}
+    assert caplog.messages[1:] == [
+        "packing: 9 samples of 45 tokens in 4 micro-batches of at most 20, 56.2% of their room used"
+    ]
+    assert loader(9, 9, 1).metrics() == {}
