@@ -79,7 +79,7 @@ def run(
             start = time.perf_counter()
             step += 1
             with phase(f"step {step}"):
-                metrics = algorithm.step(batch)
+                metrics = algorithm.step(batch) | batches.metrics()
             metrics["seconds"] = time.perf_counter() - start
             last = step == total_steps
             if last and finish is not None:
