@@ -123,7 +123,7 @@ class Checkpointer:
             parts = parts_of(learner.stage, optimizer_values(learner))
             mine = owned(parts, self.mesh, sharded_over_data=is_sharded_over_data(learner))
             contents[f"{name}.optimizer/{own}"] = snapshot(mine, copy=copy)
-        contents[f"random/{own}"] = ShardFile(generator_states(self.mesh), {"format": "pt"})
+        contents[f"random/{own}"] = ShardFile(generator_states(self.mesh), {})
         if self.mesh.rank == 0:
             learners = {name: learner_state(learner) for name, learner in algorithm.learners().items()}
             whole = {**state, "learners": learners, "layout": _layout(self.mesh), "versions": _versions()}

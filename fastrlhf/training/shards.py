@@ -125,7 +125,8 @@ def snapshot(parts: Iterable[Part], *, copy: bool) -> ShardFile:
         shape = part.box.shape if part.data.numel() == part.box.numel else (-1,)
         tensors[name] = part.data.to("cpu", copy=copy).view(shape)
         index[name] = [part.kind, part.key, part.box.whole, part.box.offset, part.box.shape, part.start]
-    return ShardFile(tensors, {"format": "pt", "shards": json.dumps(index)})
+    # One entry only: safetensors writes several in any order, and equal checkpoints should be equal files.
+    return ShardFile(tensors, {"shards": json.dumps(index)})
 
 
 @dataclass(frozen=True)

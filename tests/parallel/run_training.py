@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fastrlhf.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from fastrlhf.data.batches import PackedBatch, pack
@@ -125,22 +125,50 @@ def three_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
 
 
 def save_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[str, float]]:
-    """Two steps, a checkpoint, and the two steps after it."""
-    training = Training(mesh, ModelConfig(**MODELS["tied"], dtype="fp32"), distributed=distributed)
+    """Two steps, a checkpoint, and the three steps after it; the weights saved go to folder/weights.safetensors."""
+    training = Training(mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), distributed=distributed)
     training.steps([0, 1])
     checkpointer(mesh, folder).save(2, training, {"step": 2, "cursor": 17})
-    return training.steps([2, 3])
+    weights = training.weights()
+    if mesh.rank == 0:
+        save_file(weights, folder / "weights.safetensors")
+    return training.steps([2, 3, 4])
 
 
-def load_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[str, float]]:
-    """The two steps after a checkpoint, in a model with other weights."""
-    training = Training(mesh, ModelConfig(**MODELS["tied"], dtype="fp32"), seed=99, distributed=distributed)
+def load_and_continue(mesh: Mesh, folder: Path, distributed: bool, resaved: Path | None = None) -> dict[str, Any]:
+    """The three steps after a checkpoint, in a model with other weights, and whether it got those saved.
+
+    What was loaded is saved again to `resaved` before the steps.
+    """
+    training = Training(mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed)
     reader = checkpointer(mesh, folder)
     newest = reader.newest()
     assert newest is not None
     state = reader.load(newest, training)
     assert (state["step"], state["cursor"]) == (2, 17)
-    return training.steps([2, 3])
+    weights, saved = training.weights(), load_file(folder / "weights.safetensors")
+    same = mesh.rank > 0 or (weights.keys() == saved.keys() and all(torch.equal(weights[n], saved[n]) for n in saved))
+    if resaved is not None:
+        checkpointer(mesh, resaved).save(2, training, {"step": 2, "cursor": 17})
+    return {"same weights": same, "steps": training.steps([2, 3, 4])}
+
+
+def there_and_back(mesh: Mesh, folder: Path, saved: str, distributed: bool) -> dict[str, bool]:
+    """Of every layout that loaded `saved`, saved it and lets this one load it and save it again: are the files equal,
+    weights and optimizer state?
+    """
+    wanted = tensor_files(folder / f"saved.{saved}")
+    for via in LAYOUTS:
+        training = Training(mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed)
+        checkpointer(mesh, folder).load(folder / f"{saved}.via.{via}" / "step_00000002", training)
+        checkpointer(mesh, folder / f"{saved}.back.{via}").save(2, training, {"step": 2})
+    return {via: tensor_files(folder / f"{saved}.back.{via}") == wanted for via in LAYOUTS}
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Hash of each file of tensors of the checkpoint but the generators'."""
+    entries = json.loads((folder / "step_00000002" / "files.json").read_text())["files"]
+    return {n: e["blake2b"] for n, e in entries.items() if n.endswith(".safetensors") and not n.startswith("random")}
 
 
 def resume_with_dropout(mesh: Mesh, folder: Path) -> list[list[dict[str, float]]]:
@@ -183,11 +211,6 @@ def run(folder: Path, name: str) -> None:
             save_file(trained["weights"], out / f"{kind}.weights.safetensors")
     if name in SAVING:
         results["continued"] = save_and_continue(mesh, folder / f"saved.{name}", distributed)
-    results["loaded"] = {
-        saved: load_and_continue(mesh, folder / f"saved.{saved}", distributed)
-        for saved in SAVING
-        if (folder / f"saved.{saved}").is_dir() and LAYOUTS[saved][1] == distributed
-    }
     if name == "both-sequence":
         results["resumed"] = resume_with_dropout(mesh, folder / "dropout")
         results["fp16.overflow"] = half_precision(mesh, "fp16", 2.0**60, 5)
@@ -198,7 +221,32 @@ def run(folder: Path, name: str) -> None:
     meshes.finalize()
 
 
+def load(folder: Path, name: str) -> None:
+    parallel, distributed = LAYOUTS[name]
+    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
+    loaded = {
+        saved: load_and_continue(mesh, folder / f"saved.{saved}", distributed, folder / f"{saved}.via.{name}")
+        for saved in SAVING
+    }
+    if mesh.rank == 0:
+        (folder / name / "loaded.json").write_text(json.dumps(loaded))
+    meshes.finalize()
+
+
+def back(folder: Path, name: str) -> None:
+    parallel, distributed = LAYOUTS[name]
+    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
+    same = there_and_back(mesh, folder, name, distributed)
+    if mesh.rank == 0:
+        (folder / name / "back.json").write_text(json.dumps(same))
+    meshes.finalize()
+
+
 if __name__ == "__main__":
     # Checkpoints are saved before they are loaded.
-    for layout in sorted(LAYOUTS, key=lambda layout: layout not in SAVING):
+    for layout in LAYOUTS:
         run(Path(sys.argv[1]), layout)
+    for layout in LAYOUTS:
+        load(Path(sys.argv[1]), layout)
+    for layout in SAVING:
+        back(Path(sys.argv[1]), layout)
