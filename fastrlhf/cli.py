@@ -102,14 +102,17 @@ def quickstart(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 1234,
+    model: Annotated[
+        str, typer.Option(help="tiny (from random weights), smollm2 (pretrained), or a local Hugging Face folder.")
+    ] = "tiny",
 ) -> None:
     """Run the whole InstructGPT loop on this machine.
 
-    Pretraining, SFT, reward model and PPO-ptx of a small model, and a report.
+    Pretraining (or a pretrained model), SFT, reward model and PPO-ptx of a small model, and a report.
     """
     from fastrlhf.quickstart.stages import run
 
-    run(out, tensor, pipeline, seed)
+    run(out, tensor, pipeline, seed, model=model)
 
 
 @data.command("prepare")

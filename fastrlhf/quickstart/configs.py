@@ -14,26 +14,84 @@ STARTS = {"sft": "pretrain", "rm": "sft", "ppo": "sft", "ppo_ptx": "sft"}
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: chosen so that two CPU cores finish in under 8 minutes."""
+    """How much of everything, and how fast it learns; the defaults are a tiny GPT from random weights that two CPU
+    cores train in under 8 minutes.
+    """
 
     vocab_size: int = 4096
     layers: int = 4
     hidden: int = 128
     heads: int = 4
     context: int = 128
+    """Prompt and response together, in tokens; the tiny GPT's positions."""
     window: int = 96
     """Tokens in a pretraining window."""
     new_tokens: int = 32
     """Longest response, in tokens."""
+    batch: int = 32
+    """Sequences in a step of pretraining and SFT."""
     pretrain_steps: int = 400
+    pretrain_lr: float = 2e-3
     sft_steps: int = 350
+    sft_lr: float = 1e-3
+    pretrain_fraction: float = 0.2
+    """Share of pretraining text mixed into SFT, as for InstructGPT's starting point of RL."""
     ranking_prompts: int = 2400
     rm_epochs: float = 1.0
+    rm_batch: int = 16
+    """Prompts, each with all its responses."""
+    rm_micro_batch: int = 8
+    rm_lr: float = 5e-4
+    ppo_runs: tuple[str, ...] = ("ppo", "ppo_ptx")
     ppo_steps: int = 40
     ppo_batch: int = 64
+    ppo_minibatches: int = 4
+    ppo_lr: float = 3e-4
+    value_lr: float = 5e-4
+    kl_coef: float = 0.05
+    gamma_ptx: float = 1.0
+    ema_decay: float = 0.9
     eval_prompts: int = 256
     eval_windows: int = 512
     labelers: int = 5
+
+
+PRETRAINED = Scale(
+    context=72,
+    window=48,
+    new_tokens=24,
+    batch=64,
+    sft_steps=24,
+    sft_lr=2e-4,
+    pretrain_fraction=0.0,
+    ranking_prompts=448,
+    rm_micro_batch=16,
+    rm_lr=5e-5,
+    ppo_runs=("ppo_ptx",),
+    ppo_steps=16,
+    ppo_minibatches=2,
+    ppo_lr=4e-5,
+    value_lr=5e-5,
+    ema_decay=0.8,
+    eval_prompts=192,
+    eval_windows=128,
+)
+"""For a pretrained model of a hundred million parameters: half an hour of two CPU cores.
+
+Learning rates are a tenth of the tiny model's or less, because these weights already hold something worth keeping.
+"""
+
+
+def model_section(scale: Scale) -> dict[str, Any]:
+    """The `model` section of the tiny GPT."""
+    return {
+        "family": "gpt",
+        "num_layers": scale.layers,
+        "hidden_size": scale.hidden,
+        "num_heads": scale.heads,
+        "max_positions": scale.context,
+        "dtype": "fp32",
+    }
 
 
 def data_path(out: Path, name: str) -> Path:
@@ -41,19 +99,13 @@ def data_path(out: Path, name: str) -> Path:
     return out / "data" / f"{name}.jsonl"
 
 
-def stage_config(run: str, out: Path, scale: Scale, parallel: dict[str, int], seed: int) -> Config:
+def stage_config(
+    run: str, out: Path, scale: Scale, model: dict[str, Any], parallel: dict[str, int], seed: int
+) -> Config:
     """The configuration of run "pretrain", "sft", "rm", "ppo" or "ppo_ptx", under the folder `out`."""
     files, sections = _runs(out, scale)[run]
     shared: dict[str, Any] = {
-        "model": {
-            "family": "gpt",
-            "num_layers": scale.layers,
-            "hidden_size": scale.hidden,
-            "num_heads": scale.heads,
-            "max_positions": scale.context,
-            "dtype": "fp32",
-            "load": str(out / STARTS[run]) if run in STARTS else None,
-        },
+        "model": {**model, "load": str(out / STARTS[run]) if run in STARTS else None},
         "parallel": parallel,
         "data": {
             "tokenizer": str(out / "tokenizer"),
@@ -73,49 +125,53 @@ def stage_config(run: str, out: Path, scale: Scale, parallel: dict[str, int], se
 
 def _runs(out: Path, scale: Scale) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
     """Run -> (data key -> split, the sections that are its own)."""
+    minibatch = scale.ppo_batch // scale.ppo_minibatches
+    batch = {"global_batch_size": scale.batch, "micro_batch_size": scale.batch}
     ppo = {
-        "train": {
-            "steps": scale.ppo_steps,
-            "global_batch_size": scale.ppo_batch,
-            "micro_batch_size": scale.ppo_batch // 4,
-        },
-        "optimizer": {"lr": 3e-4},
+        "train": {"steps": scale.ppo_steps, "global_batch_size": scale.ppo_batch, "micro_batch_size": minibatch},
+        "optimizer": {"lr": scale.ppo_lr},
         "schedule": {"decay": "constant", "warmup_steps": 2},
     }
     options = {
         "reward_model": str(out / "rm"),
         "batch_size": scale.ppo_batch,
-        "minibatch_size": scale.ppo_batch // 4,
+        "minibatch_size": minibatch,
         "ptx_per_episode": 1,
-        "value_lr": 5e-4,
-        "kl_coef": 0.05,
-        "ema_decay": 0.9,
+        "value_lr": scale.value_lr,
+        "kl_coef": scale.kl_coef,
+        "ema_decay": scale.ema_decay,
     }
     return {
         "pretrain": (
             {"train": "pretrain"},
             {
-                "train": {"steps": scale.pretrain_steps, "global_batch_size": 32, "micro_batch_size": 32},
-                "optimizer": {"lr": 2e-3, "weight_decay": 0.01},
+                "train": {"steps": scale.pretrain_steps, **batch},
+                "optimizer": {"lr": scale.pretrain_lr, "weight_decay": 0.01},
                 "schedule": {"warmup_steps": 20},
             },
         ),
         "sft": (
             {"train": "sft", "pretrain": "pretrain"},
             {
-                # Pretraining text mixed in, as for InstructGPT's starting point of RL.
-                "data": {"pretrain_fraction": 0.2},
-                "train": {"steps": scale.sft_steps, "global_batch_size": 32, "micro_batch_size": 32},
-                "optimizer": {"lr": 1e-3},
+                "data": {"pretrain_fraction": scale.pretrain_fraction},
+                "train": {"steps": scale.sft_steps, **batch},
+                "optimizer": {"lr": scale.sft_lr},
             },
         ),
         "rm": (
-            {"train": "rankings_train", "valid": "rankings_valid", "demonstrations": "ppo"},
+            {"train": "rankings_train", "valid": "rankings_valid", "demonstrations": "centre"},
             {
-                "train": {"epochs": scale.rm_epochs, "global_batch_size": 16, "micro_batch_size": 8},
-                "optimizer": {"lr": 5e-4},
+                "train": {
+                    "epochs": scale.rm_epochs,
+                    "global_batch_size": scale.rm_batch,
+                    "micro_batch_size": scale.rm_micro_batch,
+                },
+                "optimizer": {"lr": scale.rm_lr},
             },
         ),
         "ppo": ({"prompts": "ppo"}, {**ppo, "ppo": {**options, "gamma_ptx": 0.0}}),
-        "ppo_ptx": ({"prompts": "ppo", "pretrain": "pretrain"}, {**ppo, "ppo": {**options, "gamma_ptx": 1.0}}),
+        "ppo_ptx": (
+            {"prompts": "ppo", "pretrain": "pretrain"},
+            {**ppo, "ppo": {**options, "gamma_ptx": scale.gamma_ptx}},
+        ),
     }

