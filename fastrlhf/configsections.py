@@ -312,5 +312,7 @@ class LogConfig(Section):
     """Write TensorBoard files."""
     wandb_project: str | None = None
     """Weights & Biases project. None: off."""
+    samples: Count = 4
+    """Responses of each PPO iteration written to samples.jsonl and shown in the report; 0: none."""
     progress: bool = True
     """Show a live progress line on rank 0."""
