@@ -7,6 +7,7 @@ variables on purpose: what a run used can be read in one file.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,10 +161,13 @@ def _describe(detail: Any, model: type[BaseModel]) -> tuple[str, str]:
         return full, f"{full} {cause.problem}"
     if kind == "extra_forbidden":
         return key, _unknown(key, model)
+    if kind == "missing" and any(known.startswith(f"{key}.") for known in known_keys(model)):
+        return key, f"missing section {key}; add it"
     if kind == "missing":
         return key, f"missing required key {key}; add it, or pass {key}=VALUE"
     expected = detail["msg"].removeprefix("Input should be ").partition(", unable to")[0]
     expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
+    expected = re.sub("^(greater|less) than", r"a number \1 than", expected)
     if kind == "model_type":
         expected = f"a section with keys of its own, such as '{key}: {{...}}'"
     return key, f"{key} is {_shown(value)}, expected {expected}"

@@ -11,15 +11,25 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fastrlhf.configfile import ConfigError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Above0 = Annotated[float, Field(gt=0.0)]
-AtLeast0 = Annotated[float, Field(ge=0.0)]
+
+def _not_bool(value: Any) -> Any:
+    """pydantic would read `train.steps: true` as one step."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+NotBool = BeforeValidator(_not_bool)
+Positive = Annotated[int, NotBool, Field(gt=0)]
+Count = Annotated[int, NotBool, Field(ge=0)]
+Fraction = Annotated[float, NotBool, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, NotBool, Field(ge=0.0, lt=1.0)]
+Above0 = Annotated[float, NotBool, Field(gt=0.0)]
+AtLeast0 = Annotated[float, NotBool, Field(ge=0.0)]
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """A list of strings; one bare string is a list of one."""
 
@@ -145,7 +155,7 @@ class ModelConfig(Section):
         if self.attention == "flash" and self.dtype == "fp32":
             raise ConfigError("attention", "flash needs dtype bf16 or fp16; use attention sdpa (or auto) with fp32")
         if self.load and self.hf:
-            raise ConfigError("hf", "and load are both set; a model starts from one of them: remove the other")
+            raise ConfigError("hf", "and load are both set; a model starts from one of them: set the other to null")
         return self
 
 
@@ -263,7 +273,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ConfigError("epochs", "and steps are both set; the length of a run has one source: remove the other")
+            raise ConfigError("epochs", "and steps are both set; a run has one length: set the other to null")
         if self.max_tokens_per_micro_batch is None and self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 "global_batch_size",

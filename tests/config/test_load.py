@@ -112,9 +112,12 @@ def test_unknown_override_names_the_nearest(minimal, override, expected):
     ("override", "expected"),
     [
         ("train.seed=x", "train.seed is 'x', expected an integer"),
-        ("train.seed=-1", "train.seed is -1, expected greater than or equal to 0"),
+        ("train.seed=-1", "train.seed is -1, expected a number greater than or equal to 0"),
+        ("train.steps=true", "train.steps is True, expected a number"),
+        ("optimizer.lr=true", "optimizer.lr is True, expected a number"),
+        ("model.rope_theta=no", "model.rope_theta is False, expected a number"),
         ("train.steps=1.5", "train.steps is 1.5, expected an integer, got a number with a fractional part"),
-        ("optimizer.lr=0", "optimizer.lr is 0, expected greater than 0"),
+        ("optimizer.lr=0", "optimizer.lr is 0, expected a number greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr is nan, expected a finite number"),
         ("model.family=gtp", "model.family is 'gtp', expected 'gpt' or 'llama'"),
         ("data.train=[a, 3]", "data.train is 3, expected a string"),
@@ -144,7 +147,7 @@ def test_missing_key_points_at_its_section(tmp_path, minimal):
 
 def test_missing_section_names_the_file(tmp_path):
     path = write(tmp_path, "output_dir: x\n")
-    assert message(path).startswith(f"{path}: missing required key model; ")
+    assert message(path).startswith(f"{path}: missing section model; add it")
 
 
 def test_key_given_twice(tmp_path, minimal):
@@ -176,7 +179,7 @@ def test_malformed_yaml_has_its_line(tmp_path, text, expected):
 
 def test_empty_file_lacks_its_sections(tmp_path):
     path = write(tmp_path, "")
-    assert "missing required key" in message(path)
+    assert "missing section model; add it (and 3 more mistakes)" in message(path)
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -79,8 +79,14 @@ def test_every_field_is_documented():
         (["model.family=llama"], "model.ffn_size is required for family llama"),
         (["model.ffn_size=-1"], "model.ffn_size is -1, expected above 0"),
         (["model.attention=flash", "model.dtype=fp32"], "model.attention flash needs dtype bf16 or fp16"),
-        (["model.load=a", "model.hf=b"], "model.hf and load are both set"),
-        (["train.steps=1", "train.epochs=1"], "train.epochs and steps are both set"),
+        (
+            ["model.load=a", "model.hf=b"],
+            "model.hf and load are both set; a model starts from one of them: set the other to null",
+        ),
+        (
+            ["train.steps=1", "train.epochs=1"],
+            "train.epochs and steps are both set; a run has one length: set the other to null",
+        ),
         (
             ["train.global_batch_size=10", "train.micro_batch_size=4"],
             "train.global_batch_size 10 is not a multiple of micro_batch_size 4",
