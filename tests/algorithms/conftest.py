@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_ppo.py and the golden iteration, which tests import
+
+import tiny_ppo
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
 
@@ -26,3 +31,23 @@ def launch(command: list[str], timeout: float = 300) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data/ and the random reward model rm/ of tiny_ppo.config."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_ppo.make_data(folder)
+    tiny_ppo.save_reward_model(folder, tiny_ppo.mesh_of(tiny_ppo.config(folder)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., None]:
+    """torchrun(script, *arguments): four ranks."""
+
+    def run(script: str, *arguments: str) -> None:
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+        launch([sys.executable, *ranks, script, *arguments])
+
+    return run

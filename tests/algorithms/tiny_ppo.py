@@ -1,4 +1,4 @@
-"""A PPO run small enough to be built in a test: data, a random reward model, and the job as `fastrlhf ppo` builds it."""
+"""A PPO run small enough to be built in a test: data, a random reward model, the job as `fastrlhf ppo` builds it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from fastrlhf import launch
 from fastrlhf.config import Config, ModelConfig
+from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.generation.engine import Generated
 from fastrlhf.models.gpt import build_model
 from fastrlhf.parallel import mesh as meshes
@@ -37,9 +38,10 @@ def make_data(folder: Path) -> None:
     debug.main(folder / "data")
 
 
-def save_reward_model(folder: Path, mesh: Mesh, vocab_size: int, name: str = "rm", seed: int = 7) -> None:
-    """A random reward model in folder/name."""
-    stage = build_model(ModelConfig(**MODEL), mesh, vocab_size, head="scalar", seed=seed)
+def save_reward_model(folder: Path, mesh: Mesh, name: str = "rm", seed: int = 7, **model: Any) -> None:
+    """A random reward model in folder/name; `model` are fields of its configuration."""
+    vocab_size = len(load_tokenizer(folder / "data" / "tokenizer"))
+    stage = build_model(ModelConfig(**MODEL, **model), mesh, vocab_size, head="scalar", seed=seed)
     save_model(folder / name, stage, tokenizer=str(folder / "data" / "tokenizer"))
 
 
