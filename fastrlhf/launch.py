@@ -39,6 +39,7 @@ from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import write_run_report
 from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.loading import find_model, load_saved, without_dropout
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -198,14 +199,8 @@ class Parts:
         return stage
 
     def saved_stage(self, path: str, head: Literal["lm", "scalar"]) -> GPT:
-        """A model whose shape is the checkpoint's own (a 6B reward model beside a 175B policy), in the policy's
-        dtype.
-        """
-        saved = describe_model(path)
-        model = _without_dropout(saved.model.model_copy(update={"dtype": self.config.model.dtype}))
-        stage = build_model(model, self.mesh, saved.vocab_size, head=head)
-        load_model(saved, stage)
-        return stage
+        """A model whose shape is its own (a 6B reward model beside a 175B policy), in the policy's dtype."""
+        return load_saved(find_model(path), self.mesh, head, self.config.model.dtype)
 
     def learner(
         self, stage: GPT, total_steps: int, schedule: ScheduleConfig | None = None, lr: float | None = None
@@ -290,7 +285,8 @@ def _ppo(run: Parts) -> Job:
     # PPO counts its warm-up in iterations, as it counts its steps.
     schedule = config.schedule.model_copy(update={"warmup_steps": config.schedule.warmup_steps * updates})
     total_updates = config.train.steps * updates
-    model = _without_dropout(config.model)
+    # Dropout in any of its models, and the ratios of the first update would not be 1.
+    model = without_dropout(config.model)
     policy = run.learner(run.stage(model, "lm"), total_updates, schedule)
     value_start = config.ppo.value_model
     value = run.stage(model, "scalar") if value_start is None else run.saved_stage(value_start, "scalar")
@@ -337,12 +333,6 @@ def _ptx_batches(run: Parts) -> Loader | None:
     assert pretrain is not None
     examples = ppo.ptx_per_episode * ppo.minibatch_size
     return run.loader(run.windows(pretrain), pack_windows, global_batch_size=examples, cost=window_tokens)
-
-
-def _without_dropout(model: ModelConfig) -> ModelConfig:
-    """PPO runs all its models without dropout, or the ratios of the first update would not be 1."""
-    off = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
-    return model.model_copy(update=off)
 
 
 _SHAPE = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_positions", "position")

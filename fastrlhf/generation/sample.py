@@ -20,12 +20,13 @@ from fastrlhf.config import Config
 from fastrlhf.data.records import Prompt, read_records
 from fastrlhf.data.tokenize import encode_prompts, load_tokenizer
 from fastrlhf.errors import UserError
-from fastrlhf.generation.engine import Generated, generate
+from fastrlhf.generation.engine import Generated, generate, generate_all
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.gpt import GPT
+from fastrlhf.models.loading import find_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.checkpoint import describe_model, load_model
+from fastrlhf.training.checkpoint import SavedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -93,6 +94,53 @@ def sample(
     return _write(Path(out), prompts, _everyones(mesh, found), _everyones(mesh, wanted), is_writer=mesh.rank == 0)
 
 
+@dataclass(frozen=True)
+class Response:
+    """One response to one prompt, as a reader sees it."""
+
+    text: str
+    """Without the stop token or string."""
+    tokens: int
+    """Its length, the stop token included."""
+    stopped: bool
+    """False: cut at the length limit."""
+
+
+def respond(
+    stage: GPT,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    *,
+    mesh: Mesh,
+    slots: int = 64,
+    copies: int = 1,
+) -> list[list[Response]]:
+    """`copies` responses to each of the tokenized `prompts`, the same on every rank and under every layout.
+
+    They depend on the weights, the prompts and `params` alone; two models asked with the same `params` draw the same
+    noise.
+    """
+    mine = range(mesh.data_rank, len(prompts), mesh.data_size)
+    draws = [(i, j) for i in mine for j in range(copies)]
+    generated = generate_all(
+        stage,
+        [prompts[i] for i, _ in draws],
+        params,
+        mesh=mesh,
+        eos=tokenizer.eos_token_id,
+        slots=slots,
+        tokenizer=tokenizer,
+        ids=[i * copies + j for i, j in draws],
+    )
+    found: dict[int, list[Response]] = {i: [] for i in mine}
+    for (i, _), response in zip(draws, generated, strict=True):
+        text = _text(tokenizer, response, params.stop)
+        found[i].append(Response(text, len(response.tokens), response.stopped))
+    everyones = _everyones(mesh, found)
+    return [everyones[i] for i in range(len(prompts))]
+
+
 def _text(tokenizer: PreTrainedTokenizerFast, response: Generated, stop: tuple[str, ...]) -> str:
     text = str(tokenizer.decode(response.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     ends = [at for at in map(text.find, stop) if at >= 0]
@@ -130,9 +178,28 @@ def _write(
 def run(config: Config) -> None:
     """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl."""
     tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh = meshes.initialize(config.parallel, config.train.seed)
+    prompts, too_long = fitting_prompts(config, tokenizer, mesh)
+    params = SamplingParams.from_config(config.generation, config.train.seed)
+    out = Path(config.output_dir) / "samples.jsonl"
+    saved = find_policy(config.model.load or config.model.hf, "sample")
+    stage = load_saved(saved, mesh, "lm", config.model.dtype)
+    slots = config.generation.slots
+    counts = sample(stage, tokenizer, prompts, config.sample.k, params, mesh=mesh, out=out, slots=slots)
+    if mesh.rank == 0:
+        print(
+            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked "
+            f"for, {counts.unusable} were left out with fewer than two, {too_long} were too long)"
+        )
+    dist.barrier()
+
+
+def fitting_prompts(config: Config, tokenizer: PreTrainedTokenizerFast, mesh: Mesh) -> tuple[list[Prompt], int]:
+    """The prompts of `data.prompts` within `data.max_prompt_tokens`, and how many were not. Raises `UserError` if none
+    is.
+    """
     data = config.data
     assert data.prompts is not None  # config.require
-    mesh = meshes.initialize(config.parallel, config.train.seed)
     rejected = Path(config.output_dir) / "rejected.jsonl" if mesh.rank == 0 else None
     prompts = list(read_records(data.prompts, "prompts", data.on_error, rejected))
     lengths = map(len, encode_prompts(tokenizer, [prompt.prompt for prompt in prompts]))
@@ -142,35 +209,16 @@ def run(config: Config) -> None:
             f"{', '.join(data.prompts)}: none of the {len(prompts)} prompts is within data.max_prompt_tokens "
             f"{data.max_prompt_tokens}; raise it or shorten the prompts"
         )
-    params = SamplingParams.from_config(config.generation, config.train.seed)
-    out = Path(config.output_dir) / "samples.jsonl"
-    stage = _policy(config, mesh, len(tokenizer))
-    slots = config.generation.slots
-    counts = sample(stage, tokenizer, fitting, config.sample.k, params, mesh=mesh, out=out, slots=slots)
-    if mesh.rank == 0:
-        too_long = len(prompts) - len(fitting)
-        print(
-            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked "
-            f"for, {counts.unusable} were left out with fewer than two, {too_long} were too long)"
-        )
-    dist.barrier()
+    return fitting, len(prompts) - len(fitting)
 
 
-def _policy(config: Config, mesh: Mesh, tokens: int) -> GPT:
-    model = config.model
-    if model.load is not None:
-        saved = describe_model(model.load)
-        if saved.head != "lm":
-            raise UserError(f"{model.load} is a reward or value model, not a policy; set model.load to a policy")
-        stage = build_model(saved.model.model_copy(update={"dtype": model.dtype}), mesh, saved.vocab_size)
-        load_model(saved, stage)
-    elif model.hf is not None:
-        from fastrlhf.models.hf import load_hf
-
-        stage = build_model(model, mesh, model.vocab_size or tokens)
-        load_hf(model.hf, stage)
-    else:
+def find_policy(path: str | None, command: str) -> SavedModel:
+    """The language model saved at `path`, in our format or Hugging Face's. Raises `UserError` if there is none."""
+    if path is None:
         raise UserError(
-            "sample needs a trained model: set model.load to a run's folder or model.hf to a Hugging Face one"
+            f"{command} needs a trained model: set model.load to a run's folder or model.hf to a Hugging Face one"
         )
-    return stage
+    saved = find_model(path)
+    if saved.head != "lm":
+        raise UserError(f"{path} is a reward or value model, not a policy; set model.load to a policy")
+    return saved

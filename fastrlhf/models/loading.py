@@ -1,0 +1,58 @@
+"""The model at a path, in the shape it was saved in: a run, a checkpoint, a model folder, or a Hugging Face model.
+
+Left out on purpose: models whose shape the configuration gives (`launch.Parts.stage`), and training state.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fastrlhf.config import ModelConfig
+from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.checkpoint import SavedModel, describe_model, load_model
+
+
+def is_hugging_face(path: str | Path) -> bool:
+    """Whether `path` is a Hugging Face folder or a .gguf file, and none of our own folders."""
+    path = Path(path)
+    return path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / "model.json").is_file())
+
+
+def find_model(path: str | Path) -> SavedModel:
+    """What is saved at `path`, as `training.checkpoint.describe_model`, or a Hugging Face folder or .gguf file.
+
+    The tokenizer of a Hugging Face folder is the folder itself, "" where it holds none. Raises `UserError` if there is
+    no model.
+    """
+    path = Path(path)
+    if not is_hugging_face(path):
+        return describe_model(path)
+    model = model_config_from_hf(path)
+    assert model.vocab_size is not None
+    tokenizer = str(path) if (path / "tokenizer_config.json").is_file() else ""
+    return SavedModel(path=path, model=model, vocab_size=model.vocab_size, head=head_from_hf(path), tokenizer=tokenizer)
+
+
+def load_saved(
+    saved: SavedModel, mesh: Mesh, head: Literal["lm", "scalar"], dtype: Literal["fp32", "bf16", "fp16"]
+) -> GPT:
+    """The stage of the model that `find_model` found, without dropout, its weights in `dtype`; all ranks call.
+
+    Raises `UserError` if the model has another head.
+    """
+    model = without_dropout(saved.model.model_copy(update={"dtype": dtype}))
+    stage = build_model(model, mesh, saved.vocab_size, head=head)
+    if is_hugging_face(saved.path):
+        load_hf(saved.path, stage)
+    else:
+        load_model(saved, stage)
+    return stage
+
+
+def without_dropout(model: ModelConfig) -> ModelConfig:
+    """The same model with every dropout at 0."""
+    off = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
+    return model.model_copy(update=off)
