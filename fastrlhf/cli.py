@@ -117,32 +117,19 @@ def quickstart(
 
 @data.command("prepare")
 def prepare_data(
-    files: Files,
-    out: Annotated[Path, typer.Option(help="Folder for the splits, the manifest and the data card.")],
-    kind: Annotated[Kind, typer.Option(help="What the files hold.")] = "prompts",
-    seed: Annotated[int, typer.Option(help="Seed of the splits and of what is kept.")] = 1234,
-    prefix_chars: Annotated[int, typer.Option(help="Prompts equal in so many first characters are one.")] = 200,
-    max_per_user: Annotated[int, typer.Option(help="Records kept of one user.")] = 200,
-    valid_fraction: Annotated[float, typer.Option(help="Share of users in valid.")] = 0.05,
-    test_fraction: Annotated[float, typer.Option(help="Share of users in test.")] = 0.05,
-    min_chars: Annotated[int, typer.Option(help="Shorter records are dropped.")] = 1,
-    max_chars: Annotated[int, typer.Option(help="Longer records are dropped.")] = 20_000,
-    on_error: Broken = "strict",
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG|FILE... [KEY=VALUE]", help="A YAML file, or record files; then settings."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder that is written; with a YAML file, instead of its own.")
+    ] = None,
+    kind: Annotated[Kind, typer.Option(help="What the record files hold.")] = "prompts",
 ) -> None:
-    """Deduplicate, drop personal data, cap each user, and split by user."""
-    from fastrlhf.data.prepare import Settings, prepare
+    """Deduplicate, filter personal data, cap each user, and split by user."""
+    from fastrlhf.data.prepare import run
 
-    settings = Settings(
-        kind=kind,
-        seed=seed,
-        prefix_chars=prefix_chars,
-        max_per_user=max_per_user,
-        valid_fraction=valid_fraction,
-        test_fraction=test_fraction,
-        min_chars=min_chars,
-        max_chars=max_chars,
-    )
-    prepare(files, out, settings, on_error)
+    run(arguments, out, kind)
 
 
 @data.command("convert")

@@ -1,4 +1,4 @@
-"""Find personal data and secrets in text, by kind only: what was found is never returned, logged or stored.
+"""Find personal data and secrets in text, or replace them; what was found is never returned, logged or stored.
 
 Patterns are narrow and, where a number carries a checksum or a registry, checked against it, because a filter that
 drops every long number would drop arithmetic, code and dates. Left out on purpose: names and street addresses, which
@@ -48,59 +48,86 @@ _KEY = re.compile(
 )
 
 
-def _luhn(match: str) -> bool:
+def _luhn(match: str) -> int:
     digits = [int(c) for c in match if c.isdigit()]
     doubled = [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
-    return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+    return len(match) if len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else 0
 
 
-def _iban_checks(match: str) -> bool:
+def _iban_checks(match: str) -> int:
     """ISO 13616: letters become 10..35, the first four characters move to the end, the number is 1 modulo 97. The
     match may run on into words in capitals, so the country's length decides where it ends.
     """
     length = _IBAN_LENGTHS.get(match[:2], 0)
-    compact = match.replace(" ", "")[:length]
+    places = [place for place, character in enumerate(match) if character != " "][:length]
+    compact = "".join(match[place] for place in places)
     if len(compact) < max(length, 1):
-        return False
-    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
+        return 0
+    return places[-1] + 1 if int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1 else 0
 
 
-def _public_address(match: str) -> bool:
+def _public_address(match: str) -> int:
     try:
-        return ipaddress.ip_address(match).is_global
+        return len(match) if ipaddress.ip_address(match).is_global else 0
     except ValueError:
-        return False
+        return 0
 
 
-def _any(_: str) -> bool:
-    return True
-
-
-# kind, a character without which the pattern cannot match, the pattern, the check
-_KINDS: list[tuple[str, str, re.Pattern[str], Callable[[str], bool]]] = [
-    ("email", "@", _EMAIL, _any),
-    ("phone", "", _PHONE, _any),
+# kind, a character without which the pattern cannot match, the pattern, how many characters of a match are the finding
+_KINDS: list[tuple[str, str, re.Pattern[str], Callable[[str], int]]] = [
+    ("email", "@", _EMAIL, len),
+    ("phone", "", _PHONE, len),
     ("card", "", _CARD, _luhn),
     ("iban", "", _IBAN, _iban_checks),
-    ("ssn", "-", _SSN, _any),
+    ("ssn", "-", _SSN, len),
     ("ip", ".", _IPV4, _public_address),
     ("ip", ":", _IPV6, _public_address),
 ]
 _DIGIT = re.compile("[0-9]")
 
 
-def find_pii(text: str) -> set[str]:
-    """The kinds of personal data in `text`: email, phone, card, iban, ssn, ip, key. Full-width and other compatibility
-    forms of letters and digits are read as the plain ones.
+def find_pii(text: str) -> list[str]:
+    """The kind of each finding in `text`, in its order: email, phone, card, iban, ssn, ip, key. Full-width and other
+    compatibility forms of letters and digits are read as the plain ones.
     """
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    found = {"key"} if _KEY.search(plain) else set()
+    return [kind for _, _, kind in _spans(_plain(text))]
+
+
+def redact(text: str) -> tuple[str, list[str]]:
+    """`text` with each finding replaced by its kind, such as [EMAIL], and the kinds as `find_pii` gives them.
+
+    Text with a finding comes back in compatibility form (NFKC), in which it was found; other text is not changed.
+    """
+    plain = _plain(text)
+    spans = _spans(plain)
+    if not spans:
+        return text, []
+    pieces, end = [], 0
+    for start, stop, kind in spans:
+        pieces += [plain[end:start], f"[{kind.upper()}]"]
+        end = stop
+    return "".join([*pieces, plain[end:]]), [kind for _, _, kind in spans]
+
+
+def _plain(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)
+
+
+def _spans(plain: str) -> list[tuple[int, int, str]]:
+    """(start, end, kind) of the findings, in order; one that begins inside another belongs to it."""
+    found = [(match.start(), match.end(), "key") for match in _KEY.finditer(plain)]
     digits = _DIGIT.search(plain) is not None
     for kind, needed, pattern, check in _KINDS:
-        if (
-            (needed in plain)
-            and (digits or kind == "email")
-            and any(check(m[1] if m.re.groups else m[0]) for m in pattern.finditer(plain))
-        ):
-            found.add(kind)
-    return found
+        if needed in plain and (digits or kind == "email"):
+            for match in pattern.finditer(plain):
+                group = 1 if pattern.groups else 0
+                if length := check(match[group]):
+                    found.append((match.start(group), match.start(group) + length, kind))
+    spans: list[tuple[int, int, str]] = []
+    for start, stop, kind in sorted(found):
+        if spans and start < spans[-1][1]:
+            first, end, first_kind = spans[-1]
+            spans[-1] = (first, max(end, stop), first_kind)
+        else:
+            spans.append((start, stop, kind))
+    return spans

@@ -1,33 +1,33 @@
-"""Read demonstrations, rankings, prompts and text from JSONL, gzipped JSONL, parquet and plain text, checking every
-record.
+"""Rows of files (files.py) as checked demonstrations, rankings, prompts and text.
 
 What is wrong in a record is said once, in one line, with the file and the line. Columns nobody asked for are ignored,
-because public data sets carry many. Left out on purpose: downloading, tokenizing (tokenize.py), cleaning (prepare.py).
+because public data sets carry many. Left out on purpose: tokenizing (tokenize.py), cleaning (prepare.py).
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
+from fastrlhf.data import files
+from fastrlhf.data.files import Damaged, Paths, Position, as_files, as_paths, raw_rows
 from fastrlhf.errors import UserError
+
+__all__ = ["Paths", "as_paths"]
 
 log = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["demonstrations", "rankings", "prompts", "text"]
 OnError: TypeAlias = Literal["strict", "quarantine"]
-Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 
 def _not_blank(text: str) -> str:
@@ -40,10 +40,15 @@ def _id_to_str(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
+def _no_blank_id(value: str | None) -> str | None:
+    return value if value is None else _not_blank(value)  # one user for all who have no id would be capped as one
+
+
 Str = Annotated[str, Strict()]
 Filled = Annotated[Str, AfterValidator(_not_blank)]
-Id = Annotated[str | None, BeforeValidator(_id_to_str)]
-Rank = Annotated[int, Strict()] | Annotated[float, Strict(), AllowInfNan(False)]
+Id = Annotated[str | None, BeforeValidator(_id_to_str), AfterValidator(_no_blank_id)]
+_EXACT = 2**53  # ranks are compared as float64 at the most
+Rank = Annotated[int, Strict(), Field(ge=-_EXACT, le=_EXACT)] | Annotated[float, Strict(), AllowInfNan(False)]
 
 
 class Turn(TypedDict):
@@ -148,6 +153,7 @@ _EXPECTED = {
     "labeler_id": "a string or an integer",
 }
 
+_SHOWN = 1000  # bytes of a giant line that are set aside
 _CURE = "fix the line, or set on_error to quarantine to leave such lines out"
 
 
@@ -155,9 +161,15 @@ class BadRecord(Exception):
     """One record is unusable; the message says why, without the place."""
 
 
-def as_paths(paths: Paths) -> list[Path]:
-    """One path or many, as a list of Path."""
-    return [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+class Place(NamedTuple):
+    """Where a record stands: the file's number among those read, its path, the line or row from 1."""
+
+    file: int
+    path: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
 
 
 def read_records(
@@ -169,11 +181,12 @@ def read_records(
 ) -> Iterator[Any]:
     """Yield the records of `paths`, in file order, as the dataclass of `kind` (pairs become a Ranking with K = 2).
 
-    Endings read: .jsonl, .parquet, for text also .txt (a file is one document), and .gz after .jsonl or .txt.
-    A record that cannot be used raises UserError with `file:line`; with on_error="quarantine" it is counted in
-    `counts.rejected` and, when `rejected` is a path, written there as one JSON line {"source", "reason", "record"}.
-    A file that cannot be read (missing, truncated, of another kind) always raises UserError. Where several processes
-    read the same files, `rejected` is for one of them.
+    Read are .jsonl, .parquet and .arrow files, for text also .txt (a file is one document), .gz after .jsonl or .txt,
+    and folders that the `datasets` package saved.
+    A record that cannot be used, a file without records and one that breaks off raise UserError with `file:line`; with
+    on_error="quarantine" each is counted in `counts.rejected` and, when `rejected` is a path, written there as one JSON
+    line {"source", "reason", "record"}. A path that is missing or of another kind always raises UserError. Where
+    several processes read the same files, `rejected` is for one of them.
     """
     yield from parse_rows(paths, kind, lambda row: [parse_record(row, kind)], on_error, rejected, counts)
 
@@ -190,25 +203,70 @@ def parse_rows(
     counts = Counts() if counts is None else counts
     before = counts.rejected
     with ExitStack() as stack:
-        aside: TextIO | None = None
+        aside: Callable[[str], Any] | None = None
         if rejected is not None and on_error == "quarantine":
             Path(rejected).parent.mkdir(parents=True, exist_ok=True)
-            aside = stack.enter_context(open(rejected, "w", encoding="utf-8"))
-        for path in as_paths(paths):
-            for line, raw in _raw_records(path, kind):
-                counts.read += 1
-                try:
-                    parsed = parse(_decode(raw) if isinstance(raw, bytes) else raw)
-                except BadRecord as bad:
-                    if on_error == "strict":
-                        raise UserError(f"{path}:{line}: {bad}; {_CURE}") from None
-                    counts.rejected += 1
-                    _set_aside(aside, f"{path}:{line}", str(bad), raw)
-                else:
-                    yield from parsed
+            aside = stack.enter_context(open(rejected, "w", encoding="utf-8")).write
+        for _, found in placed_rows(as_files(paths), kind, parse, on_error, aside, counts):
+            yield from found
     if counts.rejected > before:
         see = f", see {rejected}" if rejected else ""
         log.warning("%d malformed records left out%s", counts.rejected - before, see)
+
+
+def placed_rows(
+    paths: list[Path],
+    kind: Kind,
+    parse: Callable[[dict[str, Any]], list[Any]],
+    on_error: OnError,
+    aside: Callable[[str], Any] | None,
+    counts: Counts,
+    *,
+    after: tuple[int, int] = (0, 0),
+    position: Position | None = None,
+) -> Iterator[tuple[Place, list[Any]]]:
+    """(place, what `parse` made of it) of each good row of the files `paths` behind `after`: (file, line).
+
+    `aside` is given the line of rejected.jsonl for each bad row.
+    """
+    position = Position() if position is None else position
+    for number, path in enumerate(paths):
+        skip = after[1] if number == after[0] else 0
+        if number < after[0]:
+            position.before += path.stat().st_size
+            continue
+        for line, raw, found in _parsed(path, kind, parse, skip, position):
+            counts.read += 1
+            if not isinstance(found, BadRecord):
+                yield Place(number, path, line), found
+            elif on_error == "strict":
+                raise UserError(f"{path}:{line}: {found}; {_CURE}")
+            else:
+                counts.rejected += 1
+                _set_aside(aside, f"{path}:{line}", str(found), raw)
+
+
+def _parsed(
+    path: Path, kind: Kind, parse: Callable[[dict[str, Any]], list[Any]], skip: int, position: Position
+) -> Iterator[tuple[int, Any, list[Any] | BadRecord]]:
+    """(line, the raw row, its records or what is wrong) of one file behind line `skip`."""
+    line = 0
+    try:
+        for line, raw in raw_rows(path, kind == "text", position):
+            if line > skip:
+                yield line, raw, _refusable(parse, raw)
+    except Damaged as damage:
+        yield damage.row + 1, None, BadRecord(str(damage))
+    else:
+        if line == 0:
+            yield 1, None, BadRecord("the file holds no record; check how it was made")
+
+
+def _refusable(parse: Callable[[dict[str, Any]], list[Any]], raw: bytes | dict[str, Any]) -> list[Any] | BadRecord:
+    try:
+        return parse(_decode(raw) if isinstance(raw, bytes) else raw)
+    except BadRecord as bad:
+        return bad
 
 
 def to_json(record: Record) -> str:
@@ -220,25 +278,22 @@ def detect_kind(path: Path) -> Kind:
     """What a file holds, told by the keys of its first row."""
     if path.name.lower().removesuffix(".gz").endswith(".txt"):
         return "text"
-    for line, raw in _raw_records(path, "text"):
-        try:
-            row = _decode(raw) if isinstance(raw, bytes) else raw
-        except BadRecord as bad:
-            raise UserError(f"{path}:{line}: {bad}; {_CURE}") from None
+    for place, (row,) in placed_rows(as_files(path), "text", lambda row: [row], "strict", None, Counts()):
         kinds: dict[str, Kind] = {"responses": "rankings", "chosen": "rankings", "response": "demonstrations"}
         kinds |= {"text": "text", "prompt": "prompts"}
         for key, kind in kinds.items():
             if key in row:
                 return kind
-        keys = ", ".join(row) or "none"
-        raise UserError(f"{path}:{line}: no known key (it has {keys}); expected one of {', '.join(kinds)}")
-    raise UserError(f"{path}: the file is empty; check how it was made")
+        keys = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{place}: no known key (it has {keys}); expected one of {', '.join(kinds)}")
+    raise AssertionError("a file without rows is refused above")
 
 
-def _set_aside(aside: TextIO | None, source: str, reason: str, raw: bytes | dict[str, Any]) -> None:
+def _set_aside(aside: Callable[[str], Any] | None, source: str, reason: str, raw: bytes | dict[str, Any]) -> None:
     if aside is not None:
-        record = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n") if isinstance(raw, bytes) else raw
-        aside.write(json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n")
+        shown = raw[:_SHOWN] if isinstance(raw, bytes) and len(raw) > files.LONGEST_LINE else raw
+        record = shown.decode("utf-8", "backslashreplace").rstrip("\r\n") if isinstance(shown, bytes) else shown
+        aside(json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n")
 
 
 def parse_record(row: dict[str, Any], kind: Kind) -> Record:
@@ -257,6 +312,8 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
 
 
 def _decode(line: bytes) -> dict[str, Any]:
+    if len(line) > files.LONGEST_LINE:
+        raise BadRecord(f"the line is longer than {files.LONGEST_LINE} bytes; expected one JSON object on each line")
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -269,6 +326,17 @@ def _decode(line: bytes) -> dict[str, Any]:
         raise BadRecord(f"malformed JSON ({reason}); expected one JSON object on the line") from None
     if not isinstance(row, dict):
         raise BadRecord(f"the line holds {_shown(row)}; expected one JSON object")
+    # The fast parser keeps the last of two equal keys, so the standard one reads the line again.
+    json.loads(line, object_pairs_hook=_unique_keys, parse_int=float)
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRecord(f"the key {_shown(twice)} stands twice; expected each key once")
     return row
 
 
@@ -301,72 +369,5 @@ def _check_ranks(record: Ranking) -> None:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _raw_records(path: Path, kind: Kind) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """(line or row number from 1, the line's bytes or the row) of one file."""
-    name = path.name.lower()
-    plain = name.removesuffix(".gz")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path in the configuration")
-    if plain.endswith(".jsonl"):
-        yield from _lines(path)
-    elif name.endswith(".parquet"):
-        yield from _parquet_rows(path)
-    elif plain.endswith(".txt") and kind == "text":
-        yield 1, {"text": _whole_text(path)}
-    else:
-        wanted = ".jsonl, .jsonl.gz, .parquet" + (", .txt, .txt.gz" if kind == "text" else "")
-        raise UserError(f"{path}: unknown kind of file for {kind}; expected a name ending in {wanted}")
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(_unreadable(path, number, error)) from None
-
-
-def _whole_text(path: Path) -> str:
-    try:
-        with _open(path) as file:
-            return file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file, e.g. with iconv") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(_unreadable(path, 0, error)) from None
-
-
-def _unreadable(path: Path, line: int, error: Exception) -> str:
-    if isinstance(error, (EOFError, zlib.error)):
-        return f"{path}: the gzip data break off or are damaged after line {line}; copy the file again"
-    return f"{path}: cannot be read ({error}); check the file and its permissions"
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError:
-        cure = "run pip install pyarrow, or convert the file to .jsonl"
-        raise UserError(f"{path}: reading parquet needs pyarrow; {cure}") from None
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not readable as parquet after row {number} ({reason}); copy it again") from None
+    text = "".join(character if character.isprintable() else "?" for character in text[:40])
+    return text if len(text) < 40 else text[:37] + "..."

@@ -126,7 +126,8 @@ def test_rows_that_do_not_fit(jsonl: Callable[..., Path], source: Source, kind: 
     with pytest.raises(UserError, match=rf"data\.jsonl:1: .*{reason}") as error:
         converted(path, source, kind)
     assert "\n" not in str(error.value)
-    assert converted(path, source, kind, on_error="quarantine", rejected=path.parent / "aside.jsonl") == []
+    convert(path, source, kind, path.parent / "out.jsonl", on_error="quarantine", rejected=path.parent / "aside.jsonl")
+    assert (path.parent / "out.jsonl").read_bytes() == b""
     assert json.loads((path.parent / "aside.jsonl").read_text())["source"] == f"{path}:1"
 
 

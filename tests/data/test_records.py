@@ -129,24 +129,68 @@ def test_bytes_that_are_not_utf8_are_one_bad_line(tmp_path: Path) -> None:
     assert "caf\\\\xe9" in (tmp_path / "aside").read_text()
 
 
-def test_unreadable_files_stop_even_under_quarantine(tmp_path: Path) -> None:
+def test_damaged_files_are_told_by_place_and_set_aside_after_their_good_rows(tmp_path: Path) -> None:
     whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % (i * 7919) for i in range(5000)))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "not.jsonl.gz").write_bytes(b'{"prompt": "p"}\n')
-    (tmp_path / "a.csv").write_text("prompt\np\n")
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     cases: list[tuple[str, Kind, str]] = [
-        ("cut.jsonl.gz", "prompts", r"break off or are damaged after line \d+; copy the file again"),
-        ("not.jsonl.gz", "prompts", r"cannot be read \(Not a gzipped file"),
-        ("none.jsonl", "prompts", r"no such file; check the path"),
-        ("a.csv", "prompts", r"unknown kind of file for prompts; expected a name ending in \.jsonl"),
-        ("latin.txt", "prompts", r"unknown kind of file for prompts"),
-        ("latin.txt", "text", r"byte 4 is not UTF-8; convert the file"),
+        ("cut.jsonl.gz", "prompts", r"cut\.jsonl\.gz:[0-9]{4}: the gzip data break off or are damaged here; copy"),
+        ("not.jsonl.gz", "prompts", r"not\.jsonl\.gz:1: cannot be read \(Not a gzipped file"),
+        ("empty.jsonl", "prompts", r"empty\.jsonl:1: the file holds no record"),
+        ("latin.txt", "text", r"latin\.txt:2: byte 4 is not UTF-8; convert the file"),
     ]
     for name, kind, message in cases:
         with pytest.raises(UserError, match=message) as error:
-            list(read_records(tmp_path / name, kind, "quarantine"))
+            list(read_records(tmp_path / name, kind))
         assert "\n" not in str(error.value)
+        counts = Counts()
+        records = list(read_records(tmp_path / name, kind, "quarantine", tmp_path / "aside.jsonl", counts))
+        assert (counts.read - len(records), counts.rejected) == (1, 1)
+        assert (len(records) > 1000) == (name == "cut.jsonl.gz")
+        assert json.loads((tmp_path / "aside.jsonl").read_text())["reason"] in str(error.value)
+
+
+def test_paths_that_are_no_records_stop_even_under_quarantine(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt\np\n")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "dict" / "train").mkdir(parents=True)
+    (tmp_path / "dict" / "dataset_dict.json").write_text("{}")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "state.json").write_text("[]")
+    cases = [
+        ("none.jsonl", "no such file; check the path"),
+        ("a.csv", r"unknown kind of file for records; expected a name ending in \.jsonl"),
+        ("a.txt", r"unknown kind of file for records"),
+        ("dict", r"dict: holds the splits train; give one of them, such as .*dict/train"),
+        ("dict/train", r"a folder without state\.json; expected a file, or a data set written by save_to_disk"),
+        ("odd", r"state\.json:1: does not name the data files"),
+    ]
+    for name, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            list(read_records(tmp_path / name, "prompts", "quarantine"))
+        assert "\n" not in str(error.value)
+
+
+def test_data_sets_that_hugging_face_saved_are_read(tmp_path: Path) -> None:
+    """As `datasets` 4 writes them: arrow streams and a state.json that names them in order."""
+    pa = pytest.importorskip("pyarrow", reason="arrow is read with pyarrow")
+    names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    for name, start in zip(names, (0, 3000), strict=True):
+        table = pa.table({"prompt": [f"p{i}" for i in range(start, start + 3000)], "user_id": list(range(3000))})
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    records = list(read_records(tmp_path, "prompts"))
+    assert [record.prompt for record in records] == [f"p{i}" for i in range(6000)]
+    assert records[3001].user_id == "1"
+    with pa.OSFile(str(tmp_path / "one.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    assert list(read_records(tmp_path / "one.arrow", "prompts")) == records[3000:]
+    (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow:[0-9]+: not readable as arrow \("):
+        list(read_records(tmp_path, "prompts"))
 
 
 def test_parquet_without_pyarrow_tells_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +203,6 @@ def test_parquet_without_pyarrow_tells_the_cure(tmp_path: Path, monkeypatch: pyt
 def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="parquet is read with pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no table PAR1")
-    with pytest.raises(UserError, match=r"a\.parquet: not readable as parquet after row 0 \(") as error:
+    with pytest.raises(UserError, match=r"a\.parquet:1: not readable as parquet \(") as error:
         list(read_records(tmp_path / "a.parquet", "prompts"))
     assert "\n" not in str(error.value)

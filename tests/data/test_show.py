@@ -65,5 +65,5 @@ def test_n_records_are_shown_and_unknown_kinds_refused(jsonl: Callable[..., Path
     assert "number 2" not in text
     with pytest.raises(UserError, match=r"data\.jsonl:1: no known key \(it has question\); expected one of responses"):
         shown(jsonl({"question": "?"}), tokenizer)
-    with pytest.raises(UserError, match="the file is empty"):
+    with pytest.raises(UserError, match="the file holds no record"):
         shown(jsonl(), tokenizer)

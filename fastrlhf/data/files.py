@@ -1,0 +1,175 @@
+"""Rows of record files, unchecked: JSONL, gzipped JSONL, parquet, arrow, Hugging Face data sets on disk, plain text.
+
+A file is read as a stream, so that its size does not matter. What its rows mean is records.py's business. Left out on
+purpose: downloading, and the `datasets` package (its folders are arrow files, which pyarrow reads).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fastrlhf.errors import UserError
+
+Paths: TypeAlias = str | Path | Sequence[str | Path]
+
+LONGEST_LINE = 64 << 20  # bytes; a longer one is a file without line ends, and would fill the memory
+_TOLD = 64  # rows between two looks at the position in a file
+_NOT_HERE = "no such file; check the path in the configuration"
+
+
+@dataclass
+class Position:
+    """How much of the files has been read, in bytes as they lie on disk; for a progress bar."""
+
+    before: int = 0  # files already read
+    inside: int = 0  # the file being read
+
+
+class Damaged(Exception):
+    """A file broke off or cannot be decoded; `row` is the last good line or row."""
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+def as_paths(paths: Paths) -> list[Path]:
+    """One path or many, as a list of Path."""
+    return [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+
+
+def as_files(paths: Paths) -> list[Path]:
+    """The files to read: those given, and the arrow files of each Hugging Face data set folder given."""
+    return [file for path in as_paths(paths) for file in (_arrow_files(path) if path.is_dir() else [path])]
+
+
+def raw_rows(path: Path, text: bool = False, position: Position | None = None) -> Iterator[tuple[int, Any]]:
+    """(line or row number from 1, the line's bytes or the row) of one file; blank lines are no rows.
+
+    `text` also takes .txt files, each one row. A line above LONGEST_LINE comes cut to one byte more than it. Raises
+    UserError for a path of the wrong kind, Damaged when the file breaks off.
+    """
+    position = Position() if position is None else position
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    if not path.is_file():
+        raise UserError(f"{path}: {_NOT_HERE}")
+    if plain.endswith(".jsonl"):
+        yield from _lines(path, position)
+    elif name.endswith((".parquet", ".arrow")):
+        yield from _table_rows(path, position)
+    elif plain.endswith(".txt") and text:
+        yield 1, {"text": _whole_text(path)}
+    else:
+        wanted = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
+        raise UserError(f"{path}: unknown kind of file for records; expected a name ending in {wanted}")
+    position.before, position.inside = position.before + path.stat().st_size, 0
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """The parts of a data set that `datasets` wrote with save_to_disk, in its order."""
+    state = folder / "state.json"
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+        raise UserError(f"{folder}: holds the splits {splits}; give one of them, such as {folder}/train")
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: a folder without state.json; expected a file, or a data set written by save_to_disk"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{state}:1: does not name the data files; save the data set again") from None
+    return [folder / name for name in names]
+
+
+def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with path.open("rb") as raw, gzip.open(raw) if path.name.lower().endswith(".gz") else raw as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    _skip_line(file)
+                if number % _TOLD == 0:
+                    position.inside = raw.tell()
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise Damaged(number, _reason(error)) from None
+
+
+def _skip_line(file: Any) -> None:
+    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _whole_text(path: Path) -> str:
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            return file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Damaged(1, f"byte {error.start + 1} is not UTF-8; convert the file, e.g. with iconv") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise Damaged(0, _reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (EOFError, zlib.error)):
+        return "the gzip data break off or are damaged here; copy the file again"
+    return f"cannot be read ({error}); check the file and its permissions"
+
+
+def _table_rows(path: Path, position: Position) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow as pa
+    except ModuleNotFoundError:
+        cure = "run pip install pyarrow, or convert the file to .jsonl"
+        raise UserError(f"{path}: reading {path.suffix} needs pyarrow; {cure}") from None
+    number, size = 0, path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            for done, batch in _arrow_batches(file) if path.suffix == ".arrow" else _parquet_batches(file):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+                position.inside = int(size * done)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        kind = "arrow" if path.suffix == ".arrow" else "parquet"
+        raise Damaged(number, f"not readable as {kind} ({reason}); copy it again") from None
+
+
+def _parquet_batches(file: Any) -> Iterator[tuple[float, Any]]:
+    import pyarrow.parquet as pq
+
+    table, rows = pq.ParquetFile(file), 0
+    for batch in table.iter_batches(batch_size=1024):
+        rows += batch.num_rows
+        yield rows / table.metadata.num_rows, batch
+
+
+def _arrow_batches(file: Any) -> Iterator[tuple[float, Any]]:
+    """`datasets` writes arrow streams; a file in arrow's other layout begins with its magic."""
+    import pyarrow as pa
+
+    size = file.seek(0, 2)
+    file.seek(0)
+    magic = file.read(6)
+    file.seek(0)
+    batches: Iterable[Any]
+    if magic == b"ARROW1":
+        reader = pa.ipc.open_file(file)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        batches = pa.ipc.open_stream(file)
+    for batch in batches:
+        for start in range(0, batch.num_rows, 1024):
+            yield file.tell() / max(size, 1), batch.slice(start, 1024)
