@@ -37,6 +37,8 @@ data = typer.Typer(help="Prepare, convert and look at records.")
 convert = typer.Typer(help="Models from and to Hugging Face folders.")
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")
+evaluate = typer.Typer(help="Judge trained models.")
+app.add_typer(evaluate, name="eval")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of the run.")]
 Overrides = Annotated[
@@ -194,6 +196,27 @@ def to_hf(
     from fastrlhf.convert import convert_to_hf
 
     convert_to_hf(checkpoint, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
+
+
+@evaluate.command("rm")
+def evaluate_rm(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folds: Annotated[int | None, typer.Option(min=2, help="Train so many models, each without one group.")] = None,
+    by: Annotated[Literal["labeler_id", "user_id"], typer.Option(help="Whose groups the folds are.")] = "labeler_id",
+) -> None:
+    """Judge a reward model (model.load) on held-out rankings (data.valid).
+
+    Pair accuracy with intervals, by K and by rank distance, beside the rule that the longer response wins; calibration;
+    labelers' agreement. With --folds: cross-validation of the training in CONFIG over groups of labelers.
+    """
+    settings = _config("eval rm" if folds is None else "rm", config, overrides)
+    from fastrlhf import evalrm
+
+    if folds is None:
+        evalrm.evaluate(settings)
+    else:
+        evalrm.cross_validate(settings, folds, by)
 
 
 @app.command()

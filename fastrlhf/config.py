@@ -137,6 +137,10 @@ _FILES = {
     "rm": {"data.train": f"the rankings or pairs {_RECORDS}"},
     "ppo": {"data.prompts": f"the prompts {_RECORDS}"},
     "sample": {"data.prompts": f"the prompts {_RECORDS}"},
+    "eval rm": {
+        "data.valid": f"the held-out rankings or pairs {_RECORDS}",
+        "model.load": "the run, checkpoint or model folder of a trained reward model",
+    },
 }
 """The paths that each command cannot do without, and what they hold."""
 
@@ -144,7 +148,7 @@ _FILES = {
 def require(config: Config, command: str) -> None:
     """Raise UserError, one line, for the first thing that `command` needs and `config` lacks.
 
-    Commands: pretrain, sft, rm, ppo, sample; any other needs nothing beyond a valid configuration.
+    Commands: pretrain, sft, rm, ppo, sample, eval rm; any other needs nothing beyond a valid configuration.
     """
     for key, what in _FILES.get(command, {}).items():
         if not _get(config, key):

@@ -62,6 +62,13 @@ class Job:
 
 def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> None:
     """Trains as `config` says and leaves everything under `config.output_dir`; resumes a run that is there already."""
+    train_job(command, config, _JOBS[command])
+
+
+def train_job(command: str, config: Config, build: Callable[[Parts], Job]) -> Job | None:
+    """Trains the job that `build` makes, as `train` does; None when it stopped before its last step (a signal, or
+    train.max_seconds).
+    """
     start = time.monotonic()
     require(config, command)
     mesh = meshes.initialize(config.parallel, config.train.seed)
@@ -69,12 +76,14 @@ def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> N
         with phase("start-up"):
             for sizes in _BATCHES[command]:
                 check_batch(config, mesh.data_size, sizes)
-            job = _JOBS[command](Parts(config, mesh))
-        _loop(command, config, mesh, job, start)
+            job = build(Parts(config, mesh))
+        finished = _loop(command, config, mesh, job, start)
     dist.barrier()
+    return job if finished else None
 
 
-def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> None:
+def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> bool:
+    """Whether the last step was reached."""
     out = Path(config.output_dir)
     if mesh.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -105,6 +114,7 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> N
         if stopped is not None:
             print(stopped, file=sys.stderr)
         write_run_report(out)
+    return stopped is None
 
 
 class Parts:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from fastrlhf import ops
-from fastrlhf.data.batches import PackedBatch, RankingBatch
+from fastrlhf.data import packing
+from fastrlhf.data.batches import PackedBatch, RankingBatch, TokenizedRanking, pack_rankings, ranking_tokens
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 
@@ -99,10 +100,11 @@ def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingB
 
 
 def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBatch]]) -> torch.Tensor:
-    """Score of every packed sequence of this data-parallel rank at its last token, fp32 [sequences], in order."""
+    """Score of every response of this data-parallel rank at its last token, fp32 [responses], in order, dropout off."""
 
     def head(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        return stage.score(hidden[batch.cu_seqlens[1:].long() - 1])
+        last = batch.last_index if isinstance(batch, RankingBatch) else batch.cu_seqlens[1:].long() - 1
+        return stage.score(hidden[last])
 
     training, _ = stage.training, stage.eval()
     rows = [
@@ -114,6 +116,40 @@ def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBat
     if not mesh.is_last_stage:
         return mesh.from_last_stage(None)
     return mesh.from_last_stage(torch.cat(rows) if rows else torch.zeros(0, device=mesh.device))
+
+
+def score_rankings(
+    mesh: Mesh,
+    stage: Any,
+    rankings: Sequence[TokenizedRanking],
+    *,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
+    shared_prompt: bool = True,
+) -> list[torch.Tensor]:
+    """Scores [K] of every ranking, fp32 on the CPU, in order, on every rank; data-parallel ranks share the work.
+
+    A micro-batch has `micro_batch_size` rankings, or as many as fit under `max_tokens`.
+    """
+    if max_tokens is not None:
+        lengths = [ranking_tokens(ranking, shared_prompt=shared_prompt) for ranking in rankings]
+        shares = packing.share(lengths, mesh.data_size, max_tokens)
+    else:
+        starts = range(0, len(rankings), micro_batch_size)
+        chunks = [list(range(start, min(start + micro_batch_size, len(rankings)))) for start in starts]
+        shares = [chunks[rank :: mesh.data_size] for rank in range(mesh.data_size)]
+    own = shares[mesh.data_rank]
+    batches = [pack_rankings([rankings[i] for i in micro], shared_prompt=shared_prompt) for micro in own]
+    scores = score_responses(mesh, stage, [batches])
+    # Ranks have different numbers of responses, and a gather wants rows of one length.
+    orders = [[i for micro in micro_batches for i in micro] for micro_batches in shares]
+    counts = [[len(rankings[i].responses) for i in order] for order in orders]
+    longest = max(map(sum, counts))
+    rows = mesh.gather_over_data(torch.nn.functional.pad(scores, (0, longest - len(scores)))).cpu()
+    found: dict[int, torch.Tensor] = {}
+    for row, order, sizes in zip(rows.view(mesh.data_size, longest), orders, counts, strict=True):
+        found |= zip(order, row[: sum(sizes)].split(sizes), strict=True)
+    return [found[i] for i in range(len(rankings))]
 
 
 def _counts(mesh: Mesh, batches: Sequence[RankingBatch]) -> torch.Tensor:

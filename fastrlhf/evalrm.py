@@ -1,0 +1,163 @@
+"""Evaluation of reward models: the entry points of `fastrlhf eval rm`, with and without --folds.
+
+Both run under torchrun in any layout. They write into the output folder: eval_rm.json and eval_rm.html, or
+eval_rm_folds.json and eval_rm_folds.html beside one training run for each fold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from fastrlhf import launch
+from fastrlhf.algorithms.rm import score_rankings
+from fastrlhf.config import Config, require
+from fastrlhf.data.batches import TokenizedRanking
+from fastrlhf.errors import UserError
+from fastrlhf.evaluation import reward
+from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
+from fastrlhf.models.gpt import GPT
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.training.checkpoint import describe_model
+
+By = Literal["labeler_id", "user_id"]
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Scores the rankings of data.valid with the reward model of model.load; returns what it writes to
+    output_dir/eval_rm.json.
+    """
+    require(config, "eval rm")
+    assert config.data.valid is not None and config.model.load is not None
+    saved = describe_model(config.model.load)
+    if saved.head != "scalar":
+        raise UserError(
+            f"{saved.path} is a language model, not a reward model; set model.load to a run of the rm command"
+        )
+    mesh = meshes.initialize(config.parallel, config.train.seed)
+    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+        run = launch.Parts(config, mesh)
+        rankings = run.rankings(config.data.valid)
+        _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
+        if saved.vocab_size < len(run.tokenizer):
+            raise UserError(
+                f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
+                f"{config.data.tokenizer} {len(run.tokenizer)} tokens; set data.tokenizer={saved.tokenizer}"
+            )
+        results = _judge(config, mesh, run.saved_stage(config.model.load, "scalar"), rankings)
+    results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
+    results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
+    out = Path(config.output_dir)
+    if mesh.rank == 0:
+        _write(results, out / "eval_rm.json")
+        page = write_reward_report(results, out / "eval_rm.html")
+        accuracy, longer = results["accuracy"], results["length_rule"]
+        print(
+            f"{page}: accuracy {accuracy['rate']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f}) on "
+            f"{results['pairs']} pairs of {results['prompts']} prompts; longer wins {longer['rate']:.3f}"
+        )
+    return results
+
+
+def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[str, Any]:
+    """Trains `folds` reward models, each on data.train without one group of labelers (or users), and evaluates it on
+    that group (InstructGPT, section 4.1: 5 groups); returns what it writes to output_dir/eval_rm_folds.json.
+
+    With data.valid, its rankings by labelers of the other groups are evaluated as well, which shows how much worse the
+    model does on labelers it has not seen. A fold that is trained already is not trained again.
+    """
+    require(config, "rm")
+    assert config.data.train is not None
+    run = launch.Parts(config, meshes.initialize(config.parallel, config.train.seed))
+    rankings = run.rankings(config.data.train)
+    valid = run.rankings(config.data.valid) if config.data.valid else []
+    groups = _groups(rankings, folds, by)
+    rows: list[dict[str, Any]] = []
+    for fold, group in enumerate(groups, 1):
+        kept, held_out = reward.leave_out(rankings, group, attrgetter(by))
+        if not kept:
+            raise UserError(
+                f"fold {fold} of {folds} has nothing to train on: {', '.join(group)} ranked every prompt of the others "
+                "too; use fewer folds, or rankings of different prompts by different labelers"
+            )
+        part = config.model_copy(update={"output_dir": str(Path(config.output_dir) / f"fold_{fold}")})
+        job = launch.train_job("rm", part, partial(launch.reward_job, rankings=kept, valid=None))
+        if job is None:
+            raise UserError(f"fold {fold} of {folds} stopped early; run the same command again to go on from there")
+        mesh, stage = job.algorithm.mesh, job.algorithm.reward.stage
+        seen = [ranking for ranking in valid if getattr(ranking, by) not in group]
+        row = {"fold": fold, "labelers": group, "trained_on": len(kept)}
+        row |= {"held_out": _judge(config, mesh, stage, held_out)}
+        row |= {"seen": _judge(config, mesh, stage, seen) if seen else None}
+        rows.append(row)
+    results = _summary(rows, by)
+    if mesh.rank == 0:
+        out, held_out_rate = Path(config.output_dir), results["held_out"]
+        _write(results, out / "eval_rm_folds.json")
+        page = write_folds_report(results, out / "eval_rm_folds.html")
+        print(
+            f"{page}: accuracy on groups left out {held_out_rate['mean']:.3f} (standard deviation "
+            f"{held_out_rate['std']:.3f} over {folds} folds); longer wins {results['length_rule']['mean']:.3f}"
+        )
+    return results
+
+
+def _groups(rankings: Sequence[TokenizedRanking], folds: int, by: By) -> list[list[str]]:
+    names = [getattr(ranking, by) for ranking in rankings]
+    if None in names:
+        raise UserError(
+            f"{names.count(None)} of {len(names)} rankings have no {by}, and folds are groups of those; add the field, "
+            f"or choose another with --by"
+        )
+    counts = Counter(names)
+    if len(counts) < folds:
+        raise UserError(
+            f"{folds} folds need as many different {by}s, and the rankings have {len(counts)}; lower --folds"
+        )
+    return reward.split_groups(counts, folds)
+
+
+def _judge(config: Config, mesh: Mesh, stage: GPT, rankings: Sequence[TokenizedRanking]) -> dict[str, Any]:
+    train = config.train
+    scores = score_rankings(
+        mesh,
+        stage,
+        rankings,
+        micro_batch_size=train.micro_batch_size,
+        max_tokens=train.max_tokens_per_micro_batch,
+        shared_prompt=config.model.shared_prompt,
+    )
+    broken = sum(not bool(one.isfinite().all()) for one in scores)
+    if broken:
+        raise UserError(f"the model gives {broken} of {len(rankings)} prompts scores that are not finite; it diverged")
+    return reward.evaluate(reward.ranked_pairs(rankings, [one.numpy() for one in scores]))
+
+
+def _summary(rows: list[dict[str, Any]], by: By) -> dict[str, Any]:
+    def over_folds(which: str, what: str) -> dict[str, float]:
+        return reward.summarize([row[which][what]["rate"] for row in rows])
+
+    seen = over_folds("seen", "accuracy") if all(row["seen"] for row in rows) else None
+    means = {"held_out": over_folds("held_out", "accuracy"), "length_rule": over_folds("held_out", "length_rule")}
+    return {"by": by, **means, "seen": seen, "folds": rows}
+
+
+def _check_fits(rankings: Sequence[TokenizedRanking], max_positions: int, what: str) -> None:
+    longest = max(len(r.prompt_tokens) + max(map(len, r.responses)) for r in rankings)
+    if longest > max_positions:
+        raise UserError(
+            f"a prompt and its response have {longest} tokens, and {what} has {max_positions} positions; lower "
+            "data.max_prompt_tokens or data.max_response_tokens"
+        )
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,73 @@
+"""The reward model fits what it is shown, generalizes what can be, and finds nothing where there is nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
+from fastrlhf.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from fastrlhf.data.batches import TokenizedRanking, pack_rankings
+from fastrlhf.models.gpt import build_model
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.optimizer import Learner
+
+VOCAB, K, GOOD = 40, 4, 7
+MODEL: dict[str, Any] = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 24}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    yield meshes.initialize(ParallelConfig(), seed=3)
+    meshes.finalize()
+
+
+def rankings(count: int, rng: random.Random, *, shuffled: bool) -> list[TokenizedRanking]:
+    """Random tokens; the more GOOD tokens, the better the response. `shuffled`: ranks are drawn instead."""
+    groups = []
+    for _ in range(count):
+        counts = rng.sample(range(K + 1), K)
+        responses = [rng.sample([GOOD] * n + [rng.randrange(GOOD + 1, VOCAB) for _ in range(6 - n)], 6) for n in counts]
+        ranks = rng.sample(range(K), K) if shuffled else [-n for n in counts]
+        groups.append(TokenizedRanking([rng.randrange(1, GOOD) for _ in range(rng.randint(1, 12))], responses, ranks))
+    return groups
+
+
+def train(mesh: Mesh, groups: list[TokenizedRanking], steps: int, batch: int) -> Any:
+    stage = build_model(ModelConfig(**MODEL, dtype="fp32"), mesh, VOCAB, head="scalar", seed=1).train()
+    learner = Learner(mesh, stage, OptimizerConfig(lr=3e-3), ScheduleConfig(decay="constant"), total_steps=steps)
+    algorithm = RewardModelling(mesh, learner)
+    for step in range(steps):
+        start = step * batch % len(groups)
+        algorithm.step([pack_rankings(groups[start : start + batch], shared_prompt=True)])
+    return stage
+
+
+def evaluate(mesh: Mesh, stage: Any, groups: list[TokenizedRanking]) -> dict[str, float]:
+    return evaluate_ranking(mesh, stage, [[pack_rankings(groups, shared_prompt=True)]])
+
+
+def test_overfits_eight_ranked_prompts(mesh: Mesh) -> None:
+    """Ranks without a rule, so that each response must be told apart by itself."""
+    groups = rankings(8, random.Random(0), shuffled=True)
+    results = evaluate(mesh, train(mesh, groups, steps=60, batch=8), groups)
+    assert results["accuracy"] == 1.0 and results["pairs"] == 8 * 6
+    assert results["loss"] < 0.1
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_held_out_accuracy_is_chance_for_shuffled_ranks_alone(mesh: Mesh, shuffled: bool) -> None:
+    """A leak of the ranks into the input (order, length, position) would be found with shuffled ranks too."""
+    rng = random.Random(1)
+    groups, held_out = rankings(96, rng, shuffled=shuffled), rankings(300, rng, shuffled=shuffled)
+    accuracy = evaluate(mesh, train(mesh, groups, steps=50, batch=24), held_out)["accuracy"]
+    if not shuffled:
+        assert accuracy > 0.9
+    else:
+        # The share of a random permutation's K = 4 pairs that are in order has standard deviation
+        # sqrt(K (K - 1) (2 K + 5) / 72) / 6 = 0.245; over 300 prompts the mean's is 0.014.
+        assert abs(accuracy - 0.5) < 3 * 0.0142
