@@ -72,6 +72,11 @@ def raw_rows(path: Path, text: bool = False, position: Position | None = None) -
     position.before, position.inside = position.before + path.stat().st_size, 0
 
 
+def printable(text: str) -> str:
+    """`text` with a question mark for every character that could disturb a terminal or a log."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def _arrow_files(folder: Path) -> list[Path]:
     """The parts of a data set that `datasets` wrote with save_to_disk, in its order."""
     state = folder / "state.json"
@@ -142,7 +147,7 @@ def _table_rows(path: Path, position: Position) -> Iterator[tuple[int, dict[str,
                     yield number, row
                 position.inside = int(size * done)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(" ".join(str(error).split()))[:200]
         kind = "arrow" if path.suffix == ".arrow" else "parquet"
         raise Damaged(number, f"not readable as {kind} ({reason}); copy it again") from None
 

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 from typing_extensions import TypedDict
 
 from fastrlhf.data import files
-from fastrlhf.data.files import Damaged, Paths, Position, as_files, as_paths, raw_rows
+from fastrlhf.data.files import Damaged, Paths, Position, as_files, as_paths, printable, raw_rows
 from fastrlhf.errors import UserError
 
 __all__ = ["Paths", "as_paths"]
@@ -369,5 +369,5 @@ def _check_ranks(record: Ranking) -> None:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    text = "".join(character if character.isprintable() else "?" for character in text[:40])
+    text = printable(text[:40])
     return text if len(text) < 40 else text[:37] + "..."
