@@ -1,0 +1,317 @@
+"""Rewards, early stop, memory, warnings and files of a PPO run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_ppo
+import torch
+
+from fastrlhf import launch
+from fastrlhf.algorithms import offload
+from fastrlhf.algorithms.ppo_warnings import WINDOW, Watch
+from fastrlhf.algorithms.rewards import load_reward_function
+from fastrlhf.algorithms.rollouts import gather, texts
+from fastrlhf.config import require
+from fastrlhf.errors import UserError
+
+Make = Callable[..., Any]
+MODULE = """
+def length(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+def seen(prompts, responses):
+    seen.calls.append((prompts, responses))
+    return [0.0] * len(responses)
+seen.calls = []
+
+def short(prompts, responses):
+    return [1.0]
+
+def infinite(prompts, responses):
+    return [float("inf")] * len(responses)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    (tiny / "tiny_rewards.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tiny))
+
+    def make(**sections: dict[str, Any]) -> Any:
+        chosen = tiny_ppo.config(tiny, **sections)
+        ppo, prompts = tiny_ppo.build(tiny_ppo.mesh_of(chosen), chosen)
+        ppo.first_prompts = [prompt for micro_batch in prompts for prompt in micro_batch]
+        return ppo
+
+    return make
+
+
+def scores(ppo: Any) -> torch.Tensor:
+    return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.stage.vocab_size))).scores
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_reward_models_and_function_add_up(build: Make, tiny: Path) -> None:
+    mesh = tiny_ppo.mesh_of(tiny_ppo.config(tiny))
+    tiny_ppo.save_reward_model(tiny, mesh, "rm2", seed=8)
+    first, second = str(tiny / "rm"), str(tiny / "rm2")
+    one, two = (scores(build(ppo={"reward_model": path})) for path in (first, second))
+    by_rule = scores(build(ppo={"reward_model": None, "reward_function": "tiny_rewards:length"}))
+    assert by_rule.min() >= 1
+    both = {"reward_model": [first, second], "reward_weights": [0.5, -2.0], "reward_function": "tiny_rewards:length"}
+    torch.testing.assert_close(scores(build(ppo=both)), 0.5 * one - 2.0 * two + by_rule, atol=1e-4, rtol=0)
+    unweighted = scores(build(ppo={"reward_model": [first, second]}))
+    torch.testing.assert_close(unweighted, one + two, atol=1e-4, rtol=0)
+
+
+def test_a_rule_alone_needs_no_reward_model_and_sees_plain_text(build: Make, tiny: Path) -> None:
+    """The value function then starts from the policy with a fresh head."""
+    ppo = build(ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"})
+    body = dict(ppo.policy.stage.named_parameters())
+    for name, weights in ppo.value.stage.named_parameters():
+        assert name.startswith("score.") or torch.equal(weights, body[name]), name
+    episodes = ppo.sample(ppo.first_prompts)
+    eos = ppo.tokenizer.eos_token_id
+    episodes[0][1].tokens[-1] = eos
+    rollouts = ppo.score(gather(ppo.mesh, episodes))
+    prompts, responses = load_reward_function("tiny_rewards:seen").calls.pop()
+    assert prompts[0].startswith("What is ")
+    assert (prompts, responses) == texts(rollouts, torch.arange(16), ppo.tokenizer)
+    assert ppo.tokenizer.decode([eos]) not in responses[0]
+    require(tiny_ppo.config(tiny, ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"}), "ppo")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tiny_rewards:short", "returned 1 scores for 16 responses"), ("tiny_rewards:infinite", "scored inf for the")],
+)
+def test_a_broken_reward_function_is_named(build: Make, name: str, expected: str) -> None:
+    ppo = build(ppo={"reward_model": None, "reward_function": name})
+    with pytest.raises(UserError, match=f"ppo.reward_function {name} {expected}"):
+        scores(ppo)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [("no_such_module:f", "no module no_such_module"), ("tiny_rewards:nothing", "defines no function nothing")],
+)
+@pytest.mark.usefixtures("build")
+def test_a_missing_reward_function_is_named(spec: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_reward_function(spec)
+
+
+def test_not_a_function(build: Make) -> None:
+    with pytest.raises(UserError, match="defines no function number"):
+        build(ppo={"reward_function": "tiny_rewards:number"})
+
+
+@pytest.mark.parametrize(
+    ("ppo", "expected"),
+    [
+        ({"reward_model": None}, "ppo needs ppo.reward_model or ppo.reward_function"),
+        ({"reward_model": []}, "ppo needs ppo.reward_model or ppo.reward_function"),
+    ],
+)
+def test_something_must_score(tiny: Path, ppo: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        require(tiny_ppo.config(tiny, ppo=ppo), "ppo")
+
+
+@pytest.mark.parametrize(
+    ("ppo", "expected"),
+    [
+        ({"reward_model": ["a", "b"], "reward_weights": [1.0]}, "has 1 entries for 2 reward models"),
+        ({"reward_function": "module"}, "expected module:function"),
+    ],
+)
+def test_mistaken_rewards_are_refused(tiny: Path, ppo: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        tiny_ppo.config(tiny, ppo=ppo)
+
+
+def test_a_budget_must_hold_the_longest_episode(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"data.max_prompt_tokens 32 \+ .* is above train.max_tokens"):
+        require(tiny_ppo.config(tiny, train={"max_tokens_per_micro_batch": 41}), "ppo")
+
+
+# ---- early stop and broken numbers ----------------------------------------------------------------------------------
+
+
+def test_target_kl_ends_an_iteration_before_the_update_that_is_too_far(build: Make) -> None:
+    """With a tiny target the first minibatch (KL 0) is taken and no other; the weights stay as after it."""
+    settings = {"inner_epochs": 2, "minibatch_size": 4}
+    ppo = build(ppo=settings)
+    free = ppo.step([ppo.first_prompts])
+    assert free["updates"] == 8
+    assert free["approx_kl"] > 1e-4
+    ppo = build(ppo={**settings, "target_kl": 1e-6})
+    stopped = ppo.step([ppo.first_prompts])
+    assert stopped["updates"] == 1
+    assert stopped["approx_kl"] < 1e-6
+    loose = build(ppo={**settings, "target_kl": 10.0})
+    assert loose.step([loose.first_prompts])["updates"] == 8
+
+
+@pytest.mark.parametrize("broken", ["logprobs", "values"])
+def test_a_nan_loss_stops_the_run_and_updates_nothing(build: Make, broken: str) -> None:
+    ppo = build()
+    rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
+    getattr(rollouts, broken)[3, 0] = math.nan
+    before = [p.detach().clone() for learner in ppo.learners().values() for p in learner.stage.parameters()]
+    ppo.iteration = 4
+    with pytest.raises(UserError, match="iteration 5: policy_loss is nan; stopped before this update"):
+        ppo.learn(rollouts)
+    after = [p for learner in ppo.learners().values() for p in learner.stage.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_nan_gradient_of_a_finite_loss_stops_the_run(build: Make) -> None:
+    ppo = build()
+    rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
+    accumulate = ppo.policy.accumulate_apart
+
+    def overflow(*arguments: Any) -> Any:
+        found = accumulate(*arguments)
+        next(ppo.policy.stage.parameters()).main_grad.fill_(math.nan)
+        return found
+
+    ppo.policy.accumulate_apart = overflow
+    with pytest.raises(UserError, match="the gradient norm is nan; stopped"):
+        ppo.learn(rollouts)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_gradient_norms_do_not_depend_on_the_loss_scale(build: Make, dtype: str) -> None:
+    """Of both parts and their sum, against fp32's; they would be 256 times too large."""
+
+    def norms(**sections: dict[str, Any]) -> list[float]:
+        ppo = build(**sections)
+        episodes = tiny_ppo.episodes(16, ppo.policy.stage.vocab_size)
+        metrics = ppo.learn(ppo.score(gather(ppo.mesh, episodes)))
+        assert not metrics.get("skipped")
+        return [metrics[name] for name in ("ppo_grad_norm", "ptx_grad_norm", "grad_norm", "value_grad_norm")]
+
+    half = norms(model={"dtype": dtype}, optimizer={"lr": 1e-3, "initial_loss_scale": 256.0})
+    assert half == pytest.approx(norms(), rel=0.1)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_offloaded_models_are_on_the_device_while_they_are_used(build: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[tuple[str, str]] = []
+    names: dict[int, str] = {}
+    real = offload.move
+
+    def fake(stage: Any, device: torch.device) -> None:
+        moves.append((names.get(id(stage), "start"), "host" if device is offload.HOST else "device"))
+        real(stage, device)
+
+    monkeypatch.setattr(offload.Offload.__init__, "__defaults__", (fake,))
+    plain, ppo = build(), build(ppo={"offload": True})
+    assert [where for _, where in moves] == ["host"] * 3
+    names |= {id(ppo.reference): "reference", id(ppo.rewards.models[0][1]): "reward", id(ppo.average.stage): "average"}
+    device = torch.device("cpu", 0)  # tells the fake device from the host
+    ppo._on_device._device = device
+    moves.clear()
+    metrics = ppo.step([ppo.first_prompts])
+    assert moves == [(name, where) for name in ("reference", "reward", "average") for where in ("device", "host")]
+    expected = plain.step([plain.first_prompts])
+    assert metrics["loss"] == expected["loss"]
+    assert metrics["grad_norm"] == expected["grad_norm"]
+
+
+def test_move_keeps_the_parameters_and_their_marks() -> None:
+    stage = torch.nn.Linear(3, 2)
+    stage.weight.partition_dim = 0  # type: ignore[assignment]
+    weights, value = stage.weight, stage.weight.detach().clone()
+    offload.move(stage, torch.device("cpu"))
+    assert stage.weight is weights
+    assert stage.weight.partition_dim == 0
+    assert torch.equal(stage.weight, value)
+
+
+# ---- what a run says ------------------------------------------------------------------------------------------------
+
+HEALTHY = {"kl": 1.0, "score": 0.0, "explained_variance": 0.5, "no_stop": 0.1, "ratio_deviation": 1e-6, "loss": 1.0}
+
+
+def names(watch: Watch, *iterations: dict[str, float]) -> list[str]:
+    lines = [line for i, metrics in enumerate(iterations, 1) for line in watch.check(i, {**HEALTHY, **metrics})]
+    return [line.split(":")[0] for line in lines]
+
+
+def test_a_healthy_run_is_silent() -> None:
+    rising = [{"kl": 0.5 * i, "score": 0.1 * i, "explained_variance": -0.5 if i < 9 else 0.3} for i in range(30)]
+    assert names(Watch("fp32"), *rising) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "iterations"),
+    [
+        ("kl-runaway", [{}, {}, {}, {"kl": 50.0, "score": -1.0}]),
+        ("reward-runaway", [{}, {}, {}, {"kl": 50.0, "score": 9.0}]),
+        ("not-finite", [{"policy_loss": math.nan}]),
+        ("not-finite", [{"value_loss": math.inf}]),
+        ("dead-value-function", [{"explained_variance": -0.1}] * WINDOW),
+        ("no-stop", [{"no_stop": 1.0}]),
+        ("ratio-deviation", [{"ratio_deviation": 0.01}]),
+        ("ratio-deviation", [{"ratio_deviation": math.nan}]),
+    ],
+)
+def test_each_trouble_has_a_name(expected: str, iterations: list[dict[str, float]]) -> None:
+    assert names(Watch("fp32"), *iterations) == [expected]
+
+
+def test_a_warning_is_given_once_in_a_while() -> None:
+    assert names(Watch("fp32"), *[{"no_stop": 1.0}] * (WINDOW + 1)) == ["no-stop", "no-stop"]
+
+
+def test_limits_follow_the_dtype_and_the_kl_target() -> None:
+    assert names(Watch("bf16"), {"ratio_deviation": 0.1}) == []
+    assert names(Watch("fp32", kl_target=6.0), {"kl": 23.0}) == []
+    assert names(Watch("fp32", kl_target=6.0), {"kl": 25.0, "score": -1.0}) == ["kl-runaway"]
+
+
+def test_a_run_logs_samples_metrics_and_warnings(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = tiny_ppo.config(
+        tiny,
+        generation={"max_new_tokens": 2},
+        log={"progress": False, "tensorboard": False, "samples": 3},
+        checkpoint={"save": False},
+    ).model_copy(update={"output_dir": str(tiny / "logged")})
+    with caplog.at_level(logging.WARNING, "fastrlhf"):
+        launch.train("ppo", chosen)
+        launch.train("ppo", chosen)  # starts over: earlier samples are not kept beside the new ones
+    assert any(message.startswith("warning: no-stop: iteration 1: ") for message in caplog.messages)
+    rows = [json.loads(line) for line in (tiny / "logged" / "samples.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert set(rows[0]) == {"iteration", "prompt", "response", "score", "kl", "stopped"}
+    assert rows[0]["prompt"].startswith("What is")
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+    page = (tiny / "logged" / "report.html").read_text()
+    assert "Responses of iteration 1" in page
+    assert "Responses of iteration 2" in page
+    metrics = [json.loads(line) for line in (tiny / "logged" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert {"reward", "score", "kl", "kl_k3", "entropy", "response_length", "no_stop", "clip_fraction"} <= set(metrics)
+    assert {"value_clip_fraction", "approx_kl", "explained_variance", "ratio_deviation", "ptx_loss"} <= set(metrics)
+    assert {"grad_norm", "ppo_grad_norm", "ptx_grad_norm", "value_grad_norm", "kl_coef", "updates"} <= set(metrics)
+    phases = ("rollout", "scoring", "update")
+    assert sum(metrics[f"share_{name}"] for name in phases) == pytest.approx(1.0)
+    lengths = metrics["response_length"] * 16
+    assert metrics["rollout_tokens_per_second"] == pytest.approx(lengths / metrics["seconds_rollout"])
+    assert (
+        metrics["train_tokens_per_second"] * metrics["seconds_update"] > lengths + 16 * 24
+    )  # with the windows' tokens
