@@ -58,7 +58,8 @@ class Rollouts:
 
     def sequences(self, rows: Tensor) -> list[list[int]]:
         """Prompt and response of each of `rows`, without anything behind them."""
-        return [self.tokens[row, : int(self.lengths[row])].tolist() for row in rows.tolist()]
+        tokens, lengths = self.tokens[rows].cpu(), self.lengths[rows].tolist()
+        return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
     def packed(self, rows: Tensor) -> PackedBatch:
         """The given episodes as one packed micro-batch; its loss_mask marks the positions that predict response
