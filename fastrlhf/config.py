@@ -151,7 +151,7 @@ def require(config: Config, command: str) -> None:
     Commands: pretrain, sft, rm, ppo, sample, eval rm; any other needs nothing beyond a valid configuration.
     """
     for key, what in _FILES.get(command, {}).items():
-        if not _get(config, key):
+        if not _get(config, key) and not (command == "pretrain" and config.data.pretrain):
             raise UserError(f"{command} needs {key}: {what}; add it to the configuration or pass {key}=PATH")
     if command in ("pretrain", "sft", "rm"):
         if config.train.steps is None and config.train.epochs is None:

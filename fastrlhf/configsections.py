@@ -32,6 +32,11 @@ Above0 = Annotated[float, NotBool, Field(gt=0.0)]
 AtLeast0 = Annotated[float, NotBool, Field(ge=0.0)]
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """A list of strings; one bare string is a list of one."""
+Blend = Annotated[
+    list[str] | dict[str, Above0],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+"""Paths, or path: weight."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {
@@ -195,8 +200,14 @@ class DataConfig(Section):
     """Demonstration files (rm): the head's bias is shifted after training so that they score 0 on average."""
     prompts: Strings | None = None
     """Prompt files (ppo, sample)."""
-    pretrain: Strings | None = None
-    """Pretraining text: the ptx term of PPO, or the share mixed into SFT."""
+    prompt_prefix: str | None = None
+    """Text file that is put before each prompt, such as a few worked examples for a prompted baseline; it counts in
+    max_prompt_tokens. None: nothing."""
+    loss_on: Literal["last", "all"] = "last"
+    """What SFT trains on in a conversation: the response (last), or the assistant's earlier turns too (all)."""
+    pretrain: Blend | None = None
+    """Pretraining text: the ptx term of PPO, the share mixed into SFT, and the pretrain command's when train is not
+    set. Files are read in proportion to their size, or as path: weight in these proportions."""
     pretrain_fraction: Rate = 0.0
     """Share of pretraining rows mixed into SFT; InstructGPT's RL starting point uses 0.1."""
     max_prompt_tokens: Positive = 1024

@@ -35,7 +35,7 @@ from fastrlhf.data.datasets import check_groups, load_demonstrations, load_promp
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
-from fastrlhf.data.tokenize import load_tokenizer
+from fastrlhf.data.tokenize import load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import write_run_report
 from fastrlhf.models.gpt import GPT, build_model
@@ -47,6 +47,7 @@ from fastrlhf.training import loop
 from fastrlhf.training.checkpoint import Checkpointer, SavedModel, describe_model, load_model
 from fastrlhf.training.metrics import MetricsLog, SampleLog
 from fastrlhf.training.optimizer import ExponentialAverage, Learner
+from fastrlhf.training.writing import same_outcome
 
 
 @dataclass
@@ -85,9 +86,10 @@ def train_job(command: str, config: Config, build: Callable[[Parts], Job]) -> Jo
 def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> bool:
     """Whether the last step was reached."""
     out = Path(config.output_dir)
-    if mesh.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(dump_config(config))
+    with same_outcome(f"output_dir {out} cannot be written"):
+        if mesh.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.yaml").write_text(dump_config(config))
     checkpointer = Checkpointer(
         mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
     )
@@ -158,6 +160,7 @@ class Parts:
             drop_last=drop_last,
             max_tokens=budget,
             cost=cost if budget is not None else None,
+            order=dataset.order if isinstance(dataset, PretrainWindows) and dataset.weights is not None else None,
         )
 
     def total_steps(self, batches: Loader) -> int:
@@ -173,21 +176,24 @@ class Parts:
         """A fresh loader over the whole of `dataset` for every evaluation."""
         return partial(self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False, cost=cost)
 
-    def windows(self, paths: list[str]) -> PretrainWindows:
+    def windows(self, sources: list[str] | dict[str, float]) -> PretrainWindows:
         cache = self.config.data.cache or Path(self.config.output_dir) / "cache"
-        stream = TokenStream.open(paths, self.tokenizer, cache)
-        return PretrainWindows(stream, self.config.data.sequence_length)
+        stream = TokenStream.open(list(sources), self.tokenizer, cache)
+        weights = list(sources.values()) if isinstance(sources, dict) else None
+        return PretrainWindows(stream, self.config.data.sequence_length, weights)
 
     def demonstrations(self, paths: list[str]) -> Sequence[Any]:
-        return self._read(load_demonstrations, paths, max_response_tokens=self.config.data.max_response_tokens)
+        data = self.config.data
+        options = {"max_response_tokens": data.max_response_tokens, "loss_on": data.loss_on}
+        return self._read(load_demonstrations, paths, **options)
 
     def rankings(self, paths: list[str]) -> Sequence[Any]:
         return self._read(load_rankings, paths, max_response_tokens=self.config.data.max_response_tokens)
 
     def prompts(self, paths: list[str]) -> Sequence[Any]:
-        return self._read(load_prompts, paths)
+        return self._read(load_prompts, paths, prefix=read_prefix(self.config.data.prompt_prefix))
 
-    def _read(self, load: Callable, paths: list[str], **limits: int) -> Sequence[Any]:
+    def _read(self, load: Callable, paths: list[str], **limits: Any) -> Sequence[Any]:
         data = self.config.data
         # Under on_error=quarantine rank 0 sets bad records aside, a file for each set of inputs.
         rejected = Path(self.config.output_dir) / "rejected" / Path(paths[0]).name if self.mesh.rank == 0 else None
@@ -222,9 +228,10 @@ class Parts:
 
 def _pretrain(run: Parts) -> Job:
     data = run.config.data
-    assert data.train is not None
+    text = data.train or data.pretrain
+    assert text is not None
     valid = run.one_pass(run.windows(data.valid), pack_windows, window_tokens) if data.valid else None
-    return _language_modelling(run, run.loader(run.windows(data.train), pack_windows, cost=window_tokens), valid)
+    return _language_modelling(run, run.loader(run.windows(text), pack_windows, cost=window_tokens), valid)
 
 
 def _sft(run: Parts) -> Job:

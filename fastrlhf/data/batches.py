@@ -22,10 +22,13 @@ Batch = TypeVar("Batch", bound="PackedBatch")
 
 @dataclass(frozen=True)
 class DemonstrationTokens:
-    """Prompt and response as one sequence; the first `prompt_length` tokens are not trained on."""
+    """Prompt and response as one sequence; of the first `prompt_length` tokens only the spans [start, end) in
+    `trained` are trained on: earlier turns of the assistant.
+    """
 
     tokens: list[int]
     prompt_length: int
+    trained: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class PackedBatch:
     Where sequences branch from a prompt that the row holds once (`pack_branches`), the tokens that sequence s attends
     to, its prompt's before its own, are key_index[cu_seqlens_kv[s] : cu_seqlens_kv[s+1]]: key_index int64,
     cu_seqlens_kv int32 [S+1], max_seqlen_kv the longest of them. Positions of a branch continue from its prompt's.
+
+    num_counted: how many labels count, kept by `to` from before the mask left the host, so that on a GPU the LM head
+    can pass over the others without waiting; None on a CPU, where the mask itself can be read.
     """
 
     tokens: torch.Tensor
@@ -62,6 +68,7 @@ class PackedBatch:
     key_index: torch.Tensor | None = None
     cu_seqlens_kv: torch.Tensor | None = None
     max_seqlen_kv: int = 0
+    num_counted: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_seqlen == 0:
@@ -79,6 +86,8 @@ class PackedBatch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
+        if self.loss_mask.device.type == "cpu" != torch.device(device).type:
+            moved["num_counted"] = int(self.loss_mask.sum())
         return replace(self, **moved)
 
 
@@ -134,8 +143,13 @@ def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> P
 
 
 def pack_demonstrations(demonstrations: Sequence[DemonstrationTokens]) -> PackedBatch:
-    """The micro-batch of SFT: one sequence a demonstration, loss on the response."""
-    return pack([d.tokens for d in demonstrations], [d.prompt_length for d in demonstrations])
+    """The micro-batch of SFT: one sequence a demonstration, loss on the response and on the `trained` spans."""
+    packed = pack([d.tokens for d in demonstrations], [d.prompt_length for d in demonstrations])
+    for start, demonstration in zip(packed.cu_seqlens.tolist(), demonstrations, strict=False):
+        for first, end in demonstration.trained:
+            # A token is trained where it is the label, one place before it; a sequence's first token is no label.
+            packed.loss_mask[start + max(first, 1) - 1 : start + end - 1] = True
+    return packed
 
 
 def pack_rankings(rankings: Sequence[TokenizedRanking], *, shared_prompt: bool = False) -> RankingBatch:
@@ -185,14 +199,16 @@ def pack_branches(
     sequences: list[Sequence[int]] = []
     prompt_of: list[int] = []  # the sequence that holds a sequence's prompt
     offsets: list[int] = []  # tokens of the prompt before a sequence's own
+    uncounted: list[int] = []  # tokens at a sequence's start whose labels do not count
     branches: list[int] = []
     for prompt, continuations in zip(prompts, responses, strict=True):
         first, roots = len(sequences), 1 if prompt else 0
         sequences += [prompt, *continuations] if prompt else continuations
         prompt_of += [first] * (roots + len(continuations))
         offsets += [0] * roots + [len(prompt)] * len(continuations)
+        uncounted += [len(prompt)] * roots + [0] * len(continuations)
         branches += range(first + roots, len(sequences))
-    packed = pack(sequences, [0 if offset else len(tokens) for tokens, offset in zip(sequences, offsets, strict=True)])
+    packed = pack(sequences, uncounted)
     starts, lengths, shared = packed.cu_seqlens.numpy().astype(np.int64), _lengths(sequences), np.array(offsets)
     keys = [
         np.concatenate([np.arange(starts[prompt], starts[prompt] + offset), np.arange(start, start + length)])

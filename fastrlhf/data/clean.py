@@ -104,7 +104,7 @@ class Cleaner:
 
     def _without_pii(self, record: Any, user: int, place: Place) -> Any | None:
         """The record as it may stay in its split, None when it may not."""
-        split = SPLITS[int(split_of(np.array([user], dtype=np.uint64), self.rules)[0])]
+        split = SPLITS[split_of(user, self.rules)]
         if self.rules.pii == "keep" or split not in self.rules.pii_splits:
             return record
         kinds = find_pii("\n".join(_texts(record)))
@@ -202,8 +202,10 @@ def _hash(seed: int, purpose: bytes, content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key, person=purpose).digest(), "little")
 
 
-def split_of(users: np.ndarray, rules: Rules) -> np.ndarray:
-    """Each user's split as a number in SPLITS; its hash, as a number in [0, 1), decides."""
-    place = users / 2.0**64
-    valid = place < rules.test_fraction + rules.valid_fraction
-    return np.where(place < rules.test_fraction, 2, np.where(valid, 1, 0))
+def split_of(user: Any, rules: Rules) -> Any:
+    """A user's split as a number in SPLITS, of one hash or of an array of them; the hash, as a number in [0, 1),
+    decides.
+    """
+    place = user / 2.0**64
+    test = place < rules.test_fraction
+    return 1 * (place < rules.test_fraction + rules.valid_fraction) + 1 * test  # test lies inside the second interval

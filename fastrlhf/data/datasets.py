@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fastrlhf.data.batches import DemonstrationTokens, TokenizedRanking
 from fastrlhf.data.records import Counts, Demonstration, OnError, Paths, Prompt, Ranking, as_paths, read_records
-from fastrlhf.data.tokenize import encode_prompts, encode_responses
+from fastrlhf.data.tokenize import encode_conversations, encode_prompts, encode_responses
 from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,17 +36,20 @@ def load_demonstrations(
     max_response_tokens: int,
     on_error: OnError = "strict",
     rejected: Path | None = None,
+    loss_on: Literal["last", "all"] = "last",
 ) -> tuple[list[DemonstrationTokens], Counts]:
-    """Demonstrations as prompt + response + eos, in file order."""
+    """Demonstrations as prompt + response + eos, in file order; `loss_on` "all" also trains on the assistant's turns in
+    the prompt.
+    """
     counts, loaded, shared = Counts(), [], _SharedInts()
     records: Iterator[Demonstration] = read_records(paths, "demonstrations", on_error, rejected, counts)
     for chunk in _chunks(records):
-        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
         responses = encode_responses(tokenizer, [record.response for record in chunk])
-        for prompt, response in zip(prompts, responses, strict=True):
+        prompts = encode_conversations(tokenizer, [record.prompt for record in chunk], loss_on == "all")
+        for (prompt, spans), response in zip(prompts, responses, strict=True):
             if _fits(prompt, max_prompt_tokens, counts):
                 tokens = shared(prompt + _cut(response, max_response_tokens, counts))
-                loaded.append(DemonstrationTokens(tokens, len(prompt)))
+                loaded.append(DemonstrationTokens(tokens, len(prompt), tuple(spans)))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
 
 
@@ -101,12 +104,13 @@ def load_prompts(
     max_prompt_tokens: int,
     on_error: OnError = "strict",
     rejected: Path | None = None,
+    prefix: str = "",
 ) -> tuple[list[list[int]], Counts]:
-    """Prompts as token lists, in file order."""
+    """Prompts as token lists, in file order; `prefix` stands before each and counts in its length."""
     counts, loaded, shared = Counts(), [], _SharedInts()
     records: Iterator[Prompt] = read_records(paths, "prompts", on_error, rejected, counts)
     for chunk in _chunks(records):
-        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
+        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk], prefix)
         loaded += [shared(prompt) for prompt in prompts if _fits(prompt, max_prompt_tokens, counts)]
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrlhf.data.batches import DemonstrationTokens
-from fastrlhf.data.loader import permutation
 from fastrlhf.data.pretrain import PretrainWindows
 from fastrlhf.errors import UserError
 
@@ -32,7 +31,7 @@ class Mixture(Sequence[DemonstrationTokens]):
         self.rows = round(len(demonstrations) * fraction / (1.0 - fraction))
         if self.rows > len(windows):
             log.warning("%d pretraining rows are drawn from only %d windows, so some repeat", self.rows, len(windows))
-        self._order = permutation(len(windows), seed, epoch=0)
+        self._order = windows.order(seed, epoch=0)
 
     def __len__(self) -> int:
         """Demonstrations and pretraining rows."""

@@ -36,7 +36,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder}: not a tokenizer folder ({reason}); expected the files transformers saves") from None
@@ -63,23 +63,78 @@ def prompt_text(prompt: PromptLike) -> str:
     return "".join(f"{turn['role']}: {turn['content']}\n" for turn in prompt)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[PromptLike]) -> list[list[int]]:
+def read_prefix(path: str | Path | None) -> str:
+    """The text of `data.prompt_prefix`, such as a few worked examples; "" for None. UserError when unreadable."""
+    if path is None:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as the prompt prefix ({error}); expected a UTF-8 text file") from None
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[PromptLike], prefix: str = ""
+) -> list[list[int]]:
     """Token ids of each prompt. Turns go through the tokenizer's chat template, which opens the assistant's turn, or
     through `prompt_text` when it has none. A string is encoded as it is: special tokens written in it count as such
-    (people keep prompts already templated) and none are added.
+    (people keep prompts already templated) and none are added. `prefix` stands before each, as it is.
     """
-    texts = [_templated(tokenizer, prompt) for prompt in prompts]
+    texts = [prefix + _templated(tokenizer, prompt) for prompt in prompts]
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _templated(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike) -> str:
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[PromptLike], with_spans: bool
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """As `encode_prompts`, and `with_spans` the spans [start, end) of tokens that the assistant wrote in its earlier
+    turns (else none).
+
+    What the template puts behind a turn, such as an end-of-turn token, belongs to it. UserError when the template
+    writes a turn otherwise once another follows, so that there is no such span.
+    """
+    if not with_spans:
+        return [(ids, []) for ids in encode_prompts(tokenizer, prompts)]
+    texts = [_templated(tokenizer, prompt) for prompt in prompts]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    found = []
+    for prompt, text, ids, offsets in zip(prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        spans = []
+        for start, end in _assistant_spans(tokenizer, prompt, text):
+            inside = [place for place, (first, last) in enumerate(offsets) if first < end and last > start]
+            if inside:
+                spans.append((inside[0], inside[-1] + 1))
+        found.append((ids, spans))
+    return found
+
+
+def _assistant_spans(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, text: str) -> list[tuple[int, int]]:
+    """Where the assistant's turns of a prompt stand in its templated text, in characters."""
+    spans = []
+    for number, turn in enumerate([] if isinstance(prompt, str) else prompt):
+        if turn["role"] != "assistant":
+            continue
+        before = _templated(tokenizer, prompt[:number]) if number else ""
+        if not tokenizer.chat_template:
+            before += "assistant: "
+        through = _templated(tokenizer, prompt[: number + 1], opens=False)
+        if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+            raise UserError(
+                f"the tokenizer's chat template writes turn {number + 1} of a prompt otherwise when more turns follow; "
+                "use data.loss_on=last"
+            )
+        spans.append((len(before), len(through)))
+    return spans
+
+
+def _templated(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, opens: bool = True) -> str:
     if isinstance(prompt, str) or not tokenizer.chat_template:
         return prompt_text(prompt)
     from jinja2 import TemplateError
 
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in prompt)
         raise UserError(f"the tokenizer's chat template refuses a prompt with turns {roles}: {error}") from None

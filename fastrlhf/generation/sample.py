@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from fastrlhf.config import Config
 from fastrlhf.data.records import Prompt, read_records
-from fastrlhf.data.tokenize import encode_prompts, load_tokenizer
+from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, generate, generate_all
 from fastrlhf.generation.sampling import SamplingParams
@@ -57,18 +57,20 @@ def sample(
     mesh: Mesh,
     out: str | Path,
     slots: int = 64,
+    prefix: str = "",
 ) -> SampleCounts:
     """Writes `out`, a line {"prompt", "responses": [K], "user_id"?} a prompt, in the order of `prompts`.
 
     K is `k`, or drawn for each prompt from least .. most if `k` is a pair. Responses are without the stop token or
-    string. The data-parallel ranks share the prompts; the file depends on neither their number nor on `slots`.
+    string. The data-parallel ranks share the prompts; the file depends on neither their number nor on `slots`. `prefix`
+    stands before each prompt, and not in the file.
     """
     least, most = (k, k) if isinstance(k, int) else k
     if not 1 <= least <= most:
         raise ValueError(f"k is {k}; expected a number of responses or (least, most), from 1 up")
     if most > 1 and params.temperature == 0:
         raise UserError("sample needs generation.temperature above 0: greedy responses to a prompt are all the same")
-    encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in prompts])
+    encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in prompts], prefix)
     mine = range(mesh.data_rank, len(prompts), mesh.data_size)
     wanted = {i: random.Random(f"{params.seed} {i}").randint(least, most) for i in mine}
     found: dict[int, list[str]] = {i: [] for i in mine}
@@ -185,7 +187,8 @@ def run(config: Config) -> None:
     saved = find_policy(config.model.load or config.model.hf, "sample")
     stage = load_saved(saved, mesh, "lm", config.model.dtype)
     slots = config.generation.slots
-    counts = sample(stage, tokenizer, prompts, config.sample.k, params, mesh=mesh, out=out, slots=slots)
+    prefix = read_prefix(config.data.prompt_prefix)
+    counts = sample(stage, tokenizer, prompts, config.sample.k, params, mesh=mesh, out=out, slots=slots, prefix=prefix)
     if mesh.rank == 0:
         print(
             f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked "
@@ -202,7 +205,8 @@ def fitting_prompts(config: Config, tokenizer: PreTrainedTokenizerFast, mesh: Me
     assert data.prompts is not None  # config.require
     rejected = Path(config.output_dir) / "rejected.jsonl" if mesh.rank == 0 else None
     prompts = list(read_records(data.prompts, "prompts", data.on_error, rejected))
-    lengths = map(len, encode_prompts(tokenizer, [prompt.prompt for prompt in prompts]))
+    prefix = read_prefix(data.prompt_prefix)
+    lengths = map(len, encode_prompts(tokenizer, [prompt.prompt for prompt in prompts], prefix))
     fitting = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= data.max_prompt_tokens]
     if not fitting:
         raise UserError(

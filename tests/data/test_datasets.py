@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from fastrlhf.data.batches import pack_demonstrations
 from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
 from fastrlhf.data.records import Counts
-from fastrlhf.data.tokenize import encode_prompt, encode_response
+from fastrlhf.data.tokenize import encode_prompt, encode_response, load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 
 LONG = "the cat sat on the mat. " * 20
@@ -71,5 +72,69 @@ def test_counts_are_logged_and_rejected_records_counted(
 def test_no_usable_record_is_an_error(jsonl: Callable[..., Path], tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"no usable record \(kept 0 of 1 records \(1 dropped for a long prompt\)"):
         load_prompts(jsonl({"prompt": LONG}), tokenizer, max_prompt_tokens=20)
-    with pytest.raises(UserError, match=r"no usable record \(kept 0 of 0 records; the prompt limit"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the file holds no record"):
         load_prompts(jsonl(), tokenizer, max_prompt_tokens=20)
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on"},
+    {"role": "user", "content": "a dog"},
+    {"role": "assistant", "content": "ran"},
+    {"role": "user", "content": "the mat"},
+]
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_the_loss_may_cover_every_turn_of_the_assistant(
+    jsonl: Callable[..., Path], tokenizer_folder: Path, template: str | None
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = template
+    path = jsonl({"prompt": TURNS, "response": "hi"}, {"prompt": "the cat", "response": "sat"})
+    options: dict[str, Any] = {"max_prompt_tokens": 200, "max_response_tokens": 20}
+    shown = {}
+    for loss_on in ("last", "all"):
+        (chat, plain), _ = load_demonstrations(path, tokenizer, loss_on=loss_on, **options)
+        batch = pack_demonstrations([plain, chat])
+        own = batch.labels[batch.loss_mask].tolist()
+        shown[loss_on] = tokenizer.decode(own[len(plain.tokens) - plain.prompt_length :])
+        assert plain.trained == ()
+    # Without a template the token after "assistant:" is the word with its space.
+    space, end = ("", "<|end|>") if template else (" ", "\n")
+    assert shown["last"] == "hi<|endoftext|>"
+    assert shown["all"] == f"{space}sat on{end}{space}ran{end}hi<|endoftext|>"
+
+
+def test_a_template_that_rewrites_turns_is_refused_for_loss_on_all(
+    jsonl: Callable[..., Path], tokenizer_folder: Path
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    last = "{% if loop.last %}[{{ m.content }}]{% else %}{{ m.content }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + last + "{% endfor %}"
+    path = jsonl({"prompt": TURNS, "response": "hi"})
+    options: dict[str, Any] = {"max_prompt_tokens": 200, "max_response_tokens": 20}
+    assert len(load_demonstrations(path, tokenizer, **options)[0]) == 1
+    with pytest.raises(
+        UserError, match=r"writes turn 2 of a prompt otherwise when more turns follow; use data.loss_on"
+    ):
+        load_demonstrations(path, tokenizer, loss_on="all", **options)
+
+
+def test_a_prefix_stands_before_each_prompt_and_counts(
+    jsonl: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    (tmp_path / "prefix.txt").write_text("the cat sat.\n\n")
+    prefix = read_prefix(tmp_path / "prefix.txt")
+    path = jsonl({"prompt": "a dog"}, {"prompt": "the mat"})
+    prompts, _ = load_prompts(path, tokenizer, max_prompt_tokens=50, prefix=prefix)
+    assert [tokenizer.decode(ids) for ids in prompts] == ["the cat sat.\n\na dog", "the cat sat.\n\nthe mat"]
+    with pytest.raises(UserError, match="2 dropped for a long prompt"):
+        load_prompts(path, tokenizer, max_prompt_tokens=len(prompts[0]) - 2, prefix=prefix)
+    assert read_prefix(None) == ""
+    with pytest.raises(UserError, match="cannot be read as the prompt prefix"):
+        read_prefix(tmp_path / "none.txt")

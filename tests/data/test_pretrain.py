@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import fastrlhf.data.indexed as indexed
 import fastrlhf.data.pretrain as pretrain
 from fastrlhf.data.batches import DemonstrationTokens, pack_demonstrations, pack_windows
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
-from fastrlhf.data.pretrain import PretrainWindows, TokenStream
+from fastrlhf.data.pretrain import PretrainWindows, TokenStream, apportion
 from fastrlhf.data.tokenize import encode_plain
 from fastrlhf.errors import UserError
 
@@ -47,8 +48,8 @@ def test_a_long_document_tokenized_in_pieces_reads_the_same(
 ) -> None:
     text = "the cat sat on the mat.\n" * 30 + "é" * 200
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(pretrain, "_PIECE", 100)
-    assert max(len(piece) for piece in pretrain._pieces(text)) <= 100
+    monkeypatch.setattr(indexed, "PIECE", 100)
+    assert max(len(piece) for piece in indexed.pieces(text)) <= 100
     stream = TokenStream.open(tmp_path / "a.txt", tokenizer, tmp_path / "cache")
     assert tokenizer.decode(stream.parts[0][:-1].tolist()) == text
 
@@ -60,13 +61,13 @@ def test_text_is_tokenized_once_until_it_or_the_tokenizer_changes(
     path.write_text("the cat sat")
     first = TokenStream.open(path, tokenizer, cache).parts[0].tolist()
     calls: list[Path] = []
-    write = pretrain._write_indexed
+    write = pretrain.write_indexed
 
     def counted(path: Path, tokenizer: Any, prefix: Path) -> None:
         calls.append(path)
         write(path, tokenizer, prefix)
 
-    monkeypatch.setattr(pretrain, "_write_indexed", counted)
+    monkeypatch.setattr(pretrain, "write_indexed", counted)
     assert TokenStream.open(path, tokenizer, cache).parts[0].tolist() == first
     assert calls == []
     path.write_text("a dog ran after")
@@ -173,3 +174,96 @@ def test_a_mixture_short_of_windows_repeats_them_and_says_so(caplog: pytest.LogC
     assert caplog.messages == ["5 pretraining rows are drawn from only 2 windows, so some repeat"]
     with pytest.raises(UserError, match=r"data.pretrain_fraction is 1.0; expected"):
         Mixture([DemonstrationTokens([1], 0)], windows, 1.0, seed=0)
+
+
+def blend(epochs: int, weights: list[float], parts: tuple[int, ...] = (40, 10), shuffle: bool = True) -> list[Any]:
+    """The orders of some epochs over windows of one token each."""
+    stream = TokenStream([np.arange(size + 1) for size in parts])
+    windows = PretrainWindows(stream, 1, weights)
+    return [windows.order(3, epoch, shuffle).tolist() for epoch in range(epochs)]
+
+
+def test_a_blend_draws_its_sources_by_weight_and_each_window_once_a_pass() -> None:
+    """Half and half of 40 and 10 windows: an epoch of 50 has 25 draws of each, evenly spread."""
+    orders = blend(8, [3.0, 3.0])
+    assert orders == blend(8, [1.0, 1.0])
+    assert [len(order) for order in orders] == [50] * 8
+    for order in orders:
+        small = np.cumsum([window >= 40 for window in order])
+        assert np.abs(small - np.arange(1, 51) / 2).max() <= 1
+    for first, size in ((0, 40), (40, 10)):
+        drawn = [window for order in orders for window in order if first <= window < first + size]
+        assert len(drawn) == 200
+        passes = [drawn[start : start + size] for start in range(0, 200, size)]
+        assert all(sorted(own) == list(range(first, first + size)) for own in passes)
+        assert passes[0] != passes[1]
+    assert blend(1, [3.0, 1.0], shuffle=False)[0][:8] == [0, 1, 40, 2, 3, 4, 41, 5]
+
+
+def test_apportion_rounds_to_the_total() -> None:
+    assert apportion(10, [1, 1, 1]) == [4, 3, 3]
+    assert apportion(50, [0.97, 0.03]) == [49, 1]
+    assert apportion(7, [2.0]) == [7]
+
+
+def test_a_blend_is_the_same_under_every_layout_and_resumes() -> None:
+    windows = PretrainWindows(TokenStream([np.arange(41), np.arange(100, 111)]), 1, [1.0, 1.0])
+
+    def loader(rank: int = 0, size: int = 1, source: PretrainWindows = windows) -> Loader[Any, Any]:
+        return Loader(
+            source,
+            global_batch_size=12,
+            micro_batch_size=2,
+            data_rank=rank,
+            data_size=size,
+            seed=5,
+            collate=list,
+            epochs=3,
+            order=source.order,
+        )
+
+    whole = [[window for micro in step for window in micro] for step in loader()]
+    assert all(sum(window[0] >= 100 for window in step) == 6 for step in whole)
+    shares = [list(loader(rank, 3)) for rank in range(3)]
+    joined = [[w for own in step for micro in own for w in micro] for step in zip(*shares, strict=True)]
+    assert joined == whole
+    started = loader()
+    for _ in zip(started, range(5), strict=False):
+        pass
+    state = started.state_dict()
+    resumed = loader(1, 2)
+    resumed.load_state_dict(state)
+    rest = [[window for micro in step for window in micro] for step in resumed]
+    assert rest == [step[6:] for step in whole[-len(rest) :]]
+    assert len(rest) == len(whole) - state["epoch"] * 4 - state["cursor"] // 12
+    other = PretrainWindows(windows.stream, 1, [1.0, 2.0])
+    with pytest.raises(UserError, match="cannot resume the data order: the checkpoint has order"):
+        loader(source=other).load_state_dict(state)
+
+
+def test_a_source_too_small_for_a_window_cannot_be_blended() -> None:
+    stream = TokenStream([np.arange(10), np.arange(3)])
+    with pytest.raises(UserError, match=r"source 2 of data.pretrain has 3 tokens, fewer than one window"):
+        PretrainWindows(stream, 4, [0.5, 0.5])
+
+
+def test_processes_write_the_bytes_of_one(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed, "PIECE", 200)
+    texts = [f"the cat {i} <|endoftext|> sat on the mat.\n" * (1 + i % 12) for i in range(60)]
+    path = jsonl(*[{"text": text} for text in texts])
+    for workers in (1, 2):
+        told = indexed.write_indexed([path, path], tokenizer, tmp_path / str(workers) / "corpus", workers=workers)
+        assert told["documents"] == 120
+    for name in ("corpus.bin", "corpus.idx"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert sorted(file.name for file in (tmp_path / "2").iterdir()) == ["corpus.bin", "corpus.idx"]
+    (part,) = TokenStream.open(tmp_path / "2" / "corpus", tokenizer, tmp_path / "cache").parts
+    assert len(part) == told["tokens"]
+    assert tokenizer.decode(part[: np.flatnonzero(part == tokenizer.eos_token_id)[0]].tolist()) == texts[0]
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+        indexed.write_indexed(tmp_path / "none.jsonl", tokenizer, tmp_path / "none", workers=2)
+    bad = jsonl({"text": 3}, {"text": "fine"}, name="bad.jsonl")
+    assert indexed.write_indexed(bad, tokenizer, tmp_path / "bad", on_error="quarantine")["rejected"] == 1
+    assert '"source"' in (tmp_path / "bad.rejected.jsonl").read_text()
