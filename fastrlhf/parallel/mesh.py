@@ -11,9 +11,11 @@ import datetime
 import functools
 import itertools
 import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -207,9 +209,11 @@ def _describe(device: torch.device, parallel: ParallelConfig) -> Mesh:
 
 
 def seed_generators(mesh: Mesh, seed: int) -> None:
-    """Seeds torch's and megatron's generators for this rank's place in the mesh."""
+    """Seeds torch's, megatron's, NumPy's and Python's generators for this rank's place in the mesh."""
     place = seed + 1_000 * mesh.data_rank + 1_000_000 * mesh.pipeline_rank
     torch.manual_seed(place)
+    random.seed(place)
+    np.random.seed(place % 2**32)
     model_parallel_cuda_manual_seed(place, force_reset_rng=True)
 
 

@@ -104,6 +104,11 @@ def fill_weights(saved: SavedModel, stage: Any) -> None:
         raise UserError(
             f"{saved.path}: holds a model with a {saved.head} head, not the {stage.head_kind} head needed here"
         )
+    if stage.vocab_size != saved.vocab_size:
+        raise UserError(
+            f"{saved.path}: has a vocabulary of {saved.vocab_size}, not {stage.vocab_size}; use its tokenizer "
+            f"({saved.tokenizer or 'unknown'}) and model.vocab_size"
+        )
     reader = shard_reader(saved.path)
     for part in parts_of(stage, weights, skip=lambda name: body_only and name.startswith("score.")):
         reader.fill(part)

@@ -26,63 +26,82 @@ _TRACKER = "tracker."
 
 def is_sharded_over_data(learner: Any) -> bool:
     """Whether every data-parallel rank keeps a part of the optimizer's state of its own."""
-    return any(isinstance(part, DistributedOptimizer) for part in learner.optimizer.chained_optimizers)
+    return isinstance(_part(learner), DistributedOptimizer)
+
+
+def _part(learner: Any) -> Any:
+    """The one optimizer in megatron's chain (it has more for mixtures of experts)."""
+    (part,) = learner.optimizer.chained_optimizers
+    return part
 
 
 def optimizer_values(learner: Any) -> Values:
     """Adam's moments of a parameter, and its fp32 master if it is trained in half precision."""
+    part = _part(learner)
+    mains = _shards(part) if is_sharded_over_data(learner) else _copies(learner.stage)
 
     def values(parameter: torch.nn.Parameter) -> dict[str, tuple[Tensor, int]]:
-        for part in learner.optimizer.chained_optimizers:
-            if isinstance(part, DistributedOptimizer):
-                if parameter not in part.model_param_group_index_map:
-                    continue
-                first = part._get_model_param_range_map(parameter)["param"].start
-                group, number = part.model_param_group_index_map[parameter]
-                main = part.optimizer.param_groups[group]["params"][number]
-            else:
-                first = 0
-                main = getattr(parameter, "main_param", parameter)
-            state = part.optimizer.state[main]
-            for name in _MOMENTS:
-                # Optimizers other than torch's make their state in the first step.
-                if name not in state:
-                    state[name] = torch.zeros_like(main, dtype=torch.float32)
-            found = {name: (state[name].view(-1), first) for name in _MOMENTS}
-            if parameter.dtype != torch.float32:
-                found["master"] = (main.detach().view(-1), first)
-            return found
-        return {}
+        if parameter not in mains:  # all of it is another data-parallel rank's
+            return {}
+        main, first = mains[parameter]
+        state = part.optimizer.state[main]
+        for name in _MOMENTS:
+            # Optimizers other than torch's make their state in the first step.
+            if name not in state:
+                state[name] = torch.zeros_like(main, dtype=torch.float32)
+        found = {name: (state[name].view(-1), first) for name in _MOMENTS}
+        if parameter.dtype != torch.float32:
+            found["master"] = (main.detach().view(-1), first)
+        return found
 
     return values
 
 
+def _copies(stage: Any) -> dict[Tensor, tuple[Tensor, int]]:
+    """Parameter -> (the whole fp32 tensor that the optimizer moves: a copy, or itself; 0)."""
+    return {parameter: (getattr(parameter, "main_param", parameter), 0) for parameter in stage.parameters()}
+
+
+def _shards(part: Any) -> dict[Tensor, tuple[Tensor, int]]:
+    """Parameter -> (this data-parallel rank's fp32 shard of it, where the shard begins in the flattened parameter).
+
+    megatron's own map of them is wrong for models of two dtypes (a half-precision body, an fp32 head): it counts in
+    the order of the gradient buffers, while the inner optimizer has the fp32 parameters first.
+    """
+    found = {}
+    for models, shards in (
+        (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+        (part.model_fp32_groups, part.shard_fp32_groups),
+    ):
+        for group, shard_group in zip(models, shards, strict=True):
+            for parameter, shard in zip(group, shard_group, strict=True):
+                own = part._get_model_param_range_map(parameter)["param"]
+                assert own.size == shard.numel()
+                found[parameter] = (shard, own.start)
+    return found
+
+
 def learner_state(learner: Any) -> dict[str, Any]:
     """Updates made and the fp16 loss scale, for JSON."""
-    scalers = [_scaler_state(part) for part in learner.optimizer.chained_optimizers]
-    return {"updates": learner.scheduler.num_steps, "loss_scalers": scalers}
+    scaler = getattr(_part(learner), "grad_scaler", None)
+    state = scaler.state_dict() if scaler is not None else {}
+    loss_scale = {**state, "scale": state["scale"].item()} if state else None
+    return {"updates": learner.scheduler.num_steps, "loss_scale": loss_scale}
 
 
 def restore_learner(learner: Any, state: dict[str, Any]) -> None:
     """Sets the counts of `learner_state`: learning rate, Adam's bias correction and loss scale go on from there."""
-    updates = state["updates"]
+    part, updates, loss_scale = _part(learner), state["updates"], state["loss_scale"]
     learner.scheduler.num_steps = 0
     learner.scheduler.step(increment=updates)
-    for part, scaler in zip(learner.optimizer.chained_optimizers, state["loss_scalers"], strict=True):
-        if scaler is not None:
-            part.grad_scaler.load_state_dict({**scaler, "scale": torch.tensor([scaler["scale"]])})
-        for group in part.optimizer.param_groups:
-            if "step" in group:  # Transformer Engine's and apex's Adam count here
-                group["step"] = updates
+    if loss_scale is not None:
+        part.grad_scaler.load_state_dict({**loss_scale, "scale": torch.tensor([loss_scale["scale"]])})
+    for group in part.optimizer.param_groups:
+        if "step" in group:  # Transformer Engine's and apex's Adam count here
+            group["step"] = updates
     for adam in torch_adams(learner.optimizer):
         for values in adam.state.values():
             values["step"].fill_(updates)
-
-
-def _scaler_state(part: Any) -> dict[str, Any] | None:
-    scaler = getattr(part, "grad_scaler", None)
-    state = scaler.state_dict() if scaler is not None else {}
-    return {**state, "scale": state["scale"].item()} if state else None
 
 
 def generator_states(mesh: Mesh) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,12 +68,22 @@ def lm_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBat
     return head
 
 
-class Training:
-    """A language model and its learner: just enough of an algorithm to train and to save."""
+def scalar_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBatch], Any]:
+    def head(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (stage.score(hidden) - batch.tokens / VOCAB).square()[batch.loss_mask].sum() / denominator
+        return loss, {"loss": loss.detach()}
 
-    def __init__(self, mesh: Mesh, model: ModelConfig, seed: int = 5, **optimizer: Any) -> None:
+    return head
+
+
+class Training:
+    """A model and its learner: just enough of an algorithm to train and to save."""
+
+    def __init__(
+        self, mesh: Mesh, model: ModelConfig, seed: int = 5, head: Literal["lm", "scalar"] = "lm", **optimizer: Any
+    ) -> None:
         self.mesh = mesh
-        self.stage = build_model(model, mesh, VOCAB, seed=seed)
+        self.stage = build_model(model, mesh, VOCAB, head=head, seed=seed)
         config = OptimizerConfig(**{**OPTIMIZER, **optimizer})
         self.learner = Learner(mesh, self.stage, config, SCHEDULE, total_steps=10)
 
@@ -82,7 +92,8 @@ class Training:
         batches = global_batch(step)
         denominator = float(sum(batch.loss_mask.sum() for batch in batches))
         mine = batches[self.mesh.data_rank :: self.mesh.data_size]
-        metrics = self.learner.accumulate(mine, lm_head(self.stage, denominator))
+        head = lm_head if self.stage.head_kind == "lm" else scalar_head
+        metrics = self.learner.accumulate(mine, head(self.stage, denominator))
         return self.mesh.sum_metrics(metrics)["loss"]
 
     def steps(self, numbers: Sequence[int]) -> list[dict[str, float]]:

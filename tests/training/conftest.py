@@ -1,0 +1,56 @@
+"""A mesh of one rank, and a small model in training with everything that a checkpoint holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastrlhf.config import CheckpointConfig, ModelConfig, ParallelConfig
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.training.checkpoint import Checkpointer
+
+SCRIPT = Path(__file__).parents[1] / "parallel" / "run_training.py"
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[meshes.Mesh]:
+    yield meshes.initialize(ParallelConfig(), seed=3)
+    meshes.finalize()
+
+
+@pytest.fixture(scope="session")
+def script() -> Any:
+    """The models and batches of the tests of parallel layouts."""
+    spec = importlib.util.spec_from_file_location("run_training", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def training(script: Any, mesh: meshes.Mesh) -> Callable[..., Any]:
+    """`training(dtype, seed=..., **optimizer)`: a tied GPT and its learner."""
+    seeds = itertools.count(1)
+
+    def build(dtype: str = "fp32", **options: Any) -> Any:
+        model = ModelConfig(**script.MODELS["tied"], dtype=dtype)  # type: ignore[arg-type]
+        return script.Training(mesh, model, **{"seed": next(seeds), **options})
+
+    return build
+
+
+@pytest.fixture
+def checkpointer(mesh: meshes.Mesh, tmp_path: Path) -> Callable[..., Checkpointer]:
+    """`checkpointer(**section)`: on the folder tmp_path/checkpoints."""
+
+    def build(config_text: str = "", **section: Any) -> Checkpointer:
+        config = CheckpointConfig(**{"asynchronous": False, **section})
+        return Checkpointer(mesh, tmp_path / "checkpoints", config, config_text, tokenizer="")
+
+    return build
