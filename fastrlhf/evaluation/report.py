@@ -7,8 +7,10 @@ from its metrics.jsonl, config.yaml and samples.jsonl. All text that comes from 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -117,9 +119,12 @@ class Report:
         ]
         self._parts.append(f'<ol class="stages">{"".join(items)}</ol>')
 
-    def charts(self, charts: Iterable[str]) -> None:
-        """Charts made by `framed`, in as many columns as fit; empty ones are left out."""
-        self._parts.append(f'<div class="charts">{"".join(charts)}</div>')
+    def charts(self, charts: Iterable[str], folded: str | None = None) -> None:
+        """Charts made by `framed`, in as many columns as fit; empty ones are left out. With the title `folded` they
+        are hidden until it is clicked.
+        """
+        grid = f'<div class="charts">{"".join(charts)}</div>'
+        self._parts.append(f"<details><summary>{escape(folded)}</summary>{grid}</details>" if folded else grid)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table; numbers are right-aligned, floats with three decimals, anything else as its text."""
@@ -228,7 +233,10 @@ def write_run_report(run_dir: str | Path) -> Path:
     if metrics:
         report.figures(_run_figures(metrics))
         report.section("Curves", "The faint line is what was recorded, the strong one its moving average.")
-        report.charts(metric_charts(metrics))
+        report.charts(metric_charts(metrics, [name for name in EXPLAINED if name in metrics]))
+        others = [name for name in sorted(metrics) if name not in EXPLAINED and _validated(name) not in metrics]
+        if others:
+            report.charts(metric_charts(metrics, others), folded="More curves")
     else:
         report.section("Curves", "Nothing has been recorded yet.")
     _run_samples(report, folder / "samples.jsonl")
@@ -236,7 +244,21 @@ def write_run_report(run_dir: str | Path) -> Path:
     if config.is_file():
         report.section("Configuration")
         report.details("config.yaml, every default written out", config.read_text(encoding="utf-8"))
+    report.section("Versions")
+    report.table(("package", "version"), _versions())
     return report.write(folder / "report.html")
+
+
+def _versions() -> list[tuple[str, str]]:
+    """Of what decides a run's numbers, as installed when the page is written."""
+    packages = ("fastrlhf", "torch", "megatron-core", "transformers", "triton", "flash-attn", "transformer-engine")
+    rows = [("Python", platform.python_version())]
+    for package in packages:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return rows
 
 
 def _run_samples(report: Report, path: Path) -> None:

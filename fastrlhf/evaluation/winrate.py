@@ -106,14 +106,37 @@ def pair_accuracy(
     return _with_interval(sums_G[kept], counts_G[kept], ties, level, resamples, seed)
 
 
+def mean_interval(
+    values: ArrayLike, clusters: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """The mean of values [N], and the ends of its percentile bootstrap interval over the prompts `clusters` [N] names.
+
+    Raises ValueError where the two are not vectors of one length, or are empty.
+    """
+    values_N, clusters_N = np.asarray(values, dtype=np.float64), np.asarray(clusters)
+    if values_N.ndim != 1 or values_N.size == 0 or values_N.shape != clusters_N.shape:
+        raise ValueError(f"expected two vectors of one length, got shapes {values_N.shape} and {clusters_N.shape}")
+    members_N = np.unique(clusters_N, return_inverse=True)[1]
+    sums_G = np.bincount(members_N, weights=values_N).astype(np.float64)
+    counts_G = np.bincount(members_N).astype(np.float64)
+    low, high = _bootstrap(sums_G, counts_G, level, resamples, seed)
+    return float(values_N.mean()), low, high
+
+
+def _bootstrap(
+    sums_G: NDArray[np.float64], counts_G: NDArray[np.float64], level: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """The ends of the percentile bootstrap interval of sum / count over resampled prompts."""
+    prompts = sums_G.size
+    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    low, high = np.quantile((drawn @ sums_G) / (drawn @ counts_G), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def _with_interval(
     sums_G: NDArray[np.float64], counts_G: NDArray[np.float64], ties: int, level: float, resamples: int, seed: int
 ) -> WinRate:
     """sum / count with the percentile bootstrap interval of that ratio over resampled prompts."""
-    prompts = sums_G.size
-    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    rates = (drawn @ sums_G) / (drawn @ counts_G)
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return WinRate(
-        float(sums_G.sum() / counts_G.sum()), float(low), float(high), int(counts_G.sum()), ties, clusters=int(prompts)
-    )
+    low, high = _bootstrap(sums_G, counts_G, level, resamples, seed)
+    rate = float(sums_G.sum() / counts_G.sum())
+    return WinRate(rate, low, high, int(counts_G.sum()), ties, clusters=int(sums_G.size))

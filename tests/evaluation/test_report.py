@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import Answer, Figure, Report, framed, metric_charts, read_metrics, write_run_report
@@ -138,6 +139,16 @@ def test_known_metrics_come_first_and_names_choose():
     assert len(metric_charts(metrics, ["lr", "missing"])) == 1
 
 
+def test_a_runs_unknown_metrics_are_folded_and_versions_shown(tmp_path):
+    folder = run_folder(tmp_path, [line(1, loss=2.0, valid_loss=2.5, zebra=1.0), line(2, loss=1.0, zebra=2.0)])
+    html = write_run_report(folder).read_text()
+    main, folded = html.split("<details><summary>More curves</summary>")
+    assert "<h3>Loss</h3>" in main and "held out" in main and "zebra" not in main
+    assert "<h3>zebra</h3>" in folded and "valid" not in folded
+    rows = parse(html).texts
+    assert rows[rows.index("torch") + 1] == torch.__version__
+
+
 def test_everything_from_data_is_escaped():
     evil = "<script>alert('x')</script>&"
     report = Report(evil, evil)
@@ -152,7 +163,9 @@ def test_everything_from_data_is_escaped():
     html = report.html()
     page = parse(html)
     assert "script" not in page.tags
-    assert sum(evil in text for text in page.texts) >= 16
+    report.charts([], folded=evil)
+    page = parse(report.html())
+    assert sum(evil in text for text in page.texts) >= 17
 
 
 def test_cells_by_type():
