@@ -137,37 +137,52 @@ def prepare_data(
 @data.command("convert")
 def convert_data(
     files: Files,
-    source: Annotated[Source, typer.Option("--from", help="Layout of the files.")],
-    kind: Annotated[Kind, typer.Option(help="Records to write.")],
+    kind: Annotated[Kind, typer.Option(help="Records to write, or to read.")],
     out: Annotated[Path, typer.Option(help="A .jsonl or .jsonl.gz file.")],
+    source: Annotated[Source | None, typer.Option("--from", help="Layout of the files; records are written.")] = None,
+    target: Annotated[Source | None, typer.Option("--to", help="Layout to write; the files hold records.")] = None,
     rejected: Annotated[Path | None, typer.Option(help="File for rows set aside.")] = None,
     on_error: Broken = "strict",
 ) -> None:
-    """Turn other projects' preference and instruction data into records."""
+    """Turn other projects' preference and instruction data into records, or records into theirs."""
     from fastrlhf.data.convert import convert
+    from fastrlhf.data.export import export
 
-    convert(files, source, kind, out, on_error, rejected)
+    if source is not None and target is None:
+        convert(files, source, kind, out, on_error, rejected)
+    elif target is not None and source is None:
+        export(files, target, kind, out, on_error, rejected)
+    else:
+        raise UserError("expected one of --from LAYOUT and --to LAYOUT")
 
 
 @data.command("show")
 def show_data(
-    files: Files,
-    tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG|FILE... [KEY=VALUE]", help="A run's YAML file, or record files.")
+    ],
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, with record files.")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Records of each file.")] = 3,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="As in the configuration.")] = 1024,
-    max_response_tokens: Annotated[int, typer.Option(min=1, help="As in the configuration.")] = 1024,
 ) -> None:
     """Print records as the model will read them, coloured by what the loss counts."""
-    from fastrlhf.data.show import show
+    from fastrlhf.data.show import run
+
+    run(arguments, tokenizer, n)
+
+
+@data.command("tokenize")
+def tokenize_data(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Text: .txt, JSONL, .gz of both, parquet.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
+    out: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
+    on_error: Broken = "strict",
+) -> None:
+    """Tokenize pretraining text once, as megatron's indexed data set."""
+    from fastrlhf.data.indexed import write_indexed
     from fastrlhf.data.tokenize import load_tokenizer
 
-    show(
-        files,
-        load_tokenizer(tokenizer),
-        n=n,
-        max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-    )
+    write_indexed(files, load_tokenizer(tokenizer), out, workers=workers, on_error=on_error)
 
 
 @convert.command("from-hf")

@@ -5,7 +5,8 @@
     transcripts HH-RLHF: chosen and rejected are whole conversations, "\\n\\nHuman: ...\\n\\nAssistant: ..."
     trees       OpenAssistant: one tree of messages a line, replies to a prompt ranked by people
 
-A row that does not fit is refused with its file, line and reason, or set aside. Left out on purpose: downloading.
+A row that does not fit is refused with its file, line and reason, or set aside. The way back
+is export.py. Left out on purpose: downloading.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import gzip
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 Source: TypeAlias = Literal["pairs", "transcripts", "trees"]
 Row: TypeAlias = dict[str, Any]
 Turns: TypeAlias = list[dict[str, str]]
+Maker: TypeAlias = Callable[[Any], Iterator[Row]]
 
 _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -43,28 +45,43 @@ def convert(
     A row may hold several records (a tree) or none of this kind (a tree without two ranked replies). UserError when
     the source has nothing of this kind at all.
     """
-    out = Path(out)
-    if not out.name.removesuffix(".gz").endswith(".jsonl"):
-        raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
-    make = _makers(source).get(kind)
-    if make is None:
-        have = ", ".join(_makers(source))
-        raise UserError(f"{source} hold no {kind}; choose one of {have}")
+    make = checked_maker(source, kind, _makers(source))
 
     def parse(row: Row) -> list[Any]:
         return [parse_record(found, kind) for found in make(row)]
 
     counts = Counts()
-    # mtime=0: the same rows give the same bytes.
-    with out.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if out.suffix == ".gz" else raw as file:
-        for record in parse_rows(paths, kind, parse, on_error, rejected, counts):
-            file.write(to_json(record).encode() + b"\n")
-            counts.kept += 1
-    log.info("%s: %d %s from %d rows, %d rows set aside", out, counts.kept, kind, counts.read, counts.rejected)
+    records = parse_rows(paths, kind, parse, on_error, rejected, counts)
+    counts.kept = write_lines(Path(out), map(to_json, records))
+    log_counts(Path(out), kind, counts)
     return counts
 
 
-def _makers(source: Source) -> dict[Kind, Callable[[Row], Iterator[Row]]]:
+def checked_maker(layout: Source, kind: Kind, makers: dict[Kind, Maker]) -> Maker:
+    """The function that `makers` has for `kind`; UserError with those there are."""
+    if kind not in makers:
+        raise UserError(f"{layout} hold no {kind}; choose one of {', '.join(makers)}")
+    return makers[kind]
+
+
+def write_lines(out: Path, lines: Iterable[str]) -> int:
+    """Write `lines` to `out`, gzipped when it ends in .gz, and return their number."""
+    if not out.name.removesuffix(".gz").endswith(".jsonl"):
+        raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
+    number = 0
+    # mtime=0: the same rows give the same bytes.
+    with out.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if out.suffix == ".gz" else raw as file:
+        for line in lines:
+            file.write(line.encode() + b"\n")
+            number += 1
+    return number
+
+
+def log_counts(out: Path, what: str, counts: Counts) -> None:
+    log.info("%s: %d %s from %d rows, %d rows set aside", out, counts.kept, what, counts.read, counts.rejected)
+
+
+def _makers(source: Source) -> dict[Kind, Maker]:
     """For each kind of record a source can give, the function from its row to our rows."""
     if source == "pairs":
         return {"rankings": _pair, "demonstrations": _example, "prompts": _prompt}

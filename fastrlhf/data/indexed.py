@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastrlhf.data.files import Paths, Position, as_files
-from fastrlhf.data.progress import Pass
 from fastrlhf.data.records import Counts, OnError, parse_record, placed_rows
 from fastrlhf.data.tokenize import encode_plain
 from fastrlhf.errors import UserError
+from fastrlhf.progress import Meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,7 +73,7 @@ def write_indexed(
                 rejected = stack.enter_context(open(f"{prefix}.rejected.jsonl", "w", encoding="utf-8"))
                 aside = rejected.write
             chunks = _chunks(files, on_error, aside, counts, position)
-            progress = stack.enter_context(Pass(title, sum(path.stat().st_size for path in files)))
+            progress = stack.enter_context(Meter(title, sum(path.stat().st_size for path in files), percent=True))
             for ids, ends in _encoded(chunks, tokenizer, workers, stack):
                 for own, last in zip(ids, ends, strict=True):
                     builder.add_item(torch.from_numpy(own))

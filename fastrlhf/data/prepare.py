@@ -28,7 +28,6 @@ from fastrlhf.configfile import load
 from fastrlhf.data.card import data_card, statistics
 from fastrlhf.data.clean import Cleaner, Tally, split_of
 from fastrlhf.data.files import Paths, Position, as_files, as_paths
-from fastrlhf.data.progress import Pass
 from fastrlhf.data.records import (
     Kind,
     OnError,
@@ -38,6 +37,7 @@ from fastrlhf.data.records import (
 from fastrlhf.data.rules import SPLITS, PrepareConfig, Rules, named_sources
 from fastrlhf.data.spool import Spool
 from fastrlhf.errors import UserError
+from fastrlhf.progress import Meter
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _scan(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnE
         position=position,
     )
     saved = tally.counts.read
-    with Pass(f"reading {kind}", sum(path.stat().st_size for path in paths)) as progress:
+    with Meter(f"reading {kind}", sum(path.stat().st_size for path in paths), percent=True) as progress:
         while chunk := list(islice(rows, _CHUNK)):
             cleaner.take([(place, files[place.file][0], record) for place, (record,) in chunk])
             progress.update(position.before + position.inside, f"{tally.counts.read:,} records")

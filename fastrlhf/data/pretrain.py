@@ -54,7 +54,7 @@ class TokenStream:
         """
         parts = []
         for path in as_paths(paths):
-            prefix = _indexed_prefix(path) or _tokenized(path, tokenizer, Path(cache_dir))
+            prefix = indexed_prefix(path) or _tokenized(path, tokenizer, Path(cache_dir))
             parts.append(_read_indexed(prefix, tokenizer))
         return cls(parts)
 
@@ -128,7 +128,10 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return whole
 
 
-def _indexed_prefix(path: Path) -> Path | None:
+def indexed_prefix(path: Path) -> Path | None:
+    """The common prefix of the .bin/.idx pair that `path` names by either file or by the prefix; None for a text file.
+    UserError when half of a pair is missing.
+    """
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if bin_file(prefix).exists() and idx_file(prefix).exists():
         return prefix

@@ -8,15 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text as RichText
 
-from fastrlhf.data.batches import pack
+from fastrlhf.config import Config, DataConfig, load_config
+from fastrlhf.data.batches import DemonstrationTokens, pack_demonstrations
+from fastrlhf.data.pretrain import indexed_prefix
 from fastrlhf.data.records import Demonstration, Paths, Prompt, Ranking, Text, as_paths, detect_kind, read_records
-from fastrlhf.data.tokenize import encode_plain, encode_prompt, encode_response
+from fastrlhf.data.tokenize import (
+    encode_conversations,
+    encode_plain,
+    encode_prompts,
+    encode_response,
+    load_tokenizer,
+    read_prefix,
+)
+from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,11 +43,18 @@ def show(
     n: int,
     max_prompt_tokens: int,
     max_response_tokens: int,
+    loss_on: Literal["last", "all"] = "last",
+    prefix: str = "",
     console: Console | None = None,
 ) -> None:
-    """Print the first `n` records of each file; the kind of record is told by the file's keys."""
+    """Print the first `n` records of each file; the kind of record is told by the file's keys.
+
+    `loss_on` and `prefix` are what training and sampling do: see DataConfig.
+    """
     console = console or Console()
-    painter = _Painter(tokenizer, max_prompt_tokens, max_response_tokens, marks=console.color_system is None)
+    painter = _Painter(
+        tokenizer, max_prompt_tokens, max_response_tokens, loss_on, prefix, marks=console.color_system is None
+    )
     console.print(painter.legend())
     for path in as_paths(paths):
         for number, record in enumerate(islice(read_records(path, detect_kind(path)), n), 1):
@@ -44,15 +62,69 @@ def show(
             console.print(Panel(Group(*painter.paint(record)), title=title, title_align="left"))
 
 
+def show_config(config: Config, n: int, console: Console | None = None) -> None:
+    """Print the first `n` records of each file that the data section names, as its settings have them read.
+
+    Tokenized text (.bin and .idx) is left out: `data show` prints records.
+    """
+    console = console or Console()
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer)
+    shown = False
+    for key in ("train", "valid", "demonstrations", "prompts", "pretrain"):
+        paths = [path for path in getattr(data, key) or () if not indexed_prefix(Path(path))]
+        if not paths:
+            continue
+        console.rule(f"data.{key}")
+        show(
+            paths,
+            tokenizer,
+            n=n,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=data.max_response_tokens,
+            loss_on=data.loss_on,
+            prefix=read_prefix(data.prompt_prefix),
+            console=console,
+        )
+        shown = True
+    if not shown:
+        raise UserError("the data section names no records; set data.train, data.valid or data.prompts")
+
+
+def run(arguments: list[str], tokenizer: Path | None, n: int) -> None:
+    """The command: CONFIG.yaml and overrides, or record files and a tokenizer."""
+    if Path(arguments[0]).suffix in (".yaml", ".yml"):
+        show_config(load_config(arguments[0], arguments[1:]), n)
+    elif tokenizer is None:
+        raise UserError("expected CONFIG.yaml, or record files and --tokenizer FOLDER")
+    else:
+        limits = DataConfig(tokenizer=str(tokenizer))
+        show(
+            arguments,
+            load_tokenizer(tokenizer),
+            n=n,
+            max_prompt_tokens=limits.max_prompt_tokens,
+            max_response_tokens=limits.max_response_tokens,
+        )
+
+
 class _Painter:
-    """Turns records into rich text under one tokenizer and one pair of limits."""
+    """Turns records into rich text under one tokenizer and one set of data settings."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, max_prompt_tokens: int, max_response_tokens: int, marks: bool
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        loss_on: Literal["last", "all"],
+        prefix: str,
+        marks: bool,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
+        self.loss_on = loss_on
+        self.prefix = prefix
         self.marks = marks
 
     def legend(self) -> RichText:
@@ -65,7 +137,8 @@ class _Painter:
                 [], [*encode_plain(self.tokenizer, [record.text])[0], self.tokenizer.eos_token_id]
             )
             return
-        prompt = encode_prompt(self.tokenizer, record.prompt)
+        prefix = self.prefix if isinstance(record, Prompt) else ""
+        (prompt,) = encode_prompts(self.tokenizer, [record.prompt], prefix)
         if len(prompt) > self.max_prompt_tokens:
             limit = f"left out: the prompt has {len(prompt)} tokens, data.max_prompt_tokens is {self.max_prompt_tokens}"
             yield RichText(limit, style="red")
@@ -73,7 +146,8 @@ class _Painter:
             yield from self._sequence(prompt, [])
         elif isinstance(record, Demonstration):
             response = encode_response(self.tokenizer, record.response)
-            yield from self._sequence(prompt, response, self.max_response_tokens)
+            ((prompt, spans),) = encode_conversations(self.tokenizer, [record.prompt], self.loss_on == "all")
+            yield from self._sequence(prompt, response, self.max_response_tokens, tuple(spans))
         else:
             yield from self._ranking(prompt, record)
 
@@ -84,11 +158,18 @@ class _Painter:
             yield RichText(f"rank {rank}", style="bold")
             yield from self._sequence([], encode_response(self.tokenizer, response), self.max_response_tokens)
 
-    def _sequence(self, prompt: list[int], response: list[int], limit: int | None = None) -> Iterator[RichText]:
+    def _sequence(
+        self,
+        prompt: list[int],
+        response: list[int],
+        limit: int | None = None,
+        spans: tuple[tuple[int, int], ...] = (),
+    ) -> Iterator[RichText]:
         kept = response[:limit]
         tokens = prompt + kept
         # The mask marks where a label counts; the label is the next token, so token t is coloured by the mask at t - 1.
-        counted = [False, *pack([tokens], [len(prompt)]).loss_mask[:-1].tolist()]
+        packed = pack_demonstrations([DemonstrationTokens(tokens, len(prompt), spans)])
+        counted = [False, *packed.loss_mask[:-1].tolist()]
         if not prompt:  # the prompt was printed before, or there is none
             counted[0] = True
         text = RichText()

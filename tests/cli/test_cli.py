@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fastrlhf
 from fastrlhf import cli
 from fastrlhf.errors import UserError
 
@@ -113,8 +114,10 @@ def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config
     ("arguments", "expected"),
     [
         ([], "error: Missing command; see fastrlhf --help\n"),
-        (["sft"], "error: Missing argument 'CONFIG'; see fastrlhf --help\n"),
+        (["sft"], "error: Missing argument 'CONFIG'; see fastrlhf sft --help\n"),
+        (["convert", "to-hf"], "error: Missing argument 'checkpoint'; see fastrlhf convert to-hf --help\n"),
         (["bogus"], "error: No such command 'bogus'; see fastrlhf --help\n"),
+        (["pp"], "error: No such command 'pp'. Did you mean 'ppo'?; see fastrlhf --help\n"),
         (["sft", "no.yaml"], "error: no.yaml: no such configuration file\n"),
         (["doctor", "--yaml"], "error: No such option: --yaml"),
         (["data", "prepare", "x.jsonl"], "error: expected CONFIG.yaml, or record files and --out FOLDER"),
@@ -129,6 +132,14 @@ def test_mistakes_are_one_line_and_status_2(run, arguments, expected):
     assert (status, out) == (2, "")
     assert error.startswith(expected)
     assert error.count("\n") == 1
+
+
+def test_version_and_short_help(run):
+    assert run("--version") == (0, f"fastrlhf {fastrlhf.__version__}\n", "")
+    for arguments in (["-h"], ["sft", "-h"], ["data", "show", "-h"]):
+        status, out, error = run(*arguments)
+        assert (status, error) == (0, "")
+        assert out.startswith(" ".join(["Usage: fastrlhf", *arguments[:-1]]))
 
 
 def test_user_error_stays_on_one_line(run, monkeypatch, launched, config):
@@ -174,22 +185,32 @@ def test_data_prepare_convert_and_show(run, tmp_path, tiny_tokenizer, caplog):
     assert "40 rankings from 40 rows" in caplog.text, "what was done is said on stderr"
 
     out = tmp_path / "prepared"
-    options = ["--kind", "rankings", "--valid-fraction", "0.25", "--test-fraction", "0.25", "--seed", "3"]
+    options = ["--kind", "rankings", "valid_fraction=0.25", "test_fraction=0.25", "seed=3"]
     status, _, error = run("data", "prepare", rankings, "--out", out, *options)
     assert status == 0, error
     assert "kept 40 of 40 records" in caplog.text
-    settings = json.loads((out / "manifest.json").read_text())["settings"]
-    assert (settings["kind"], settings["valid_fraction"], settings["test_fraction"], settings["seed"]) == (
-        "rankings",
-        0.25,
-        0.25,
-        3,
-    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    settings = manifest["settings"]
+    assert manifest["kind"] == "rankings"
+    assert (settings["valid_fraction"], settings["test_fraction"], settings["seed"]) == (0.25, 0.25, 3)
     assert sum(len((out / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "valid", "test")) == 40
 
     status, shown, _ = run("data", "show", out / "train.jsonl", "--tokenizer", tiny_tokenizer, "-n", "2")
     assert (status, shown.count("train.jsonl: ranking")) == (0, 2)
     assert "Question" in shown
+
+    back = tmp_path / "back.jsonl"
+    status, _, error = run("data", "convert", rankings, "--to", "pairs", "--kind", "rankings", "--out", back)
+    assert status == 0, error
+    assert [json.loads(line) for line in back.read_text().splitlines()] == rows
+    status, _, error = run("data", "convert", rankings, "--kind", "rankings", "--out", back)
+    assert (status, error) == (2, "error: expected one of --from LAYOUT and --to LAYOUT\n")
+
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": row["chosen"]}) + "\n" for row in rows))
+    status, _, error = run("data", "tokenize", text, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "corpus")
+    assert status == 0, error
+    assert (tmp_path / "corpus.idx").stat().st_size > 0
 
 
 @pytest.mark.parametrize(("direction", "function"), [("from-hf", "convert_from_hf"), ("to-hf", "convert_to_hf")])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastrlhf.data.convert import Source, convert
+from fastrlhf.data.export import export
 from fastrlhf.data.records import Demonstration, Kind, Prompt, Ranking, read_records
 from fastrlhf.errors import UserError
 
@@ -146,3 +147,75 @@ def test_wrong_output_name_and_kind(jsonl: Callable[..., Path], tmp_path: Path) 
         convert(path, "pairs", "rankings", tmp_path / "out.csv")
     with pytest.raises(UserError, match="trees hold no text; choose one of rankings, demonstrations, prompts"):
         convert(path, "trees", "text", tmp_path / "out.jsonl")
+
+
+def exported(path: Path, target: Source, kind: Kind, **options: Any) -> list[Any]:
+    out = path.parent / "exported.jsonl"
+    export(path, target, kind, out, **options)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+CHAT = [user("q"), assistant("a"), user("more")]
+
+
+def test_records_as_rows_of_trl(jsonl: Callable[..., Path]) -> None:
+    path = jsonl(
+        {"prompt": "p", "responses": ["worst", "good", "fine"], "ranks": [3, 1, 1], "user_id": 7, "labeler_id": "l"},
+        {"prompt": CHAT, "chosen": "yes", "rejected": "no"},
+    )
+    assert exported(path, "pairs", "rankings") == [
+        {"prompt": "p", "chosen": "good", "rejected": "worst", "user_id": "7", "labeler_id": "l"},
+        {"prompt": "p", "chosen": "fine", "rejected": "worst", "user_id": "7", "labeler_id": "l"},
+        {"prompt": CHAT, "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+    ]
+    rows = [{"prompt": "p", "response": "r"}, {"prompt": CHAT, "response": "r", "user_id": "u"}]
+    assert exported(jsonl(*rows), "pairs", "demonstrations") == [
+        {"prompt": "p", "completion": "r"},
+        {"prompt": CHAT, "completion": [assistant("r")], "user_id": "u"},
+    ]
+    assert exported(jsonl({"prompt": "p", "user_id": "u"}), "pairs", "prompts") == [{"prompt": "p", "user_id": "u"}]
+
+
+@pytest.mark.parametrize("layout", ["pairs", "transcripts", "trees"])
+def test_what_is_exported_is_converted_back(jsonl: Callable[..., Path], layout: Source) -> None:
+    rankings = [
+        Ranking(CHAT, ("one", "two\n\nlines"), (1, 2), "u"),
+        Ranking([user("other")], ("b", "a"), (1, 2), "v"),
+    ]
+    path = jsonl(*[{key: value for key, value in vars(r).items() if value is not None} for r in rankings])
+    export(path, layout, "rankings", path.parent / "there.jsonl")
+    assert converted(path.parent / "there.jsonl", layout, "rankings") == rankings
+    if layout != "transcripts":
+        rows = [{"prompt": [user("q")], "response": "r", "user_id": "u"}]
+        export(jsonl(*rows), layout, "demonstrations", path.parent / "there.jsonl")
+        back = converted(path.parent / "there.jsonl", layout, "demonstrations")
+        assert back == [Demonstration([user("q")], "r", "u")]
+        export(jsonl({"prompt": [user("q")]}), layout, "prompts", path.parent / "there.jsonl")
+        assert converted(path.parent / "there.jsonl", layout, "prompts") == [Prompt([user("q")])]
+
+
+def test_a_tree_holds_a_whole_ranking(jsonl: Callable[..., Path]) -> None:
+    ranking = Ranking([user("q")], ("a", "b", "c", "d"), (2, 1, 2, 0), "u")
+    path = jsonl({key: value for key, value in vars(ranking).items() if value is not None})
+    (tree,) = exported(path, "trees", "rankings")
+    assert tree["tree_state"] == "ready_for_export"
+    assert [reply["rank"] for reply in tree["prompt"]["replies"]] == [2, 1, 2, 0]
+    assert converted(path.parent / "exported.jsonl", "trees", "rankings") == [ranking]
+
+
+@pytest.mark.parametrize(
+    ("target", "prompt", "reason"),
+    [
+        ("transcripts", [{"role": "system", "content": "s"}, user("q")], 'a transcript has no turns of "system"'),
+        ("transcripts", "say\n\nHuman: hi", "begins with Human: or Assistant:, which would split it"),
+        ("trees", [{"role": "system", "content": "s"}, user("q")], 'a tree has no messages of "system"'),
+        ("trees", [user("q"), assistant("a")], "a tree begins with a user's message, and is answered below one"),
+    ],
+)
+def test_what_a_layout_cannot_hold(jsonl: Callable[..., Path], target: Source, prompt: Any, reason: str) -> None:
+    path = jsonl({"prompt": prompt, "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match=rf"data\.jsonl:1: .*{reason}"):
+        exported(path, target, "rankings")
+    assert exported(path, target, "rankings", on_error="quarantine") == []
+    with pytest.raises(UserError, match="transcripts hold no prompts; choose one of rankings"):
+        exported(path, "transcripts", "prompts")

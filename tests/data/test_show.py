@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastrlhf.data.show import show
+from fastrlhf.config import load_config
+from fastrlhf.data.show import run, show, show_config
 from fastrlhf.errors import UserError
 
 
@@ -67,3 +69,37 @@ def test_n_records_are_shown_and_unknown_kinds_refused(jsonl: Callable[..., Path
         shown(jsonl({"question": "?"}), tokenizer)
     with pytest.raises(UserError, match="the file holds no record"):
         shown(jsonl(), tokenizer)
+
+
+def test_a_configuration_shows_its_files_under_its_settings(
+    jsonl: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    train = jsonl({"prompt": chat, "response": "hi there"}, name="train.jsonl")
+    prompts = jsonl({"prompt": "the cat"}, {"prompt": "the mat"}, name="prompts.jsonl")
+    (tmp_path / "prefix.txt").write_text("a dog ran. ")
+    (tmp_path / "run.yaml").write_text(
+        "model: {family: gpt, num_layers: 2, hidden_size: 64, num_heads: 4, max_positions: 2048}\n"
+        f"data: {{tokenizer: {tokenizer_folder}, train: {train}, prompts: {prompts}}}\n"
+        f"optimizer: {{lr: 1.0e-3}}\noutput_dir: {tmp_path / 'out'}\n"
+    )
+
+    def shown(*overrides: str) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=100, color_system=None)
+        show_config(load_config(tmp_path / "run.yaml", overrides), 1, console)
+        return out.getvalue()
+
+    plain = shown()
+    assert "⟦hi there<|endoftext|>⟧" in plain
+    assert not re.search("⟦ ?b", plain)
+    assert plain.index("data.train") < plain.index("data.prompts") < plain.index("the cat")
+    assert "the mat" not in plain
+    text = shown("data.loss_on=all", f"data.prompt_prefix={tmp_path / 'prefix.txt'}", "data.max_response_tokens=1")
+    assert re.search("⟦ ?b", text)
+    assert "a dog ran. the cat" in text
+    assert "cut from" in text
+    with pytest.raises(UserError, match="the data section names no records; set"):
+        shown("data.train=null", "data.prompts=null")
+    with pytest.raises(UserError, match=r"expected CONFIG.yaml, or record files and --tokenizer FOLDER"):
+        run([str(train)], None, 1)

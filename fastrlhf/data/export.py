@@ -1,0 +1,164 @@
+"""Our records as other projects' rows: the way back from convert.py.
+
+    pairs       TRL and OpenRLHF: prompt, chosen and rejected; prompt and completion; prompt; responses are messages
+                where prompts are
+    transcripts HH-RLHF: chosen and rejected are whole conversations
+    trees       OpenAssistant: one tree a record, replies with their ranks
+
+A ranking of K responses becomes a row for each pair of which one is better (trees hold it whole). Left out on purpose:
+joining records with a common beginning into one tree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastrlhf.data.convert import Maker, Row, Source, Turns, checked_maker, log_counts, write_lines
+from fastrlhf.data.records import (
+    BadRecord,
+    Counts,
+    Demonstration,
+    Kind,
+    OnError,
+    Paths,
+    Ranking,
+    parse_record,
+    parse_rows,
+)
+
+_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+_TREE_ROLES = {"user": "prompter", "assistant": "assistant"}
+
+
+def export(
+    paths: Paths,
+    target: Source,
+    kind: Kind,
+    out: str | Path,
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+) -> Counts:
+    """Write the `kind` records of `paths` as rows of `target` to `out` (.jsonl or .jsonl.gz); return the counts.
+
+    A record that the layout cannot hold (a system turn in a transcript) is refused like a malformed one.
+    """
+    make = checked_maker(target, kind, _makers(target))
+
+    def parse(row: Row) -> list[Row]:
+        return [found | _ids(row) for found in make(parse_record(row, kind))]
+
+    counts = Counts()
+    rows = parse_rows(paths, kind, parse, on_error, rejected, counts)
+    counts.kept = write_lines(Path(out), (json.dumps(row, ensure_ascii=False) for row in rows))
+    log_counts(Path(out), f"{target} rows", counts)
+    return counts
+
+
+def _makers(target: Source) -> dict[Kind, Maker]:
+    if target == "pairs":
+        return {"rankings": _pairs, "demonstrations": _completion, "prompts": _prompt}
+    if target == "transcripts":
+        return {"rankings": _transcripts}
+    return {"rankings": _ranked_tree, "demonstrations": _answered_tree, "prompts": _bare_tree}
+
+
+def _ids(row: Row) -> Row:
+    return {name: str(row[name]) for name in ("user_id", "labeler_id") if row.get(name) is not None}
+
+
+def _turns(prompt: Any) -> Turns:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _strict_pairs(ranking: Ranking) -> Iterator[tuple[str, str]]:
+    """(better, worse) of every pair that is no tie."""
+    ranked = zip(ranking.ranks, ranking.responses, strict=True)
+    for (rank, response), (other_rank, other) in itertools.combinations(ranked, 2):
+        if rank != other_rank:
+            yield (response, other) if rank < other_rank else (other, response)
+
+
+# TRL, OpenRLHF
+
+
+def _reply(prompt: Any, text: str) -> Any:
+    """A response in the form of its prompt: text to text, a message to turns."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _pairs(ranking: Ranking) -> Iterator[Row]:
+    for chosen, rejected in _strict_pairs(ranking):
+        prompt = ranking.prompt
+        yield {"prompt": prompt, "chosen": _reply(prompt, chosen), "rejected": _reply(prompt, rejected)}
+
+
+def _completion(demonstration: Demonstration) -> Iterator[Row]:
+    prompt = demonstration.prompt
+    yield {"prompt": prompt, "completion": _reply(prompt, demonstration.response)}
+
+
+def _prompt(record: Any) -> Iterator[Row]:
+    yield {"prompt": record.prompt}
+
+
+# HH-RLHF
+
+
+def _transcripts(ranking: Ranking) -> Iterator[Row]:
+    for pair in _strict_pairs(ranking):
+        chosen, rejected = (_transcript(ranking.prompt, text) for text in pair)
+        yield {"chosen": chosen, "rejected": rejected}
+
+
+def _transcript(prompt: Any, response: str) -> str:
+    lines = []
+    for turn in [*_turns(prompt), {"role": "assistant", "content": response}]:
+        speaker = _SPEAKERS.get(turn["role"])
+        if speaker is None:
+            raise BadRecord(f'a transcript has no turns of "{turn["role"]}"; expected user and assistant')
+        if any(f"\n\n{name}:" in "\n\n" + turn["content"] for name in _SPEAKERS.values()):
+            raise BadRecord("a text holds a line that begins with Human: or Assistant:, which would split it in two")
+        lines.append(f"\n\n{speaker}: {turn['content']}")
+    return "".join(lines)
+
+
+# OpenAssistant
+
+
+def _tree(record: Any, replies: list[Row]) -> Row:
+    """The conversation as a chain of messages, `replies` below the last."""
+    turns = _turns(record.prompt)
+    owner = {"user_id": record.user_id} if record.user_id is not None else {}
+    for turn in turns:
+        if turn["role"] not in _TREE_ROLES:
+            raise BadRecord(f'a tree has no messages of "{turn["role"]}"; expected user and assistant')
+    if turns[0]["role"] != "user" or turns[-1]["role"] != "user":
+        raise BadRecord("a tree begins with a user's message, and is answered below one")
+    below = replies
+    for turn in reversed(turns):
+        message = {"role": _TREE_ROLES[turn["role"]], "text": turn["content"], "replies": below}
+        below = [message | owner if turn["role"] == "user" else message]
+    name = hashlib.sha256(json.dumps(below[0]).encode()).hexdigest()[:16]
+    return {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": below[0]}
+
+
+def _answer(text: str, **rank: Any) -> Row:
+    return {"role": "assistant", "text": text, "replies": [], **rank}
+
+
+def _ranked_tree(ranking: Ranking) -> Iterator[Row]:
+    ranked = zip(ranking.responses, ranking.ranks, strict=True)
+    yield _tree(ranking, [_answer(text, rank=rank) for text, rank in ranked])
+
+
+def _answered_tree(demonstration: Demonstration) -> Iterator[Row]:
+    yield _tree(demonstration, [_answer(demonstration.response)])
+
+
+def _bare_tree(record: Any) -> Iterator[Row]:
+    yield _tree(record, [])
