@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+import torch
+
 from fastrlhf.config import Config
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.checkpoint import Checkpointer
@@ -80,15 +82,16 @@ def run(
             step += 1
             with phase(f"step {step}"):
                 metrics = algorithm.step(batch) | batches.metrics()
-            metrics["seconds"] = time.perf_counter() - start
+            metrics |= _speed(metrics, time.perf_counter() - start)
             last = step == total_steps
             if last and finish is not None:
                 with phase("finish"):
                     finish()
-            if evaluate is not None and (last or _due(step, config.train.eval_interval)):
+            evaluated = evaluate is not None and (last or _due(step, config.train.eval_interval))
+            if evaluate is not None and evaluated:
                 with phase("evaluation"):
                     metrics |= evaluate()
-            if last or _due(step, config.log.interval):
+            if last or evaluated or _due(step, config.log.interval):
                 log.record(step, metrics)
             reason = None if last else stop.reason()
             with phase("checkpoint"):
@@ -105,6 +108,18 @@ def run(
         return None
     saved = "saved, and the same command goes on from there" if config.checkpoint.save else "checkpoint.save is off"
     return f"stopped by {reason} after step {step} of {total_steps}: {saved}"
+
+
+def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:
+    """Seconds of a step, tokens a second over all ranks if the step says its tokens, and on a GPU the most memory that
+    tensors of rank 0 have held.
+    """
+    speed = {"seconds": seconds}
+    if "tokens" in metrics:
+        speed["tokens_per_second"] = metrics["tokens"] / seconds
+    if torch.cuda.is_available():
+        speed["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return speed
 
 
 def _due(step: int, interval: int) -> bool:

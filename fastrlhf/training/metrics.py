@@ -5,17 +5,18 @@ rank 0.
 from __future__ import annotations
 
 import json
-import sys
+import math
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import yaml
 
 from fastrlhf.config import LogConfig
+from fastrlhf.progress import Meter
 from fastrlhf.training.integrity import replace_text
 
 _SHOWN = ("loss", "accuracy", "reward", "kl", "grad_norm", "lr")
@@ -30,7 +31,7 @@ class MetricsLog:
         self._file: IO[str] | None = None
         self._writer: Any = None
         self._wandb: Any = None
-        self._progress: Progress | None = None
+        self._progress: Meter | None = None
         self._is_main = is_main
         if not is_main:
             return
@@ -43,21 +44,18 @@ class MetricsLog:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         if log.wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(project=log.wandb_project, name=folder.name, dir=str(folder))
+            self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
         if log.progress:
-            self._progress = _progress_bar()
-            self._task = self._progress.add_task(title, total=total_steps, completed=start_step, numbers="")
+            self._progress = Meter(title, total_steps, start=start_step)
 
     def __enter__(self) -> MetricsLog:
         if self._progress is not None:
-            self._progress.start()
+            self._progress.__enter__()
         return self
 
-    def __exit__(self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._progress.__exit__(kind, error, trace)
         if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
@@ -66,19 +64,37 @@ class MetricsLog:
             self._file.close()
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes `metrics` of step `step` (1 is the first) everywhere and moves the progress line."""
+        """Writes `metrics` of step `step` (1 is the first) everywhere and moves the progress line.
+
+        metrics.jsonl has null for what is not finite: JSON knows no NaN.
+        """
         if not self._is_main:
             return
         assert self._file is not None
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
         if self._progress is not None:
-            numbers = "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
-            self._progress.update(self._task, completed=step, numbers=numbers)
+            note = "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
+            self._progress.update(step, note)
+
+
+def _wandb_run(folder: Path, project: str, resumed: bool) -> Any:
+    """One Weights & Biases run for one output folder, resumes included; its settings are the folder's config.yaml."""
+    import wandb
+
+    path = folder / "wandb_run"
+    if not (resumed and path.is_file()):
+        replace_text(path, uuid.uuid4().hex[:8])
+    settings = folder / "config.yaml"
+    config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    return wandb.init(
+        project=project, name=folder.name, dir=str(folder), id=path.read_text(), resume="allow", config=config
+    )
 
 
 class SampleLog:
@@ -95,19 +111,6 @@ class SampleLog:
             self._started = True
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"iteration": iteration, **record}) + "\n" for record in records)
-
-
-def _progress_bar() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    return Progress(*columns, console=Console(file=sys.stderr), refresh_per_second=4)
 
 
 def _forget_after(path: Path, step: int, key: str = "step") -> None:
