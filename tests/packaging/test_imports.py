@@ -58,3 +58,11 @@ def test_the_block_does_block():
     result = import_without({"yaml"}, ["fastrlhf.config"])
     assert result.returncode == 1
     assert "yaml is blocked by this test" in result.stderr
+
+
+def test_a_run_starts_without_a_word():
+    """megatron's warnings of optional packages would stand above every message of ours, once a rank."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import fastrlhf.launch"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
