@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fastrlhf import __version__
 from fastrlhf.data.convert import Source
 from fastrlhf.data.records import Kind, OnError
 from fastrlhf.errors import UserError
@@ -31,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 data = typer.Typer(help="Prepare, convert and look at records.")
@@ -63,6 +65,21 @@ def _train(command: Literal["pretrain", "sft", "rm", "ppo"], path: Path, overrid
     from fastrlhf.launch import train
 
     train(command, config)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fastrlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command; the help text is the application's."""
 
 
 @app.command()
@@ -253,7 +270,9 @@ def main() -> None:
         _tell(f"error: {' '.join(str(error).split())}")
         status = 2
     except typer.TyperException as error:
-        _tell(f"error: {error.format_message().rstrip('.')}; see fastrlhf --help")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "fastrlhf"
+        _tell(f"error: {error.format_message().rstrip('.')}; see {command} --help")
         status = 2
     sys.exit(status)
 
