@@ -303,6 +303,14 @@ def test_a_wrong_configuration_is_one_line(tmp_path: Path, text: str, overrides:
     assert "\n" not in str(error.value)
 
 
+def test_the_configuration_of_the_documentation_is_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (tmp_path / "prepare.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load(PrepareConfig, tmp_path / "prepare.yaml")
+    assert config.inputs.rankings == {"oasst": ["raw/oasst.jsonl"], "summaries": ["raw/s1.jsonl", "raw/s2.jsonl"]}
+    assert config.inputs.demonstrations == {"written": ["raw/written.jsonl.gz"], "chat": ["raw/chat.parquet"]}
+
+
 def test_files_without_a_folder_for_them(jsonl: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"expected CONFIG.yaml, or record files and --out FOLDER"):
         run([str(jsonl({"prompt": "p"}))], None, "prompts")
