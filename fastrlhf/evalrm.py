@@ -22,10 +22,10 @@ from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
 from fastrlhf.models.gpt import GPT
+from fastrlhf.models.loading import find_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
-from fastrlhf.training.checkpoint import describe_model
 
 By = Literal["labeler_id", "user_id"]
 
@@ -36,7 +36,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     require(config, "eval rm")
     assert config.data.valid is not None and config.model.load is not None
-    saved = describe_model(config.model.load)
+    saved = find_model(config.model.load)
     if saved.head != "scalar":
         raise UserError(
             f"{saved.path} is a language model, not a reward model; set model.load to a run of the rm command"
@@ -51,7 +51,7 @@ def evaluate(config: Config) -> dict[str, Any]:
                 f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
                 f"{config.data.tokenizer} {len(run.tokenizer)} tokens; set data.tokenizer={saved.tokenizer}"
             )
-        results = _judge(config, mesh, run.saved_stage(config.model.load, "scalar"), rankings)
+        results = _judge(config, mesh, load_saved(saved, mesh, "scalar", config.model.dtype), rankings)
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
     results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
     out = Path(config.output_dir)

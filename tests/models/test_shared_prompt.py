@@ -210,6 +210,8 @@ def test_a_response_reads_its_prompt_and_itself(groups: list[tuple[list[int], li
         read[int(keys[-1])] = batch.tokens[keys].tolist()
     expected = [prompt + response for prompt, responses in groups for response in responses]
     assert [read[place] for place in last.tolist()] == expected
+    # A response's first label would stand on its prompt; all its others count.
+    assert batch.loss_mask.sum() == sum(len(response) - 1 for _, responses in groups for response in responses)
     # Beside the responses, only prompts are there, each once.
     assert batch.num_sequences == len(expected) + sum(bool(prompt) for prompt, _ in groups)
 
