@@ -1,4 +1,4 @@
-"""The parts of the package import only what lies below them (docs/architecture.md), lazily imported modules included."""
+"""The parts of the package import only what lies below them (docs/architecture.md); imports inside functions count."""
 
 from __future__ import annotations
 
