@@ -251,6 +251,31 @@ def evaluate_rm(
         evalrm.cross_validate(settings, folds, by)
 
 
+@evaluate.command("winrate")
+def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Compare a policy (model.load) with another (eval.baseline) on prompts (data.prompts).
+
+    The judge is a reward model (eval.reward_model) or a Python function (eval.judge). Win rate with a 95 % interval
+    over prompts, ties counted half; pairs.jsonl, winrate.json and winrate.html in output_dir.
+    """
+    settings = _config("eval winrate", config, overrides)
+    from fastrlhf.evalpolicy import winrate
+
+    winrate(settings)
+
+
+@evaluate.command("select")
+def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Name the best checkpoint of a run (output_dir) by the judge's score on prompts (data.prompts).
+
+    As InstructGPT chose its SFT models. Writes checkpoints/best, which model.load takes; select.json and select.html.
+    """
+    settings = _config("eval select", config, overrides)
+    from fastrlhf.evalpolicy import select
+
+    select(settings)
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """Say what this machine can run, and how to get the rest."""

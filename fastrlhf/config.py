@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from fastrlhf import configfile
 from fastrlhf.configfile import ConfigError
-from fastrlhf.configrl import GenerationConfig, PPOConfig, SampleConfig
+from fastrlhf.configrl import EvalConfig, GenerationConfig, PPOConfig, SampleConfig
 from fastrlhf.configsections import (
     CheckpointConfig,
     DataConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EvalConfig",
     "GenerationConfig",
     "LogConfig",
     "ModelConfig",
@@ -68,6 +69,8 @@ class Config(Section):
     """Sampling, in PPO rollouts too."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """What the sample command writes."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """What the eval commands compare."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Saving and resuming."""
     log: LogConfig = Field(default_factory=LogConfig)
@@ -137,6 +140,11 @@ _FILES = {
     "rm": {"data.train": f"the rankings or pairs {_RECORDS}"},
     "ppo": {"data.prompts": f"the prompts {_RECORDS}"},
     "sample": {"data.prompts": f"the prompts {_RECORDS}"},
+    "eval winrate": {
+        "data.prompts": f"the prompts {_RECORDS}",
+        "eval.baseline": "the run, checkpoint, model folder or Hugging Face folder to compare with",
+    },
+    "eval select": {"data.prompts": f"the validation prompts {_RECORDS}"},
     "eval rm": {
         "data.valid": f"the held-out rankings or pairs {_RECORDS}",
         "model.load": "the run, checkpoint or model folder of a trained reward model",
@@ -162,6 +170,11 @@ def require(config: Config, command: str) -> None:
         raise UserError("data.pretrain_fraction above 0 needs data.pretrain: the text to mix in (or set it to 0)")
     if command == "ppo":
         _require_ppo(config)
+    if command in ("eval winrate", "eval select") and not (config.eval.reward_model or config.eval.judge):
+        raise UserError(
+            f"{command} needs a judge: set eval.reward_model to a reward model's checkpoint folder, or eval.judge to a "
+            "Python function module:function"
+        )
     _require_positions(config, command)
 
 

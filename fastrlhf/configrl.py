@@ -122,6 +122,11 @@ class GenerationConfig(Section):
     """Strings that end a response, besides the end-of-text token."""
     slots: Positive = 64
     """Sequences decoded at once on one data-parallel rank."""
+    cache_mb: Above0 | None = None
+    """Most memory of the KV cache on a rank, 10^6 bytes; where it binds, fewer than `slots` decode at once. None: half
+    of a GPU's free memory; on a CPU, no bound."""
+    cuda_graphs: bool = False
+    """Decode steps as CUDA graphs, on a GPU without tensor and pipeline parallelism. Off until measured on one."""
 
     @model_validator(mode="after")
     def _check(self) -> GenerationConfig:
@@ -137,6 +142,34 @@ def _range(value: Any) -> Any:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", value)):
         return (int(match[1]), int(match[2] or match[1]))
     return value
+
+
+class EvalConfig(Section):
+    """What the eval winrate and eval select commands compare, and who judges."""
+
+    baseline: str | None = None
+    """What the policy (model.load or model.hf) is compared with: a run, a checkpoint, a model folder, or a Hugging
+    Face folder."""
+    baseline_prefix: str | None = None
+    """Text file put before each prompt of the baseline (the paper's prompted GPT-3), as data.prompt_prefix is for the
+    policy. The judge sees neither."""
+    reward_model: str | None = None
+    """Judge: the checkpoint folder of a reward model."""
+    judge: str | None = None
+    """Judge: a Python function "module:function", higher for better: f(prompts: list[str], responses: list[str]) ->
+    list[float]."""
+    responses: Positive = 1
+    """Responses of each policy to each prompt."""
+    tie_margin: AtLeast0 = 0.0
+    """Scores no further apart than this are a tie."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.reward_model is not None and self.judge is not None:
+            raise ConfigError("judge", "and reward_model are both set; one of them judges: remove the other")
+        if self.judge is not None and not re.fullmatch(r"[\w.]+:\w+", self.judge):
+            raise ConfigError("judge", f"is {self.judge!r}, expected module:function, as in my_judges:length")
+        return self
 
 
 class SampleConfig(Section):

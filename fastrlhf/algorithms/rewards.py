@@ -74,25 +74,27 @@ class Rewards:
         scores = torch.zeros(rows.numel(), device=mesh.device)
         if mesh.is_last_stage and mesh.tensor_rank == 0:
             prompts, responses = texts(rollouts, rows, tokenizer)
-            scores = torch.tensor(self._checked(self.function(prompts, responses), responses), device=mesh.device)
+            checked = checked_scores(self.function(prompts, responses), responses, self.name)
+            scores = torch.tensor(checked, device=mesh.device)
         if mesh.is_last_stage and mesh.tensor_size > 1:
             dist.broadcast(scores, src=dist.get_global_rank(mesh.tensor_group, 0), group=mesh.tensor_group)
         return mesh.from_last_stage(scores if mesh.is_last_stage else None)
 
-    def _checked(self, scores: Any, responses: list[str]) -> list[float]:
-        got = list(scores)
-        if len(got) != len(responses):
-            raise UserError(f"{self.name} returned {len(got)} scores for {len(responses)} responses; expected one each")
-        for score, response in zip(got, responses, strict=True):
-            if not isinstance(score, (int, float)) or not math.isfinite(score):
-                raise UserError(
-                    f"{self.name} scored {score!r} for the response {response[:60]!r}; expected a finite float"
-                )
-        return [float(score) for score in got]
+
+def checked_scores(scores: Any, responses: Sequence[str], name: str) -> list[float]:
+    """The scores that the function `name` gave. Raises `UserError` unless they are one finite number a response."""
+    got = list(scores)
+    if len(got) != len(responses):
+        raise UserError(f"{name} returned {len(got)} scores for {len(responses)} responses; expected one each")
+    for score, response in zip(got, responses, strict=True):
+        if not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise UserError(f"{name} scored {score!r} for the response {response[:60]!r}; expected a finite float")
+    return [float(score) for score in got]
 
 
-def load_reward_function(spec: str) -> RewardFunction:
-    """The function that "module:function" names; the module may lie in the working directory.
+def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardFunction:
+    """The function that "module:function" names, as the setting `key` does; the module may lie in the working
+    directory.
 
     Raises `UserError` when there is no such module or function.
     """
@@ -105,13 +107,13 @@ def load_reward_function(spec: str) -> RewardFunction:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an import inside the user's module
         raise UserError(
-            f"ppo.reward_function {spec}: no module {error.name}; run where {module_name.replace('.', '/')}.py lies, "
+            f"{key} {spec}: no module {error.name}; run where {module_name.replace('.', '/')}.py lies, "
             "or add its folder to PYTHONPATH"
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(
-            f"ppo.reward_function {spec}: {module.__file__} defines no function {name}; expected "
+            f"{key} {spec}: {module.__file__} defines no function {name}; expected "
             f"def {name}(prompts: list[str], responses: list[str]) -> list[float]"
         )
     return function
