@@ -27,11 +27,11 @@ from fastrlhf.algorithms.sft import evaluate_loss
 from fastrlhf.config import Config
 from fastrlhf.data.batches import pack_windows
 from fastrlhf.data.records import Prompt
-from fastrlhf.data.tokenize import train_bpe
+from fastrlhf.data.tokenize import encode_prompts, train_bpe
 from fastrlhf.evaluation.report import Answer
 from fastrlhf.evaluation.winrate import WinRate, win_rate
-from fastrlhf.generation import SamplingParams, generate_all
-from fastrlhf.generation.sample import sample
+from fastrlhf.generation import SamplingParams
+from fastrlhf.generation.sample import respond, sample
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.quickstart import corpus as corpora
@@ -198,21 +198,11 @@ class _Loop:
     def answer(self, run: str, prompts: Sequence[str], seed: int) -> list[str]:
         """One response text to each prompt from the model of a run; the same list on every rank."""
         parts, stage = self.load(run)
-        mesh = parts.mesh
-        tokenized = [parts.tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-        mine = list(range(mesh.data_rank, len(prompts), mesh.data_size))
         params = SamplingParams(max_new_tokens=self.scale.new_tokens, seed=seed)
-        eos = parts.tokenizer.eos_token_id
-        generated = generate_all(stage, [tokenized[i] for i in mine], params, mesh=mesh, eos=eos, slots=128, ids=mine)
-        texts = {
-            i: str(parts.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip()
-            for i, answer in zip(mine, generated, strict=True)
-        }
-        everyone: list[dict[int, str]] = [{} for _ in range(mesh.world_size)]
-        dist.all_gather_object(everyone, texts)
-        merged = {i: text for part in everyone for i, text in part.items()}
+        encoded = encode_prompts(parts.tokenizer, prompts)
+        responses = respond(stage, parts.tokenizer, encoded, params, mesh=parts.mesh, slots=128)
         # An empty response cannot be ranked; labelers see what a reader would.
-        return [merged[i] or "(nothing)" for i in range(len(prompts))]
+        return [response.text.strip() or "(nothing)" for (response,) in responses]
 
     def load(self, run: str) -> tuple[launch.Parts, GPT]:
         """The policy that a run ended with, its average where there is one."""
