@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from fastrlhf.configfile import ConfigError
@@ -33,7 +33,9 @@ AtLeast0 = Annotated[float, NotBool, Field(ge=0.0)]
 Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """A list of strings; one bare string is a list of one."""
 Blend = Annotated[
-    list[str] | dict[str, Above0],
+    # Tags of digits are left out of the key that a mistake is told with, as indices are.
+    Annotated[list[str], Tag("0")] | Annotated[dict[str, Above0], Tag("1")],
+    Discriminator(lambda value: "1" if isinstance(value, dict) else "0"),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
 """Paths, or path: weight."""

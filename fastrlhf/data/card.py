@@ -87,10 +87,14 @@ def data_card(manifest: dict[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    lines += [
-        "| " + " | ".join(f"{v:,}" if isinstance(v, (int, float)) else str(v) for v in row) + " |" for row in rows
-    ]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
 def _spreads(what: str, spreads: dict[str, list[float]]) -> str:

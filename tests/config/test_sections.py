@@ -133,3 +133,20 @@ def test_batch_that_does_not_divide_names_every_number(make):
     )
     with pytest.raises(UserError, match=r"^ppo.minibatch_size 8 is not a multiple of .* = 12; "):
         check_batch(config, 3, "ppo.minibatch_size")
+
+
+def test_pretraining_text_is_a_list_or_a_blend(make):
+    assert make("data.pretrain=a").data.pretrain == ["a"]
+    blend = make("data.pretrain={corpus/a: 1, b.jsonl: 2.5}")
+    assert blend.data.pretrain == {"corpus/a": 1.0, "b.jsonl": 2.5}
+    with pytest.raises(UserError, match=r"data\.pretrain\.b is 0, expected a number greater than 0"):
+        make("data.pretrain={a: 1, b: 0}")
+    with pytest.raises(UserError, match=r"data\.pretrain is 3, expected a list"):
+        make("data.pretrain=3")
+
+
+def test_a_token_budget_needs_no_divisor(make):
+    config = make("train.global_batch_size=7", "train.micro_batch_size=4", "train.max_tokens_per_micro_batch=512")
+    assert check_batch(config, 3) == 1
+    with pytest.raises(UserError, match=r"train.global_batch_size 7 is below the data-parallel size 8; every rank"):
+        check_batch(config, 8)
