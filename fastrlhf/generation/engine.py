@@ -11,16 +11,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from fastrlhf.errors import UserError
-from fastrlhf.generation.forward import Forward, direct
+from fastrlhf.generation import graphs
+from fastrlhf.generation.forward import Forward
+from fastrlhf.generation.graphs import DecodeGraphs
+from fastrlhf.generation.memory import affordable_slots
 from fastrlhf.generation.sampling import Sampler, SamplingParams
 from fastrlhf.generation.slots import Draw, Running, SlotGroup
 from fastrlhf.generation.stopping import StopStrings
+from fastrlhf.models.direct import direct
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Tensor = torch.Tensor
+NO_EOS = -1
+"""In place of a stop token: no token."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,8 @@ def generate(
     prompts: Sequence[list[int]],
     params: SamplingParams,
     *,
-    mesh: Mesh,
-    eos: int,
+    mesh: Mesh | None = None,
+    eos: int | None = None,
     slots: int = 64,
     max_length: int | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
@@ -61,22 +68,25 @@ def generate(
 
     A response depends on the weights, its prompt, `params` and its id alone: `ids[i]` is the number of prompt i over
     all ranks and calls that should differ (default: i). Prompt and response together stay within `max_length` (default
-    and upper bound: the model's positions). `tokenizer` is read only for `params.stop`. Dropout is off until the
-    iterator is exhausted or closed; then the stage's training flag is put back and the cache is freed.
+    and upper bound: the model's positions). `eos` defaults to the tokenizer's; with neither, only stop strings and
+    limits end a response. `tokenizer` is needed for `params.stop`, `mesh` defaults to the model's. Dropout is off until
+    the iterator is exhausted or closed; then the stage's training flag is put back and the cache is freed.
 
-    Raises `UserError` for a prompt that is empty or leaves no room for a response, `ValueError` for arguments that do
-    not fit.
+    Raises `UserError` for a prompt that is empty or leaves no room for a response, and where `params.cache_mb` holds
+    no sequence; `ValueError` for arguments that do not fit.
     """
+    if eos is None:
+        eos = tokenizer.eos_token_id if tokenizer is not None and tokenizer.eos_token_id is not None else NO_EOS
     if slots < 1:
         raise ValueError(f"slots is {slots}; expected 1 or above")
-    if not 0 <= eos < stage.vocab_size:
+    if eos != NO_EOS and not 0 <= eos < stage.vocab_size:
         raise ValueError(f"eos is {eos}; expected a token of the vocabulary, 0 .. {stage.vocab_size - 1}")
     if ids is not None and len(ids) != len(prompts):
         raise ValueError(f"ids has {len(ids)} entries for {len(prompts)} prompts")
     if params.stop and tokenizer is None:
         raise ValueError("params.stop holds strings, which need the tokenizer argument")
     waiting = _waiting(stage, prompts, params, max_length, ids)
-    return _Engine(stage, params, mesh, eos, tokenizer).run(waiting, slots) if waiting else iter(())
+    return _Engine(stage, params, mesh or stage.mesh, eos, tokenizer).run(waiting, slots) if waiting else iter(())
 
 
 def generate_all(
@@ -125,21 +135,30 @@ class _Engine:
         self.eos = eos
         self.stop = StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
         self.sampler = Sampler(params, eos=eos, **stage.lm_head()) if mesh.is_last_stage else None
+        self.graphs: DecodeGraphs | None = None
 
     def run(self, waiting: deque[Running], slots: int) -> Iterator[Generated]:
-        slots = min(slots, len(waiting))
         length = max(len(sequence.prompt) + sequence.limit for sequence in waiting)
+        slots = affordable_slots(self.stage, min(slots, len(waiting)), length, self.params.cache_mb)
         stages = self.mesh.pipeline_size
         # ceil(slots / stages) rows a group, and no group without rows.
         sizes = [len(range(i, slots, stages)) for i in range(min(stages, slots))]
         groups = [SlotGroup(size, length, self.mesh.device) for size in sizes]
+        if self.params.cuda_graphs and graphs.possible(self.mesh):
+            self.graphs = DecodeGraphs(groups[0], partial(self._static_step, groups[0]))
         was_training = self.stage.training
         self.stage.eval()
         try:
             while waiting or any(group.running for group in groups):
                 draws = self._refill(groups, waiting, slots)
-                yield from self._step(draws or [group.decode() for group in groups if group.running])
+                if draws or self.graphs is None:
+                    draws = draws or [group.decode() for group in groups if group.running]
+                    drawn = [(draw.group, draw.first, rows) for draw, rows in zip(draws, self._run(draws), strict=True)]
+                else:
+                    drawn = [(groups[0], 0, self._replay(groups[0], self.graphs))]
+                yield from self._finish(drawn)
         finally:
+            self.graphs = None
             self.stage.train(was_training)
 
     def _refill(self, groups: list[SlotGroup], waiting: deque[Running], slots: int) -> list[Draw]:
@@ -155,17 +174,19 @@ class _Engine:
             admitted[emptiest].append(waiting.popleft())
         return [draw for group, sequences in zip(groups, admitted, strict=True) for draw in group.admit(sequences)]
 
-    def _step(self, draws: list[Draw]) -> Iterator[Generated]:
-        """Runs the micro-batches, appends a token to each of their rows, yields and retires the sequences that end."""
+    def _finish(self, drawn: list[tuple[SlotGroup, int, list[list[float]]]]) -> Iterator[Generated]:
+        """Appends to each row of the groups what was drawn for it, from the given first row on; yields and retires the
+        sequences that end.
+        """
         finished: list[tuple[SlotGroup, int]] = []
-        for draw, drawn in zip(draws, self._run(draws), strict=True):
-            for row, (token, logprob) in enumerate(drawn, draw.first):
-                sequence = draw.group.running[row]
+        for group, first, pairs in drawn:
+            for row, (token, logprob) in enumerate(pairs, first):
+                sequence = group.running[row]
                 sequence.tokens.append(int(token))
                 sequence.logprobs.append(logprob)
                 stopped = token == self.eos or (self.stop is not None and self.stop.completed_by(sequence.tokens))
                 if stopped or len(sequence.tokens) == sequence.limit:
-                    finished.append((draw.group, row))
+                    finished.append((group, row))
                     yield Generated(sequence.index, sequence.tokens, sequence.logprobs, stopped)
         for group, row in reversed(finished):  # from the last row: the row that moves is never one that ends
             group.retire(row)
@@ -180,9 +201,20 @@ class _Engine:
         counts = [draw.count for draw in draws]
         drawn = self._share(drawn, sum(counts)).split(counts)
         for draw, drawn_N2 in zip(draws, drawn, strict=True):
-            draw.group.tokens[draw.rows] = drawn_N2[:, 0].long()
-            draw.group.positions[draw.rows] += 1
+            draw.group.advance(draw.rows, drawn_N2[:, 0].long())
         return [drawn_N2.tolist() for drawn_N2 in drawn]
+
+    @torch.no_grad()
+    def _replay(self, group: SlotGroup, captured: DecodeGraphs) -> list[list[float]]:
+        """`_run` of the one group's decode step, from its graph."""
+        return captured(len(group.running), group.longest).tolist()
+
+    def _static_step(self, group: SlotGroup, rows: int, length: int) -> Tensor:
+        """A decode step that reads and writes nothing but the group's tensors: what a graph may hold."""
+        draw = group.decode_rows(rows, length)
+        drawn_N2 = self._head(self.forward(draw), draw)
+        group.advance(draw.rows, drawn_N2[:, 0].long())
+        return drawn_N2
 
     def _head(self, hidden: Tensor, draw: Draw) -> Tensor:
         """On the last stage: hidden states [T, H] -> float64 [N, 2], each row's next token and its log-probability."""

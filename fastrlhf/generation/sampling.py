@@ -34,6 +34,11 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    cache_mb: float | None = None
+    """Most memory of the KV cache on a rank, 10^6 bytes: fewer sequences decode at once where it binds, and no response
+    changes. None: half of a GPU's free memory; on a CPU, no bound."""
+    cuda_graphs: bool = False
+    """Decode steps as CUDA graphs, on a GPU without tensor and pipeline parallelism. Off until measured on one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
@@ -49,6 +54,8 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and at most 1")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string, which would end every response at once; remove it")
+        if self.cache_mb is not None and self.cache_mb <= 0:
+            raise ValueError(f"cache_mb is {self.cache_mb}; expected megabytes above 0, or None")
 
     @classmethod
     def from_config(cls, generation: GenerationConfig, seed: int) -> SamplingParams:
@@ -61,6 +68,8 @@ class SamplingParams:
             top_p=generation.top_p,
             stop=tuple(generation.stop),
             seed=seed,
+            cache_mb=generation.cache_mb,
+            cuda_graphs=generation.cuda_graphs,
         )
 
     @property

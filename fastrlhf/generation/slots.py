@@ -64,6 +64,13 @@ class SlotGroup:
         """[slots]: the sequence's id."""
         self.prompt_lengths = torch.zeros_like(self.tokens)
         """[slots]"""
+        self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
+        """bool [slots]: rows of running sequences. The others stand at token 0, position 0."""
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What is known of each row, besides the cache."""
+        return self.tokens, self.positions, self.ids, self.prompt_lengths, self.active
 
     @property
     def free(self) -> int:
@@ -87,13 +94,27 @@ class SlotGroup:
         self.ids[draw.rows] = torch.tensor([sequence.id for sequence in sequences], device=device)
         self.prompt_lengths[draw.rows] = lengths.long()
         self.positions[draw.rows] = lengths.long() - 1
+        self.active[draw.rows] = True
         return draw
+
+    def advance(self, rows: slice, drawn: Tensor) -> None:
+        """Appends the drawn tokens, int64 [rows], to the rows that are active."""
+        active = self.active[rows]
+        self.tokens[rows] = drawn * active
+        self.positions[rows] = (self.positions[rows] + 1) * active
 
     def decode(self) -> Draw:
         """The micro-batch that continues every running sequence by one token."""
-        B = len(self.running)
-        longest = max(len(sequence.prompt) + len(sequence.tokens) for sequence in self.running)
-        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.cache.length)
+        length = min(-(-self.longest // LENGTH_STEP) * LENGTH_STEP, self.cache.length)
+        return self.decode_rows(len(self.running), length)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest running sequence."""
+        return max(len(sequence.prompt) + len(sequence.tokens) for sequence in self.running)
+
+    def decode_rows(self, B: int, length: int) -> Draw:
+        """The micro-batch that continues the first B rows, none of them longer than `length` with the new token."""
         batch = CachedInput.decode(self.tokens[:B], self.positions[:B], self.cache, length)
         return Draw(batch.tokens, batch.layout, self, 0, B, None)
 
@@ -104,8 +125,10 @@ class SlotGroup:
             moved = self.running[last]
             self.running[row] = moved
             self.cache.move(last, row, len(moved.prompt) + len(moved.tokens))
-            for state in (self.tokens, self.positions, self.ids, self.prompt_lengths):
+            for state in self.state:
                 state[row] = state[last]
+        for state in self.state:
+            state[last] = 0
         self.running.pop()
 
 

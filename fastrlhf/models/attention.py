@@ -73,6 +73,8 @@ class Padding:
     """int64 [B * max_kv]: the row's token whose key stands at each place."""
     place: Tensor
     """int64 [n]: the places that are not padding, in order."""
+    ordered: bool = False
+    """True: without padding, every token would stand in its place already."""
     visible: Tensor | None = None
     """bool [B, 1, max_q, max_kv]: keys a query may attend to. None: causal, sequence and keys begin together."""
 
@@ -139,7 +141,8 @@ class SequenceLayout(PackedSeqParams):
         starts, lengths = self.cu_seqlens_q[:-1], self.cu_seqlens_q.diff()
         if self.key_index is None:
             index = _padded_index(starts, lengths, self.max_seqlen_q)
-            return (Padding(lengths.numel(), index, index, _places(lengths, self.max_seqlen_q, self.num_tokens)),)
+            places = _places(lengths, self.max_seqlen_q, self.num_tokens)
+            return (Padding(lengths.numel(), index, index, places, ordered=True),)
         before = self.cu_seqlens_kv.diff() - lengths
         groups = [which for which in (before == 0, before > 0) if which.any()]
         return tuple(self._padding(which, before, self.key_index) for which in groups)
@@ -157,7 +160,7 @@ class SequenceLayout(PackedSeqParams):
             _padded_index(self.cu_seqlens_q[:-1][which], lengths, max_q),
             key_index[_padded_index(self.cu_seqlens_kv[:-1][which], lengths + before, max_kv)],
             _places(lengths, max_q, int(lengths.sum())),
-            visible,
+            visible=visible,
         )
 
     @classmethod
@@ -292,8 +295,8 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout
     B, heads = padding.rows, q.shape[1]
 
     def pad(x: Tensor, index: Tensor) -> Tensor:
-        # A row that is one sequence is in its place already.
-        x = x if B == 1 and index.numel() == x.shape[0] else x.index_select(0, index)
+        in_place = (B == 1 or padding.ordered) and index.numel() == x.shape[0]
+        x = x if in_place else x.index_select(0, index)
         x = _repeat_heads(x, heads)
         return x.view(B, -1, *x.shape[1:]).transpose(1, 2)
 

@@ -18,10 +18,9 @@ from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.errors import UserError
 from fastrlhf.generation import Generated, SamplingParams, generate, generate_all
 from fastrlhf.generation import slots as slots_module
-from fastrlhf.generation.forward import Forward
 from fastrlhf.generation.stopping import StopStrings
 from fastrlhf.models.attention import KVCache
-from fastrlhf.models.gpt import GPT, CachedInput
+from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel.mesh import Mesh
 
 EOS = 3
@@ -57,17 +56,6 @@ def greedy_loop(stage: GPT, prompt: list[int], count: int) -> list[int]:
         if sequence[-1] == EOS:
             break
     return sequence[len(prompt) :]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_forward_is_the_stages(cases: ModuleType, mesh: Mesh, name: str) -> None:
-    stage = variant(cases, mesh, name).eval()
-    prompts = cases.prompts(stage.vocab_size)
-    batch = pack(prompts, [0] * len(prompts))
-    rows = torch.repeat_interleave(torch.arange(len(prompts)), batch.cu_seqlens.diff())
-    with torch.no_grad():
-        ours = Forward(stage)(CachedInput.prefill(batch, KVCache(len(prompts), 64), rows))
-        torch.testing.assert_close(ours, stage(batch), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -206,6 +194,45 @@ def test_cache_is_freed(mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch)
     generate_all(stage, [[1], [2]], SamplingParams(max_new_tokens=3), mesh=mesh, eos=EOS)
     gc.collect()
     assert [cache() for cache in caches] == [None]
+
+
+def test_cache_stays_within_its_budget(
+    mesh: Mesh, cases: ModuleType, stage: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fewer slots, one line about it, and the same responses."""
+    made = []
+
+    class Watched(KVCache):
+        def __init__(self, *args: int) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(slots_module, "KVCache", Watched)
+    prompts = cases.prompts(stage.vocab_size)
+    free = generate_all(stage, prompts, SamplingParams(max_new_tokens=9, seed=4), eos=EOS)
+    assert made[0].rows == len(prompts)
+    # 2 layers, keys and values, (longest prompt + 9) tokens of 32 numbers of 4 bytes.
+    row = 2 * 2 * (max(map(len, prompts)) + 9) * 32 * 4
+    params = SamplingParams(max_new_tokens=9, seed=4, cache_mb=4.9 * row / 1e6)
+    bounded = generate_all(stage, prompts, params, eos=EOS)
+    assert made[1].rows == 3
+    used = sum(buffer.nbytes for layer in made[1]._layers.values() for buffer in layer)
+    assert used == 4 * row  # the three and the spare one
+    assert [response.tokens for response in bounded] == [response.tokens for response in free]
+    (line,) = [record.message for record in caplog.records if "decode at once" in record.message]
+    assert "3 sequences" in line and "generation.cache_mb" in line
+    with pytest.raises(UserError, match=r"generation.cache_mb .* holds no sequence: one sequence of 40 tokens takes"):
+        generate_all(stage, prompts, SamplingParams(max_new_tokens=9, cache_mb=1.9 * row / 1e6), eos=EOS)
+
+
+def test_stop_token_and_mesh_by_default(tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
+    """The tokenizer's stop token; without a tokenizer none, and nothing stops before its limit."""
+    prompts, params = cases.prompts(300), SamplingParams(max_new_tokens=40, seed=4, top_k=3)
+    explicit = generate_all(stage, prompts, params, mesh=mesh, eos=tokenizer.eos_token_id)
+    assert generate_all(stage, prompts, params, tokenizer=tokenizer) == explicit
+    endless = generate_all(stage, prompts, SamplingParams(max_new_tokens=40, seed=4))
+    assert {len(response.tokens) for response in endless} == {40}
+    assert not any(response.stopped for response in endless)
 
 
 # ---- stop strings ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+"""The forward pass written out computes what megatron's modules do, and so do its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastrlhf.config import ModelConfig
+from fastrlhf.data.batches import pack
+from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.parallel.mesh import Mesh
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt": {},
+    "llama": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48},
+    "exact gelu, no biases, untied": {"activation": "gelu", "bias": False, "tie_embeddings": False},
+    "biases only in qkv, normalised heads": {
+        "family": "llama", "num_kv_heads": 2, "ffn_size": 48, "qkv_bias": True, "qk_norm": True, "head_dim": 16,
+    },
+    "rope and layernorm": {"position": "rope"},
+}  # fmt: skip
+LENGTHS = {"mixed": (1, 9, 4, 30), "equal": (8, 8, 8), "single": (13,)}
+
+
+def build(mesh: Mesh, **changes: Any) -> GPT:
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "dtype": "fp32", "init_std": 0.15}
+    return build_model(ModelConfig(**{"family": "gpt", **sizes, **changes}), mesh, 101, seed=5)
+
+
+def gradients(stage: GPT, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Hidden states, and the gradients of a sum that weighs each of them differently."""
+    generator = torch.Generator().manual_seed(3)
+    batch = pack([torch.randint(0, 101, (n,), generator=generator).tolist() for n in lengths], [0] * len(lengths))
+    stage.zero_grad()
+    hidden = stage(batch)
+    (hidden * torch.randn(hidden.shape, generator=generator)).sum().backward()
+    found = {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
+    return found | {"hidden": hidden.detach()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward_and_gradients_are_the_modules(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    stage = build(mesh, **VARIANTS[name])
+    ours = {kind: gradients(stage, lengths) for kind, lengths in LENGTHS.items()}
+    monkeypatch.setattr(GPT, "_written_out", False)
+    for kind, lengths in LENGTHS.items():
+        expected = gradients(stage, lengths)
+        assert expected.keys() == ours[kind].keys()
+        assert len(expected) > 10
+        for parameter, value in expected.items():
+            torch.testing.assert_close(ours[kind][parameter], value, atol=2e-5, rtol=1e-5, msg=f"{kind} {parameter}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "grad", "written_out"),
+    [
+        ({}, True, True, True),
+        ({"residual_dropout": 0.1}, True, True, False),
+        ({"attention_dropout": 0.1}, True, False, False),
+        ({"embedding_dropout": 0.1}, False, True, True),
+        ({"recompute": "full"}, True, True, False),
+        ({"recompute": "full"}, True, False, True),
+    ],
+)
+def test_only_where_it_computes_the_same(
+    mesh: Mesh, changes: dict[str, Any], training: bool, grad: bool, written_out: bool
+) -> None:
+    stage = build(mesh, **changes).train(training)
+    with torch.set_grad_enabled(grad):
+        assert stage._written_out is (written_out and mesh.device.type == "cpu")
