@@ -6,7 +6,7 @@ training split  3. prompts that share a long prefix are one prompt: one is kept 
 
 Every choice is made by a keyed hash of the record's content: the same records in any order and any number of files
 give the same bytes, and a user stays in its split when data are added. One pass streams the records to work files on
-disk (spool.py), from which a stopped run goes on; memory holds about 100 bytes a record. Left out on purpose: fuzzy
+disk (spool.py), from which a stopped run goes on; memory holds under 200 bytes a record. Left out on purpose: fuzzy
 deduplication (MinHash).
 """
 
