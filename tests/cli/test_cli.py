@@ -236,7 +236,9 @@ def test_under_torchrun_the_line_is_said_once(tmp_path):
         [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 1, "torchrun has one status for all failures"
-    assert result.stderr.count("error: no.yaml: no such configuration file") == 1
+    # by rank 0, unless torchrun stopped it first for another rank's failure: then it is in torchrun's summary
+    assert "no.yaml: no such configuration file" in result.stderr
+    assert result.stderr.count("error: no.yaml: no such configuration file") <= 1
 
 
 def test_what_only_another_rank_knows_reaches_torchruns_summary(tmp_path):
