@@ -174,7 +174,12 @@ class PPO:
         """Of the labels, at the sampling temperature, fp32 [T], 0 outside loss_mask."""
         temperature = self.sampling.temperature
         return ops.linear_logprobs(
-            hidden, labels=batch.labels, mask=batch.loss_mask, temperature=temperature, **stage.lm_head()
+            hidden,
+            labels=batch.labels,
+            mask=batch.loss_mask,
+            counted=batch.num_counted,
+            temperature=temperature,
+            **stage.lm_head(),
         ).logprobs
 
     def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -292,6 +297,7 @@ class PPO:
             old_logprobs=batch.old_logprobs,
             advantages=batch.advantages,
             mask=batch.loss_mask,
+            counted=batch.num_counted,
             clip=config.clip,
             entropy_coef=config.entropy_coef,
             temperature=self.sampling.temperature,

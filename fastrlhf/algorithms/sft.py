@@ -62,7 +62,12 @@ def counted_tokens(mesh: Mesh, batches: Sequence[PackedBatch]) -> torch.Tensor:
 def language_loss(stage: Any, hidden: torch.Tensor, batch: PackedBatch, denominator: torch.Tensor) -> torch.Tensor:
     """Cross-entropy summed over the counted labels of `batch` / denominator; hidden [T, H]."""
     return ops.linear_cross_entropy(
-        hidden, labels=batch.labels, mask=batch.loss_mask, denominator=denominator, **stage.lm_head()
+        hidden,
+        labels=batch.labels,
+        mask=batch.loss_mask,
+        counted=batch.num_counted,
+        denominator=denominator,
+        **stage.lm_head(),
     )
 
 

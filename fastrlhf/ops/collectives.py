@@ -32,11 +32,17 @@ def _resolve(name: str) -> ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]  # a str everywhere but in the annotation
 
 
+def _all_gather(out: Tensor, x: Tensor, group: ProcessGroup, async_op: bool = False) -> Any:
+    """The collective by its newer name where torch has it: the older one warns there."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out.view(-1), x.view(-1), group=group, async_op=async_op)
+
+
 def gather_stack(x: Tensor, group_name: str) -> Tensor:
     """Stack every rank's `x` in rank order: [R, *x.shape]. Not differentiable; called inside custom ops only."""
     group = _resolve(group_name)
     out = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+    _all_gather(out, x.contiguous(), group)
     return out
 
 
@@ -44,7 +50,7 @@ def gather_stack_later(x: Tensor, group_name: str) -> Callable[[], Tensor]:
     """Start `gather_stack`; the function returned waits for it (on a GPU the stream does, not the host)."""
     group = _resolve(group_name)
     x, out = x.contiguous(), x.new_empty(group.size(), *x.shape)
-    work = dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=True)
+    work = _all_gather(out, x, group, async_op=True)
 
     def arrived() -> Tensor:
         work.wait()

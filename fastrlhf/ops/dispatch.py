@@ -1,6 +1,6 @@
-"""Which body runs an op: Triton on a GPU, compiled C++ on a CPU, or plain torch anywhere.
+"""Which body runs an op: Triton or CUDA on a GPU, compiled C++ on a CPU, or plain torch anywhere.
 
-A kernel is a raw function that exists up to three times, with one name and one positional signature:
+A kernel is a raw function that exists up to four times, with one name and one positional signature:
   "torch"   a plain torch body, in fastrlhf/ops, next to the op;
   "triton"  the function of that name in the kernel's module under fastrlhf/kernels;
   "cpu"     torch.ops.fastrlhf_cpu.<name>, registered by the optional C++ extension fastrlhf._C_cpu. The extension may
@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "cpu", "torch")
+BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
+CLUSTERS = (9, 0)
+"""the compute capability that _C_cuda needs"""
 
 KERNELS: dict[str, Kernel] = {}
 
@@ -37,10 +39,10 @@ def _triton_version() -> str | None:
 
 
 @functools.cache
-def _load_cpu_extension() -> str | None:
-    """Import the C++ extension; None when it loaded, otherwise why not."""
+def _load_extension(name: str) -> str | None:
+    """Import the extension fastrlhf._C_<name>; None when it loaded, otherwise why not."""
     try:
-        importlib.import_module("fastrlhf._C_cpu")
+        importlib.import_module(f"fastrlhf._C_{name}")
     except ImportError as error:
         return str(error)
     return None
@@ -63,8 +65,23 @@ def _triton_problem(device: torch.device | None = None) -> str | None:
     return None
 
 
+def _cuda_problem(device: torch.device | None = None) -> str | None:
+    why = _load_extension("cuda")
+    if why is not None:
+        return f"the extension fastrlhf._C_cuda is not built ({why}): reinstall with nvcc on PATH and a torch for CUDA"
+    if not torch.cuda.is_available():
+        return "the cuda backend needs a GPU and torch sees none: pass backend='auto'"
+    if device is not None and device.type != "cuda":
+        return f"the cuda backend needs CUDA tensors, these are on {device}: move them or pass backend='auto'"
+    found = torch.cuda.get_device_capability(device)
+    if found < CLUSTERS:
+        has = ".".join(map(str, found))
+        return f"its kernels need compute capability 9.0 or more, this GPU has {has}: pass backend='auto'"
+    return None
+
+
 def _cpu_problem(device: torch.device | None = None) -> str | None:
-    why = _load_cpu_extension()
+    why = _load_extension("cpu")
     if why is not None:
         return f"the C++ extension fastrlhf._C_cpu is not built ({why}): reinstall with a C++ compiler present"
     if device is not None and device.type != "cpu":
@@ -73,59 +90,77 @@ def _cpu_problem(device: torch.device | None = None) -> str | None:
 
 
 class Kernel:
-    """A raw function and its bodies; `on(tensor, backend)` gives the one to call."""
+    """A raw function and its bodies; `on(tensor, backend)` gives the one to call.
 
-    def __init__(self, name: str, torch_body: Callable[..., Any], triton_module: str) -> None:
+    `cuda_body`: called with torch.ops.fastrlhf_cuda and then as the others are; it sees whole rows only.
+    """
+
+    def __init__(
+        self, name: str, torch_body: Callable[..., Any], triton_module: str, cuda_body: Callable[..., Any] | None = None
+    ) -> None:
         self.name, self._torch_body, self._triton_module = name, torch_body, triton_module
+        self._cuda_body = cuda_body
         KERNELS[name] = self
 
-    def problem(self, backend: str, tensor: Tensor | None = None) -> str | None:
+    def problem(self, backend: str, tensor: Tensor | None = None, sharded: bool = False) -> str | None:
         """Why `backend` cannot run this kernel (on `tensor`, if given), with the cure; None when it can."""
         if backend == "torch":
             return None
-        device = None if tensor is None else tensor.device
-        why = _triton_problem(device) if backend == "triton" else _cpu_problem(device)
+        if backend == "cuda" and self._cuda_body is None:
+            return "it has no cuda body: pass backend='auto'"
+        problems = {"triton": _triton_problem, "cuda": _cuda_problem, "cpu": _cpu_problem}
+        why = problems[backend](None if tensor is None else tensor.device)
         if why is None and backend == "cpu" and not hasattr(torch.ops.fastrlhf_cpu, self.name):
             why = f"the C++ extension has no {self.name}: pass backend='auto'"
+        if why is None and backend == "cuda" and sharded:
+            why = "its kernels take whole rows, and the vocabulary is sharded over a group: pass backend='auto'"
         if why is None and tensor is not None and tensor.dtype == torch.float64:
             why = f"the {backend} backend computes in float32, these are float64: cast them or pass backend='auto'"
         return why
 
-    def choose(self, tensor: Tensor, backend: str) -> str:
-        """Resolve `backend` for `tensor` to "triton", "cpu" or "torch"; RuntimeError when it cannot run."""
-        asked = os.environ.get("FASTRLHF_BACKEND", "") or backend
-        if asked not in BACKENDS:
-            raise RuntimeError(f"FASTRLHF_BACKEND={asked!r}: expected one of {', '.join(BACKENDS)}")
+    def choose(self, tensor: Tensor, backend: str, sharded: bool = False) -> str:
+        """Resolve `backend` for `tensor` to one that can run it; RuntimeError when the one asked for cannot."""
+        forced = os.environ.get("FASTRLHF_BACKEND", "")
+        if forced not in ("", *BACKENDS):
+            raise RuntimeError(f"FASTRLHF_BACKEND={forced!r}: expected one of {', '.join(BACKENDS)}")
+        if forced == "cuda" and self._cuda_body is None:
+            forced = "auto"
+        asked = forced or backend
         if asked == "auto":
             best = "triton" if tensor.device.type == "cuda" else "cpu"
             return "torch" if self.problem(best, tensor) else best
-        why = self.problem(asked, tensor)
+        why = self.problem(asked, tensor, sharded)
         if why is not None:
             raise RuntimeError(f"backend {asked!r} cannot run {self.name}: {why}")
         return asked
 
-    def on(self, tensor: Tensor, backend: str) -> Callable[..., Any]:
-        """The body that runs this kernel on `tensor`."""
-        chosen = self.choose(tensor, backend)
+    def on(self, tensor: Tensor, backend: str, sharded: bool = False) -> Callable[..., Any]:
+        """The body that runs this kernel on `tensor`; `sharded`: its rows go on in other processes."""
+        chosen = self.choose(tensor, backend, sharded)
         return self._torch_body if chosen == "torch" else self.body(chosen)
 
     def body(self, backend: str, name: str | None = None) -> Callable[..., Any]:
         """The compiled body for `backend`, or another function beside it."""
         if backend == "cpu":
             return getattr(torch.ops.fastrlhf_cpu, name or self.name)
+        if backend == "cuda":
+            assert self._cuda_body is not None
+            return functools.partial(self._cuda_body, torch.ops.fastrlhf_cuda)
         return getattr(importlib.import_module(self._triton_module), name or self.name)
 
 
 def backends() -> dict[str, dict[str, Any]]:
     """What this install can run, and why not the rest.
 
-    {"torch" | "cpu" | "triton": {"available": bool, "why_not": str | None, "kernels": [names it can run]}}; "forced"
-    holds FASTRLHF_BACKEND when it is set.
+    {"torch" | "cpu" | "triton" | "cuda": {"available": bool, "why_not": str | None, "kernels": [names it can run]}};
+    "cuda" also has "note": when it is used. "forced" holds FASTRLHF_BACKEND when it is set.
     """
     report: dict[str, dict[str, Any]] = {}
-    for backend, why in (("torch", None), ("cpu", _cpu_problem()), ("triton", _triton_problem())):
+    found = {"torch": None, "cpu": _cpu_problem(), "triton": _triton_problem(), "cuda": _cuda_problem()}
+    for backend, why in found.items():
         can = [] if why else [name for name, kernel in sorted(KERNELS.items()) if kernel.problem(backend) is None]
         report[backend] = {"available": why is None, "why_not": why, "kernels": can}
+    report["cuda"]["note"] = "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
     if os.environ.get("FASTRLHF_BACKEND"):
         report["forced"] = {"backend": os.environ["FASTRLHF_BACKEND"]}
     return report

@@ -212,7 +212,7 @@ def logits_kl(
     as in `logprobs`; one all-gather of five floats a token. Raises ValueError on wrong shapes and dtypes.
     """
     checks.floating("logits", logits)
-    checks.require(logits.dim() >= 1, "logits", logits, "shape [..., V]")
+    checks.require(logits.dim() >= 1 and logits.shape[-1] > 0, "logits", logits, "shape [..., V] with V above 0")
     fits = isinstance(ref_logits, Tensor) and ref_logits.shape == logits.shape and ref_logits.dtype == logits.dtype
     checks.require(fits and ref_logits.device == logits.device, "ref_logits", ref_logits, checks.describe(logits))
     if mask is not None:

@@ -42,30 +42,34 @@ def linear_logprobs_ref(
     return logprobs_ref(linear_logits_ref(hidden, weight, bias), labels, **options)
 
 
+def _kept_rows(labels: Tensor, counted: int | None) -> int:
+    return labels.numel() if counted is None else min(counted, labels.numel())
+
+
 # --- log-probs -------------------------------------------------------------------------------------------------------
 
 
 @custom_op(
     "linear_logprobs",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor? ref_logprobs,"
-    " float temperature, bool with_entropy, bool keep_logits, int vocab_start, int columns, str group_name,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float temperature, bool with_entropy, bool keep_logits, int? counted, int vocab_start, int columns,"
+    " str group_name, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None,
-    ref_logprobs: Tensor | None, temperature: float, with_entropy: bool, keep_logits: bool, vocab_start: int,
-    columns: int, group_name: str, backend: str,
+    ref_logprobs: Tensor | None, temperature: float, with_entropy: bool, keep_logits: bool, counted: int | None,
+    vocab_start: int, columns: int, group_name: str, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     labels_N, keep = flat(labels).long(), flat(mask)
     dtype, tokens, width = checks.compute_dtype(hidden), labels.numel(), weight.shape[0]
-    rows = CountedRows(as_matrix(hidden), keep, width)
+    rows = CountedRows(as_matrix(hidden), keep, width, counted=counted)
     # ones where rows are left out: finite, and replaced by zeros in outputs_from
     stats = torch.ones(4, tokens, dtype=dtype, device=hidden.device)
-    kept = hidden.new_empty((tokens, width) if keep_logits else 0)  # the rows that count come first
+    kept = hidden.new_empty((_kept_rows(labels, counted), width) if keep_logits else 0)  # those that count come first
     buffer = hidden.new_empty(0 if keep_logits else rows.step, width)
     for at in rows:
         logits = head(rows.chunk(at), weight, bias, out=kept[at] if keep_logits else buffer[: at.stop - at.start])
-        body = STATISTICS.on(logits, backend)
+        body = STATISTICS.on(logits, backend, sharded=bool(group_name))
         chunk_mask = rows.take(rows.mask, at)
         rows.put(stats, at, body(logits[None], rows.take(labels_N, at), chunk_mask, temperature, vocab_start, columns))
     if group_name:
@@ -76,11 +80,11 @@ def _linear_logprobs(
 
 
 @register_fake(_linear_logprobs)
-def _(hidden, weight, bias, labels, mask, ref_logprobs, temperature, with_entropy, keep_logits, *_):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, labels, mask, ref_logprobs, temperature, with_entropy, keep_logits, counted, *_):  # type: ignore[no-untyped-def]
     def per_token(asked: bool = True) -> Tensor:
         return hidden.new_empty(labels.shape if asked else 0, dtype=checks.compute_dtype(hidden))
 
-    kept = hidden.new_empty((labels.numel(), weight.shape[0]) if keep_logits else 0)
+    kept = hidden.new_empty((_kept_rows(labels, counted), weight.shape[0]) if keep_logits else 0)
     entropy, kl = per_token(with_entropy), per_token(ref_logprobs is not None)
     return per_token(), entropy, per_token(), kl, per_token(), per_token(), kept
 
@@ -89,17 +93,17 @@ def _(hidden, weight, bias, labels, mask, ref_logprobs, temperature, with_entrop
     "linear_logprobs_backward",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum,"
     " Tensor? entropy, Tensor kept_logits, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp,"
-    " float temperature, int vocab_start, int columns, str group_name, str backend, bool[] needs)"
+    " float temperature, int? counted, int vocab_start, int columns, str group_name, str backend, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _linear_logprobs_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor | None, row_max: Tensor,
     row_sum: Tensor, entropy: Tensor | None, kept_logits: Tensor, grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, temperature: float, vocab_start: int, columns: int,
-    group_name: str, backend: str, needs: list[bool],
+    grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, temperature: float, counted: int | None,
+    vocab_start: int, columns: int, group_name: str, backend: str, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     labels_N, width = flat(labels).long(), weight.shape[0]
-    rows = CountedRows(as_matrix(hidden), flat(mask), width)
+    rows = CountedRows(as_matrix(hidden), flat(mask), width, counted=counted)
     upstream = [flat(t) for t in (grad_logprobs, grad_entropy, grad_logsumexp)]
     unit = unit_of(rows, *upstream)
     per_token = [*(flat(t) for t in (row_max, row_sum, entropy)), *(divided(g, unit) for g in upstream)]
@@ -147,12 +151,12 @@ def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             grad_ref = -grad_kl if mask is None else torch.where(mask, -grad_kl, 0.0)
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs):
-        return *(None,) * 5, grad_ref, *(None,) * 7
+        return *(None,) * 5, grad_ref, *(None,) * 8
     entropy = entropy if grad_entropy is not None else None
     gradients = _linear_logprobs_backward(
         *saved, entropy, kept, grad_logp, grad_entropy, grad_lse, ctx.temperature, *ctx.options, needs
     )
-    return *(g if n else None for g, n in zip(gradients, needs, strict=True)), None, None, grad_ref, *(None,) * 7
+    return *(g if n else None for g, n in zip(gradients, needs, strict=True)), None, None, grad_ref, *(None,) * 8
 
 
 register_autograd(_linear_logprobs, _linear_logprobs_grad, _setup)
@@ -162,37 +166,48 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.floating("hidden", hidden)
     checks.require(hidden.dim() >= 1, "hidden", hidden, "shape [..., H]")
     fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[-1] == hidden.shape[-1]
-    same = fits and weight.dtype == hidden.dtype and weight.device == hidden.device
-    checks.require(same, "weight", weight, f"[V, {hidden.shape[-1]}] of hidden's dtype and device ({hidden.dtype})")
+    same = fits and weight.dtype == hidden.dtype and weight.device == hidden.device and weight.shape[0] > 0
+    expected = f"[V, {hidden.shape[-1]}] with V above 0, of hidden's dtype and device ({hidden.dtype})"
+    checks.require(same, "weight", weight, expected)
     if bias is not None:
         fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.dtype == hidden.dtype
         checks.require(fits and bias.device == hidden.device, "bias", bias, f"[{weight.shape[0]}] of hidden's dtype")
 
 
+def check_counted(counted: int | None, mask: Tensor | None) -> None:
+    if counted is not None:
+        checks.require(mask is not None, "counted", counted, "None where there is no mask")
+        checks.require(counted >= 0, "counted", counted, "the number of the mask's True positions, or a larger one")
+
+
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, recompute: bool | str = "auto",
     temperature: float = 1.0, mask: Tensor | None = None, with_entropy: bool = False,
-    ref_logprobs: Tensor | None = None, vocab_start: int | None = None, vocab_size: int | None = None,
-    group: ProcessGroup | None = None, backend: str = "auto",
+    ref_logprobs: Tensor | None = None, counted: int | None = None, vocab_start: int | None = None,
+    vocab_size: int | None = None, group: ProcessGroup | None = None, backend: str = "auto",
 ) -> TokenLogprobs:  # fmt: skip
     """`logprobs(hidden @ weight.T + bias, labels, ...)` without holding the logits.
 
     hidden [..., H] and weight [V, H], bias [V], of one dtype; labels [...]; the rest as in `logprobs`. recompute=True
     makes each chunk's logits again in the backward (4 GEMMs, never [..., V]); False keeps them in hidden's dtype (3
     GEMMs); "auto" keeps them when they fit a quarter of a GPU's free memory, 1 GiB on a CPU, or
-    FASTRLHF_LINEAR_BUDGET_MB, which also bounds a chunk's logits. On a CPU rows masked out cost nothing; on a GPU they
-    cost what others do, so leave out those known beforehand: hidden[index], labels[index]. Gradients for hidden, weight
-    (accumulated in fp32) and bias. With `group`, weight and bias are this rank's rows, hidden is the same on every
-    rank, its gradient is the full one (summed over the group here), and the weight's is local.
+    FASTRLHF_LINEAR_BUDGET_MB, which also bounds a chunk's logits. Rows masked out cost nothing on a CPU, nor on a GPU
+    when `counted` says how many are not (an int, that many or more; a GPU's mask cannot be counted without waiting for
+    it). Gradients for hidden, weight (accumulated in fp32) and bias. With `group`, weight and bias are this rank's
+    rows, hidden is the same on every rank, its gradient is the full one (summed over the group here), and the weight's
+    is local.
     """
     check_linear(hidden, weight, bias)
     check_tokens(hidden.shape[:-1], hidden.device, labels, mask, ref_logprobs, temperature, backend)
+    check_counted(counted, mask)
     checks.choice("recompute", recompute, ("auto", True, False))
     start, columns = local_columns(weight.shape[0], vocab_start, vocab_size, group)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    keep = keep and (logits_fit(hidden, labels.numel(), weight.shape[0]) if recompute == "auto" else not recompute)
+    if keep:
+        fits = recompute == "auto" and logits_fit(hidden, _kept_rows(labels, counted), weight.shape[0])
+        keep = fits or recompute is False
     logp, entropy, lse, kl, _, _, _ = _linear_logprobs(
-        hidden, weight, bias, labels, mask, ref_logprobs, float(temperature), with_entropy, keep, start, columns,
-        collectives.name_of(group), backend,
+        hidden, weight, bias, labels, mask, ref_logprobs, float(temperature), with_entropy, keep, counted, start,
+        columns, collectives.name_of(group), backend,
     )  # fmt: skip
     return TokenLogprobs(logp, entropy if with_entropy else None, lse, None if ref_logprobs is None else kl)

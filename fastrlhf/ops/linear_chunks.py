@@ -80,19 +80,32 @@ def as_matrix(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
+def readable(mask: Tensor) -> bool:
+    """Whether the host can read the mask without waiting for a device."""
+    return not mask.is_cuda
+
+
 class CountedRows:
     """The rows of hidden [N, H] that `mask` [N] counts, in chunks.
 
-    On a CPU the others are never touched: they cost nothing. On a GPU their number could only be known by waiting for
-    it, so all rows go through, those masked out as zeros; a caller that knows which rows count passes those alone.
+    Those that do not count are never touched, where their number is known without waiting: on a CPU always, on a GPU
+    when the caller says how many count (`counted`, or a number above). On a GPU that is not told, all rows go through,
+    those masked out as zeros.
     """
 
-    def __init__(self, hidden_NH: Tensor, mask_N: Tensor | None, width: int, shared: bool = False) -> None:
+    def __init__(
+        self, hidden_NH: Tensor, mask_N: Tensor | None, width: int, shared: bool = False, counted: int | None = None
+    ) -> None:
         self.hidden, self.mask, self.index = hidden_NH, mask_N, None
-        if mask_N is not None and not hidden_NH.is_cuda:
+        if mask_N is not None and readable(mask_N):
             self.mask = None
             self.index = None if bool(mask_N.all()) else mask_N.nonzero().squeeze(1)
+        elif mask_N is not None and counted is not None and counted < len(hidden_NH):
+            # counted rows first, in order; the mask stays, since `counted` may be more than there are
+            self.index = (~mask_N).to(torch.uint8).argsort(stable=True)[:counted]
         self.count = len(hidden_NH if self.index is None else self.index)
+        expected = f"no less than the mask's True positions ({self.count})"
+        checks.require(counted is None or self.mask is not None or self.count <= counted, "counted", counted, expected)
         self.step = chunk_rows(hidden_NH, self.count, width, shared)
 
     def __iter__(self) -> Iterator[slice]:
@@ -115,9 +128,14 @@ class CountedRows:
 
     def chunk(self, at: slice) -> Tensor:
         """The chunk's hidden states; rows masked out as zeros, or a NaN in one would reach dW as 0 * NaN."""
-        if self.index is not None:
-            return self.hidden[self.index[at]]
-        return self.hidden[at] if self.mask is None else self.hidden[at].masked_fill(~self.mask[at][:, None], 0.0)
+        hidden, mask = self.take(self.hidden, at), self.take(self.mask, at)
+        return hidden if mask is None else hidden.masked_fill(~mask[:, None], 0.0)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """max |x| [N] over the rows that count, fp32, 0-dim; there must be any."""
+        everything = slice(0, self.count)
+        size, mask = self.take(x, everything).float().abs(), self.take(self.mask, everything)
+        return (size if mask is None else torch.where(mask, size, 0.0)).amax()
 
 
 def head(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
@@ -128,19 +146,17 @@ def head(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None, out: Tensor) 
 
 
 def unit_of(rows: CountedRows, *upstream: Tensor | None, at_least: float = 0.0) -> Tensor | None:
-    """The power of two just below the largest |upstream| [N] of a row that counts; None where it would change nothing.
+    """The power of two just below the largest |upstream| [N] of a row that counts, or 1; None in fp32 and wider.
 
     Half-precision gradients of the logits are computed divided by it, and multiplied by it after the GEMMs: an
     upstream of 1 / denominator would else drown in fp16's 6e-8. A power of two, so that nothing is rounded.
     """
-    given = [t for t in upstream if t is not None]
-    if rows.hidden.element_size() > 2 or not given or not rows.count:
+    if rows.hidden.element_size() > 2:
         return None
     largest = torch.full((), at_least, device=rows.hidden.device)
-    for x in given:
-        x = x[rows.index] if rows.index is not None else x
-        size = x.float().abs() if rows.mask is None else torch.where(rows.mask, x.float().abs(), 0.0)
-        largest = torch.maximum(largest, size.amax())
+    for x in upstream if rows.count else ():
+        if x is not None:
+            largest = torch.maximum(largest, rows.largest(x))
     return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
 
 
@@ -148,9 +164,25 @@ def divided(x: Tensor | None, unit: Tensor | None) -> Tensor | None:
     return x if x is None or unit is None else x / unit
 
 
-def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x * factor in fp32 or wider, then to `dtype`; 1-dim, since a 0-dim factor would be rounded to x's fp16 first."""
-    return x.to(dtype) if factor is None else (x * factor.reshape(1)).to(dtype)
+def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype, spare: bool = False) -> Tensor:
+    """x * factor in fp32 or wider, then to `dtype`; 1-dim, since a 0-dim factor would be rounded to x's fp16 first.
+
+    `spare`: nobody else reads x again, so that it may be overwritten or handed on, which for dW saves a pass.
+    """
+    if factor is None:
+        return x.to(dtype)
+    traced = type(x) is not Tensor  # it has no values, and a graph may run more than once
+    if not spare or traced or x.dtype != dtype:
+        return (x * factor.reshape(1)).to(dtype)
+    # on a CPU the usual factor, 1, can be read without waiting
+    one = factor.device.type == "cpu" and float(factor) == 1.0
+    return x.detach() if one else x.detach().mul_(factor.reshape(1))
+
+
+def saved_are_spare() -> bool:
+    """In a backward: whether this is the only one through its graph, so that what was saved is read no more."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is not None and not keeps_graph()
 
 
 class Gradients:
@@ -163,7 +195,9 @@ class Gradients:
         make = torch.empty if rows.index is None else torch.zeros
         shape = hidden_NH.shape if self.needs[0] else (0,)
         self.hidden = make(shape, dtype=hidden_NH.dtype, device=hidden_NH.device)
-        self.weight = torch.zeros(weight_VH.shape if self.needs[1] else 0, dtype=dtype, device=weight_VH.device)
+        # the first chunk's product is written, not added: no pass to zero it
+        make = torch.empty if rows.count else torch.zeros
+        self.weight = make(weight_VH.shape if self.needs[1] else (0,), dtype=dtype, device=weight_VH.device)
         self.bias = torch.zeros(weight_VH.shape[0] if self.needs[2] else 0, dtype=dtype, device=weight_VH.device)
 
     def add(self, at: slice, d_logits: Tensor, hidden_chunk: Tensor, weight_VH: Tensor) -> None:
@@ -173,7 +207,7 @@ class Gradients:
             else:
                 self.hidden[self.rows.index[at]] = d_logits @ weight_VH
         if self.needs[1]:
-            _add_product_(self.weight, d_logits, hidden_chunk)
+            _add_product_(self.weight, d_logits, hidden_chunk, keep=at.start > 0)
         if self.needs[2]:
             self.bias += d_logits.sum(0, dtype=self.bias.dtype)
 
@@ -184,12 +218,14 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (fp32) += left^T right, never rounding a product to the inputs' dtype: that would bias training."""
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, keep: bool) -> None:
+    """total (fp32) = left^T right + (what it held, if `keep`), never rounding a product to the inputs' dtype: that
+    would bias training.
+    """
     if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left.T, right, beta=int(keep), out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype), beta=int(keep))
 
 
 def one_behind(items: Iterator[Item]) -> Iterator[Item]:

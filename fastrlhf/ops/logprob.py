@@ -119,8 +119,20 @@ def _backward_torch(
         out[at][..., columns:] = 0
 
 
-STATISTICS = Kernel("logprob_statistics", _statistics_torch, "fastrlhf.kernels.logprob")
-BACKWARD = Kernel("logprob_backward", _backward_torch, "fastrlhf.kernels.logprob")
+def _statistics_cuda(library: Any, *arguments: Any) -> Tensor:
+    return library.logprob_statistics(*arguments)
+
+
+def _backward_cuda(
+    library: Any, rows: Tensor, labels: Tensor, mask: Tensor | None, row_max: Tensor, row_sum: Tensor,
+    entropy: Tensor | None, *upstream_and_rest: Any,
+) -> None:  # fmt: skip
+    """Forms the row's statistics again, in the one read of it that the gradient needs anyway."""
+    library.logprob_forward_backward(rows, labels, mask, *upstream_and_rest)
+
+
+STATISTICS = Kernel("logprob_statistics", _statistics_torch, "fastrlhf.kernels.logprob", _statistics_cuda)
+BACKWARD = Kernel("logprob_backward", _backward_torch, "fastrlhf.kernels.logprob", _backward_cuda)
 
 
 def combine_statistics(stats: Tensor, temperature: float) -> Tensor:
@@ -152,7 +164,8 @@ def forward_rows(
     if not group_name and STATISTICS.choose(rows, backend) == "triton":  # one launch does it all
         forward = STATISTICS.body("triton", "logprob_forward")
         return forward(rows, labels, mask, ref_logprobs, temperature, with_entropy, vocab_start, columns)
-    stats = STATISTICS.on(rows, backend)(rows, labels, mask, temperature, vocab_start, columns)
+    body = STATISTICS.on(rows, backend, sharded=bool(group_name))
+    stats = body(rows, labels, mask, temperature, vocab_start, columns)
     if group_name:
         stats = combine_statistics(collectives.gather_stack(stats, group_name), temperature)
     return outputs_from(stats, mask, ref_logprobs, temperature, with_entropy)

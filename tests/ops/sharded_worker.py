@@ -5,15 +5,19 @@ Run by test_sharded.py as `python sharded_worker.py RANK STORE_FILE OUT_FILE`; w
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from fastrlhf.ops import (
+    linear_chunks,
     linear_cross_entropy,
     linear_logprobs,
     linear_ppo_loss,
@@ -136,6 +140,23 @@ def check_linear(shard: Shard, call: Callable[..., torch.Tensor]) -> None:
         padding_has_no_gradient(grad, shard, 0)
 
 
+@contextlib.contextmanager
+def three_rows_a_chunk(shard: Shard, padded: bool) -> Iterator[None]:
+    """Several chunks, so that the statistics of one travel while the next one is made.
+
+    With padding the budget allows three rows, counted at ceil(VOCAB / size) columns on every rank; without, no rank
+    knows the others' widths, and the row limit decides.
+    """
+    budget = str(3 * -(-VOCAB // shard.group.size()) * 4 / 2**20) if padded else ""
+    with mock.patch.dict(os.environ, FASTRLHF_LINEAR_BUDGET_MB=budget), mock.patch.object(linear_chunks, "CPU_ROWS", 3):
+        yield
+
+
+def check_small_chunks(shard: Shard, padded: bool, call: Callable[..., torch.Tensor]) -> None:
+    with three_rows_a_chunk(shard, padded):
+        check_linear(shard, call)
+
+
 def linear_logprobs_sum(h, w, b, d, recompute=True, **options):
     out = linear_logprobs(
         h, w, d["labels"], bias=b, mask=d["mask"], with_entropy=True, recompute=recompute, temperature=0.9, **options
@@ -194,6 +215,8 @@ def checks(group: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
         )
         found[f"linear_cross_entropy-{kind}"] = lambda s=shard: check_linear(s, cross_entropy)
         found[f"linear_ppo_loss-{kind}"] = lambda s=shard: check_linear(s, ppo)
+        for name, call in (("logprobs", linear_logprobs_sum), ("cross_entropy", cross_entropy), ("ppo", ppo)):
+            found[f"chunks-{name}-{kind}"] = lambda s=shard, p=padded, c=call: check_small_chunks(s, p, c)
     if group.size() == 2:
         found["compiled"] = lambda: check_compiled(Shard(group, padded=False))
     return found

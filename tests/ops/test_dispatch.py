@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastrlhf import ops
-from fastrlhf.ops import backends, dispatch, logprobs
+from fastrlhf.ops import backends, dispatch, gae, linear_cross_entropy, linear_logprobs, linear_ppo_loss, logprobs
+from fastrlhf.ops.logprob import _backward_torch, _statistics_torch, finish_statistics
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 
@@ -51,7 +53,7 @@ def test_all_names_are_exported():
 def test_backends_says_what_runs_and_why_not():
     report = backends()
     assert report["torch"] == {"available": True, "why_not": None, "kernels": sorted(dispatch.KERNELS)}
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "triton", "cuda"):
         assert report[name]["available"] == (report[name]["why_not"] is None) == bool(report[name]["kernels"])
 
 
@@ -69,12 +71,12 @@ def test_the_environment_forces_a_backend(monkeypatch):
     assert kernel.choose(logits, "auto") == kernel.choose(logits, "triton") == "torch"
     assert backends()["forced"] == {"backend": "torch"}
     monkeypatch.setenv("FASTRLHF_BACKEND", "gpu")
-    with pytest.raises(RuntimeError, match="FASTRLHF_BACKEND='gpu': expected one of auto, triton, cpu, torch"):
+    with pytest.raises(RuntimeError, match="FASTRLHF_BACKEND='gpu': expected one of auto, triton, cuda, cpu, torch"):
         logprobs(logits, labels)
 
 
 def test_an_extension_may_provide_any_subset(monkeypatch):
-    monkeypatch.setattr(dispatch, "_load_cpu_extension", lambda: None)
+    monkeypatch.setattr(dispatch, "_load_extension", lambda name: None)
     kernel = dispatch.Kernel("not_compiled", torch.add, "fastrlhf.kernels.none")
     try:
         assert kernel.choose(torch.zeros(1), "auto") == "torch"
@@ -85,6 +87,110 @@ def test_an_extension_may_provide_any_subset(monkeypatch):
 
 
 def test_float64_always_runs_in_torch(monkeypatch):
-    monkeypatch.setattr(dispatch, "_load_cpu_extension", lambda: None)
+    monkeypatch.setattr(dispatch, "_load_extension", lambda name: None)
     kernel = dispatch.KERNELS["gae"]
     assert kernel.choose(torch.zeros(1, dtype=torch.float64), "auto") == "torch"
+
+
+# --- the cluster kernels, stood in for by torch bodies on the CPU ----------------------------------------------------
+
+
+@pytest.fixture
+def cuda_calls(monkeypatch):
+    """Makes backend "cuda" runnable here; the names of the extension's functions as they are called."""
+    calls = []
+
+    def logprob_statistics(*arguments):
+        calls.append("statistics")
+        return _statistics_torch(*arguments)
+
+    def logprob_forward_backward(rows, labels, mask, g_logp, g_entropy, g_lse, temperature, start, columns, out):
+        calls.append("both")
+        stats = _statistics_torch(rows, labels, mask, temperature, start, columns)
+        _, entropy, _ = finish_statistics(stats, mask, temperature)
+        upstream = (g_logp, g_entropy, g_lse)
+        _backward_torch(rows, labels, mask, *stats[:2], entropy, *upstream, temperature, start, columns, out)
+        return stats
+
+    functions = {f.__name__: f for f in (logprob_statistics, logprob_forward_backward)}
+    monkeypatch.setattr(torch.ops, "fastrlhf_cuda", SimpleNamespace(**functions), raising=False)
+    monkeypatch.setattr(dispatch, "_cuda_problem", lambda device=None: None)
+    return calls
+
+
+def everything_over_a_vocabulary(backend):
+    """[name, results and gradients] of each op that reaches the log-prob kernels."""
+    g = torch.Generator().manual_seed(5)
+    h, w = torch.randn(2, 6, 3, generator=g), torch.randn(11, 3, generator=g)
+    labels, mask = torch.randint(0, 11, (2, 6), generator=g), torch.rand(2, 6, generator=g) > 0.3
+    x = torch.randn(2, 6, generator=g)
+    common = {"temperature": 0.8, "backend": backend}
+
+    def tokens(out):
+        return (out.logprobs * x + out.entropy).sum() + (out.logsumexp * x).sum()
+
+    losses = {
+        "logprobs": lambda h, w: tokens(logprobs(h @ w.T, labels, mask=mask, with_entropy=True, **common)),
+        "linear_logprobs": lambda h, w: tokens(
+            linear_logprobs(h, w, labels, mask=mask, with_entropy=True, recompute=True, **common)
+        ),
+        "linear_cross_entropy": lambda h, w: linear_cross_entropy(h, w, labels, mask, **common),
+        "linear_ppo_loss": lambda h, w: linear_ppo_loss(h, w, labels, x - 3, x, mask, entropy_coef=0.1, **common).loss,
+    }
+    for name, loss_of in losses.items():
+        leaves = [t.clone().requires_grad_() for t in (h, w)]
+        loss = loss_of(*leaves)
+        yield name, [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_cuda_runs_when_asked_for(forced, cuda_calls, monkeypatch):
+    expected = dict(everything_over_a_vocabulary("torch"))
+    assert not cuda_calls
+    if forced:
+        monkeypatch.setenv("FASTRLHF_BACKEND", "cuda")
+    ran = {}
+    for name, results in everything_over_a_vocabulary("auto" if forced else "cuda"):
+        ran[name] = cuda_calls.copy()
+        cuda_calls.clear()
+        for ours, wanted in zip(results, expected[name], strict=True):
+            torch.testing.assert_close(ours, wanted)
+    two_reads = ["statistics", "both"]
+    assert ran["logprobs"] == ran["linear_logprobs"] == ran["linear_ppo_loss"] == two_reads
+    assert ran["linear_cross_entropy"] == ["both"], "the upstream is known beforehand: one read of the logits"
+    gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))  # has no such body: runs as "auto"
+
+
+def test_auto_never_takes_cuda(cuda_calls):
+    logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    assert not cuda_calls
+
+
+def test_cuda_refuses_what_it_cannot_run(cuda_calls, monkeypatch):
+    x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run gae: it has no cuda body: pass backend='auto'"):
+        gae(x, x, x == 0, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"cannot run logprob_statistics: .*these are float64"):
+        logprobs(x.double(), labels, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"whole rows, and the vocabulary is sharded over a group: pass backend"):
+        dispatch.KERNELS["logprob_statistics"].choose(x, "cuda", sharded=True)
+    assert not cuda_calls
+
+
+def test_where_cuda_cannot_run_it_says_why(monkeypatch):
+    note = "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
+    assert backends()["cuda"]["note"] == note
+    x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+    monkeypatch.setattr(dispatch, "_load_extension", lambda name: f"No module named 'fastrlhf._C_{name}'")
+    why = r"fastrlhf\._C_cuda is not built \(No module named 'fastrlhf\._C_cuda'\): reinstall with nvcc on PATH"
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run logprob_statistics: .*" + why):
+        logprobs(x, labels, backend="cuda")
+    monkeypatch.setattr(dispatch, "_load_extension", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="the cuda backend needs a GPU and torch sees none"):
+        logprobs(x, labels, backend="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="needs CUDA tensors, these are on cpu: move them or pass backend='auto'"):
+        logprobs(x, labels, backend="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "need compute capability 9.0 or more, this GPU has 8.0" in backends()["cuda"]["why_not"]

@@ -116,6 +116,48 @@ def test_nothing_leaks_from_under_the_mask(backend, device):
         assert not bool(grads[0][~mask].any()) and bool(grads[1].any())
 
 
+@pytest.mark.parametrize("extra", [0, 2, 100])
+def test_rows_not_counted_never_reach_a_gemm(extra, backend, device, monkeypatch):
+    """As on a GPU, whose masks cannot be read: the caller says how many rows count, or a few more, or too many."""
+    monkeypatch.setattr(linear_chunks, "readable", lambda mask: False)
+    inputs, labels, mask = make(torch.float32, device)
+    with torch.no_grad():
+        inputs[0][~mask] = torch.nan
+    x = torch.randn(labels.shape, device=device)
+    seen = []
+    head = linear_chunks.head
+
+    def counting(hidden, *arguments, **options):
+        seen.append(len(hidden))
+        return head(hidden, *arguments, **options)
+
+    for module in ("linear", "linear_loss"):
+        monkeypatch.setattr(f"fastrlhf.ops.{module}.head", counting)
+
+    def results(op, counted):
+        h, w, b = leaves = [t.detach().clone().requires_grad_() for t in inputs]
+        shared = {"bias": b, "counted": counted, "backend": backend}
+        if op == "cross_entropy":
+            loss = linear_cross_entropy(h, w, labels, mask, **shared)
+        elif op == "ppo_loss":
+            loss = linear_ppo_loss(h, w, labels, x - 4, x, mask, entropy_coef=0.1, **shared).loss
+        else:
+            recompute = op == "recomputed"
+            tokens = linear_logprobs(h, w, labels, mask=mask, with_entropy=True, recompute=recompute, **shared)
+            loss = (tokens.logprobs * x + tokens.entropy).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    for op, passes in (("cross_entropy", 1), ("ppo_loss", 1), ("recomputed", 2), ("kept", 1)):
+        expected = results(op, None)
+        assert sum(seen) == passes * mask.numel()
+        seen.clear()
+        ours = results(op, int(mask.sum()) + extra)
+        assert sum(seen) == passes * min(mask.numel(), int(mask.sum()) + extra)
+        seen.clear()
+        for a, e in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+
+
 def test_all_masked_is_zero(backend, device):
     (h, w, b), labels, mask = make(torch.float32, device)
     loss = linear_cross_entropy(h, w, labels, mask & False, bias=b, backend=backend)
@@ -170,9 +212,12 @@ def test_gradcheck(recompute, torch_only, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(5, 4)}, r"weight: got float32\[5, 4\] on cpu, expected \[V, 3\]"),
+        ({"weight": torch.zeros(5, 4)}, r"weight: got float32\[5, 4\] on cpu, expected \[V, 3\] with V above 0"),
+        ({"weight": torch.zeros(0, 3)}, r"weight: got float32\[0, 3\] on cpu, expected \[V, 3\] with V above 0"),
         ({"weight": torch.zeros(5, 3).bfloat16()}, r"weight: got bfloat16\[5, 3\].*of hidden's dtype"),
         ({"bias": torch.zeros(4)}, r"bias: got float32\[4\] on cpu, expected \[5\]"),
+        ({"counted": 1}, r"counted: got 1, expected no less than the mask's True positions \(2\)"),
+        ({"counted": -1}, "counted: got -1, expected the number of the mask's True positions, or a larger one"),
         ({"mask": None}, "mask: got None, expected a bool tensor"),
         ({"denominator": 0.0}, "denominator: got 0.0, expected a number above 0"),
         ({"denominator": torch.ones(1)}, r"denominator: got float32\[1\] on cpu, expected a float or a 0-dim tensor"),

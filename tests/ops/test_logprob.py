@@ -233,7 +233,7 @@ def test_gradcheck(torch_only):
         ({"mask": torch.ones(2, dtype=torch.int64)}, r"mask: got int64\[2\] on cpu, expected a bool tensor"),
         ({"ref_logprobs": torch.zeros(2, 1)}, r"ref_logprobs: got float32\[2, 1\]"),
         ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
-        ({"backend": "cuda"}, "backend: got 'cuda', expected one of"),
+        ({"backend": "rocm"}, "backend: got 'rocm', expected one of"),
         ({"vocab_start": -1}, "vocab_start: got -1"),
         ({"vocab_size": 0}, "vocab_size: got 0"),
     ],

@@ -13,7 +13,8 @@ import pytest
 WORKER = Path(__file__).with_name("sharded_worker.py")
 KINDS = ("logprobs", "logprobs-shifted", "logprobs-bf16", "forbidden", "logits_kl", "linear_logprobs", "linear_kept")
 LOSSES = ("linear_cross_entropy", "linear_ppo_loss")
-NAMES = [f"{k}-{shards}" for k in (*KINDS, *LOSSES) for shards in ("uneven", "padded")]
+CHUNKS = ("chunks-logprobs", "chunks-cross_entropy", "chunks-ppo")
+NAMES = [f"{k}-{shards}" for k in (*KINDS, *LOSSES, *CHUNKS) for shards in ("uneven", "padded")]
 CHECKS = [f"{n}-{name}" for n in (2, 3, 4) for name in (*NAMES, "masked")] + ["2-compiled"]
 
 pytestmark = pytest.mark.usefixtures("torch_only")
@@ -31,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         for r in range(4)
     ]
     try:
-        codes = [p.wait(timeout=120) for p in ranks]
+        codes = [p.wait(timeout=300) for p in ranks]
     finally:
         for p in ranks:
             p.kill()
