@@ -20,6 +20,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "output_pool.h"
 
 namespace {
 
@@ -105,10 +106,7 @@ Rows rows_of(const Tensor& x) {
 
 Rows rows_of(const Maybe& x) { return x ? rows_of(*x) : Rows{nullptr, 1, 0, 0}; }
 
-Tensor empty(std::initializer_list<int64_t> sizes) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float);
-}
+Tensor empty(std::initializer_list<int64_t> sizes) { return OutputPool::instance().empty(sizes); }
 
 // Contiguous per-token tensors [count] of one dtype.
 template <class T>
@@ -148,7 +146,7 @@ void for_each_range(int64_t count, int64_t step, const F& f) {
 int64_t rows_at_a_time(int64_t width) { return std::max<int64_t>(1, kChunk / std::max<int64_t>(1, width)); }
 
 // Rows of a rollout: whole groups of those that gae walks together.
-int64_t rollout_rows(int64_t length) { return std::max<int64_t>(8, rows_at_a_time(4 * length) / 8 * 8); }
+int64_t rollout_rows(int64_t length) { return std::max<int64_t>(16, rows_at_a_time(4 * length) / 16 * 16); }
 
 int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
 
@@ -268,12 +266,8 @@ std::tuple<Tensor, Tensor> gae(const Tensor rewards, const Tensor values, const 
   const Gae args{any_floats(rewards, count), any_floats(values, count), flat<bool>(mask, count, ScalarType::Bool),
                  length, gamma, lam, floats(advantages, count), floats(returns, count)};
   const Kernels& kernels = *level().kernels;
-  const Pages advantage_pages(advantages, batch), return_pages(returns, batch);
-  for_each_range(count == 0 ? 0 : batch, rollout_rows(length), [&](int64_t begin, int64_t end) {
-    advantage_pages.get(begin, end);
-    return_pages.get(begin, end);
-    kernels.gae(args, begin, end);
-  });
+  for_each_range(count == 0 ? 0 : batch, rollout_rows(length),
+                 [&](int64_t begin, int64_t end) { kernels.gae(args, begin, end); });
   return {advantages, returns};
 }
 

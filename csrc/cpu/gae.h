@@ -1,4 +1,4 @@
-// Generalised advantage estimation, backwards along each row, several rows at a time.
+// Generalised advantage estimation, backwards along each row, a vector of rows at a time.
 #pragma once
 
 #include "simd.h"
@@ -7,53 +7,126 @@ namespace fastrlhf {
 namespace {
 
 constexpr int64_t kGaeBlock = 256;  // positions converted to fp32 at a time
+constexpr int64_t kGaeAhead = 4 * W;  // positions to fetch ahead: hardware does not follow so many rows at once
 
-// Four rows in a vector, two vectors in flight: each step waits for the one before it, and no branch is taken on the
-// mask, so that scattered masks cost no more than full ones.
-constexpr int kGaeLanes = 4, kGaeVectors = 2, kGaeRows = kGaeLanes * kGaeVectors;
-typedef float lanes __attribute__((vector_size(4 * kGaeLanes)));
-typedef int32_t lane_mask __attribute__((vector_size(4 * kGaeLanes)));
-
+// W rows in the lanes of a vector: each step waits for the one before it, and no branch is taken on the mask, so that
+// scattered masks cost no more than full ones.
 struct GaeState {
-  lanes value{}, advantage{};  // of the nearest True position to the right
+  vfloat value{}, advantage{};  // of the nearest True position to the right
 };
 
-// Rows [row, end), at most kGaeRows of them: when fewer, the last one is walked (and written) several times.
+// Which lanes of two vectors side by side to take, so that lanes j + kStep of one and j of the other change places.
+template <int kStep>
+struct Exchange {
+  int32_t low[W], high[W];
+  constexpr Exchange() : low(), high() {
+    for (int j = 0; j < W; ++j) {
+      low[j] = j & kStep ? W + j - kStep : j;
+      high[j] = j & kStep ? W + j : j + kStep;
+    }
+  }
+};
+template <int kStep>
+constexpr Exchange<kStep> kExchange{};
+
+// m[i] lane j <-> m[j] lane i, in log2(W) rounds that exchange one bit of the two indices each.
+template <int kStep = 1>
+FASTRLHF_INLINE void transpose(vfloat (&m)[W]) {
+  const vint low = load_as<vint>(kExchange<kStep>.low), high = load_as<vint>(kExchange<kStep>.high);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & kStep) continue;
+    const vfloat a = m[i], b = m[i + kStep];
+    m[i] = shuffled(a, b, low);
+    m[i + kStep] = shuffled(a, b, high);
+  }
+  if constexpr (2 * kStep < W) transpose<2 * kStep>(m);
+}
+
+// W positions of W rows, from `at` on.
+FASTRLHF_INLINE void gae_tile(const float* const* rewards, const float* const* values, const bool* const* mask,
+                              int64_t at, float gamma, float gamma_lam, GaeState* next, float* const* advantages,
+                              float* const* returns) {
+  vfloat reward[W], value[W], here[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) {
+    prefetch(rewards[r] + at - kGaeAhead);
+    prefetch(values[r] + at - kGaeAhead);
+    prefetch(mask[r] + at - kGaeAhead);
+    reward[r] = load_as<vfloat>(rewards[r] + at);
+    value[r] = load_as<vfloat>(values[r] + at);
+    here[r] = bits<vfloat>(mask_lanes(mask[r] + at, W));
+  }
+  transpose(reward);
+  transpose(value);
+  transpose(here);
+#pragma GCC unroll 16
+  for (int t = W - 1; t >= 0; --t) {
+    const vint keep = bits<vint>(here[t]);
+    const vfloat advantage = (reward[t] + gamma * next->value - value[t]) + gamma_lam * next->advantage;
+    next->advantage = select(keep, advantage, next->advantage);
+    next->value = select(keep, value[t], next->value);
+    reward[t] = select(keep, advantage, vfloat{});
+    value[t] = select(keep, advantage + value[t], vfloat{});
+  }
+  transpose(reward);
+  transpose(value);
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) {
+    store_as(advantages[r] + at, reward[r]);
+    store_as(returns[r] + at, value[r]);
+  }
+}
+
+// The first `n` < W positions of W rows: as a whole tile of copies, whose positions past them do not count.
+void gae_first(const float* const* rewards, const float* const* values, const bool* const* mask, int64_t n, float gamma,
+               float gamma_lam, GaeState* next, float* const* advantages, float* const* returns) {
+  float scratch[4][W][W] = {};
+  bool keep[W][W] = {};
+  const float *reward[W], *value[W];
+  const bool* here[W];
+  float *advantage[W], *target[W];
+  for (int r = 0; r < W; ++r) {
+    __builtin_memcpy(scratch[0][r], rewards[r], n * sizeof(float));
+    __builtin_memcpy(scratch[1][r], values[r], n * sizeof(float));
+    __builtin_memcpy(keep[r], mask[r], n);
+    reward[r] = scratch[0][r], value[r] = scratch[1][r], here[r] = keep[r];
+    advantage[r] = scratch[2][r], target[r] = scratch[3][r];
+  }
+  gae_tile(reward, value, here, 0, gamma, gamma_lam, next, advantage, target);
+  for (int r = 0; r < W; ++r) {
+    __builtin_memcpy(advantages[r], advantage[r], n * sizeof(float));
+    __builtin_memcpy(returns[r], target[r], n * sizeof(float));
+  }
+}
+
+// Rows [row, end), at most W of them: when fewer, the last one is walked (and written) several times.
 void gae_rows(const Gae& args, int64_t row, int64_t end) {
   const float gamma = static_cast<float>(args.gamma), gamma_lam = static_cast<float>(args.gamma * args.lam);
-  float reward_scratch[kGaeRows][kGaeBlock], value_scratch[kGaeRows][kGaeBlock];
-  const float *rewards[kGaeRows], *values[kGaeRows];
-  int64_t start[kGaeRows];  // of each row's block
-  GaeState next[kGaeVectors];
+  float reward_scratch[W][kGaeBlock], value_scratch[W][kGaeBlock];
+  const float *rewards[W], *values[W];
+  const bool* mask[W];
+  float *advantages[W], *returns[W];
+  GaeState next;
   for (int64_t stop = args.length; stop > 0;) {
     const int64_t size = stop < kGaeBlock ? stop : kGaeBlock;
-    for (int r = 0; r < kGaeRows; ++r) {
-      start[r] = (row + r < end ? row + r : end - 1) * args.length + stop - size;
-      rewards[r] = as_floats(args.rewards, start[r], size, reward_scratch[r]);
-      values[r] = as_floats(args.values, start[r], size, value_scratch[r]);
+    for (int r = 0; r < W; ++r) {
+      const int64_t start = (row + r < end ? row + r : end - 1) * args.length + stop - size;
+      rewards[r] = as_floats(args.rewards, start, size, reward_scratch[r]);
+      values[r] = as_floats(args.values, start, size, value_scratch[r]);
+      mask[r] = args.mask + start;
+      advantages[r] = args.advantages + start;
+      returns[r] = args.returns + start;
     }
-    for (int64_t t = size - 1; t >= 0; --t)
-      for (int v = 0; v < kGaeVectors; ++v) {
-        const int r = v * kGaeLanes;
-        const lanes reward{rewards[r][t], rewards[r + 1][t], rewards[r + 2][t], rewards[r + 3][t]};
-        const lanes value{values[r][t], values[r + 1][t], values[r + 2][t], values[r + 3][t]};
-        const lane_mask here = lane_mask{args.mask[start[r] + t], args.mask[start[r + 1] + t],
-                                         args.mask[start[r + 2] + t], args.mask[start[r + 3] + t]} != 0;
-        const lanes advantage = (reward + gamma * next[v].value - value) + gamma_lam * next[v].advantage;
-        const lanes kept = here ? advantage : lanes{}, target = here ? advantage + value : lanes{};
-        next[v].advantage = here ? advantage : next[v].advantage;
-        next[v].value = here ? value : next[v].value;
-        for (int k = 0; k < kGaeLanes; ++k) {
-          args.advantages[start[r + k] + t] = kept[k];
-          args.returns[start[r + k] + t] = target[k];
-        }
-      }
+    int64_t at = size;
+    while (at >= W) gae_tile(rewards, values, mask, at -= W, gamma, gamma_lam, &next, advantages, returns);
+    if (at > 0) gae_first(rewards, values, mask, at, gamma, gamma_lam, &next, advantages, returns);
     stop -= size;
   }
 }
 
 void gae(const Gae& args, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; row += kGaeRows) gae_rows(args, row, end);
+  for (int64_t row = begin; row < end; row += W) gae_rows(args, row, end);
 }
 
 }  // namespace

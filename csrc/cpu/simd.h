@@ -58,6 +58,17 @@ FASTRLHF_INLINE To bits(From v) {
 }
 
 FASTRLHF_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
+// Lane j is lane from[j] of a and b side by side.
+FASTRLHF_INLINE vfloat shuffled(vfloat a, vfloat b, vint from) {
+#if defined(__clang__)  // which has no shuffle by a vector, and makes one of this when `from` is constant
+  vfloat v;
+  for (int j = 0; j < W; ++j) v[j] = from[j] < W ? a[from[j]] : b[from[j] - W];
+  return v;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // When `a` is NaN so is the result: the order of operands is that of the hardware's instructions.
 FASTRLHF_INLINE vfloat at_least(vfloat a, vfloat low) { return a < low ? low : a; }
 FASTRLHF_INLINE vfloat at_most(vfloat a, vfloat high) { return a > high ? high : a; }
@@ -257,7 +268,13 @@ FASTRLHF_INLINE float load_one(const typename D::T* p) {
 FASTRLHF_INLINE vint mask_lanes(const bool* mask, int64_t n) {
   int8_t here[W] = {};
   __builtin_memcpy(here, mask, n);
+#if defined(__AVX512F__)  // compilers convert bytes one by one
+  return bits<vint>(_mm512_cvtepi8_epi32(load_as<__m128i>(here))) != 0;
+#elif defined(__AVX2__) && defined(__F16C__)
+  return bits<vint>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(here)))) != 0;
+#else
   return __builtin_convertvector(load_as<vbyte>(here), vint) != 0;
+#endif
 }
 
 // out[i] = f at i, for i in [0, n): `f.whole(i)` gives the W values from i on, `f.part(i, k)` the k < W from i on.

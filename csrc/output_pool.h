@@ -1,0 +1,101 @@
+// A bounded cache of freed outputs, so that the next call's outputs lie on pages that the process already has.
+//
+// malloc hands blocks of this size back to the kernel when they are freed and takes fresh ones for the next call. Each
+// 4 KiB page of those is then faulted in and cleared, which costs such an op more than its arithmetic. torch's allocator
+// for GPUs keeps freed blocks for the same reason. Blocks come from torch's CPU allocator and count in its statistics.
+//
+// FASTRLHF_POOL_MB (default 256, 0: off; read once) bounds the free bytes kept, over all sizes; the blocks that were
+// given back the longest time ago go first. Left out on purpose: blocks of more than 64 MiB, beside whose arithmetic
+// the pages are cheap, and of less than 256 KiB, which malloc keeps by itself.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <list>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+namespace fastrlhf {
+
+class OutputPool {
+ public:
+  // Never destroyed: tensors may outlive the static objects of this library.
+  static OutputPool& instance() {
+    static OutputPool* pool = new OutputPool;
+    return *pool;
+  }
+
+  // An uninitialised contiguous fp32 tensor. Its storage cannot be resized.
+  torch::stable::Tensor empty(std::initializer_list<int64_t> sizes) {
+    constexpr int64_t least = 256 << 10, most = 64 << 20;
+    const std::vector<int64_t> shape(sizes);
+    int64_t bytes = sizeof(float);
+    for (const int64_t size : shape) bytes *= size;
+    if (limit_ == 0 || bytes < least || bytes > most) return torch::stable::empty({shape.data(), shape.size()}, kFloat);
+
+    std::vector<int64_t> strides(shape.size());
+    int64_t stride = 1;
+    for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) strides[i] = stride;
+    const torch::stable::Tensor block = take(bytes);
+    return torch::stable::from_blob(block.data_ptr(), {shape.data(), shape.size()}, {strides.data(), strides.size()},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), kFloat,
+                                    [this, block](void*) { give_back(block); });
+  }
+
+ private:
+  static constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+
+  static int64_t bytes_of(const torch::stable::Tensor& block) { return block.numel(); }
+
+  static int64_t limit_from_environment() {
+    const char* text = std::getenv("FASTRLHF_POOL_MB");
+    if (text == nullptr || *text == '\0') return int64_t{256} << 20;
+    char* end = nullptr;
+    const long long megabytes = std::strtoll(text, &end, 10);
+    STD_TORCH_CHECK(*end == '\0' && megabytes >= 0 && megabytes < (1LL << 40), "FASTRLHF_POOL_MB=", text,
+                    ": expected a whole number of MiB, 0 to keep nothing");
+    return megabytes << 20;
+  }
+
+  // The free block that fits best, at most a quarter larger than asked for; else a new one.
+  torch::stable::Tensor take(int64_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const int64_t size = bytes_of(*it);
+        if (size >= bytes && size <= bytes + bytes / 4 && (best == free_.end() || size < bytes_of(*best))) best = it;
+      }
+      if (best != free_.end()) {
+        const torch::stable::Tensor block = *best;
+        kept_ -= bytes_of(block);
+        free_.erase(best);
+        return block;
+      }
+    }
+    return torch::stable::empty({&bytes, 1}, torch::headeronly::ScalarType::Byte);
+  }
+
+  void give_back(const torch::stable::Tensor& block) {
+    std::list<torch::stable::Tensor> dropped;  // freed after the lock is
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(block);
+    kept_ += bytes_of(block);
+    while (kept_ > limit_) {
+      kept_ -= bytes_of(free_.front());
+      dropped.splice(dropped.end(), free_, free_.begin());
+    }
+  }
+
+  const int64_t limit_ = limit_from_environment();
+  std::mutex mutex_;
+  std::list<torch::stable::Tensor> free_;  // given back the longest ago first
+  int64_t kept_ = 0;
+};
+
+}  // namespace fastrlhf
