@@ -4,7 +4,9 @@ python -m bench                          every op on this machine, at the defaul
 python -m bench gae logprobs --quick     some ops, tiny shapes, seconds
 python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --device cuda --providers fastrlhf quack
 python -m bench cpu-targets              the ratios that the CPU kernels are held to
+python -m bench head-memory              memory of the trainers' losses, with the linear ops and with whole logits
 python -m bench generation               tokens a second of rollouts (bench/generation.py)
+python -m bench ppo-iteration            a whole PPO iteration against TRL's trainer (bench/ppo_iteration.py)
 python -m bench shared-prompt            a reward model's step, prompts encoded once or with every response
 python -m bench report --out FOLDER      table and plots of results measured before
 python -m bench list                     ops and providers, and which of them are here
@@ -129,6 +131,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv and argv[0] == "cpu-targets":
         return cpu_targets.main(argv[1:])
+    if argv and argv[0] == "head-memory":
+        from bench import head_memory  # megatron
+
+        return head_memory.main(argv[1:])
+    if argv and argv[0] == "ppo-iteration":
+        from bench import ppo_iteration
+
+        return ppo_iteration.main(argv[1:])
     if argv and argv[0] == "shared-prompt":
         from bench import shared_prompt  # megatron, which the kernels' benchmarks do without
 

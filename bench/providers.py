@@ -110,6 +110,8 @@ def _register_ours(op: str, backend: str, devices: tuple[str, ...]) -> None:
 
 
 for _op in OURS:
+    if _op.startswith(("logprobs", "linear_")):  # what the cluster kernels serve
+        _register_ours(_op, "cuda", ("cuda",))
     _register_ours(_op, "cpu", ("cpu",))
     _register_ours(_op, "triton", ("cuda",))
     _register_ours(_op, "torch", ("cpu", "cuda"))
@@ -253,23 +255,22 @@ def _() -> Function:
 
 
 class BareGemms:
-    """logits = h W^T, dh = dlogits W, dW = dlogits^T h (and logits once more), into buffers made beforehand."""
+    """logits = h W^T, dh = dlogits W, dW = dlogits^T h (and logits once more).
+
+    The logits go into a buffer made beforehand. dh and dW are new tensors, as the gradients of any op must be.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.buffers: tuple[Tensor, Tensor, Tensor] | None = None
+        self.logits: Tensor | None = None
 
     def __call__(self, x: Inputs) -> Outputs:
         hidden, weight = x["hidden"].detach(), x["weight"].detach()
-        if self.buffers is None or self.buffers[0].shape != (hidden.shape[0], weight.shape[0]):
-            logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
-            self.buffers = logits, torch.empty_like(hidden), torch.empty_like(weight)
-        logits, d_hidden, d_weight = self.buffers
+        if self.logits is None or self.logits.shape != (hidden.shape[0], weight.shape[0]):
+            self.logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
         for _ in range(self.count - 2):
-            torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=d_hidden)
-        torch.mm(logits.T, hidden, out=d_weight)
-        return d_hidden, d_weight
+            torch.mm(hidden, weight.T, out=self.logits)
+        return torch.mm(self.logits, weight), torch.mm(self.logits.T, hidden)
 
 
 def _register_gemms(op: str, count: int) -> None:
