@@ -34,7 +34,8 @@ bench: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist fastrlhf.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find fastrlhf kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f fastrlhf/_C_*.so
+	find bench fastrlhf kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.10-3.12, or say make PYTHON=/path/to/python3" >&2; exit 1; }

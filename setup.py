@@ -84,6 +84,16 @@ def run(*command: str) -> None:
 
 
 class BuildKernels(build_ext):
+    def run(self) -> None:
+        self.left_out: list[str] = []
+        super().run()
+        self._remove_left_out()  # in the source tree, which editable installs run from
+
+    def _remove_left_out(self) -> None:
+        """What an earlier build left would be loaded with newer Python beside it."""
+        for name in self.left_out:
+            Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
+
     def build_extensions(self) -> None:
         for extension in list(self.extensions):
             try:
@@ -93,6 +103,8 @@ class BuildKernels(build_ext):
             except Unbuildable as why:
                 self.extensions.remove(extension)  # later steps copy what is listed here
                 print(f"fastrlhf: {extension.name} is left out: {why}", file=sys.stderr)
+                self.left_out.append(extension.name)
+        self._remove_left_out()  # in the build folder, from which wheels are made
 
     def build_extension(self, ext: Extension) -> None:
         includes, libraries = torch_folders()

@@ -1,0 +1,37 @@
+"""setup.py leaves no extension of an earlier build behind when it cannot build it anew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_stale_extension_is_removed_from_the_source_tree(tmp_path):
+    pytest.importorskip("setuptools")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    package = tmp_path / "fastrlhf"
+    package.mkdir()
+    shutil.copy(ROOT / "fastrlhf/__init__.py", package)
+    stale = [package / "_C_cpu.abi3.so", package / "_C_cuda.abi3.so"]
+    for path in stale:
+        path.write_bytes(b"of an earlier version")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env={**os.environ, "FASTRLHF_SKIP_EXT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fastrlhf._C_cpu is left out: FASTRLHF_SKIP_EXT=1" in done.stderr
+    assert [path for path in stale if path.exists()] == []
