@@ -42,7 +42,7 @@ from fastrlhf.progress import Meter
 log = logging.getLogger(__name__)
 
 _CHUNK = 512  # records tokenized in one call
-_SAVE_EVERY = 100_000  # records between two places a stopped run can go on from, a few seconds of work
+_SAVE_EVERY = 20_000  # records between two places a stopped run can go on from, a few seconds of work
 
 
 def run(arguments: list[str], out: Path | None, kind: Kind) -> None:
