@@ -6,7 +6,6 @@ finish by comparing logits with transformers' model, on what was written.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +14,12 @@ import torch.distributed as dist
 from fastrlhf.config import ModelConfig, ParallelConfig
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
-from fastrlhf.models.gpt import build_model
+from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf, save_hf, verify_logits
 from fastrlhf.models.hf.shapes import read_hf_config
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.training.checkpoint import describe_model, load_model, save_model
 
-logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -51,7 +49,7 @@ def convert_from_hf(path: str | Path, out: str | Path, parallel: ParallelConfig 
         dist.barrier()
         load_model(describe_model(out), stage)
         difference = verify_logits(stage, path, mesh)
-        logger.info("%s -> %s: logits agree with transformers to %.2g", path, out, difference)
+        _report(path, out, stage, difference)
         return difference
     finally:
         meshes.finalize()
@@ -75,10 +73,17 @@ def convert_to_hf(checkpoint: str | Path, out: str | Path, parallel: ParallelCon
         load_model(saved, stage)
         save_hf(stage, out, tokenizer, extra={"score_statistics": saved.statistics} if saved.statistics else None)
         difference = verify_logits(stage, out, mesh)
-        logger.info("%s -> %s: logits agree with transformers to %.2g", checkpoint, out, difference)
+        _report(checkpoint, out, stage, difference)
         return difference
     finally:
         meshes.finalize()
+
+
+def _report(source: str | Path, out: Path, stage: GPT, difference: float) -> None:
+    """The closing line, on rank 0."""
+    if stage.mesh.rank == 0:
+        kind = "logits" if stage.head_kind == "lm" else "scores"
+        print(f"{source} -> {out}: every tensor used once, {kind} agree with transformers to {difference:.2g}")
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:

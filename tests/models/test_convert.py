@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ def same_tensors(first: Path, second: Path) -> bool:
     return before.keys() == after.keys() and all(equal.values())
 
 
-def test_language_model_with_tokenizer(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_language_model_with_tokenizer(
+    hf_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source"
     train_bpe(["a small corpus of words to learn from"] * 4, 300, source)
     tokenizer = load_tokenizer(source)
@@ -45,6 +49,57 @@ def test_language_model_with_tokenizer(hf_model: Callable[..., Any], tmp_path: P
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert again.generation_config.eos_token_id == tokenizer.eos_token_id
     assert again.dtype == torch.bfloat16
+    lines = [line for line in capsys.readouterr().out.splitlines() if "agree" in line]
+    assert [re.sub(r"to [\d.e-]+$", "to X", line) for line in lines] == [
+        f"{one} -> {other}: every tensor used once, logits agree with transformers to X"
+        for one, other in ((source, tmp_path / "ours"), (tmp_path / "ours", tmp_path / "back"))
+    ]
+
+    # The exported policy works where people use it, and says what the original says.
+    texts = [
+        transformers.pipeline("text-generation", model=str(folder))("a small", max_new_tokens=5, do_sample=False)
+        for folder in (source, tmp_path / "back")
+    ]
+    assert texts[0] == texts[1] and texts[0][0]["generated_text"].startswith("a small")
+    assert len(texts[0][0]["generated_text"]) > len("a small")
+
+
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.mark), "w")
+
+
+def test_pickles_and_code_planted_in_a_folder_are_not_run(hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Beside good weights, in their place, and as modules that config.json asks for."""
+    mark = tmp_path / "executed"
+    folder = shutil.copytree(hf_folder("llama"), tmp_path / "source")
+    train_bpe(["a small corpus of words to learn from"] * 4, 300, folder)
+    torch.save(Bomb(mark), folder / "pytorch_model.bin")
+    for name in ("training_args.bin", "optimizer.pt", "adapter_model.bin", "tokenizer.model", "vocab.pkl"):
+        shutil.copy(folder / "pytorch_model.bin", folder / name)
+    (folder / "planted.py").write_text(f"open({str(mark)!r}, 'w')\nConfig = Model = Tokenizer = None\n")
+    asked = {
+        "config.json": {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"},
+        "tokenizer_config.json": {"AutoTokenizer": ["planted.Tokenizer", "planted.Tokenizer"]},
+    }
+    for name, classes in asked.items():
+        text = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(text | {"auto_map": classes}))
+    assert convert.convert_from_hf(folder, tmp_path / "ours") < 1e-5
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no safetensors, only \.bin weights"):
+        convert.convert_from_hf(folder, tmp_path / "other")
+    shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: not a whole safetensors file"):
+        convert.convert_from_hf(folder, tmp_path / "other")
+    assert not mark.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert mark.exists()  # the bomb works
 
 
 def test_reward_model_keeps_bias_and_statistics(hf_model: Callable[..., Any], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fastrlhf.parallel.mesh import Mesh
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
 VARIANTS = ["gpt2", "llama-biases", "qwen2-tied", "qwen3"]
+VARIANTS_BOTH = ["llama", "mistral", "qwen2", "smollm"]
 LAYOUTS = {"tensor": [2, 1, 2], "sequence": [2, 1, 2], "pipeline": [1, 2, 2], "both": [2, 2, 1]}
 
 
@@ -41,8 +42,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]) 
     folder = tmp_path_factory.mktemp("layouts")
     for variant in VARIANTS:
         hf_model(variant).save_pretrained(folder / "hf" / variant)
+    for variant in VARIANTS_BOTH:
+        hf_model(variant).save_pretrained(folder / "hf-both" / variant)
     kind = transformers.AutoModelForSequenceClassification
     hf_model("gpt2", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf" / "reward")
+    hf_model("llama", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf-both" / "llama-reward")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     done = subprocess.run([*command, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -62,9 +66,18 @@ def results(layout: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "reward"])
 def test_hugging_face_folders_load_verify_and_come_back_bitwise(variant: str, layout: Path) -> None:
-    assert results(layout)["logits"][variant] < 2e-5
-    before = load_file(layout.parent / "hf" / variant / "model.safetensors")
-    files = list((layout / "hf" / variant).glob("*.safetensors"))
+    assert_back_bitwise(layout, layout.parent / "hf" / variant)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS_BOTH, "llama-reward"])
+def test_every_family_comes_back_bitwise_from_tensor_and_pipeline_parallel(variant: str, ran: Path) -> None:
+    assert_back_bitwise(ran / "both", ran / "hf-both" / variant)
+
+
+def assert_back_bitwise(layout: Path, source: Path) -> None:
+    assert results(layout)["logits"][source.name] < 1e-5
+    before = load_file(source / "model.safetensors")
+    files = list((layout / "hf" / source.name).glob("*.safetensors"))
     after = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert len(files) > 1 and before.keys() == after.keys()
     for name in before:

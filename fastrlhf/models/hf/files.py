@@ -89,7 +89,12 @@ class GGUFTensors:
         stored = _check_gguf(path)
         folder, gguf = gguf_arguments(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **gguf
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **gguf,
         )
         model, report = loaded
         if report["missing_keys"]:

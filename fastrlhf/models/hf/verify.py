@@ -106,7 +106,13 @@ def reference_logits(path: str | Path, sequences: list[Tensor], *, head: str) ->
     kind: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     safe = {} if gguf else {"use_safetensors": True}
     model = kind.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager", **safe, **gguf
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        **safe,
+        **gguf,
     ).eval()
     if head == "lm":
         return torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
