@@ -352,6 +352,22 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
+def test_work_of_other_settings_or_inputs_is_not_taken_up(
+    jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fastrlhf.data.prepare._CHUNK", 5)
+    monkeypatch.setattr("fastrlhf.data.prepare._SAVE_EVERY", 5)
+    path = jsonl(*[{"prompt": f"question {i}"} for i in range(30)], "{")
+    with pytest.raises(UserError, match=r"data\.jsonl:31: malformed JSON"):
+        prepare(path, tmp_path / "out", "prompts", OPEN)
+    assert json.loads((tmp_path / "out" / ".work" / "state.json").read_text())["state"]["after"] == [0, 30]
+    caplog.set_level("INFO")
+    manifest = prepare(path, tmp_path / "out", "prompts", OPEN, "quarantine")
+    assert not any("going on" in message for message in caplog.messages)
+    assert (manifest["kept"], manifest["read"]) == (30, 31)
+    assert not (tmp_path / "out" / ".work").exists()
+
+
 PROMPTS = st.builds(
     lambda start, end, user, pii: {
         "prompt": f"{start} {end}" + (" a@corp.com" if pii else ""),
