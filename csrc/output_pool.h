@@ -62,14 +62,16 @@ class OutputPool {
     return megabytes << 20;
   }
 
-  // The free block that fits best, at most a quarter larger than asked for; else a new one.
+  // The free block that fits best, at most a quarter larger than asked for, of equals the last one given back, which may
+  // still be in a cache; else a new one.
   torch::stable::Tensor take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = free_.end();
       for (auto it = free_.begin(); it != free_.end(); ++it) {
         const int64_t size = bytes_of(*it);
-        if (size >= bytes && size <= bytes + bytes / 4 && (best == free_.end() || size < bytes_of(*best))) best = it;
+        if (size >= bytes && size <= bytes + bytes / 4 && (best == free_.end() || size <= bytes_of(*best)))
+          best = it;
       }
       if (best != free_.end()) {
         const torch::stable::Tensor block = *best;

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -224,3 +229,34 @@ def test_through_the_public_ops(isa: str) -> None:
     assert len(results["cpu"]) == 9 + 4 + 2 + 4
     for ours, theirs in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_freed_outputs_are_used_again_and_live_ones_never(built: None) -> None:
+    """Each is 1 MiB, so that the pool holds it. Results are of different inputs: a shared page would show."""
+    rewards = torch.randn(512, 512, generator=generator())
+    everywhere = torch.ones(512, 512, dtype=torch.bool)
+
+    def call(scale: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastrlhf_cpu.gae(scale * rewards, rewards, everywhere, 1.0, 0.95)
+
+    expected = [[t.clone() for t in call(scale)] for scale in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for got, wanted in zip(threads.map(call, range(4)), expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    first, second = call(1), call(1)
+    addresses = {t.data_ptr() for t in (*first, *second)}
+    assert len(addresses) == 4
+    part = first[0][3:]  # a view keeps its storage
+    del first, second
+    again = [call(2), call(2)]
+    assert part.data_ptr() - 3 * 512 * 4 not in {t.data_ptr() for pair in again for t in pair}
+    assert len(addresses & {t.data_ptr() for pair in again for t in pair}) == 3
+    assert torch.equal(part, expected[1][0][3:])
+
+
+def test_a_bad_size_of_the_pool_is_named(built: None, root: Path) -> None:
+    code = "import torch, fastrlhf.ops as o; x = torch.ones(512, 512); o.gae(x, x, x > 0, backend='cpu')"
+    environment = {**os.environ, "FASTRLHF_POOL_MB": "12MB", "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "FASTRLHF_POOL_MB=12MB: expected a whole number of MiB, 0 to keep nothing" in done.stderr
