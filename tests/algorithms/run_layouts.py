@@ -12,7 +12,8 @@ from pathlib import Path
 from fastrlhf.config import load_config
 from fastrlhf.launch import train
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "debug"
 STEPS = {"sft": 5, "rm": 5, "ppo": 3}
 LAYOUTS = {
     "2x2": ["parallel.tensor=2", "parallel.pipeline=2"],
@@ -102,6 +103,17 @@ def reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
         run(workspace, "rm", name, [f"train.steps={STEPS['rm']}", "checkpoint.save=false", *layout])
 
 
+def whole_logits(workspace: Path) -> None:
+    """SFT and PPO with the linear ops replaced by plain torch on whole logits."""
+    sys.path.insert(0, str(ROOT))
+    from bench.head_memory import materialising
+
+    with materialising():
+        for command in ("sft", "ppo"):
+            extra = [f"train.steps={STEPS[command]}", "checkpoint.save=false"]
+            run(workspace, command, "whole-logits", extra)
+
+
 def main(workspace: Path, mode: str) -> None:
     if mode == "serial":
         prepare(workspace)
@@ -113,6 +125,7 @@ def main(workspace: Path, mode: str) -> None:
         mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
         mixed(workspace, "packed", BUDGET)
         reward_layouts(workspace, REWARD_SERIAL)
+        whole_logits(workspace)
         return
     for name, layout in LAYOUTS.items():
         for command, steps in STEPS.items():
