@@ -89,9 +89,14 @@ def save_tokenizer(path: Path, out: Path) -> None:
 def save_base(path: Path, out: Path, tokenizer: Path, mesh: Mesh) -> None:
     """Writes the model at `path` as the model folder `out` (all ranks call); what is there already is kept.
 
-    Its logits are compared with transformers' first. Raises `models.hf.LogitMismatch`.
+    Its logits are compared with transformers' first. Raises `models.hf.LogitMismatch`, and `UserError` where another
+    model is there.
     """
-    if (out / "model.json").is_file():
+    done = out / "conversion.json"
+    if done.is_file():
+        found = json.loads(done.read_text())["from"]
+        if found != str(path.resolve()):
+            raise UserError(f"{out}: holds {found}; give another --out for {path}")
         return
     model: ModelConfig = model_config_from_hf(path)
     assert model.vocab_size is not None
@@ -100,5 +105,6 @@ def save_base(path: Path, out: Path, tokenizer: Path, mesh: Mesh) -> None:
     difference = verify_logits(stage, path, mesh)
     save_model(out, stage, tokenizer=str(tokenizer))
     if mesh.rank == 0:
-        (out / "conversion.json").write_text(json.dumps({"from": path.name, "logit_difference": difference}) + "\n")
+        record = {"from": str(path.resolve()), "logit_difference": difference}
+        done.write_text(json.dumps(record) + "\n")
     dist.barrier()

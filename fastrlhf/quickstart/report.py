@@ -95,15 +95,19 @@ class Results:
 
 
 def outcomes(summary: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether the loop worked: what a healthy installation reaches, by the key of summary.json it is read from."""
+    """Whether the loop worked: what a healthy installation reaches, by the key of summary.json it is read from.
+
+    What pretraining gradients are good for shows in comparison with a PPO run without them, and not otherwise.
+    """
     loss = summary["pretrain_loss"]
-    drift = {run: abs(loss[run] - loss["sft"]) for run in ("ppo", "ppo_ptx") if run in loss}
-    return {
+    reached = {
         "rm_heldout_accuracy": summary["rm_heldout_accuracy"] >= 0.70,
         "winrate_ppo_ptx_vs_sft": summary["winrate_ppo_ptx_vs_sft"] >= 0.65
         and summary["winrate_ppo_ptx_vs_sft_ci95"][0] > 0.5,
-        "pretrain_loss": drift["ppo_ptx"] < drift["ppo"] if "ppo" in drift else loss["ppo_ptx"] < loss["sft"] + 0.05,
     }
+    if "ppo" in loss:
+        reached["pretrain_loss"] = abs(loss["ppo_ptx"] - loss["sft"]) < abs(loss["ppo"] - loss["sft"])
+    return reached
 
 
 def write_quickstart_report(out: str | Path, results: Results) -> Path:
@@ -163,8 +167,8 @@ def _headlines(report: Report, results: Results) -> None:
                 f"{loss['ppo_ptx']:.3f}",
                 f"SFT {loss['sft']:.3f}, PPO {loss['ppo']:.3f}; expected nearer to SFT than PPO is"
                 if "ppo" in loss
-                else f"before {loss['base']:.3f}, SFT {loss['sft']:.3f}; expected no more than 0.05 above SFT",
-                reached["pretrain_loss"],
+                else f"before {loss['base']:.3f}, SFT {loss['sft']:.3f}",
+                reached.get("pretrain_loss"),
             ),
             Figure("KL of PPO-ptx from SFT", f"{summary['kl_ppo_ptx']:.2f}", "nats a response: how far it moved"),
             Figure("Time", _minutes(summary["seconds"]["total"]), "all stages"),

@@ -78,6 +78,16 @@ def test_a_missed_target_is_said_openly(results, tmp_path):
     assert html.count(">missed<") == 1 and html.count(">reached<") == 2
 
 
+def test_without_plain_ppo_there_is_nothing_to_compare_pretraining_losses_with(results, tmp_path):
+    loss = {"base": 4.1, "sft": 3.6, "ppo_ptx": 3.7}
+    assert set(outcomes(summary(pretrain_loss=loss))) == {"rm_heldout_accuracy", "winrate_ppo_ptx_vs_sft"}
+    runs = {run: folder for run, folder in results.runs.items() if run not in ("pretrain", "ppo")}
+    pretrained = Results(**{**vars(results), "runs": runs, "summary": summary(pretrain_loss=loss, model="smollm2")})
+    html = write_quickstart_report(tmp_path, pretrained).read_text()
+    assert "A pretrained model (smollm2, trained in fp32)" in html and "before 4.100, SFT 3.600" in html
+    assert html.count(">reached<") == 2 and "tiny GPT" not in html
+
+
 @pytest.mark.parametrize(
     ("key", "changes"),
     [

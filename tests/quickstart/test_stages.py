@@ -111,11 +111,17 @@ def test_a_pretrained_model_takes_the_place_of_pretraining(folder: Path) -> None
     # A random model guesses: the loss is near log(400) = 5.99.
     assert 5.5 < summary["pretrain_loss"]["base"] < 6.5
     assert "winrate_ppo_vs_sft" not in summary and 0.0 <= summary["winrate_ppo_ptx_vs_sft"] <= 1.0
-    assert json.loads((out / "pretrain" / "conversion.json").read_text())["logit_difference"] < 1e-4
+    conversion = json.loads((out / "pretrain" / "conversion.json").read_text())
+    assert conversion["from"] == str(folder / "llama") and conversion["logit_difference"] < 1e-4
     saved = json.loads((out / "pretrain" / "model.json").read_text())
     assert saved["model"]["hidden_size"] == 32 and saved["vocab_size"] == 400
     page = (out / "report.html").read_text()
     assert "A pretrained model" in page and "1. Supervised fine-tuning" in page and "tiny GPT" not in page
+
+
+def test_another_model_in_the_folder_is_not_taken_for_it(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"holds .*llama; give another --out"):
+        pretrained.save_base(folder / "other", folder / "pretrained" / "pretrain", folder, mesh=None)  # type: ignore[arg-type]
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
