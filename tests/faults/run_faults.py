@@ -1,0 +1,246 @@
+"""Short PPO runs of two ranks that are killed again and again; test_faults.py looks at what they leave.
+
+python run_faults.py FOLDER
+
+Everything is imported once, and the ranks of every attempt are forked from here, before any thread or process group
+exists: an attempt costs about a second, where torchrun takes six.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers  # noqa: F401 (before the first fork, not after each)
+
+from fastrlhf import launch
+from fastrlhf.config import Config, ModelConfig
+from fastrlhf.data.tokenize import load_tokenizer
+from fastrlhf.evaluation import report  # noqa: F401
+from fastrlhf.models.gpt import build_model
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.training.checkpoint import save_model
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
+LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}}
+KILLS, STEPS, RANKS = 15, 20, 2
+MODEL: dict[str, Any] = {
+    "family": "llama",
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "ffn_size": 32,
+    "max_positions": 64,
+    "init_std": 0.15,
+    "dtype": "bf16",
+}
+
+
+def make_config(folder: Path, layout: str, out: str, **train: Any) -> Config:
+    data = folder / "data"
+    return Config.model_validate(
+        {
+            "model": MODEL,
+            "parallel": {**LAYOUTS[layout], "timeout_s": 60},
+            "data": {
+                "tokenizer": str(data / "tokenizer"),
+                "prompts": str(data / "prompts.jsonl"),
+                "pretrain": str(data / "text.jsonl"),
+                "cache": str(folder / "cache"),
+                "sequence_length": 16,
+                "max_prompt_tokens": 32,
+            },
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"warmup_steps": 2},
+            "train": {"steps": STEPS, "micro_batch_size": 1, "seed": 5, **train},
+            "ppo": {
+                "reward_model": str(folder / "rm"),
+                "batch_size": 4,
+                "minibatch_size": 2,
+                "gamma_ptx": 1.0,
+                "ptx_per_episode": 1,
+                "kl_coef": 0.1,
+                "adaptive_kl_target": 1.0,
+                "adaptive_kl_horizon": 50,
+                "value_lr": 1e-3,
+            },
+            "generation": {"max_new_tokens": 4, "slots": 2},
+            # One layout writes in the background, the other between steps.
+            "checkpoint": {"interval": 1, "asynchronous": layout == "dp2"},
+            "log": {"progress": False, "tensorboard": False, "samples": 4},
+            "output_dir": str(folder / out),
+        }
+    )
+
+
+def prepare(folder: Path) -> None:
+    """Data, and a random reward model."""
+    sys.path.insert(0, str(CONFIGS))
+    import make_data
+
+    make_data.main(folder / "data")
+    config = make_config(folder, "dp2", "prepare")
+    mesh = meshes.initialize(config.parallel, seed=0)
+    stage = build_model(
+        ModelConfig(**MODEL), mesh, len(load_tokenizer(folder / "data" / "tokenizer")), head="scalar", seed=7
+    )
+    save_model(folder / "rm", stage, tokenizer="")
+
+
+def fork(work: Callable[[], Any], log: Path, environment: dict[str, str]) -> int:
+    """Runs `work` in a child process; its id. Its output goes to the end of `log`."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ.update(environment)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(config: Config, log: Path) -> list[int]:
+    """Forks the ranks of one attempt; their process ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+    return [
+        fork(lambda: launch.train("ppo", config), log, {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(RANKS)
+    ]
+
+
+def wait(ranks: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+
+
+def until(happened: Callable[[], bool], ranks: list[int], limit: float = 60.0) -> bool:
+    """Waits for an event; False if the ranks ended first."""
+    end = time.monotonic() + limit
+    while not happened():
+        # Looks without reaping: `wait` collects the statuses.
+        gone = os.waitid(os.P_PID, ranks[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if gone is not None or time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+class Watch:
+    """Sees from outside how far an attempt is: steps that it has recorded, and whether it is writing a checkpoint."""
+
+    def __init__(self, out: Path) -> None:
+        self.metrics, self.checkpoints = out / "metrics.jsonl", out / "checkpoints"
+        self.begun = time.time_ns()
+        self.seen = self._written()
+        # A resumed run first cuts the lines that it will write again.
+        self.steps = -1 if self.seen else 0
+
+    def _written(self) -> int:
+        return self.metrics.stat().st_mtime_ns if self.metrics.is_file() else 0
+
+    def has_recorded(self, steps: int) -> bool:
+        """To be asked at least once a step."""
+        if (written := self._written()) != self.seen:
+            self.seen = written
+            self.steps += self.metrics.stat().st_size > 0
+        return self.steps >= steps
+
+    def is_writing(self) -> bool:
+        try:
+            return any(path.stat().st_mtime_ns > self.begun for path in self.checkpoints.glob("step_*.partial"))
+        except FileNotFoundError:
+            return False
+
+
+def disturbed(folder: Path, layout: str, iteration_s: float, start_s: float) -> list[dict[str, Any]]:
+    """Kills a random rank at random moments of one run, then lets it end; what each attempt came to."""
+    rng = random.Random(layout)
+    config = make_config(folder, layout, f"{layout}.killed")
+    out = Path(config.output_dir)
+    attempts = []
+    for number in range(KILLS):
+        kind = ("writing", "step", "writing", "step", "start")[number % 5]
+        steps, victim, later = (
+            rng.randint(1, 3 if config.checkpoint.asynchronous else 2),
+            rng.randrange(RANKS),
+            rng.uniform(0.0, 0.05),
+        )
+        delay = rng.uniform(0.0, {"start": start_s, "step": iteration_s, "writing": 0.02}[kind])
+        watch = Watch(out)
+        ranks = start(config, folder / f"{layout}.log")
+        if kind != "start":
+            until(lambda watch=watch, steps=steps: watch.has_recorded(steps), ranks)
+        if kind == "writing":
+            until(watch.is_writing, ranks)
+        time.sleep(delay)
+        os.kill(ranks[victim], signal.SIGKILL)
+        writing = watch.is_writing()
+        time.sleep(later)  # the other rank may get on a little further, as on another machine
+        os.kill(ranks[1 - victim], signal.SIGKILL)
+        statuses = wait(ranks)
+        attempts.append({"kind": kind, "writing": writing, "statuses": statuses, "latest": latest(out)})
+    attempts.append({"kind": "last", "statuses": wait(start(config, folder / f"{layout}.log")), "latest": latest(out)})
+    return attempts
+
+
+def latest(out: Path) -> str:
+    pointer = out / "checkpoints" / "latest"
+    return pointer.read_text() if pointer.is_file() else ""
+
+
+def preempted(folder: Path) -> list[dict[str, Any]]:
+    """A run that is told to stop (one rank is), then runs out of time, then ends."""
+    attempts = []
+    config = make_config(folder, "dp2", "dp2.preempted")
+    watch = Watch(Path(config.output_dir))
+    ranks = start(config, folder / "preempted.log")
+    until(lambda: watch.has_recorded(1), ranks)
+    os.kill(ranks[1], signal.SIGTERM)
+    attempts.append({"statuses": wait(ranks), "latest": latest(Path(config.output_dir))})
+    for limit in (0.01, None):
+        config = make_config(folder, "dp2", "dp2.preempted", max_seconds=limit)
+        statuses = wait(start(config, folder / "preempted.log"))
+        attempts.append({"statuses": statuses, "latest": latest(Path(config.output_dir))})
+    return attempts
+
+
+def main(folder: Path) -> None:
+    results: dict[str, Any] = {}
+    assert wait([fork(lambda: prepare(folder), folder / "prepare.log", {})]) == [0]
+    for layout in LAYOUTS:
+        config = make_config(folder, layout, layout)
+        begin = time.monotonic()
+        watch = Watch(Path(config.output_dir))
+        ranks = start(config, folder / f"{layout}.log")
+        until(lambda watch=watch: watch.has_recorded(1), ranks)
+        first = time.monotonic()
+        assert wait(ranks) == [0, 0], f"see {layout}.log"
+        iteration_s = (time.monotonic() - first) / (STEPS - 1)
+        results[layout] = disturbed(folder, layout, iteration_s, first - begin)
+        results[f"{layout}.seconds"] = [iteration_s, first - begin, time.monotonic() - begin]
+    results["preempted"] = preempted(folder)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
