@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fastrlhf import evalrm
 from fastrlhf.config import load_config
 from fastrlhf.launch import train
 
@@ -40,6 +41,7 @@ REWARD_PARALLEL = {
     "1x2-dp2-budget": ["parallel.pipeline=2", GROUPS],
     "2x2-sequence-budget": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", GROUPS],
 }
+JUDGED = {"separate", "dp4", "1x2-dp2-budget"}
 
 
 def data_overrides(workspace: Path) -> dict[str, list[str]]:
@@ -77,6 +79,8 @@ def prepare(workspace: Path) -> None:
     import make_data
 
     make_data.main(workspace / "data")
+    lines = (workspace / "data" / "rankings.jsonl").read_text().splitlines(keepends=True)
+    (workspace / "data" / "valid.jsonl").write_text("".join(lines[:41]))
     for command in ("pretrain", "sft", "rm"):
         run(workspace, command, "start", ["train.steps=10"])
 
@@ -101,6 +105,15 @@ def mixed(workspace: Path, name: str, extra: list[str]) -> None:
 def reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
     for name, layout in layouts.items():
         run(workspace, "rm", name, [f"train.steps={STEPS['rm']}", "checkpoint.save=false", *layout])
+        if name in JUDGED:
+            judge(workspace, name, layout)
+
+
+def judge(workspace: Path, name: str, layout: list[str]) -> None:
+    """`fastrlhf eval rm` of the reward model that the others start from, on 41 prompts."""
+    valid = workspace / "data" / "valid.jsonl"
+    overrides = [f"data.valid={valid}", f"model.load={workspace / 'start' / 'rm'}", f"output_dir={workspace / name}"]
+    evalrm.evaluate(load_config(CONFIGS / "rm.yaml", [*data_overrides(workspace)["rm"], *overrides, *layout]))
 
 
 def whole_logits(workspace: Path) -> None:

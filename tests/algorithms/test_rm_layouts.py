@@ -32,3 +32,14 @@ def test_tokens_are_counted(workspace: Path) -> None:
         assert one["tokens_unshared"] / 3 < one["tokens"] < 0.75 * one["tokens_unshared"]
     for name in PARALLEL:
         assert [line["tokens"] for line in metrics(workspace, name)] == [line["tokens"] for line in shared]
+
+
+@pytest.mark.parametrize("name", ["dp4", "1x2-dp2-budget"])
+def test_judged_the_same_by_every_layout(workspace: Path, name: str) -> None:
+    serial, other = (json.loads((workspace / which / "eval_rm.json").read_text()) for which in ("separate", name))
+    assert serial["prompts"] == other["prompts"] == 41 and serial["pairs"] == 3 * 41
+    for key in ("accuracy", "length_rule", "accuracy_by_distance"):
+        assert other[key] == serial[key]
+    assert other["loss"] == pytest.approx(serial["loss"], rel=1e-5)
+    assert other["margin"] == pytest.approx(serial["margin"], rel=1e-4)
+    assert serial["statistics"] == other["statistics"] != {}
