@@ -32,6 +32,8 @@ SETTINGS: dict[str, Any] = {
 PAIRS = {"2,1,1": {"parallel": {"tensor": 2}}, "1,2,1": {"parallel": {"pipeline": 2}}}
 WHOLE = {
     "2,1,2": {"parallel": {"tensor": 2}},
+    "2,2,1": {"parallel": {"tensor": 2, "pipeline": 2}},
+    "2,1,2-sequence": {"parallel": {"tensor": 2, "sequence": True}, "optimizer": {"distributed": False}},
     # Shares of unequal numbers of episodes and micro-batches; the gradient buffers hold whole sums.
     "2,1,2-budget": {
         "parallel": {"tensor": 2},
@@ -113,6 +115,9 @@ def check(folder: Path, name: str, extra: dict[str, Any], stored: dict[str, Any]
     got = iteration(ppo, [golden.Episode(**e) for e in stored["episodes"]])
     result = {"metrics": got["metrics"], "apart": differences(got, stored["expected"], ppo.mesh), "draws": draws}
     result["ratio_deviation"] = ppo.step(prompts)["ratio_deviation"]  # its own rollouts, on the updated weights
+    # A reward function that no two ranks agree on: who called it?
+    ppo.rewards.models, ppo.rewards.function = (), lambda prompts, responses: [float(os.getpid())] * len(responses)
+    result["scores"] = ppo.score(gather(ppo.mesh, ppo.sample([[5, 6, 7]] * 4))).scores.tolist()
     (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
     meshes.finalize()
 

@@ -16,6 +16,7 @@ import tiny_ppo
 import torch
 
 from fastrlhf.models.gpt import global_names
+from fastrlhf.parallel import mesh as meshes
 
 LAYOUTS = [*golden_layouts.PAIRS, *golden_layouts.WHOLE]
 
@@ -49,6 +50,7 @@ def run(tiny: Path, torchrun: Callable[..., None]) -> dict[str, Any]:
     apart = golden_layouts.differences(one, expected, ppo.mesh)
     stored = {"episodes": [asdict(e) for e in episodes], "expected": expected}
     torch.save(stored, folder / "golden.pt")
+    meshes.finalize()
     torchrun(golden_layouts.__file__, str(folder))
     ranks = {n: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{n}.?.json"))] for n in LAYOUTS}
     return {"expected": expected, "ranks": {"1,1,1": [{"metrics": one["metrics"], "apart": apart}], **ranks}}
@@ -143,3 +145,10 @@ def test_four_ranks_draw_by_data_rank(run: dict[str, Any]) -> None:
         assert by_data[0][0][name] != by_data[1][0][name]
     sampled = [tuple(tokens) for group in by_data.values() for tokens in group[0]["sampled"]]
     assert len(set(sampled)) == len(sampled) == 8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reward_function_is_called_once_in_a_model_parallel_group(run: dict[str, Any], layout: str) -> None:
+    scores = [rank["scores"] for rank in run["ranks"][layout]]
+    assert all(other == scores[0] for other in scores)
+    assert len(set(scores[0])) == int(layout.split(",")[2][0])  # the data-parallel size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import tiny_ppo
 
 from fastrlhf import launch
+from fastrlhf.parallel import mesh as meshes
 
 # Shares of a response's characters: at most 1. Responses have no stop token to find, so none is penalised.
 RULES = """
@@ -42,7 +43,7 @@ Learn = Callable[..., list[dict[str, float]]]
 
 
 @pytest.fixture
-def learn(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Learn:
+def learn(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Learn]:
     (tmp_path / "tiny_rules.py").write_text(RULES)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -54,7 +55,8 @@ def learn(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Learn:
         launch.train("ppo", tiny_ppo.config(tiny, **merged).model_copy(update={"output_dir": str(out)}))
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
-    return run
+    yield run
+    meshes.finalize()
 
 
 def test_reaches_95_percent_of_the_optimum(learn: Learn) -> None:
