@@ -171,9 +171,10 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
         return
     if "RANK" in os.environ:
         store, rank, world_size = _rendezvous()
-        # torchrun's store outlives a mesh: under one prefix, the next mesh would read the addresses of the last one's
-        # ranks.
-        store = dist.PrefixStore(f"mesh{next(_joined)}", store)
+        # torchrun's store outlives a mesh, and with --max-restarts the processes: under one prefix, the next mesh would
+        # read the addresses of the last one's ranks.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt{attempt}.mesh{next(_joined)}", store)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

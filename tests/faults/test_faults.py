@@ -97,3 +97,12 @@ def test_preempted_runs_lose_no_step(folder: Path, attempts: dict[str, list[dict
     assert f"stopped by SIGTERM after step {after} of 20: saved, and the same command goes on from there" in log
     assert f"stopped by its time limit (train.max_seconds) after step {then} of 20: saved" in log
     assert_same_run(folder / "dp2", folder / "dp2.preempted")
+
+
+def test_torchrun_restarts_a_killed_rank(folder: Path) -> None:
+    """A rank dies in the middle of step 4; torchrun --max-restarts starts all ranks again, from the last checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    told = launch([*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 240)
+    # Step 3's checkpoint was still being written in the background, or just done.
+    assert re.search(r"resuming .*dp2\.elastic after step [23] of 20", told)
+    assert_same_run(folder / "dp2", folder / "dp2.elastic")
