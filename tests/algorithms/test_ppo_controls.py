@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fastrlhf.algorithms.rewards import load_reward_function
 from fastrlhf.algorithms.rollouts import gather, texts
 from fastrlhf.config import require
 from fastrlhf.errors import UserError
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.training.checkpoint import describe_model
 
 Make = Callable[..., Any]
 MODULE = """
@@ -34,6 +36,11 @@ seen.calls = []
 def short(prompts, responses):
     return [1.0]
 
+def broken_later(prompts, responses):
+    broken_later.calls += 1
+    return [float("nan") if broken_later.calls > 1 else 0.0] * len(responses)
+broken_later.calls = 0
+
 def infinite(prompts, responses):
     return [float("inf")] * len(responses)
 
@@ -42,7 +49,7 @@ number = 3
 
 
 @pytest.fixture
-def build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     (tiny / "tiny_rewards.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tiny))
 
@@ -52,7 +59,8 @@ def build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         ppo.first_prompts = [prompt for micro_batch in prompts for prompt in micro_batch]
         return ppo
 
-    return make
+    yield make
+    meshes.finalize()  # groups of processes keep threads
 
 
 def scores(ppo: Any) -> torch.Tensor:
@@ -175,6 +183,17 @@ def test_a_nan_loss_stops_the_run_and_updates_nothing(build: Make, broken: str) 
         ppo.learn(rollouts)
     after = [p for learner in ppo.learners().values() for p in learner.stage.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.usefixtures("build")
+def test_a_run_that_breaks_keeps_its_last_checkpoint(tiny: Path) -> None:
+    rule = {"reward_model": None, "reward_function": "tiny_rewards:broken_later", "gamma_ptx": 0.0}
+    out, saved = tiny / "breaks", {"interval": 1, "asynchronous": False}
+    chosen = tiny_ppo.config(tiny, ppo=rule, checkpoint=saved).model_copy(update={"output_dir": str(out)})
+    with pytest.raises(UserError, match="broken_later scored nan for the response"):
+        launch.train("ppo", chosen)
+    assert describe_model(out).path.parent.name == "step_00000001"
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
 
 
 def test_a_nan_gradient_of_a_finite_loss_stops_the_run(build: Make) -> None:

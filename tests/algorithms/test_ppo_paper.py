@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ Build = Callable[..., Any]
 
 
 @pytest.fixture
-def build(tiny: Path) -> Build:
+def build(tiny: Path) -> Iterator[Build]:
     """build(section={...}) -> the PPO object of a tiny run, its prompts in `first_prompts`."""
 
     def make(**sections: dict[str, Any]) -> Any:
@@ -35,7 +35,8 @@ def build(tiny: Path) -> Build:
         ppo.first_prompts = [prompt for micro_batch in prompts for prompt in micro_batch]
         return ppo
 
-    return make
+    yield make
+    meshes.finalize()  # groups of processes keep threads
 
 
 def made_rollouts(ppo: Any) -> Rollouts:
