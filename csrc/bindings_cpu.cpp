@@ -385,6 +385,44 @@ std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks,
   return {metrics, grad};
 }
 
+BiasGelu bias_gelu_args(const Tensor& x, const Tensor& bias, const Tensor& out) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "fastrlhf_cpu: expected contiguous rows [N, H]");
+  STD_TORCH_CHECK(bias.is_contiguous() && bias.numel() == x.size(1) && bias.scalar_type() == x.scalar_type(),
+                  "fastrlhf_cpu: expected a bias [H] of the rows' dtype");
+  return {x.data_ptr(), bias.data_ptr(), nullptr, logits_dtype(x), x.size(1), out.data_ptr()};
+}
+
+Tensor bias_gelu(const Tensor x, const Tensor bias) {
+  Tensor out = torch::stable::empty_like(x);
+  const BiasGelu args = bias_gelu_args(x, bias, out);
+  const Kernels& kernels = *level().kernels;
+  for_each_range(x.size(0), rows_at_a_time(x.size(1)),
+                 [&](int64_t begin, int64_t end) { kernels.bias_gelu(args, begin, end); });
+  return out;
+}
+
+// Gradients of x and of the bias, the latter in fp32.
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor grad, const Tensor x, const Tensor bias) {
+  STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(),
+                  "fastrlhf_cpu: expected a contiguous gradient of the rows' shape and dtype");
+  Tensor out = torch::stable::empty_like(x);
+  BiasGelu args = bias_gelu_args(x, bias, out);
+  args.grad = grad.data_ptr();
+  const int64_t step = rows_at_a_time(args.width), blocks = (x.size(0) + step - 1) / step;
+  // A sum for each block of rows, added in order: the result does not depend on the threads.
+  std::vector<float> sums(blocks * args.width);
+  const Kernels& kernels = *level().kernels;
+  for_each_range(x.size(0), step, [&](int64_t begin, int64_t end) {
+    kernels.bias_gelu_backward(args, begin, end, sums.data() + begin / step * args.width);
+  });
+  Tensor bias_grad = empty({args.width});
+  float* total = floats(bias_grad, args.width);
+  std::fill(total, total + args.width, 0.0f);
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < args.width; ++i) total[i] += sums[block * args.width + i];
+  return {out, bias_grad};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
@@ -410,6 +448,8 @@ STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
       " Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? denominator, float clip, float value_clip,"
       " float value_coef, float entropy_coef) -> (Tensor, Tensor, Tensor)");
   m.def("ranking_loss(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt) -> (Tensor, Tensor)");
+  m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
@@ -423,6 +463,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CPU, m) {
   m.impl("shaped_gae", TORCH_BOX(&shaped_gae));
   m.impl("ppo_loss", TORCH_BOX(&ppo_loss));
   m.impl("ranking_loss", TORCH_BOX(&ranking_loss));
+  m.impl("bias_gelu", TORCH_BOX(&bias_gelu));
+  m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward));
 }
 
 // `import fastrlhf._C_cpu` loads this library, and loading it registers the ops above.

@@ -1,6 +1,7 @@
 // One table of kernels; compiled once for each instruction set, with FASTRLHF_TABLE naming the table.
 #include "kernels.h"
 
+#include "bias_gelu.h"
 #include "gae.h"
 #include "logits_kl.h"
 #include "logprob.h"
@@ -12,8 +13,8 @@ namespace fastrlhf {
 
 extern const Kernels FASTRLHF_TABLE;
 const Kernels FASTRLHF_TABLE = {
-    logprob_statistics, logprob_backward, kl_statistics, kl_backward, gae,
-    shaped_rewards,     moments,          ppo_loss,      ranking,
+    logprob_statistics, logprob_backward, kl_statistics, kl_backward, gae, shaped_rewards,
+    moments,            ppo_loss,         ranking,       bias_gelu,   bias_gelu_backward,
 };
 
 }  // namespace fastrlhf

@@ -119,6 +119,14 @@ struct Ranking {
   float* grad;  // [N]
 };
 
+// Rows [width] of a matrix product, a bias still to be added.
+struct BiasGelu {
+  const void *x, *bias, *grad;  // [N, width], [width], [N, width]; grad null in the forward
+  DType dtype;
+  int64_t width;
+  void* out;  // [N, width]: the activation, or the gradient of x
+};
+
 // Work is handed out in ranges so that the caller owns the threads; a range's results do not depend on how it was cut.
 struct Kernels {
   void (*logprob_statistics)(const LogprobStatistics&, int64_t begin, int64_t end);  // tokens
@@ -130,6 +138,8 @@ struct Kernels {
   void (*moments)(const Moments&, int64_t begin, int64_t end);                       // rows
   PpoSums (*ppo_loss)(const PpoLoss&, int64_t begin, int64_t end);                   // tokens, at most kPpoBlock
   RankingSums (*ranking)(const Ranking&, int64_t begin, int64_t end);                // responses of one prompt
+  void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);                    // rows
+  void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end, float* bias_grad);  // rows; [width], written
 };
 
 constexpr int64_t kPpoBlock = 1024;

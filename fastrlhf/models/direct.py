@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastrlhf.models.attention import SequenceLayout
+from fastrlhf.ops.activation import bias_gelu
 
 if TYPE_CHECKING:
     from fastrlhf.models.gpt import GPT, CachedInput, PackedInput
@@ -65,13 +66,19 @@ def _layer(stage: GPT, layer: Any, x_TH: Tensor, layout: SequenceLayout) -> Tens
     query, key, value = _heads(attention, layer.input_layernorm(x_TH), qk_norm=config.qk_layernorm)
     context = attention.core_attention(query, key, value, packed_seq_params=layout)
     x_TH = x_TH + _row_parallel(stage, attention.linear_proj, context)
-    up = F.linear(layer.pre_mlp_layernorm(x_TH), mlp.linear_fc1.weight, mlp.linear_fc1.bias)
-    if config.gated_linear_unit:
-        gate, up = up.chunk(2, dim=-1)
-        up = config.activation_func(gate) * up
-    else:
-        up = config.activation_func(up)
+    up = _activated(stage, layer.pre_mlp_layernorm(x_TH), mlp.linear_fc1)
     return x_TH + _row_parallel(stage, mlp.linear_fc2, up)
+
+
+def _activated(stage: GPT, x_TH: Tensor, linear: Any) -> Tensor:
+    """The first projection of an MLP and its activation."""
+    if stage.model_config.activation == "gelu_tanh" and linear.bias is not None:
+        return bias_gelu(F.linear(x_TH, linear.weight), linear.bias)
+    up = F.linear(x_TH, linear.weight, linear.bias)
+    if not stage.config.gated_linear_unit:
+        return stage.config.activation_func(up)
+    gate, up = up.chunk(2, dim=-1)
+    return stage.config.activation_func(gate) * up
 
 
 def _heads(attention: Any, x_TH: Tensor, *, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
