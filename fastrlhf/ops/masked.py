@@ -51,6 +51,7 @@ def masked_whiten(
     """
     _check(x, mask)
     mean = masked_mean(x, mask, group)
+    x = x.to(mean.dtype)  # or half-precision elements less a 0-dim mean would be formed in half precision
     centred = _zero_where_false(x - mean, mask)
     var = masked_mean(centred.square(), mask, group)
     white = centred * torch.rsqrt(var + eps)

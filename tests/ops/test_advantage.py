@@ -58,6 +58,18 @@ def test_gae_dtypes_strides_and_empty(backend, device):
     assert gae(rewards[:, :0], values[:, :0], mask[:, :0], backend=backend)[0].shape == (7, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rollouts_are_computed_in_fp32(dtype, backend, device):
+    """A 0-dim kl_coef or mean does not promote: the results are those of the same numbers in fp32, to the bit."""
+    half = [torch.randn(*shape).to(dtype).to(device) for shape in ((3,), (3, 20), (3, 20), (3, 20))]
+    full, mask = [t.float() for t in half], torch.rand(3, 20).to(device) > 0.3
+    coefficient = torch.tensor(0.1, device=device)
+    for x, y in zip(shaped_rewards(*half[:3], mask, coefficient), shaped_rewards(*full[:3], mask, 0.1), strict=True):
+        assert torch.equal(x, y)
+    ours, exact = (rollout_targets(*t, mask, kl_coef=coefficient, backend=backend) for t in (half, full))
+    assert all(torch.equal(x, y) for x, y in zip(ours, exact, strict=True))
+
+
 def test_lambda_one_returns_the_reward_to_go(backend, device):
     rewards = torch.randn(2, 50, device=device)
     mask = torch.ones(2, 50, dtype=torch.bool, device=device)

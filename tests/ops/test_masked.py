@@ -24,6 +24,18 @@ def test_bf16_sums_in_fp32():
     assert mean.dtype == torch.float32 and mean.item() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_half_precision_is_whitened_in_fp32(dtype, shift_mean):
+    """A 0-dim fp32 mean does not promote half-precision elements: x - mean must not be formed in their dtype."""
+    x, mask = (torch.randn(1000) + 3).to(dtype), torch.rand(1000) > 0.3
+    white = masked_whiten(x, mask, shift_mean)
+    kept = x[mask].double()
+    exact = (kept - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt() + (0 if shift_mean else kept.mean())
+    assert white.dtype == torch.float32
+    assert float((white[mask].double() - exact).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_whiten_against_float64(offset):
     """Biased variance in two passes: an offset of 1,000 standard deviations must not spoil it."""
