@@ -2,7 +2,8 @@
 
 Rows go through in chunks, so logits [..., V] need never be held whole. The upstream gradient is unknown in the forward:
 four GEMMs, or three when the logits are kept for the backward. The losses that know theirs are in linear_loss.py.
-Left out on purpose: hidden states sharded over the sequence (gather them first), weights of another dtype than hidden.
+Left out on purpose: hidden states sharded over the sequence (gather them first), weights of another dtype than hidden
+(but under torch.autocast, which casts both).
 """
 
 from __future__ import annotations
@@ -162,8 +163,13 @@ def _linear_logprobs_grad(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 register_autograd(_linear_logprobs, _linear_logprobs_grad, _setup)
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def linear_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands as F.linear would take them: checked, and under torch.autocast in its dtype (float64 stays)."""
     checks.floating("hidden", hidden)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     checks.require(hidden.dim() >= 1, "hidden", hidden, "shape [..., H]")
     fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[-1] == hidden.shape[-1]
     same = fits and weight.dtype == hidden.dtype and weight.device == hidden.device and weight.shape[0] > 0
@@ -172,6 +178,12 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.dtype == hidden.dtype
         checks.require(fits and bias.device == hidden.device, "bias", bias, f"[{weight.shape[0]}] of hidden's dtype")
+    return hidden, weight, bias
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Differentiable; what autocast leaves alone, and what is no tensor, is left to the checks."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.dtype in (torch.float32, torch.bfloat16, torch.float16) else x
 
 
 def check_counted(counted: int | None, mask: Tensor | None) -> None:
@@ -188,16 +200,16 @@ def linear_logprobs(
 ) -> TokenLogprobs:  # fmt: skip
     """`logprobs(hidden @ weight.T + bias, labels, ...)` without holding the logits.
 
-    hidden [..., H] and weight [V, H], bias [V], of one dtype; labels [...]; the rest as in `logprobs`. recompute=True
-    makes each chunk's logits again in the backward (4 GEMMs, never [..., V]); False keeps them in hidden's dtype (3
-    GEMMs); "auto" keeps them when they fit a quarter of a GPU's free memory, 1 GiB on a CPU, or
-    FASTRLHF_LINEAR_BUDGET_MB, which also bounds a chunk's logits. Rows masked out cost nothing on a CPU, nor on a GPU
-    when `counted` says how many are not (an int, that many or more; a GPU's mask cannot be counted without waiting for
-    it). Gradients for hidden, weight (accumulated in fp32) and bias. With `group`, weight and bias are this rank's
+    hidden [..., H] and weight [V, H], bias [V], of one dtype (torch.autocast casts them); labels [...]; the rest as in
+    `logprobs`. recompute=True makes each chunk's logits again in the backward (4 GEMMs, never [..., V]); False keeps
+    them in hidden's dtype (3 GEMMs); "auto" keeps them when they fit a quarter of a GPU's free memory, 1 GiB on a CPU,
+    or FASTRLHF_LINEAR_BUDGET_MB, which also bounds a chunk's logits. Rows masked out cost nothing on a CPU, nor on a
+    GPU when `counted` says how many are not (an int, that many or more; a GPU's mask cannot be counted without waiting
+    for it). Gradients for hidden, weight (accumulated in fp32) and bias. With `group`, weight and bias are this rank's
     rows, hidden is the same on every rank, its gradient is the full one (summed over the group here), and the weight's
     is local.
     """
-    check_linear(hidden, weight, bias)
+    hidden, weight, bias = linear_inputs(hidden, weight, bias)
     check_tokens(hidden.shape[:-1], hidden.device, labels, mask, ref_logprobs, temperature, backend)
     check_counted(counted, mask)
     checks.choice("recompute", recompute, ("auto", True, False))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import checks, collectives, ppo
-from fastrlhf.ops.linear import check_counted, check_linear, linear_logprobs_ref
+from fastrlhf.ops.linear import check_counted, linear_inputs, linear_logprobs_ref
 from fastrlhf.ops.linear_chunks import (
     CountedRows,
     Gradients,
@@ -209,7 +209,7 @@ def _run_loss(
     temperature: float, counted: int | None, vocab_start: int | None, vocab_size: int | None,
     group: ProcessGroup | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_linear(hidden, weight, bias)
+    hidden, weight, bias = linear_inputs(hidden, weight, bias)
     check_tokens(hidden.shape[:-1], hidden.device, labels, None, None, temperature, backend)
     checks.like("mask", mask, hidden.shape[:-1], hidden.device, "bool")
     checks.denominator(denominator, hidden.device)

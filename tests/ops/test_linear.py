@@ -209,6 +209,47 @@ def test_gradcheck(recompute, torch_only, monkeypatch):
     assert torch.autograd.gradcheck(all_three, (h, w, b))
 
 
+def all_losses(h, w, b, labels, mask, advantages, backend):
+    tokens = linear_logprobs(h, w, labels, bias=b, mask=mask, with_entropy=True, backend=backend)
+    ce = linear_cross_entropy(h, w, labels, mask, bias=b, backend=backend)
+    ppo = linear_ppo_loss(h, w, labels, tokens.logprobs.detach(), advantages, mask, bias=b, backend=backend)
+    return tokens.logprobs.sum(), tokens.entropy.sum(), ce, ppo.loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_casts_as_a_linear_layer_does(dtype, backend, device):
+    """fp32 parameters under bf16 autocast: bit for bit what bf16 ones give; gradients come back in their own dtype."""
+    (h, w, b), labels, mask = make(torch.float32, device)
+    h, advantages = h.detach().to(dtype).requires_grad_(), torch.randn(labels.shape, device=device)
+    half = [t.detach().bfloat16().requires_grad_() for t in (h, w, b)]
+    expected = all_losses(*half, labels, mask, advantages, backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = all_losses(h, w, b, labels, mask, advantages, backend)
+    assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+    grads, exact = torch.autograd.grad(sum(ours), (h, w, b)), torch.autograd.grad(sum(expected), half)
+    for x, y, parameter in zip(grads, exact, (h, w, b), strict=True):
+        assert x.dtype == parameter.dtype
+        torch.testing.assert_close(x.float(), y.float(), rtol=2**-7, atol=2**-7)  # sums of bf16 gradients
+
+
+def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
+    """fp32 operands too, and inside one compiled graph: or the head would be slower than nn.Linear."""
+    (h, w, b), labels, mask = make(torch.float32, device)
+    seen = []
+    real = linear_chunks.head
+    for module in ("linear", "linear_loss"):
+        monkeypatch.setattr(f"fastrlhf.ops.{module}.head", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1])
+    with torch.autocast(device.type, torch.bfloat16):
+        all_losses(h, w, b, labels, mask, torch.randn(labels.shape, device=device), backend)
+        torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(h, w, labels, mask, bias=b)
+        with torch.autocast(device.type, enabled=False):
+            assert set(seen) == {torch.bfloat16} and len(seen) >= 4
+            linear_cross_entropy(h, w, labels, mask, bias=b, backend=backend)
+        assert seen[-1] == torch.float32
+        wide = [t.detach().double() for t in (h, w, b)]
+        assert linear_cross_entropy(*wide[:2], labels, mask, bias=wide[2]).dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
