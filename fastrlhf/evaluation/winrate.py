@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+_DRAWN = 2**20
+"""Counts of the bootstrap that are in memory at a time."""
+
 
 @dataclass(frozen=True)
 class WinRate:
@@ -80,16 +83,16 @@ def pair_accuracy(
     scores   [N] a reward model's scores of all responses, prompt after prompt
     ranks    [N] the labeler's ranks, 1 for the best; equal ranks of one prompt are a tie, and such pairs are left out
     offsets  [G+1] where each prompt's responses begin: those of prompt g are offsets[g] to offsets[g+1] - 1
-    A pair with equal scores counts one half. Raises ValueError for shapes that disagree, NaN scores, no strict pair.
+    A pair with equal scores counts one half. Raises ValueError for shapes that disagree, NaN, no strict pair.
     """
     scores_N, offsets_G = np.asarray(scores, dtype=np.float64), np.asarray(offsets)
-    ranks_N = np.asarray(ranks, dtype=np.int64)  # signed: differences are taken
+    ranks_N = np.asarray(ranks, dtype=np.float64)  # signed: differences are taken; labelers may use halves
     if scores_N.ndim != 1 or scores_N.shape != ranks_N.shape:
         raise ValueError(f"scores and ranks must be vectors of one length, got {scores_N.shape} and {ranks_N.shape}")
     if offsets_G.ndim != 1 or offsets_G.size < 2 or offsets_G[0] != 0 or offsets_G[-1] != scores_N.size:
         raise ValueError(f"offsets must run from 0 to the number of scores ({scores_N.size}), got {offsets_G}")
-    if np.isnan(scores_N).any():
-        raise ValueError("scores must not hold NaN")
+    if np.isnan(scores_N).any() or np.isnan(ranks_N).any():
+        raise ValueError("scores and ranks must not hold NaN")
     right, pairs, ties = [], [], 0
     for start, stop in itertools.pairwise(offsets_G):
         i, j = np.triu_indices(stop - start, 1)
@@ -128,8 +131,14 @@ def _bootstrap(
 ) -> tuple[float, float]:
     """The ends of the percentile bootstrap interval of sum / count over resampled prompts."""
     prompts = sums_G.size
-    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    low, high = np.quantile((drawn @ sums_G) / (drawn @ counts_G), [(1 - level) / 2, (1 + level) / 2])
+    generator, shares_G = np.random.default_rng(seed), np.full(prompts, 1 / prompts)
+    rates = []
+    # Piece by piece, which draws the same: all at once would be resamples * prompts numbers.
+    piece = max(1, _DRAWN // prompts)
+    for start in range(0, resamples, piece):
+        drawn = generator.multinomial(prompts, shares_G, size=min(piece, resamples - start))
+        rates.append((drawn @ sums_G) / (drawn @ counts_G))
+    low, high = np.quantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

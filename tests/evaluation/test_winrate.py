@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastrlhf.evaluation import winrate
 from fastrlhf.evaluation.winrate import pair_accuracy, win_rate
 
 
@@ -80,6 +81,17 @@ def test_pair_accuracy_of_the_order_itself_and_of_its_reverse():
     assert pair_accuracy(ranks, ranks, offsets).rate == 0.0
 
 
+def test_ranks_of_halves_are_no_ties():
+    assert pair_accuracy([2.0, 1.0, 0.0], [1, 1.5, 2], [0, 3]).n == 3
+
+
+def test_pieces_of_the_bootstrap_change_no_interval(monkeypatch):
+    wins = np.random.default_rng(0).random(300)
+    whole = win_rate(wins)
+    monkeypatch.setattr(winrate, "_DRAWN", 1000)
+    assert win_rate(wins) == whole
+
+
 def test_unsigned_ranks_do_not_wrap_around():
     ranks = np.array([2, 1, 3], dtype=np.uint8)
     assert pair_accuracy([2.0, 3.0, 1.0], ranks, [0, 3]).rate == 1.0
@@ -91,6 +103,7 @@ def test_unsigned_ranks_do_not_wrap_around():
         ([1, 2], [1], [0, 2], "one length"),
         ([1, 2], [1, 2], [0, 1], "offsets must run"),
         ([1, float("nan")], [1, 2], [0, 2], "NaN"),
+        ([1, 2], [1, float("nan")], [0, 2], "NaN"),
         ([1, 2], [1, 1], [0, 2], "no two responses"),
     ],
 )
