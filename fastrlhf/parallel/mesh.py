@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import itertools
 import os
 import random
@@ -138,6 +139,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     May be called again in the same process, also with other sizes: the groups are built anew.
     Raises `UserError` when the world size is not divisible by tensor * pipeline.
     """
+    if parallel.tensor > 1:
+        # megatron asks for one queue of GPU work, in whose order communication overlaps with computation; CUDA reads
+        # the variable when it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         cpu.install()
@@ -211,11 +216,22 @@ def _describe(device: torch.device, parallel: ParallelConfig) -> Mesh:
 
 def seed_generators(mesh: Mesh, seed: int) -> None:
     """Seeds torch's, megatron's, NumPy's and Python's generators for this rank's place in the mesh."""
-    place = seed + 1_000 * mesh.data_rank + 1_000_000 * mesh.pipeline_rank
+    place = place_seed(seed, mesh.data_rank, mesh.pipeline_rank)
     torch.manual_seed(place)
     random.seed(place)
     np.random.seed(place % 2**32)
     model_parallel_cuda_manual_seed(place, force_reset_rng=True)
+
+
+def place_seed(seed: int, data_rank: int, pipeline_rank: int) -> int:
+    """The seed of a place in the mesh: `seed` itself at the first, elsewhere a hash, so that no two runs of different
+    seeds share a stream.
+    """
+    if data_rank == pipeline_rank == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{data_rank}/{pipeline_rank}".encode()).digest()
+    # 56 bits: megatron adds to it, and torch takes no more than 64.
+    return int.from_bytes(digest[:7], "little")
 
 
 def finalize() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -19,7 +20,8 @@ from types import FrameType, TracebackType
 
 _phases: list[str] = []
 _COLLECTIVE_FILES = ("distributed_c10d.py",)
-_WAITS = {"wait", "synchronize", "item", "tolist", "cpu"}
+# Calls of these in a line, and no loop over `items` or question after `os.cpu_count()`.
+_WAITS = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
 
 
 @contextlib.contextmanager
@@ -119,5 +121,5 @@ def _waiting_at(frame: FrameType | None) -> tuple | None:
         return None
     frames = traceback.extract_stack(frame)
     innermost = frames[-1]
-    waiting = innermost.filename.endswith(_COLLECTIVE_FILES) or any(w in (innermost.line or "") for w in _WAITS)
+    waiting = innermost.filename.endswith(_COLLECTIVE_FILES) or _WAITS.search(innermost.line or "") is not None
     return (id(frame), frame.f_lasti) if waiting else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.parallel.watchdog import describe_failure
+from fastrlhf.parallel.watchdog import _WAITS, describe_failure
 
 STALL = Path(__file__).with_name("stall.py")
 
@@ -61,6 +62,39 @@ def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
     line = next((line for line in done.stderr.splitlines() if "collective" in line and "rank 0" in line), done.stderr)
     expected = r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): .*[Tt]imed? ?out"
     assert re.search(expected, line), line
+
+
+def test_runs_of_other_seeds_share_no_stream() -> None:
+    """Seed 2234 of the first rank must not be seed 1234 of the next."""
+    places = [(seed, data, pipeline) for seed in range(0, 3000, 500) for data in range(8) for pipeline in range(4)]
+    seeds = {meshes.place_seed(*place) for place in places}
+    assert len(seeds) == len(places) and max(seeds) < 2**63
+    assert meshes.place_seed(7, 0, 0) == 7
+
+
+def test_tensor_parallelism_asks_cuda_for_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for given, expected in (("8", "8"), (None, "1")):
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
+        if given is None:
+            monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+        with pytest.raises(UserError):
+            meshes.initialize(ParallelConfig(tensor=2), seed=1)
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "waits"),
+    [
+        ("torch.cuda.synchronize()", True),
+        ("return float(loss.item())", True),
+        ("work.wait()", True),
+        ("for item in items:", False),
+        ("ids = tokenizer.encode_batch([item for item in texts], workers=os.cpu_count())", False),
+    ],
+)
+def test_what_the_watchdog_takes_for_a_wait(line: str, waits: bool) -> None:
+    assert (_WAITS.search(line) is not None) == waits
 
 
 def test_other_errors_are_no_failed_collectives() -> None:
