@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
@@ -36,7 +37,37 @@ def register_fake(op: OpOverload) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that was not formed by differentiable operations: it passes, and differentiating it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name} has no second derivative: use its plain torch formula for gradient penalties")
+
+
 def register_autograd(
     op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
 ) -> None:
-    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
+    """`backward(ctx, *upstreams)` gives `op` its gradient, once: what is saved for it is a constant, so that a second
+    derivative (create_graph=True) would be silently wrong, and raises RuntimeError instead.
+    """
+
+    def once(ctx: Any, *upstreams: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstreams)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstreams)
+        single = isinstance(gradients, Tensor)
+        # each requires grad, even from constant upstreams, so that no path past it is taken for a zero
+        marked = [
+            _Once.apply(g.detach().requires_grad_(), op.name()) if isinstance(g, Tensor) else g
+            for g in ((gradients,) if single else gradients)
+        ]
+        return marked[0] if single else tuple(marked)
+
+    torch.library.register_autograd(op.name(), once, setup_context=setup_context, lib=_LIBRARY)
