@@ -128,7 +128,7 @@ def gae(
     checks.like("values", values, rewards.shape, rewards.device)
     checks.like("mask", mask, rewards.shape, rewards.device, "bool")
     for name, x in (("gamma", gamma), ("lam", lam)):
-        checks.require(0 <= x <= 1, name, x, "a number from 0 to 1")
+        checks.fraction(name, x)
     checks.choice("backend", backend, BACKENDS)
     return _gae(rewards.detach(), values.detach(), mask, float(gamma), float(lam), backend)
 
@@ -180,7 +180,7 @@ def rollout_targets(
     checks.choice("estimator", estimator, ESTIMATORS)
     checks.choice("backend", backend, BACKENDS)
     for name, x in (("gamma", gamma), ("lam", lam)):
-        checks.require(0 <= x <= 1, name, x, "a number from 0 to 1")
+        checks.fraction(name, x)
     if clip is not None:
         checks.positive("clip", clip)
     dtype = checks.compute_dtype(logprobs)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+LONGEST = 60
+"""characters of a value in a message"""
 
 
 def describe(value: object) -> str:
-    """A tensor's dtype, shape and device in words; anything else as it prints."""
+    """One short line: a tensor's dtype, shape and device in words, another array's type too, the rest as it prints."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
-    return repr(value)
+    kind = f"{type(value).__module__.split('.')[0]}.{type(value).__qualname__}"
+    if hasattr(value, "dtype") and hasattr(value, "shape") and len(value.shape) > 0:
+        return f"{kind} of {value.dtype}{list(value.shape)}"
+    if isinstance(value, list | tuple | dict | set):
+        return f"a {type(value).__name__} of {len(value)}"
+    words = " ".join(repr(value).split())
+    return words if len(words) <= LONGEST else f"{kind} {words[:LONGEST]}…"
 
 
 def require(holds: bool, argument: str, got: object, expected: str) -> None:
@@ -34,8 +44,17 @@ def like(argument: str, x: object, shape: torch.Size, device: torch.device, kind
     require(fits, argument, x, f"{words} tensor of shape {list(shape)} on {device}")
 
 
+def number(x: object) -> bool:
+    """Whether x is a number or a 0-dim tensor (those of numpy count)."""
+    return isinstance(x, Real) or (isinstance(x, Tensor) and x.dim() == 0)
+
+
 def positive(argument: str, x: float) -> None:
-    require(x > 0, argument, x, "a number above 0")
+    require(number(x) and x > 0, argument, x, "a number above 0")
+
+
+def fraction(argument: str, x: float) -> None:
+    require(number(x) and 0 <= x <= 1, argument, x, "a number from 0 to 1")
 
 
 def choice(argument: str, x: object, options: tuple[object, ...]) -> None:
