@@ -36,7 +36,10 @@ class _FusedLinear(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, vocab_size={self.vocab_size}, backend={self.backend!r}"
+        """Every option held, the group by its name: what a model's printout needs to tell two losses apart."""
+        held = {name: value for name, value in vars(self).items() if name != "training" and not name.startswith("_")}
+        held["group"] = None if self.group is None else self.group.group_name
+        return ", ".join(f"{name}={value!r}" for name, value in held.items())
 
 
 class FusedLinearLogprobs(_FusedLinear):

@@ -68,6 +68,14 @@ def test_modules_hold_no_parameters_and_name_mistakes():
         FusedLinearPPOLoss(clip=-1)
 
 
+def test_a_module_prints_every_option_it_holds():
+    common = "temperature=1.0, backend='auto', vocab_start=None, vocab_size=None, group=None"
+    assert repr(FusedLinearPPOLoss(clip=0.1)) == f"FusedLinearPPOLoss({common}, clip=0.1, entropy_coef=0.0)"
+    assert repr(FusedLinearCrossEntropy()) == f"FusedLinearCrossEntropy({common}, ignore_index=-100)"
+    logprobs = FusedLinearLogprobs(recompute=False, with_entropy=True, vocab_size=7)
+    assert "vocab_size=7" in repr(logprobs) and repr(logprobs).endswith("recompute=False, with_entropy=True)")
+
+
 @pytest.mark.parametrize("name", ["hf_sft.py", "hf_ppo_loss.py"])
 def test_examples_learn_in_under_30_lines(name, capsys):
     pytest.importorskip("transformers")
