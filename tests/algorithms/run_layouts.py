@@ -12,6 +12,7 @@ from pathlib import Path
 from fastrlhf import evalrm
 from fastrlhf.config import load_config
 from fastrlhf.launch import train
+from fastrlhf.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "debug"
@@ -71,6 +72,7 @@ def run(workspace: Path, command: str, name: str, extra: list[str]) -> None:
     paths = data_overrides(workspace)[command]
     output = f"output_dir={workspace / name / command}"
     train(command, load_config(CONFIGS / f"{command}.yaml", [*paths, output, *extra]))  # type: ignore[arg-type]
+    meshes.finalize()  # every layout's groups keep threads, a thousand a rank in the end
 
 
 def prepare(workspace: Path) -> None:
@@ -114,6 +116,7 @@ def judge(workspace: Path, name: str, layout: list[str]) -> None:
     valid = workspace / "data" / "valid.jsonl"
     overrides = [f"data.valid={valid}", f"model.load={workspace / 'start' / 'rm'}", f"output_dir={workspace / name}"]
     evalrm.evaluate(load_config(CONFIGS / "rm.yaml", [*data_overrides(workspace)["rm"], *overrides, *layout]))
+    meshes.finalize()
 
 
 def whole_logits(workspace: Path) -> None:
