@@ -68,7 +68,7 @@ def train(command: Literal["pretrain", "sft", "rm", "ppo"], config: Config) -> N
 
 def train_job(command: str, config: Config, build: Callable[[Parts], Job]) -> Job | None:
     """Trains the job that `build` makes, as `train` does; None when it stopped before its last step (a signal, or
-    train.max_seconds).
+    train.max_seconds). Raises KeyboardInterrupt when Ctrl-C stopped it, after saving.
     """
     start = time.monotonic()
     require(config, command)
@@ -94,6 +94,12 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> b
         mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
     )
     done = loop.resume(config, job.algorithm, job.batches, checkpointer)
+    if done >= job.total_steps:
+        if mesh.rank == 0:
+            asks = "raise train.steps (or train.epochs), or give another output_dir"
+            print(f"{out} is finished (step {done} of {job.total_steps}): {asks}", file=sys.stderr)
+            write_run_report(out)
+        return True
     if mesh.rank == 0 and done:
         print(f"resuming {out} after step {done} of {job.total_steps}", file=sys.stderr)
     log = MetricsLog(
@@ -114,8 +120,10 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> b
         )
     if mesh.rank == 0:
         if stopped is not None:
-            print(stopped, file=sys.stderr)
+            print(stopped.line, file=sys.stderr)
         write_run_report(out)
+    if stopped is not None and stopped.interrupted:
+        raise KeyboardInterrupt
     return stopped is None
 
 
@@ -214,9 +222,12 @@ class Parts:
             load_hf(model.hf, stage)
         return stage
 
-    def saved_stage(self, path: str, head: Literal["lm", "scalar"]) -> GPT:
-        """A model whose shape is its own (a 6B reward model beside a 175B policy), in the policy's dtype."""
-        return load_saved(find_model(path), self.mesh, head, self.config.model.dtype)
+    def saved_stage(self, path: str, *, fresh_head: bool = False) -> GPT:
+        """A reward or value model whose shape is its own (a 6B reward model beside a 175B policy), in the policy's
+        dtype. With `fresh_head` it may also be a language model, which gets a new head.
+        """
+        seed = self.config.train.seed if fresh_head else None
+        return load_saved(find_model(path), self.mesh, "scalar", self.config.model.dtype, seed=seed)
 
     def learner(
         self, stage: GPT, total_steps: int, schedule: ScheduleConfig | None = None, lr: float | None = None
@@ -306,7 +317,7 @@ def _ppo(run: Parts) -> Job:
     model = without_dropout(config.model)
     policy = run.learner(run.stage(model, "lm"), total_updates, schedule)
     value_start = config.ppo.value_model
-    value = run.stage(model, "scalar") if value_start is None else run.saved_stage(value_start, "scalar")
+    value = run.stage(model, "scalar") if value_start is None else run.saved_stage(value_start, fresh_head=True)
     models = Models(
         policy=policy,
         value=run.learner(value, total_updates, schedule, config.ppo.value_lr),
@@ -322,7 +333,7 @@ def _ppo(run: Parts) -> Job:
 def _rewards(run: Parts) -> Rewards:
     ppo = run.config.ppo
     weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
-    models = [(w, run.saved_stage(path, "scalar")) for w, path in zip(weights, ppo.reward_models, strict=True)]
+    models = [(w, run.saved_stage(path)) for w, path in zip(weights, ppo.reward_models, strict=True)]
     for (_, stage), path in zip(models, ppo.reward_models, strict=True):
         if stage.vocab_size < len(run.tokenizer):
             raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastrlhf.config import ModelConfig
+from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
 from fastrlhf.parallel.mesh import Mesh
@@ -37,14 +38,24 @@ def find_model(path: str | Path) -> SavedModel:
 
 
 def load_saved(
-    saved: SavedModel, mesh: Mesh, head: Literal["lm", "scalar"], dtype: Literal["fp32", "bf16", "fp16"]
+    saved: SavedModel,
+    mesh: Mesh,
+    head: Literal["lm", "scalar"],
+    dtype: Literal["fp32", "bf16", "fp16"],
+    *,
+    seed: int | None = None,
 ) -> GPT:
     """The stage of the model that `find_model` found, without dropout, its weights in `dtype`; all ranks call.
 
-    Raises `UserError` if the model has another head.
+    Raises `UserError` if the model has another head, but that a language model gets a new scalar head drawn from `seed`
+    if one is given.
     """
+    if head == "scalar" and saved.head != "scalar" and seed is None:
+        raise UserError(
+            f"{saved.path} is a language model: its scores would be random; give a reward model, a run of fastrlhf rm"
+        )
     model = without_dropout(saved.model.model_copy(update={"dtype": dtype}))
-    stage = build_model(model, mesh, saved.vocab_size, head=head)
+    stage = build_model(model, mesh, saved.vocab_size, head=head, seed=seed if head != saved.head else None)
     if is_hugging_face(saved.path):
         load_hf(saved.path, stage)
     else:

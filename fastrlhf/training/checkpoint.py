@@ -19,6 +19,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -47,17 +48,22 @@ from fastrlhf.training.state import (
     restore_generators,
     restore_learner,
 )
-from fastrlhf.training.writing import PARTIAL, REMOVED, Contents, Writing, remove, same_outcome
+from fastrlhf.training.writing import PARTIAL, REMOVED, Contents, Writing, complete, describe, remove, same_outcome
 
 __all__ = ["Checkpointer", "SavedModel", "describe_model", "load_model", "save_model"]
 
 logger = logging.getLogger(__name__)
 _UNUSED = ".unused"
+_PATIENCE_S = 10.0
+"""A run that breaks off waits so long for the other ranks' part of a checkpoint: they write at the same time."""
 
 
 @dataclass
 class Checkpointer:
-    """Writes and reads a run's checkpoints; all ranks call every method."""
+    """Writes and reads a run's checkpoints; all ranks call every method.
+
+    As a context manager: an exception that leaves the block completes the checkpoint that is being written.
+    """
 
     mesh: Mesh
     folder: Path
@@ -66,19 +72,32 @@ class Checkpointer:
     tokenizer: str
     _writing: Writing | None = None
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, _type: type | None, error: BaseException | None, _tb: TracebackType | None) -> None:
+        if error is not None:
+            self._rescue()
+
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Makes the folder, or says at once that it cannot be written; removes what an interrupted run left."""
+        """Makes the folder, or says at once that it cannot be written; removes completes or removes what an
+        interrupted run left.
+        """
         with same_outcome("checkpoint.save is on, but the folder cannot be written"):
             if self.mesh.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for suffix in (PARTIAL, REMOVED):
-                    for left in self.folder.glob(f"step_*{suffix}"):
+                for left in self.folder.glob(f"step_*{PARTIAL}"):
+                    if (whole := complete(left)) is not None:
+                        replace_text(self.folder / "latest", whole.name)
+                    else:
                         shutil.rmtree(left)
+                for left in self.folder.glob(f"step_*{REMOVED}"):
+                    shutil.rmtree(left)
                 probe = self.folder / f"probe{PARTIAL}"
                 probe.write_text("")
                 probe.unlink()
@@ -111,6 +130,18 @@ class Checkpointer:
             if self.mesh.rank == 0:
                 replace_text(self.folder / "latest", writing.path.name)
                 self._retire(writing.path)
+
+    def _rescue(self) -> None:
+        """Completes the checkpoint that is being written, without collectives: the other ranks may be anywhere."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            if writing.finish_alone(_PATIENCE_S):
+                replace_text(self.folder / "latest", writing.path.name)
+                self._retire(writing.path)
+        except OSError as error:  # must not hide what broke the run; the next start tries again
+            logger.warning("cannot complete %s: %s", writing.path, describe(error))
 
     def _contents(self, algorithm: Any, state: dict[str, Any]) -> Contents:
         copy = self.config.asynchronous

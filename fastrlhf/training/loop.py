@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -13,7 +13,7 @@ from fastrlhf.config import Config
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.checkpoint import Checkpointer
 from fastrlhf.training.metrics import MetricsLog
-from fastrlhf.training.stopping import StopRequest
+from fastrlhf.training.stopping import INTERRUPT, StopRequest
 
 
 class Algorithm(Protocol):
@@ -36,6 +36,15 @@ class Batches(Protocol):
     def metrics(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stop(NamedTuple):
+    """Why a run ended before its last step."""
+
+    line: str
+    """For the user."""
+    interrupted: bool
+    """By Ctrl-C: commands that would follow should not start."""
 
 
 def resume(config: Config, algorithm: Algorithm, batches: Batches, checkpointer: Checkpointer) -> int:
@@ -68,15 +77,16 @@ def run(
     deadline: float | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
-) -> str | None:
+) -> Stop | None:
     """Runs steps done + 1 .. total_steps; evaluates and saves at their intervals and at the end.
 
-    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM, and past `deadline` (a
-    `time.monotonic()` value), the run saves after the current step and stops: returns a line that says so, else None.
+    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM, Ctrl-C, and past
+    `deadline` (a `time.monotonic()` value), the run saves after the current step and stops: returns why, else None. A
+    second Ctrl-C stops at once. When a step fails, the checkpoint that is being written is completed.
     """
     step, reason = done, None
     stream: Iterable[Any] = iter(batches) if step < total_steps else ()
-    with StopRequest(checkpointer.mesh.device, deadline) as stop:
+    with StopRequest(checkpointer.mesh.device, deadline) as stop, checkpointer:
         for batch in stream:
             start = time.perf_counter()
             step += 1
@@ -107,7 +117,7 @@ def run(
     if reason is None:
         return None
     saved = "saved, and the same command goes on from there" if config.checkpoint.save else "checkpoint.save is off"
-    return f"stopped by {reason} after step {step} of {total_steps}: {saved}"
+    return Stop(f"stopped by {reason} after step {step} of {total_steps}: {saved}", reason == INTERRUPT)
 
 
 def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:

@@ -2,15 +2,18 @@
 
 Each rank writes, hashes and flushes its own files, in a thread of its own if asked; what the ranks must agree on (has
 everybody finished? did anybody fail?) is decided in the main thread, between steps, for collectives of two threads
-would get mixed up. No process is forked and nothing is pickled.
+would get mixed up. Each rank also leaves a note of what it has written, so that a folder whose run broke off before
+that is completed without the others. No process is forked and nothing is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,12 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastrlhf.errors import UserError
-from fastrlhf.training.integrity import Entry, seal, sync_folder, write_manifest
+from fastrlhf.training.integrity import Entry, replace_text, seal, sync_folder, write_manifest
 from fastrlhf.training.shards import ShardFile
 
 Contents = dict[str, "ShardFile | str"]
 """Relative path -> tensors, or text."""
 PARTIAL, REMOVED = ".partial", ".removed"
+_NOTE = "written_"
 
 
 @contextlib.contextmanager
@@ -50,12 +54,21 @@ def describe(error: OSError | SafetensorError) -> str:
     return f"{error.filename}: {words}" if error.filename else words
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file with the mode that the umask gives every file: safetensors would let nobody else read it."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
+
+
 class Writing:
     """The writing of one folder; all ranks make it, `poll` it and `finish` it together."""
 
     def __init__(self, path: Path, contents: Contents, *, in_background: bool) -> None:
         self.path = path
         self._partial = path.with_name(path.name + PARTIAL)
+        self._note = self._partial / f"{_NOTE}{dist.get_rank():05d}_of_{dist.get_world_size():05d}.json"
         with same_outcome(f"cannot write {path}"):
             if dist.get_rank() == 0:
                 if self._partial.is_dir():
@@ -80,10 +93,11 @@ class Writing:
                 if isinstance(content, str):
                     path.write_text(content, encoding="utf-8")
                 elif content.tensors:
-                    save_file(content.tensors, path, metadata=content.metadata)
+                    save_tensors(content.tensors, path, content.metadata)
                 else:
                     continue
                 entries[name] = seal(path)
+            replace_text(self._note, json.dumps(entries))
         except (OSError, SafetensorError) as error:
             return f"rank {dist.get_rank()}: {describe(error)}"
         return entries
@@ -111,18 +125,50 @@ class Writing:
             )
         with same_outcome(f"cannot write {self.path}"):
             if dist.get_rank() == 0:
-                self._commit({name: entry for some in outcomes for name, entry in some.items()})  # type: ignore[union-attr]
+                # From the ranks themselves: their notes may be on another machine's cache of the file system.
+                _commit(self._partial, {name: entry for some in outcomes for name, entry in some.items()})  # type: ignore[union-attr]
 
-    def _commit(self, entries: dict[str, Entry]) -> None:
-        folders = sorted({name.split("/")[0] for name in entries if "/" in name})
-        for folder in folders:
-            own = {name[len(folder) + 1 :]: entry for name, entry in entries.items() if name.startswith(folder + "/")}
-            entries[f"{folder}/files.json"] = write_manifest(self._partial / folder, own)
-        write_manifest(self._partial, entries)
-        if self.path.exists():
-            remove(self.path)
-        os.replace(self._partial, self.path)
-        sync_folder(self.path.parent)
+    def finish_alone(self, patience_s: float) -> bool:
+        """`finish` without collectives, for a run that is breaking off: rank 0 waits for the others' notes, for so long
+        at most, and the others for their own files only. Whether the folder is there now, as rank 0 sees it.
+        """
+        written, end = self._written.result(), time.monotonic() + patience_s
+        if isinstance(written, str) or dist.get_rank() != 0:
+            return False
+        while not complete(self._partial):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
+
+
+def complete(partial: Path) -> Path | None:
+    """Gives an unfinished folder its name if every rank has written all of its files; the finished folder, or None.
+
+    One process calls it. Raises `OSError`.
+    """
+    notes = sorted(partial.glob(f"{_NOTE}*.json"))
+    if not notes or len(notes) < int(notes[0].stem[-5:]):
+        return None
+    entries: dict[str, Entry] = {}
+    for note in notes:
+        entries |= json.loads(note.read_text(encoding="utf-8"))
+    return _commit(partial, entries)
+
+
+def _commit(partial: Path, entries: dict[str, Entry]) -> Path:
+    for folder in sorted({name.split("/")[0] for name in entries if "/" in name}):
+        own = {name[len(folder) + 1 :]: entry for name, entry in entries.items() if name.startswith(folder + "/")}
+        entries[f"{folder}/files.json"] = write_manifest(partial / folder, own)
+    write_manifest(partial, entries)
+    for note in partial.glob(f"{_NOTE}*"):
+        note.unlink()
+    path = partial.with_name(partial.name.removesuffix(PARTIAL))
+    if path.exists():
+        remove(path)
+    os.replace(partial, path)
+    sync_folder(path.parent)
+    return path
 
 
 def remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import threading
@@ -160,6 +161,53 @@ class TestAsynchronous:
         writer.finish()
         assert (writer.folder / "latest").read_text() == "step_00000002"
         writer.finish()  # nothing is left to do
+
+    @pytest.mark.parametrize("error", [RuntimeError("a step fails"), KeyboardInterrupt()])
+    def test_what_breaks_the_run_leaves_the_checkpoint_whole(
+        self, error: BaseException, gate: threading.Event, checkpointer: Make, training: Make
+    ) -> None:
+        writer = checkpointer(asynchronous=True)
+        with pytest.raises(type(error)), writer:
+            writer.save(1, training(), {"step": 1})
+            threading.Timer(0.2, gate.set).start()
+            raise error
+        assert (writer.folder / "latest").read_text() == "step_00000001"
+        assert checkpointer().newest() == writer.path(1)
+
+    def test_a_checkpoint_that_only_lacked_its_name_is_completed_at_the_next_start(
+        self, gate: threading.Event, checkpointer: Make, training: Make
+    ) -> None:
+        gate.set()
+        killed, live = checkpointer(asynchronous=True), training()
+        killed.save(1, live, {"step": 1})
+        killed.finish()
+        killed.save(2, live, {"step": 2})
+        assert killed._writing is not None
+        killed._writing._written.result()
+        writer = checkpointer()
+        writer.prepare()
+        assert writer.newest() == writer.path(2)
+        assert not list(writer.folder.rglob("written_*"))
+        # Another rank was not done.
+        killed._writing = None
+        killed.save(3, live, {"step": 3})
+        killed._writing._written.result()
+        (partial,) = writer.folder.glob("*.partial")
+        (note,) = partial.glob("written_*")
+        note.rename(note.with_name("written_00000_of_00002.json"))
+        writer.prepare()
+        assert writer.newest() == writer.path(2) and steps_in(writer.folder) == [1, 2]
+
+    def test_files_have_the_mode_of_the_umask(self, checkpointer: Make, training: Make) -> None:
+        writer = checkpointer()
+        before = os.umask(0o027)
+        try:
+            writer.save(1, training(), {"step": 1})
+        finally:
+            os.umask(before)
+        files = [path for path in writer.path(1).rglob("*") if path.is_file()]
+        assert any(path.suffix == ".safetensors" for path in files)
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 @contextmanager

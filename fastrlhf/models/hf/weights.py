@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
@@ -25,6 +24,7 @@ from fastrlhf.models.hf.files import Tensors, open_tensors
 from fastrlhf.models.hf.mapping import Rule, Source, merge, stored_shapes, stored_tensors, tensor_map
 from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.writing import save_tensors
 
 Tensor = torch.Tensor
 MAX_FILE_BYTES = 5_000_000_000
@@ -257,7 +257,7 @@ class _Writer:
 
     def _flush(self) -> None:
         self._files.append(list(self._pending))
-        save_file(self._pending, self._partial(len(self._files)), metadata={"format": "pt"})
+        save_tensors(self._pending, self._partial(len(self._files)), {"format": "pt"})
         self._pending = {}
         self._pending_bytes = 0
 
