@@ -184,7 +184,7 @@ def test_a_token_budget_needs_a_sample_a_rank_and_a_cost() -> None:
 
 def test_the_efficiency_of_packing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     """Nine samples of 1 to 9 tokens on two ranks: 45 tokens in four micro-batches of 20, or three on one rank."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="fastrlhf")
     for size, efficiency in ((1, 45 / 60), (2, 45 / 80)):
         one = loader(9, 9, 1, 0, size, max_tokens=20, cost=_cost)
         assert one.metrics() == {}

@@ -328,7 +328,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     expected = prepare(files, tmp_path / "whole", "prompts", rules, "quarantine")
     monkeypatch.setattr("fastrlhf.data.prepare._CHUNK", 20)
     monkeypatch.setattr("fastrlhf.data.prepare._SAVE_EVERY", 30)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="fastrlhf")
     add = Spool.add
     for stop_at in (10, 60, 40):  # appends; the second is past a place that was saved
         left = iter(range(stop_at))
@@ -361,7 +361,7 @@ def test_work_of_other_settings_or_inputs_is_not_taken_up(
     with pytest.raises(UserError, match=r"data\.jsonl:31: malformed JSON"):
         prepare(path, tmp_path / "out", "prompts", OPEN)
     assert json.loads((tmp_path / "out" / ".work" / "state.json").read_text())["state"]["after"] == [0, 30]
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="fastrlhf")
     manifest = prepare(path, tmp_path / "out", "prompts", OPEN, "quarantine")
     assert not any("going on" in message for message in caplog.messages)
     assert (manifest["kept"], manifest["read"]) == (30, 31)
