@@ -123,11 +123,11 @@ class Loader(Generic[Sample, MicroBatch]):
             )
 
     def metrics(self) -> dict[str, float]:
-        """Of the last step, over all ranks: packing_efficiency, the share of the micro-batches' room that tokens fill.
-
-        Empty without a token budget.
+        """After the last step, over all ranks: epoch, the passes over the data made, and with a token budget
+        packing_efficiency, the share of the micro-batches' room that tokens fill.
         """
-        return {} if self._efficiency is None else {"packing_efficiency": self._efficiency}
+        packing = {} if self._efficiency is None else {"packing_efficiency": self._efficiency}
+        return {"epoch": self.epoch + self.cursor / len(self.dataset), **packing}
 
     def _order(self) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != self.epoch:

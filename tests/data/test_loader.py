@@ -187,11 +187,13 @@ def test_the_efficiency_of_packing_is_reported(caplog: pytest.LogCaptureFixture)
     caplog.set_level("INFO", logger="fastrlhf")
     for size, efficiency in ((1, 45 / 60), (2, 45 / 80)):
         one = loader(9, 9, 1, 0, size, max_tokens=20, cost=_cost)
-        assert one.metrics() == {}
+        assert one.metrics() == {"epoch": 0}
         steps = iter(one)
         next(steps), next(steps)
-        assert one.metrics() == {"packing_efficiency": efficiency}
+        assert one.metrics() == {"epoch": 2, "packing_efficiency": efficiency}
     assert caplog.messages[1:] == [
         "packing: 9 samples of 45 tokens in 4 micro-batches of at most 20, 56.2% of their room used"
     ]
-    assert loader(9, 9, 1).metrics() == {}
+    halves = loader(10, 4, 1)
+    steps = iter(halves)
+    assert [halves.metrics() for _ in (next(steps), next(steps), next(steps))] == [{"epoch": 1.4}] * 3
