@@ -3,7 +3,8 @@
 A candidate is two functions: `prepare` makes what one call starts from (untimed), `call` is timed on it.
 On a GPU three clocks: "cold" (device time, L2 flushed before each call), "hot" (device time, no flush) and "wall" (host
 time a call when many follow each other). Device clocks hold the GPU back until the host has queued everything, so that
-slow launching is not counted there; "wall" is where it shows. On a CPU: "wall", one call at a time.
+slow launching is not counted there; "wall" is where it shows. On a CPU "wall" alone. A call shorter than a millisecond
+is timed twenty in a row: waking threads that slept through another candidate's turn takes as long as such a call.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _device_ms(candidate: Candidate, hold_ms: float, flush: torch.Tensor | None)
 
 
 def _back_to_back_ms(candidate: Candidate, device: torch.device, calls: int) -> float:
-    """Host time a call, `calls` in a row: what a training loop pays for launching."""
+    """Host time a call, `calls` in a row: what a training loop pays for launching and waking."""
     states = [candidate.prepare() for _ in range(calls)]
     synchronize(device)
     start = time.perf_counter()
@@ -106,8 +107,6 @@ def _samplers(
     for candidate in candidates:
         times = [_host_ms(candidate, device) for _ in range(max(warmup, 1))]
         first.append(min(times))
-    if device.type == "cpu":
-        return [lambda c=c: _host_ms(c, device) for c in candidates]
     if clock == "wall":
         # many states at once would not fit for big calls, and launching is no cost there
         calls = [20 if ms < 1 else 1 for ms in first]
