@@ -101,7 +101,7 @@ def test_micro_batches_do_not_change_scores(configure: Callable[..., Config], tr
         folder / "valid.jsonl", load_tokenizer(folder / "tokenizer"), max_prompt_tokens=24, max_response_tokens=24
     )
     mesh = meshes.initialize(config.parallel, 0)
-    stage = launch.Parts(config, mesh).saved_stage(str(trained), "scalar").train()
+    stage = launch.Parts(config, mesh).saved_stage(str(trained)).train()
     ways: list[dict[str, Any]] = [
         {"micro_batch_size": 1},
         {"micro_batch_size": 7, "shared_prompt": False},
