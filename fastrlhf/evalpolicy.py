@@ -21,10 +21,10 @@ from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.tokenize import encode_plain, encode_prompts, load_tokenizer, prompt_text, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.comparison import Judged, compare, pair_records, write_comparison, write_selection
-from fastrlhf.evaluation.report import read_metrics
+from fastrlhf.evaluation.report import read_metrics, write_json
 from fastrlhf.generation.sample import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import find_model, is_hugging_face, load_saved
+from fastrlhf.models.loading import check_vocabulary, find_model, is_hugging_face, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -49,7 +49,7 @@ def winrate(config: Config) -> dict[str, Any]:
     if mesh.rank == 0:
         out = Path(config.output_dir)
         pairs = pair_records([prompt.prompt for prompt in evaluation.prompts], ours, theirs)
-        _write_json(out / "winrate.json", results)
+        write_json(out / "winrate.json", results)
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
         (out / "pairs.jsonl").write_text(lines, encoding="utf-8")
         page = write_comparison(out / "winrate.html", results, pairs)
@@ -92,7 +92,7 @@ def select(config: Config) -> dict[str, Any]:
     best = max(rows, key=lambda row: row["score"])["step"]
     results = {"run": str(out), "best": best, **evaluation.described(), "checkpoints": rows}
     if mesh.rank == 0:
-        _write_json(out / "select.json", results)
+        write_json(out / "select.json", results)
         replace_text(out / "checkpoints" / "best", f"step_{best:08d}")
         page = write_selection(out / "select.html", results)
         print(f"{page}: step {best} is best; model.load={out / 'checkpoints' / 'best'} starts from it")
@@ -115,7 +115,7 @@ class _Evaluation:
             saved = find_model(config.eval.reward_model)
             if saved.head != "scalar":
                 raise UserError(f"eval.reward_model {saved.path} is no reward model; give one that fastrlhf rm trained")
-            _check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
+            check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
             self.reward = load_saved(saved, mesh, "scalar", config.model.dtype)
 
     def described(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class _Evaluation:
         tokenizer, folder = self.tokenizer, self.config.data.tokenizer
         if is_hugging_face(saved.path) and saved.tokenizer:
             tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
-        _check_vocabulary(saved, tokenizer, folder)
+        check_vocabulary(saved, tokenizer, folder)
         stage = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
@@ -185,14 +185,6 @@ class _Evaluation:
         return [scores[i : i + copies] for i in range(0, len(scores), copies)]
 
 
-def _check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
-    if saved.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer {folder} "
-            f"{len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
-        )
-
-
 def _line(row: dict[str, Any]) -> str:
     low, high = row["score_ci95"]
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
@@ -200,8 +192,3 @@ def _line(row: dict[str, Any]) -> str:
         f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})  {row['tokens']:.1f} tokens"
         f"  {row['cut_off']:.1%} cut off{loss}"
     )
-
-
-def _write_json(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ eval_rm_folds.json and eval_rm_folds.html beside one training run for each fold.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -20,9 +19,10 @@ from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
+from fastrlhf.evaluation.report import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import find_model, load_saved
+from fastrlhf.models.loading import check_vocabulary, find_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -46,17 +46,13 @@ def evaluate(config: Config) -> dict[str, Any]:
         run = launch.Parts(config, mesh)
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
-        if saved.vocab_size < len(run.tokenizer):
-            raise UserError(
-                f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-                f"{config.data.tokenizer} {len(run.tokenizer)} tokens; set data.tokenizer={saved.tokenizer}"
-            )
+        check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
         results = _judge(config, mesh, load_saved(saved, mesh, "scalar", config.model.dtype), rankings)
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
     results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
     out = Path(config.output_dir)
     if mesh.rank == 0:
-        _write(results, out / "eval_rm.json")
+        write_json(out / "eval_rm.json", results)
         page = write_reward_report(results, out / "eval_rm.html")
         accuracy, longer = results["accuracy"], results["length_rule"]
         print(
@@ -100,7 +96,7 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     results = _summary(rows, by)
     if mesh.rank == 0:
         out, held_out_rate = Path(config.output_dir), results["held_out"]
-        _write(results, out / "eval_rm_folds.json")
+        write_json(out / "eval_rm_folds.json", results)
         page = write_folds_report(results, out / "eval_rm_folds.html")
         print(
             f"{page}: accuracy on groups left out {held_out_rate['mean']:.3f} (standard deviation "
@@ -156,8 +152,3 @@ def _check_fits(rankings: Sequence[TokenizedRanking], max_positions: int, what: 
             f"a prompt and its response have {longest} tokens, and {what} has {max_positions} positions; lower "
             "data.max_prompt_tokens or data.max_response_tokens"
         )
-
-
-def _write(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -179,6 +179,12 @@ def framed(title: str, chart: str, caption: str = "", legend: Mapping[str, int] 
     return f"<figure><h3>{escape(title)}</h3>{above}{chart}{below}</figure>"
 
 
+def write_json(path: Path, results: Mapping[str, object]) -> None:
+    """The numbers of a page, for programs; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
 def read_metrics(path: Path) -> Metrics:
     """The numeric columns of a metrics.jsonl: name -> (steps, values), without "step" and "time".
 

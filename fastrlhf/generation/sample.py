@@ -20,7 +20,7 @@ from fastrlhf.config import Config
 from fastrlhf.data.records import Prompt, read_records
 from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
-from fastrlhf.generation.engine import Generated, generate, generate_all
+from fastrlhf.generation.engine import Generated, generate_all
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import find_model, load_saved
@@ -78,8 +78,7 @@ def sample(
         missing = {i: wanted[i] - len(found[i]) for i in mine}
         # One id for each prompt, round and copy, whichever rank draws it.
         draws = [(i, (i * ROUNDS + attempt) * most + j) for i in mine for j in range(missing[i])]
-        responses: list[str] = [""] * len(draws)
-        for response in generate(
+        responses = generate_all(
             stage,
             [encoded[i] for i, _ in draws],
             params,
@@ -88,9 +87,9 @@ def sample(
             slots=slots,
             tokenizer=tokenizer,
             ids=[identity for _, identity in draws],
-        ):
-            responses[response.index] = _text(tokenizer, response, params.stop)
-        for (i, _), text in zip(draws, responses, strict=True):
+        )
+        for (i, _), response in zip(draws, responses, strict=True):
+            text = _text(tokenizer, response, params.stop)
             if text.strip() and text not in found[i]:
                 found[i].append(text)
     return _write(Path(out), prompts, _everyones(mesh, found), _everyones(mesh, wanted), is_writer=mesh.rank == 0)

@@ -6,7 +6,7 @@ Left out on purpose: models whose shape the configuration gives (`launch.Parts.s
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
@@ -35,6 +35,15 @@ def find_model(path: str | Path) -> SavedModel:
     assert model.vocab_size is not None
     tokenizer = str(path) if (path / "tokenizer_config.json").is_file() else ""
     return SavedModel(path=path, model=model, vocab_size=model.vocab_size, head=head_from_hf(path), tokenizer=tokenizer)
+
+
+def check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
+    """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not."""
+    if saved.vocab_size < len(tokenizer):
+        raise UserError(
+            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer {folder} "
+            f"{len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
+        )
 
 
 def load_saved(

@@ -6,7 +6,6 @@ tanh. Left out on purpose: GPUs (megatron-core has fused activations there) and 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrlhf.ops.dispatch import _cpu_problem
+from fastrlhf.ops.dispatch import has_cpu_body
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:
@@ -42,12 +41,5 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     x [N, H] and bias [H] of one dtype -> [N, H] of that dtype, computed in fp32; x is kept for the backward, which
     gives the gradients of both in one pass. Without the C++ extension, and in float64, torch's operators.
     """
-    return _BiasGelu.apply(x, bias) if _is_compiled(x, bias) else bias_gelu_ref(x, bias)
-
-
-def _is_compiled(x: Tensor, bias: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype != bias.dtype or x.dtype == torch.float64 or not x.is_contiguous():
-        return False
-    if os.environ.get("FASTRLHF_BACKEND", "auto") not in ("", "auto", "cpu"):
-        return False
-    return _cpu_problem() is None and hasattr(torch.ops.fastrlhf_cpu, "bias_gelu")
+    compiled = x.dtype == bias.dtype and x.is_contiguous() and has_cpu_body("bias_gelu", x)
+    return _BiasGelu.apply(x, bias) if compiled else bias_gelu_ref(x, bias)

@@ -89,6 +89,13 @@ def _cpu_problem(device: torch.device | None = None) -> str | None:
     return None
 
 
+def has_cpu_body(name: str, tensor: Tensor) -> bool:
+    """Whether torch.ops.fastrlhf_cpu.<name>, which has no body on a GPU, runs on `tensor`."""
+    if os.environ.get("FASTRLHF_BACKEND", "auto") not in ("", "auto", "cpu") or tensor.dtype == torch.float64:
+        return False
+    return _cpu_problem(tensor.device) is None and hasattr(torch.ops.fastrlhf_cpu, name)
+
+
 class Kernel:
     """A raw function and its bodies; `on(tensor, backend)` gives the one to call.
 

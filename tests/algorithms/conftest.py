@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny_ppo.py and the golden iteration, which tests import
 
 import tiny_ppo
+
+from fastrlhf.parallel import mesh as meshes
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
 
@@ -51,3 +54,17 @@ def torchrun() -> Callable[..., None]:
         launch([sys.executable, *ranks, script, *arguments])
 
     return run
+
+
+@pytest.fixture
+def build(tiny: Path) -> Iterator[Callable[..., Any]]:
+    """build(section={...}) -> the PPO object of a tiny run, its prompts in `first_prompts`."""
+
+    def make(**sections: dict[str, Any]) -> Any:
+        chosen = tiny_ppo.config(tiny, **sections)
+        ppo, prompts = tiny_ppo.build(tiny_ppo.mesh_of(chosen), chosen)
+        ppo.first_prompts = [prompt for micro_batch in prompts for prompt in micro_batch]
+        return ppo
+
+    yield make
+    meshes.finalize()  # groups of processes keep threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from fastrlhf.algorithms.rewards import load_reward_function
 from fastrlhf.algorithms.rollouts import gather, texts
 from fastrlhf.config import require
 from fastrlhf.errors import UserError
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.training.checkpoint import describe_model
 
 Make = Callable[..., Any]
@@ -49,18 +48,11 @@ number = 3
 
 
 @pytest.fixture
-def build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def build(build: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """`build` of conftest.py, with the module tiny_rewards to be named in settings."""
     (tiny / "tiny_rewards.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tiny))
-
-    def make(**sections: dict[str, Any]) -> Any:
-        chosen = tiny_ppo.config(tiny, **sections)
-        ppo, prompts = tiny_ppo.build(tiny_ppo.mesh_of(chosen), chosen)
-        ppo.first_prompts = [prompt for micro_batch in prompts for prompt in micro_batch]
-        return ppo
-
-    yield make
-    meshes.finalize()  # groups of processes keep threads
+    return build
 
 
 def scores(ppo: Any) -> torch.Tensor:

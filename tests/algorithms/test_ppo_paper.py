@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,6 @@ from fastrlhf.parallel import mesh as meshes
 from fastrlhf.training.checkpoint import describe_model, load_model
 
 Build = Callable[..., Any]
-
-
-@pytest.fixture
-def build(tiny: Path) -> Iterator[Build]:
-    """build(section={...}) -> the PPO object of a tiny run, its prompts in `first_prompts`."""
-
-    def make(**sections: dict[str, Any]) -> Any:
-        chosen = tiny_ppo.config(tiny, **sections)
-        ppo, prompts = tiny_ppo.build(tiny_ppo.mesh_of(chosen), chosen)
-        ppo.first_prompts = [prompt for micro_batch in prompts for prompt in micro_batch]
-        return ppo
-
-    yield make
-    meshes.finalize()  # groups of processes keep threads
 
 
 def made_rollouts(ppo: Any) -> Rollouts:
