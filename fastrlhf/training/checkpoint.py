@@ -85,8 +85,8 @@ class Checkpointer:
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Makes the folder, or says at once that it cannot be written; removes completes or removes what an
-        interrupted run left.
+        """Makes the folder, or says at once that it cannot be written; completes or removes what an interrupted
+        run left.
         """
         with same_outcome("checkpoint.save is on, but the folder cannot be written"):
             if self.mesh.rank == 0:
