@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.machine import synchronize
 from bench.stats import Spread, spread, turns
+from fastrlhf.ops import backends
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU so far
 GPU_CLOCKS = ("cold", "hot", "wall")
@@ -137,7 +138,10 @@ def interleaved(candidates: Sequence[Candidate], device: torch.device, clock: st
 
 
 def peak_extra_bytes(candidate: Candidate, device: torch.device) -> int:
-    """The most memory of torch's allocator that one call holds at a time beyond what was there before it."""
+    """The most memory of torch's allocator that one call holds at a time beyond what was there before it.
+
+    What the C++ kernels keep of earlier calls is freed first, or it would not count.
+    """
     state = candidate.prepare()
     synchronize(device)
     if device.type == "cuda":
@@ -147,6 +151,8 @@ def peak_extra_bytes(candidate: Candidate, device: torch.device) -> int:
         synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    if backends()["cpu"]["available"]:
+        torch.ops.fastrlhf_cpu.release()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         result = candidate.call(state)
     del result

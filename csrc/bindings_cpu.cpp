@@ -106,7 +106,9 @@ Rows rows_of(const Tensor& x) {
 
 Rows rows_of(const Maybe& x) { return x ? rows_of(*x) : Rows{nullptr, 1, 0, 0}; }
 
-Tensor empty(std::initializer_list<int64_t> sizes) { return OutputPool::instance().empty(sizes); }
+Tensor empty(std::initializer_list<int64_t> sizes) {
+  return OutputPool::instance().empty(sizes, ScalarType::Float, sizeof(float));
+}
 
 // Contiguous per-token tensors [count] of one dtype.
 template <class T>
@@ -253,6 +255,13 @@ void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe ma
                    kernels.kl_backward(args, begin, end);
                  });
 }
+
+Tensor reused(const Tensor like, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0, "fastrlhf_cpu: expected sizes of 0 or more");
+  return OutputPool::instance().empty({rows, columns}, like.scalar_type(), static_cast<int64_t>(like.element_size()));
+}
+
+void release() { OutputPool::instance().release(); }
 
 double scalar(const Tensor& x) {
   const Tensor wide = torch::stable::to(x, ScalarType::Double);
@@ -427,6 +436,8 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor grad, const Tensor x,
 
 STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
   m.def("isa() -> str");
+  m.def("release() -> ()");
+  m.def("reused(Tensor like, int rows, int columns) -> Tensor");
   m.def(
       "logprob_statistics(Tensor rows, Tensor labels, Tensor? mask, float temperature, int vocab_start, int columns)"
       " -> Tensor");
@@ -452,9 +463,13 @@ STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("release", TORCH_BOX(&release));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CPU, m) {
+  m.impl("reused", TORCH_BOX(&reused));
   m.impl("logprob_statistics", TORCH_BOX(&logprob_statistics));
   m.impl("logprob_backward", TORCH_BOX(&logprob_backward));
   m.impl("logits_kl_statistics", TORCH_BOX(&logits_kl_statistics));

@@ -4,9 +4,9 @@
 // 4 KiB page of those is then faulted in and cleared, which costs such an op more than its arithmetic. torch's allocator
 // for GPUs keeps freed blocks for the same reason. Blocks come from torch's CPU allocator and count in its statistics.
 //
-// FASTRLHF_POOL_MB (default 256, 0: off; read once) bounds the free bytes kept, over all sizes; the blocks that were
-// given back the longest time ago go first. Left out on purpose: blocks of more than 64 MiB, beside whose arithmetic
-// the pages are cheap, and of less than 256 KiB, which malloc keeps by itself.
+// FASTRLHF_POOL_MB (default 512, 0: off; read once) bounds the free bytes kept, over all sizes; the blocks that were
+// given back the longest time ago go first. Left out on purpose: blocks of more than half of that, which would push out
+// all others, and of less than 256 KiB, which malloc keeps by itself.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,6 +23,8 @@
 namespace fastrlhf {
 
 class OutputPool {
+  using ScalarType = torch::headeronly::ScalarType;
+
  public:
   // Never destroyed: tensors may outlive the static objects of this library.
   static OutputPool& instance() {
@@ -30,31 +32,37 @@ class OutputPool {
     return *pool;
   }
 
-  // An uninitialised contiguous fp32 tensor. Its storage cannot be resized.
-  torch::stable::Tensor empty(std::initializer_list<int64_t> sizes) {
-    constexpr int64_t least = 256 << 10, most = 64 << 20;
+  // An uninitialised contiguous tensor. Its storage cannot be resized.
+  torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int64_t element_size) {
+    constexpr int64_t least = 256 << 10;
     const std::vector<int64_t> shape(sizes);
-    int64_t bytes = sizeof(float);
+    int64_t bytes = element_size;
     for (const int64_t size : shape) bytes *= size;
-    if (limit_ == 0 || bytes < least || bytes > most) return torch::stable::empty({shape.data(), shape.size()}, kFloat);
+    if (bytes < least || bytes > limit_ / 2) return torch::stable::empty({shape.data(), shape.size()}, dtype);
 
     std::vector<int64_t> strides(shape.size());
     int64_t stride = 1;
     for (size_t i = shape.size(); i-- > 0; stride *= shape[i]) strides[i] = stride;
     const torch::stable::Tensor block = take(bytes);
     return torch::stable::from_blob(block.data_ptr(), {shape.data(), shape.size()}, {strides.data(), strides.size()},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), kFloat,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                     [this, block](void*) { give_back(block); });
   }
 
- private:
-  static constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+  // Frees the blocks that no tensor uses.
+  void release() {
+    std::list<torch::stable::Tensor> dropped;  // freed after the lock is
+    const std::lock_guard<std::mutex> lock(mutex_);
+    dropped.swap(free_);
+    kept_ = 0;
+  }
 
+ private:
   static int64_t bytes_of(const torch::stable::Tensor& block) { return block.numel(); }
 
   static int64_t limit_from_environment() {
     const char* text = std::getenv("FASTRLHF_POOL_MB");
-    if (text == nullptr || *text == '\0') return int64_t{256} << 20;
+    if (text == nullptr || *text == '\0') return int64_t{512} << 20;
     char* end = nullptr;
     const long long megabytes = std::strtoll(text, &end, 10);
     STD_TORCH_CHECK(*end == '\0' && megabytes >= 0 && megabytes < (1LL << 40), "FASTRLHF_POOL_MB=", text,
@@ -80,7 +88,7 @@ class OutputPool {
         return block;
       }
     }
-    return torch::stable::empty({&bytes, 1}, torch::headeronly::ScalarType::Byte);
+    return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
   }
 
   void give_back(const torch::stable::Tensor& block) {

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import checks, collectives
-from fastrlhf.ops.linear_chunks import CountedRows, Gradients, as_matrix, divided, head, logits_fit, scaled, unit_of
+from fastrlhf.ops.linear_chunks import (
+    CountedRows,
+    Gradients,
+    as_matrix,
+    divided,
+    head,
+    logits_fit,
+    reused,
+    scaled,
+    unit_of,
+)
 from fastrlhf.ops.logprob import (
     BACKWARD,
     STATISTICS,
@@ -67,7 +77,7 @@ def _linear_logprobs(
     # ones where rows are left out: finite, and replaced by zeros in outputs_from
     stats = torch.ones(4, tokens, dtype=dtype, device=hidden.device)
     kept = hidden.new_empty((_kept_rows(labels, counted), width) if keep_logits else 0)  # those that count come first
-    buffer = hidden.new_empty(0 if keep_logits else rows.step, width)
+    buffer = reused(hidden, 0 if keep_logits else rows.step, width)
     for at in rows:
         logits = head(rows.chunk(at), weight, bias, out=kept[at] if keep_logits else buffer[: at.stop - at.start])
         body = STATISTICS.on(logits, backend, sharded=bool(group_name))
@@ -109,7 +119,7 @@ def _linear_logprobs_backward(
     unit = unit_of(rows, *upstream)
     per_token = [*(flat(t) for t in (row_max, row_sum, entropy)), *(divided(g, unit) for g in upstream)]
     gradients = Gradients(rows, weight, needs)
-    buffer = hidden.new_empty(rows.step, width)
+    buffer = reused(hidden, rows.step, width)
     for at in rows:
         chunk, out = rows.chunk(at), buffer[: at.stop - at.start]
         # kept logits survive, for a second backward; recomputed ones are overwritten

@@ -23,6 +23,7 @@ from fastrlhf.ops.linear_chunks import (
     divided,
     head,
     one_behind,
+    reused,
     saved_are_spare,
     scaled,
     unit_of,
@@ -86,7 +87,8 @@ def _chunk_logits(
     group_name: str, backend: str, d_logp: Tensor | None,
 ) -> Iterator[_Chunk]:  # fmt: skip
     alive = 2 if group_name else 1  # chunks whose logits are held at a time
-    buffers = rows.hidden.new_empty(alive, rows.step, weight.shape[0])
+    width = weight.shape[0]
+    buffers = reused(rows.hidden, alive * rows.step, width).view(alive, rows.step, width)
     chosen = STATISTICS.choose(buffers, backend, sharded=bool(group_name))
     for i, at in enumerate(rows):
         chunk, labels, mask = rows.chunk(at), rows.take(labels_N, at), rows.take(rows.mask, at)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import gae, pairwise_ranking_loss, ppo_loss
+from fastrlhf.ops import gae, linear_cross_entropy, pairwise_ranking_loss, ppo_loss
 from fastrlhf.ops.advantage import _gae_torch, _shaped_gae_torch
 from fastrlhf.ops.ppo import _ppo_loss_torch
 from fastrlhf.ops.ranking import _ranking_loss_torch
@@ -253,6 +253,31 @@ def test_freed_outputs_are_used_again_and_live_ones_never(built: None) -> None:
     assert part.data_ptr() - 3 * 512 * 4 not in {t.data_ptr() for pair in again for t in pair}
     assert len(addresses & {t.data_ptr() for pair in again for t in pair}) == 3
     assert torch.equal(part, expected[1][0][3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(built: None, dtype: torch.dtype) -> None:
+    """The weight's gradient is 1 MiB in fp32, and so are the logits of 256 rows."""
+    hidden, weight = torch.randn(256, 256).to(dtype), torch.randn(1024, 256).to(dtype)
+    labels, mask = torch.arange(256), torch.ones(256, dtype=torch.bool)
+
+    def gradient() -> Tensor:
+        leaf = weight.detach().requires_grad_()
+        linear_cross_entropy(hidden, leaf, labels, mask, backend="cpu").backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    first = gradient()
+    kept = first.clone()
+    second = gradient()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, kept) and torch.equal(second, kept)
+    if dtype == torch.float32:  # in bf16 it is scaled and rounded into memory of its own
+        address = second.data_ptr()
+        del second
+        assert gradient().data_ptr() == address
+    torch.ops.fastrlhf_cpu.release()
+    assert torch.equal(gradient(), first)
 
 
 def test_a_bad_size_of_the_pool_is_named(built: None, root: Path) -> None:
