@@ -165,6 +165,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
         parallel.tensor,
         parallel.pipeline,
         distributed_timeout_minutes=parallel.timeout_s / 60,
+        create_gloo_process_groups=False,  # for megatron's own checkpoints, which are not used
     )
     mesh = _describe(device, parallel)
     seed_generators(mesh, seed)

@@ -40,26 +40,30 @@ class Learner:
         config = stage.config
         lr = lr or optimizer.lr
         min_lr = 0.0 if schedule.decay == "constant" else lr * schedule.min_lr_ratio
-        overlap = mesh.device.type == "cuda" and mesh.data_size > 1
         # On its own, a rank would only copy gradients and weights from and to itself.
-        sharded = optimizer.distributed and mesh.data_size > 1
+        shared = mesh.data_size > 1
+        sharded = optimizer.distributed and shared
         self.ddp = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=sharded,
-                overlap_grad_reduce=overlap,
+                overlap_grad_reduce=shared,
+                # megatron would gather the weights in hooks of the training forward; rollouts, the LM head and the
+                # running average read them without it.
                 overlap_param_gather=False,
             ),
             stage,
         )
         self.optimizer = get_megatron_optimizer(
-            _megatron_optimizer(optimizer, config, lr, min_lr, sharded=sharded), [self.ddp]
+            _megatron_optimizer(optimizer, config, lr, min_lr, sharded=sharded),
+            [self.ddp],
+            use_gloo_process_groups=False,
         )
         _allocate_state(self.optimizer)
         self.scheduler = _scheduler(self.optimizer, schedule, lr, min_lr, optimizer.weight_decay, total_steps)
         config.grad_scale_func = self.optimizer.scale_loss
-        config.no_sync_func = self.ddp.no_sync if overlap else None
+        config.no_sync_func = self.ddp.no_sync if shared else None
 
     def accumulate(
         self, batches: Sequence[Any], head: Callable[[torch.Tensor, Any], Any]
@@ -136,16 +140,16 @@ def torch_adams(optimizer: Any) -> Iterator[torch.optim.Adam]:
 
 
 def _allocate_state(optimizer: Any) -> None:
-    """Gives torch's Adam its state now, as its first step would: megatron neither saves nor loads a state that is not
-    there.
+    """Gives torch's Adam its state now, as its first step would, for megatron neither saves nor loads a state that is
+    not there; and its fused kernel: one pass over memory, and no temporaries of the size of the weights.
     """
     for adam in torch_adams(optimizer):
         for group in adam.param_groups:
-            # One pass over memory in place of ten; on a GPU torch's default launches for many parameters at once.
-            group["fused"] = all(parameter.device.type == "cpu" for parameter in group["params"]) or None
+            group["fused"] = True
             for parameter in group["params"]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+                # The fused kernel reads the count on the parameter's device.
+                adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def _megatron_optimizer(

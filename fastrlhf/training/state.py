@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors.torch import load_file
 
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.optimizer import torch_adams
 from fastrlhf.training.shards import Tensor, Values
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -96,12 +95,12 @@ def restore_learner(learner: Any, state: dict[str, Any]) -> None:
     learner.scheduler.step(increment=updates)
     if loss_scale is not None:
         part.grad_scaler.load_state_dict({**loss_scale, "scale": torch.tensor([loss_scale["scale"]])})
-    for group in part.optimizer.param_groups:
-        if "step" in group:  # Transformer Engine's and apex's Adam count here
-            group["step"] = updates
-    for adam in torch_adams(learner.optimizer):
-        for values in adam.state.values():
+    if isinstance(part.optimizer, torch.optim.Adam):
+        for values in part.optimizer.state.values():
             values["step"].fill_(updates)
+    else:  # Transformer Engine's and apex's Adam count in the group, which lacks the count until their first step
+        for group in part.optimizer.param_groups:
+            group["step"] = updates
 
 
 def generator_states(mesh: Mesh) -> dict[str, Tensor]:

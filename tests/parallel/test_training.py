@@ -33,14 +33,14 @@ def results(ran: Path, layout: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def serial(request: pytest.FixtureRequest, script: ModuleType, mesh: Mesh) -> dict[str, Any]:
     """One rank's gradients, steps and weights, with tied and with untied embeddings."""
-    return {"kind": request.param} | script.three_steps(mesh, request.param, distributed=False)
+    return {"kind": request.param} | script.two_steps(mesh, request.param, distributed=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestLayouts:
     def test_losses_and_gradient_norms(self, layout: str, serial: dict[str, Any], ran: Path) -> None:
         steps = results(ran, layout)[serial["kind"]]
-        assert len(steps) == len(serial["steps"]) == 3
+        assert len(steps) == len(serial["steps"]) == 2
         for ours, expected in zip(steps, serial["steps"], strict=True):
             assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
             assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
@@ -53,7 +53,7 @@ class TestLayouts:
             assert (gradients[name] - expected).abs().max() <= 1e-6 + 1e-5 * expected.abs().max(), name
             assert expected.abs().max() > 1e-4, name
 
-    def test_weights_after_three_steps(self, layout: str, serial: dict[str, Any], ran: Path) -> None:
+    def test_weights_after_two_steps(self, layout: str, serial: dict[str, Any], ran: Path) -> None:
         weights = load_file(ran / layout / f"{serial['kind']}.weights.safetensors")
         assert weights.keys() == serial["weights"].keys()
         for name, expected in serial["weights"].items():
@@ -76,14 +76,14 @@ def test_half_precision_trains_like_fp32(dtype: str, ran: Path, script: ModuleTy
     assert half["moved"] and half["agree"]
     assert not any(step.get("skipped") for step in half["steps"])
     training = script.Training(mesh, script.ModelConfig(**script.MODELS["tied"], dtype="fp32"))
-    for ours, exact in zip(half["steps"], training.steps([0] * 8), strict=True):
+    for ours, exact in zip(half["steps"], training.steps([0] * 5), strict=True):
         assert ours["loss"] == pytest.approx(exact["loss"], rel=1e-2)  # bf16 keeps 8 bits: 0.4 % a rounding
 
 
 def test_fp16_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(ran: Path) -> None:
     overflow = results(ran, "both-sequence")["fp16.overflow"]
     assert overflow["agree"] and not overflow["moved"]
-    assert [step["skipped"] for step in overflow["steps"]] == [1.0] * 5
+    assert [step["skipped"] for step in overflow["steps"]] == [1.0] * 3
     assert len({step["loss"] for step in overflow["steps"]}) == 1
     assert len({step["lr"] for step in overflow["steps"]}) == 1  # a skipped step does not move the schedule
     assert overflow["steps"][-1]["loss_scale"] < overflow["steps"][0]["loss_scale"]
