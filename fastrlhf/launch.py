@@ -6,16 +6,18 @@ loop, and writes the run's report.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from fastrlhf.algorithms.ppo import PPO, Models
 from fastrlhf.algorithms.rewards import Rewards, load_reward_function
@@ -38,7 +40,7 @@ from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.tokenize import load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import write_run_report
-from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.gpt import GPT, build_model, initialize_weights
 from fastrlhf.models.loading import find_model, load_saved, without_dropout
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
@@ -73,27 +75,54 @@ def train_job(command: str, config: Config, build: Callable[[Parts], Job]) -> Jo
     start = time.monotonic()
     require(config, command)
     mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s):
+    with Watchdog(config.parallel.timeout_s), _own_folder(Path(config.output_dir), mesh):
         with phase("start-up"):
             for sizes in _BATCHES[command]:
                 check_batch(config, mesh.data_size, sizes)
+            _find_models(command, config)
             job = build(Parts(config, mesh))
         finished = _loop(command, config, mesh, job, start)
     dist.barrier()
     return job if finished else None
 
 
-def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> bool:
-    """Whether the last step was reached."""
-    out = Path(config.output_dir)
+@contextlib.contextmanager
+def _own_folder(out: Path, mesh: Mesh) -> Iterator[None]:
+    """Makes the folder and locks it: two runs would remove each other's checkpoints. A kill frees the lock."""
+    lock = FileLock(out / ".lock", timeout=0)
     with same_outcome(f"output_dir {out} cannot be written"):
         if mesh.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "config.yaml").write_text(dump_config(config))
+            try:
+                lock.acquire()
+            except Timeout:
+                raise OSError(f"another run is writing it (it holds {lock.lock_file}); give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _find_models(command: str, config: Config) -> None:
+    """A misspelt path is told before an hour of tokenizing, not after."""
+    paths = [config.model.load]
+    if command == "ppo":
+        paths += [*config.ppo.reward_models, config.ppo.value_model]
+    for path in paths:
+        if path is not None:
+            find_model(path)
+
+
+def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> bool:
+    """Whether the last step was reached."""
+    out = Path(config.output_dir)
     checkpointer = Checkpointer(
         mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
     )
     done = loop.resume(config, job.algorithm, job.batches, checkpointer)
+    with same_outcome(f"output_dir {out} cannot be written"):
+        if mesh.rank == 0:  # not before the run there is known to be this one: its configuration would be lost
+            (out / "config.yaml").write_text(dump_config(config))
     if done >= job.total_steps:
         if mesh.rank == 0:
             asks = "raise train.steps (or train.epochs), or give another output_dir"
@@ -121,7 +150,7 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> b
     if mesh.rank == 0:
         if stopped is not None:
             print(stopped.line, file=sys.stderr)
-        write_run_report(out)
+        print(f"{write_run_report(out)}: {command} after step {log.step} of {job.total_steps}")
     if stopped is not None and stopped.interrupted:
         raise KeyboardInterrupt
     return stopped is None
@@ -211,7 +240,10 @@ class Parts:
 
     def stage(self, model: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
         """The model of the `model` section: from its checkpoint, from a Hugging Face folder, or fresh."""
-        stage = build_model(model, self.mesh, self.vocab_size, head=head, seed=self.config.train.seed)
+        fresh, seed = model.load is None and model.hf is None, self.config.train.seed
+        stage = build_model(model, self.mesh, self.vocab_size, head=head, seed=seed if fresh else None)
+        if not fresh:  # drawing billions of weights to throw them away takes minutes; a scalar head may stay
+            initialize_weights(stage, seed, "score.")
         if model.load is not None:
             saved = describe_model(model.load)
             _check_same_shape(model, self.vocab_size, saved)

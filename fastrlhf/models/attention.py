@@ -2,8 +2,9 @@
 
 A micro-batch is one row of T tokens holding S sequences back to back. `SequenceLayout` describes it and travels through
 megatron's layers as their `packed_seq_params`, so megatron needs no change and no mask of size T x T ever exists.
-Kernels, best first: flash-attn (when installed) or torch's varlen attention on a GPU in half precision, else SDPA on
-the sequences padded on the right (exact without a mask: a causal query never sees the padding behind it).
+Kernels, best first: flash-attn (when installed) or torch's varlen attention on a GPU in half precision with heads of a
+width they take, else SDPA on the sequences padded on the right (exact without a mask: a causal query never sees the
+padding behind it).
 
 Sequences may branch from a prompt that the row holds once (`data.batches.pack_branches`). The keys of a branch are its
 prompt's and its own, gathered from the row for each layer: beside the projections and the MLP, which see the prompt
@@ -26,6 +27,8 @@ from megatron.core.transformer.module import MegatronModule
 
 Tensor = torch.Tensor
 HAVE_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+_FLASH_WIDTHS = range(8, 257, 8)
+"""Widths of a head that both flash kernels take."""
 
 
 class KVCache:
@@ -248,14 +251,14 @@ def packed_attention(
     """Causal attention of q [T, heads, d] over k, v [T, kv heads, d] within each sequence of `layout` -> [T, heads,
     d].
     """
-    half_on_gpu = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    if backend == "flash" or (backend == "auto" and half_on_gpu and HAVE_FLASH_ATTN):
+    fits_flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in _FLASH_WIDTHS
+    if backend == "flash" or (backend == "auto" and fits_flash and HAVE_FLASH_ATTN):
         from flash_attn import flash_attn_varlen_func
 
         k, v = _gather_keys(k, layout), _gather_keys(v, layout)
         # Causal from the last key (flash-attn >= 2.1): the last query of a branch sees all its keys, and so on back.
         return flash_attn_varlen_func(q, k, v, *_lengths(layout), dropout_p=dropout, causal=True)
-    if backend == "auto" and half_on_gpu and dropout == 0.0:
+    if backend == "auto" and fits_flash and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = _repeat_heads(_gather_keys(k, layout), q.shape[1]), _repeat_heads(_gather_keys(v, layout), q.shape[1])

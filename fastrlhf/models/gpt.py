@@ -98,6 +98,9 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
     """megatron's configuration of `model` on `mesh`."""
     dtype = DTYPES[model.dtype]
     on_gpu = mesh.device.type == "cuda"
+    # The fused (torch.compile'd) versions pay off on a GPU; on a CPU they would start a compiler. megatron's fused GELU
+    # adds a bias and is the tanh approximation, though asked for by the exact one's name.
+    fused_gelu = on_gpu and model.activation == "gelu_tanh" and model.bias
     gelu = partial(F.gelu, approximate="tanh" if model.activation == "gelu_tanh" else "none")
     full_recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if model.recompute == "full" else {}
     return StageConfig(
@@ -113,9 +116,8 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
         gated_linear_unit=model.activation == "swiglu",
-        activation_func=F.silu if model.activation == "swiglu" else gelu,
-        # The fused (torch.compile'd) versions pay off on a GPU; on a CPU they would start a compiler.
-        bias_activation_fusion=on_gpu and model.activation == "swiglu",
+        activation_func=F.silu if model.activation == "swiglu" else F.gelu if fused_gelu else gelu,
+        bias_activation_fusion=fused_gelu or (on_gpu and model.activation == "swiglu"),
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         hidden_dropout=model.residual_dropout,
@@ -344,14 +346,17 @@ def global_names(stage: GPT) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 @torch.no_grad()
-def initialize_weights(stage: GPT, seed: int) -> None:
-    """GPT-2's initialisation: N(0, init_std), residual projections scaled by 1 / sqrt(2 * layers), norms 1, biases 0.
+def initialize_weights(stage: GPT, seed: int, prefix: str = "") -> None:
+    """GPT-2's initialisation: N(0, init_std), residual projections scaled by 1 / sqrt(2 * layers), norms 1, biases 0;
+    of the parameters whose name begins with `prefix`.
 
     Each parameter is drawn whole from a generator seeded by (seed, name) and then sharded, so that the model does not
     depend on the parallel layout. Padding rows of the vocabulary are 0.
     """
     config = stage.model_config
     for name, parameter in global_names(stage):
+        if not name.startswith(prefix):
+            continue
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:

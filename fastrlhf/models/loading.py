@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
-from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.gpt import GPT, build_model, initialize_weights
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.checkpoint import SavedModel, describe_model, load_model
@@ -64,7 +64,9 @@ def load_saved(
             f"{saved.path} is a language model: its scores would be random; give a reward model, a run of fastrlhf rm"
         )
     model = without_dropout(saved.model.model_copy(update={"dtype": dtype}))
-    stage = build_model(model, mesh, saved.vocab_size, head=head, seed=seed if head != saved.head else None)
+    stage = build_model(model, mesh, saved.vocab_size, head=head)
+    if seed is not None:
+        initialize_weights(stage, seed, "score.")
     if is_hugging_face(saved.path):
         load_hf(saved.path, stage)
     else:

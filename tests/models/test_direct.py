@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fastrlhf.config import ModelConfig
 from fastrlhf.data.batches import pack
+from fastrlhf.models import gpt
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.parallel.mesh import Mesh
 
@@ -70,3 +72,20 @@ def test_only_where_it_computes_the_same(
     stage = build(mesh, **changes).train(training)
     with torch.set_grad_enabled(grad):
         assert stage._written_out is (written_out and mesh.device.type == "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_what_a_gpu_fuses_is_the_same_arithmetic(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """megatron's fused activation and residual sum, uncompiled: its fused GELU is the tanh one."""
+    expected = gradients(build(mesh, **VARIANTS[name]), LENGTHS["mixed"])
+    of_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))
+    config = gpt.stage_config
+    monkeypatch.setattr(gpt, "stage_config", lambda model, _mesh: config(model, of_gpu))
+    monkeypatch.setattr(GPT, "_written_out", False)
+    stage = build(mesh, **VARIANTS[name])
+    assert stage.config.bias_activation_fusion and stage.config.bias_dropout_fusion
+    with torch.compiler.set_stance("force_eager"):
+        fused = gradients(stage, LENGTHS["mixed"])
+    assert fused.keys() == expected.keys()
+    for parameter, value in expected.items():
+        torch.testing.assert_close(fused[parameter], value, atol=2e-5, rtol=1e-5, msg=parameter)

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrlhf.config import ModelConfig, load_config
 from fastrlhf.data.batches import PackedBatch, pack
+from fastrlhf.models import attention, direct
 from fastrlhf.models.attention import SequenceLayout, packed_attention
 from fastrlhf.models.gpt import GPT, VOCAB_MULTIPLE, build_model, global_names
 from fastrlhf.parallel.mesh import Mesh, seed_generators
@@ -229,3 +232,22 @@ def test_shards_and_replicas_are_marked(mesh: Mesh) -> None:
         sharded = any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings"))
         sharded |= name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         assert getattr(parameter, "tensor_model_parallel", False) == sharded, name
+
+
+@pytest.mark.parametrize(
+    ("width", "varlen"), [(8, True), (128, True), (256, True), (4, False), (12, False), (264, False)]
+)
+def test_heads_that_flash_kernels_do_not_take_go_to_sdpa(
+    width: int, varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU in half precision; its tensors have no storage here."""
+    chosen = []
+    monkeypatch.setattr(attention, "HAVE_FLASH_ATTN", False)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, *_, **__: chosen.append(True) or q)
+    monkeypatch.setattr(attention, "_padded_attention", lambda q, *_: chosen.append(False) or q)
+    with direct.direct(), FakeTensorMode():  # not sent to the CPU
+        q = torch.empty(10, 4, width, dtype=torch.bfloat16, device="cuda")
+        layout = SequenceLayout.packed(torch.empty(10), torch.empty(4), 5)
+        layout.__dict__["paddings"] = (None,)
+        packed_attention(q, q, q, layout)
+    assert chosen == [varlen]

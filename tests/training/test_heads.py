@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastrlhf.errors import UserError
+from fastrlhf.models import gpt
 from fastrlhf.models.loading import find_model, load_saved
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.checkpoint import save_model
@@ -41,3 +42,14 @@ def test_a_reward_model_keeps_its_head(tmp_path: Path, training: Callable[..., A
     loaded = load_saved(find_model(tmp_path / "rm"), mesh, "scalar", "fp32", seed=5)
     for name, parameter in stage.named_parameters():
         assert torch.equal(dict(loaded.named_parameters())[name], parameter), name
+
+
+def test_only_the_head_is_drawn_where_the_body_is_loaded(
+    language_model: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing the weights of a model of billions takes minutes."""
+    drawn: list[str] = []
+    draw = gpt._draw_shard
+    monkeypatch.setattr(gpt, "_draw_shard", lambda stage, name, *rest: drawn.append(name) or draw(stage, name, *rest))
+    load_saved(find_model(language_model), mesh, "scalar", "fp32", seed=1)
+    assert drawn == ["score.weight"]
