@@ -339,3 +339,6 @@ class LogConfig(Section):
     """Responses of each PPO iteration written to samples.jsonl and shown in the report; 0: none."""
     progress: bool = True
     """Show a live progress line on rank 0."""
+    profile_step: Positive | None = None
+    """Step that torch's profiler traces on rank 0, into trace_STEP.json of the output folder (chrome://tracing,
+    Perfetto); take one after the first few. None: none."""

@@ -13,6 +13,7 @@ for _message in (
     "`load_state_dict` is deprecated",
     "all_gather_into_tensor|reduce_scatter_tensor",
     "full scope is deprecated",
+    "using the device under current context",
     "grad attribute of a Tensor that is not a leaf",
 ):
     warnings.filterwarnings("ignore", message=f".*({_message}).*")

@@ -90,7 +90,7 @@ def run(
         for batch in stream:
             start = time.perf_counter()
             step += 1
-            with phase(f"step {step}"):
+            with phase(f"step {step}"), log.traced(step):
                 metrics = algorithm.step(batch) | batches.metrics()
             metrics |= _speed(metrics, time.perf_counter() - start)
             last = step == total_steps

@@ -1,5 +1,5 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases if asked, and a progress line with an ETA on
-rank 0.
+rank 0; and the trace of a step.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
+import torch
 import yaml
 
 from fastrlhf.config import LogConfig
@@ -28,6 +29,9 @@ class MetricsLog:
     def __init__(
         self, folder: Path, log: LogConfig, *, title: str, total_steps: int, start_step: int, is_main: bool
     ) -> None:
+        self._folder = folder
+        self._profile_step = log.profile_step
+        self._opened = ExitStack()
         self._file: IO[str] | None = None
         self._writer: Any = None
         self._wandb: Any = None
@@ -38,30 +42,33 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _forget_after(path, start_step)
-        self._file = path.open("a", buffering=1)
+        self._file = self._opened.enter_context(path.open("a", buffering=1))
+        if log.wandb_project:
+            self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
+            self._opened.callback(self._wandb.finish)
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        if log.wandb_project:
-            self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
+            self._opened.callback(self._writer.close)
         if log.progress:
-            self._progress = Meter(title, total_steps, start=start_step)
+            self._progress = self._opened.enter_context(Meter(title, total_steps, start=start_step))
 
     def __enter__(self) -> MetricsLog:
-        if self._progress is not None:
-            self._progress.__enter__()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(kind, error, trace)
-        if self._writer is not None:
-            self._writer.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    @contextmanager
+    def traced(self, step: int) -> Iterator[None]:
+        """A step; the one of `log.profile_step` under torch's profiler, which leaves trace_STEP.json in the folder."""
+        if not self._is_main or step != self._profile_step:
+            yield
+            return
+        with torch.profiler.profile() as profile:
+            yield
+        profile.export_chrome_trace(str(self._folder / f"trace_{step}.json"))
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Writes `metrics` of step `step` (1 is the first) everywhere and moves the progress line.

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastrlhf.config import LogConfig
 from fastrlhf.progress import Meter
@@ -63,3 +64,14 @@ def test_a_resumed_run_is_one_run_of_weights_and_biases(tmp_path: Path, monkeypa
     first, resumed, anew = (run["id"] for run in begun)
     assert first == resumed != anew
     assert begun[0]["config"] == {"optimizer": {"lr": 0.5}} and begun[0]["resume"] == "allow"
+
+
+def test_one_step_is_traced(tmp_path: Path) -> None:
+    with _log(tmp_path, profile_step=2) as log:
+        for step in (1, 2, 3):
+            with log.traced(step):
+                torch.ones(step, step) @ torch.ones(step, step)
+    (trace,) = tmp_path.glob("trace_*.json")
+    assert trace.name == "trace_2.json"
+    names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("aten::mm") == 1
