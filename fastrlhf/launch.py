@@ -150,7 +150,9 @@ def _loop(command: str, config: Config, mesh: Mesh, job: Job, start: float) -> b
     if mesh.rank == 0:
         if stopped is not None:
             print(stopped.line, file=sys.stderr)
-        print(f"{write_run_report(out)}: {command} after step {log.step} of {job.total_steps}")
+        page = write_run_report(out)
+        if stopped is None:
+            print(f"{page}: {command} finished after step {job.total_steps}")
     if stopped is not None and stopped.interrupted:
         raise KeyboardInterrupt
     return stopped is None
