@@ -1,9 +1,7 @@
-"""One serial run and one torchrun of four ranks, shared by all tests of the algorithms."""
+"""Runs of one process and one launch of four ranks, shared by all tests of the algorithms."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +9,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_ppo.py and the golden iteration, which tests import
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one
 
+import run_layouts
 import tiny_ppo
 
 from fastrlhf.parallel import mesh as meshes
@@ -21,19 +20,12 @@ SCRIPT = Path(__file__).with_name("run_layouts.py")
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory, four_ranks: Callable[..., None]) -> Path:
     """A folder with data/, start/ (pretrained, SFT and reward model) and the metrics of every layout."""
     folder = tmp_path_factory.mktemp("algorithms")
-    launch([sys.executable, str(SCRIPT), str(folder), "serial"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    launch([*torchrun, str(SCRIPT), str(folder), "parallel"])
+    run_layouts.one_process(folder)
+    four_ranks(SCRIPT, folder)
     return folder
-
-
-def launch(command: list[str], timeout: float = 300) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +35,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_ppo.make_data(folder)
     tiny_ppo.save_reward_model(folder, tiny_ppo.mesh_of(tiny_ppo.config(folder)))
     return folder
-
-
-@pytest.fixture(scope="session")
-def torchrun() -> Callable[..., None]:
-    """torchrun(script, *arguments): four ranks."""
-
-    def run(script: str, *arguments: str) -> None:
-        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        launch([sys.executable, *ranks, script, *arguments])
-
-    return run
 
 
 @pytest.fixture

@@ -1,30 +1,38 @@
 """Trains SFT, RM and PPO-ptx: a few steps under several layouts for test_layouts.py, more for test_learning.py.
 
-python run_layouts.py WORKSPACE serial
-torchrun --nproc-per-node 4 run_layouts.py WORKSPACE parallel
+`one_process(WORKSPACE)` comes first; torchrun --nproc-per-node 4 run_layouts.py WORKSPACE goes on from it.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from fastrlhf import evalrm
+from fastrlhf import evalrm, launch
 from fastrlhf.config import load_config
-from fastrlhf.launch import train
 from fastrlhf.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "debug"
-STEPS = {"sft": 5, "rm": 5, "ppo": 3}
+STEPS = {"sft": 3, "rm": 3, "ppo": 2}
 LAYOUTS = {
     "2x2": ["parallel.tensor=2", "parallel.pipeline=2"],
-    "4x1": ["parallel.tensor=4"],
+    # Every collective of four ranks on two cores costs milliseconds: few, large micro-batches.
+    "4x1": ["parallel.tensor=4", "train.micro_batch_size=8"],
     "1x4": ["parallel.pipeline=4"],
-    "2x1-sequence-dp2": ["parallel.tensor=2", "parallel.sequence=true"],
+    "2x1-sequence-dp2": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=4"],
+}
+SHORT = {
+    "sft": [],
+    # The gradient of the head's bias is 0 but for rounding, which Adam blows up to steps when eps is below it.
+    "rm": ["optimizer.eps=1e-3"],
+    "ppo": ["generation.max_new_tokens=8"],
 }
 # SFT with micro-batches cut by tokens: data-parallel ranks get different numbers of them. "unpacked": the same batches.
-MIXED = ["train.steps=5", "train.global_batch_size=15", "data.pretrain_fraction=0.3", "data.sequence_length=24"]
+MIXED = ["train.steps=3", "train.global_batch_size=15", "data.pretrain_fraction=0.3", "data.sequence_length=24"]
 BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
 PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
 # Serially, the same global batch in other micro-batches.
@@ -55,7 +63,7 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
         "rm": [
             *common,
             f"data.train={data / 'rankings.jsonl'}",
-            f"data.demonstrations={data / 'demonstrations.jsonl'}",
+            f"data.demonstrations={data / 'few.jsonl'}",
             f"model.load={loaded / 'sft'}",
         ],
         "ppo": [
@@ -71,8 +79,18 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
 def run(workspace: Path, command: str, name: str, extra: list[str]) -> None:
     paths = data_overrides(workspace)[command]
     output = f"output_dir={workspace / name / command}"
-    train(command, load_config(CONFIGS / f"{command}.yaml", [*paths, output, *extra]))  # type: ignore[arg-type]
+    config = load_config(CONFIGS / f"{command}.yaml", [*paths, output, *extra])
+    job = launch.train_job(command, config, launch._JOBS[command])
+    assert job is not None
+    if os.environ.get("RANK", "0") == "0":
+        (workspace / name / command / "statistics.json").write_text(json.dumps(job.algorithm.statistics()))
     meshes.finalize()  # every layout's groups keep threads, a thousand a rank in the end
+
+
+def trained(workspace: Path, name: str, extra: list[str], commands: Iterable[str] = STEPS) -> None:
+    for command in commands:
+        length = [f"train.steps={STEPS[command]}", "checkpoint.save=false"]
+        run(workspace, command, name, [*length, *SHORT[command], *extra])
 
 
 def prepare(workspace: Path) -> None:
@@ -81,8 +99,9 @@ def prepare(workspace: Path) -> None:
     import make_data
 
     make_data.main(workspace / "data")
-    lines = (workspace / "data" / "rankings.jsonl").read_text().splitlines(keepends=True)
-    (workspace / "data" / "valid.jsonl").write_text("".join(lines[:41]))
+    for name, source, count in (("valid", "rankings", 41), ("few", "demonstrations", 21)):
+        lines = (workspace / "data" / f"{source}.jsonl").read_text().splitlines(keepends=True)
+        (workspace / "data" / f"{name}.jsonl").write_text("".join(lines[:count]))
     for command in ("pretrain", "sft", "rm"):
         run(workspace, command, "start", ["train.steps=10"])
 
@@ -92,7 +111,7 @@ def learn(workspace: Path) -> None:
     run(workspace, "sft", "learn", ["train.steps=60", "optimizer.lr=3e-3"])
     run(workspace, "rm", "learn", ["train.steps=30"])
     models = [f"model.load={workspace / 'learn' / 'sft'}", f"ppo.reward_model={workspace / 'learn' / 'rm'}"]
-    size = ["train.steps=20", "ppo.batch_size=32", "ppo.minibatch_size=16", "checkpoint.save=false"]
+    size = ["train.steps=16", "ppo.batch_size=32", "ppo.minibatch_size=16", "checkpoint.save=false"]
     # The reward model's score alone, so that what PPO should find is known: higher scores.
     rates = ["optimizer.lr=1e-3", "ppo.value_lr=1e-3", "ppo.kl_coef=0.01", "ppo.no_stop_penalty=null"]
     run(workspace, "ppo", "learn", [*models, *size, *rates])
@@ -106,7 +125,7 @@ def mixed(workspace: Path, name: str, extra: list[str]) -> None:
 
 def reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
     for name, layout in layouts.items():
-        run(workspace, "rm", name, [f"train.steps={STEPS['rm']}", "checkpoint.save=false", *layout])
+        trained(workspace, name, layout, commands=("rm",))
         if name in JUDGED:
             judge(workspace, name, layout)
 
@@ -125,31 +144,28 @@ def whole_logits(workspace: Path) -> None:
     from bench.head_memory import materialising
 
     with materialising():
-        for command in ("sft", "ppo"):
-            extra = [f"train.steps={STEPS[command]}", "checkpoint.save=false"]
-            run(workspace, command, "whole-logits", extra)
+        trained(workspace, "whole-logits", [], commands=("sft", "ppo"))
 
 
-def main(workspace: Path, mode: str) -> None:
-    if mode == "serial":
-        prepare(workspace)
-        learn(workspace)
-        for name, size in MICRO_BATCHES.items():
-            for command, steps in STEPS.items():
-                extra = [f"train.steps={steps}", f"train.micro_batch_size={size}"]
-                run(workspace, command, name, [*extra, "checkpoint.save=false"])
-        mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
-        mixed(workspace, "packed", BUDGET)
-        reward_layouts(workspace, REWARD_SERIAL)
-        whole_logits(workspace)
-        return
+def one_process(workspace: Path) -> None:
+    """What all others start from, what they are compared with, and what needs one process alone."""
+    prepare(workspace)
+    learn(workspace)
+    for name, size in MICRO_BATCHES.items():
+        trained(workspace, name, [f"train.micro_batch_size={size}"])
+    mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
+    mixed(workspace, "packed", BUDGET)
+    reward_layouts(workspace, REWARD_SERIAL)
+    whole_logits(workspace)
+
+
+def four_ranks(workspace: Path) -> None:
     for name, layout in LAYOUTS.items():
-        for command, steps in STEPS.items():
-            run(workspace, command, name, [f"train.steps={steps}", "checkpoint.save=false", *layout])
+        trained(workspace, name, layout)
     for name, layout in PACKED.items():
         mixed(workspace, name, layout)
     reward_layouts(workspace, REWARD_PARALLEL)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    four_ranks(Path(sys.argv[1]))

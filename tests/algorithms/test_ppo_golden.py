@@ -26,7 +26,7 @@ def whole_state(stage: Any) -> golden.State:
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Path, torchrun: Callable[..., None]) -> dict[str, Any]:
+def run(tiny: Path, four_ranks: Callable[..., None]) -> dict[str, Any]:
     """The same iteration by the golden implementation, by one process and by four."""
     folder, chosen = tiny, golden_layouts.settings(tiny, {})
     ppo, _ = golden_layouts.build(folder, {})
@@ -51,7 +51,7 @@ def run(tiny: Path, torchrun: Callable[..., None]) -> dict[str, Any]:
     stored = {"episodes": [asdict(e) for e in episodes], "expected": expected}
     torch.save(stored, folder / "golden.pt")
     meshes.finalize()
-    torchrun(golden_layouts.__file__, str(folder))
+    four_ranks(golden_layouts.__file__, str(folder))
     ranks = {n: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{n}.?.json"))] for n in LAYOUTS}
     return {"expected": expected, "ranks": {"1,1,1": [{"metrics": one["metrics"], "apart": apart}], **ranks}}
 

@@ -21,7 +21,7 @@ def test_losses_agree(workspace: Path, command: str) -> None:
         return [json.loads(line) for line in (workspace / name / command / "metrics.jsonl").read_text().splitlines()]
 
     linear, whole = metrics("serial"), metrics("whole-logits")
-    assert len(linear) == len(whole) >= 3
+    assert len(linear) == len(whole) >= 2
     for ours, expected in zip(linear, whole, strict=True):
         for key in COMPARED[command]:
             assert ours[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (expected["step"], key)

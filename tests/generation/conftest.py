@@ -29,11 +29,11 @@ def cases(imported: Callable[[Path], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def parallel_results(
-    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]
+    tmp_path_factory: pytest.TempPathFactory, four_ranks: Callable[..., None]
 ) -> dict[str, list[dict[str, Any]]]:
     """Layout -> results of each rank."""
     folder = tmp_path_factory.mktemp("generation")
-    torchrun(SCRIPT, folder)
+    four_ranks(SCRIPT, folder)
     results: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         results.setdefault(path.name.split(".")[0], []).append(json.loads(path.read_text()))
