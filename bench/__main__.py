@@ -5,6 +5,7 @@ python -m bench gae logprobs --quick     some ops, tiny shapes, seconds
 python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --device cuda --providers fastrlhf quack
 python -m bench cpu-targets              the ratios that the CPU kernels are held to
 python -m bench head-memory              memory of the trainers' losses, with the linear ops and with whole logits
+python -m bench end-to-end               SFT, reward model and PPO-ptx of a 1.3B model, beside plain Hugging Face
 python -m bench generation               tokens a second of rollouts (bench/generation.py)
 python -m bench ppo-iteration            a whole PPO iteration against TRL's trainer (bench/ppo_iteration.py)
 python -m bench shared-prompt            a reward model's step, prompts encoded once or with every response
@@ -15,8 +16,8 @@ python -m bench list                     ops and providers, and which of them ar
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
-import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -25,13 +26,22 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import cpu_targets, machine, results
+from bench import machine, results
 from bench.cases import MODES, OPS, Op, Shape, parse_shape
 from bench.providers import PROVIDERS
 from bench.run import Session, run_case
 from bench.timing import GPU_CLOCKS, Effort
 
 HERE = Path(__file__).parent
+COMMANDS = {
+    "cpu-targets": "bench.cpu_targets",
+    "end-to-end": "bench.end_to_end",
+    "generation": "bench.generation",
+    "head-memory": "bench.head_memory",
+    "ppo-iteration": "bench.ppo_iteration",
+    "shared-prompt": "bench.shared_prompt",
+}
+"""Benchmarks with options of their own."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -54,7 +64,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=300.0, help="seconds a provider may compile and tune itself")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few samples")
     args = parser.parse_args(argv)
-    known = (*OPS, "list", "report", "cpu-targets")
+    known = (*OPS, "list", "report", *COMMANDS)
     for op in args.ops:
         if op not in known:
             parser.error(f"unknown op {op!r}: expected any of {', '.join(known)}")
@@ -125,24 +135,9 @@ def listing(args: argparse.Namespace, console: Console) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "generation":
-        sys.argv = [str(HERE / "generation.py"), *argv[1:]]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return 0
-    if argv and argv[0] == "cpu-targets":
-        return cpu_targets.main(argv[1:])
-    if argv and argv[0] == "head-memory":
-        from bench import head_memory  # megatron
-
-        return head_memory.main(argv[1:])
-    if argv and argv[0] == "ppo-iteration":
-        from bench import ppo_iteration
-
-        return ppo_iteration.main(argv[1:])
-    if argv and argv[0] == "shared-prompt":
-        from bench import shared_prompt  # megatron, which the kernels' benchmarks do without
-
-        return shared_prompt.main(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        # Imported when asked for: most need megatron, which the kernels' benchmarks do without.
+        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     args = arguments(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     out = args.out or HERE / "results" / machine.folder_name(torch.device(args.device))

@@ -1,6 +1,6 @@
 """Tokens a second of rollouts against Hugging Face `generate` with left padding: the same weights, prompts and limits.
 
-    python bench/generation.py --threads 2
+    python -m bench generation --threads 2
 
 Responses end at random, as in RLHF: the final norm and the stop token's row are set so that each step stops with
 probability 1 / --mean, so lengths are geometric up to --max-new-tokens. Both sides sample at temperature 1 and decode
@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,13 @@ def measure(run: Callable[[int], list[int]], seed: int) -> dict[str, float]:
     return {"tokens": tokens, "wall": tokens / wall, "cpu": tokens / cpu}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench generation", description=str(__doc__).splitlines()[0])
     defaults = {"threads": 2, "slots": 16, "prompts": 96, "layers": 4, "hidden": 256, "vocab": 8192, "mean": 64}
     for name, default in {**defaults, "max-prompt": 64, "max-new-tokens": 256, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, help="write the measurements here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     mesh = meshes.initialize(ParallelConfig(), seed=1)
@@ -143,7 +143,4 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"arguments": {**vars(args), "json": str(args.json)}, "results": results}))
     meshes.finalize()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

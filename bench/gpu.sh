@@ -3,12 +3,13 @@
 #   bench/gpu.sh              or, with wheels of rivals in a folder,  FASTRLHF_WHEELS=.whl bench/gpu.sh
 # 1. unpacks the wheels in FASTRLHF_WHEELS, if given, into a folder of its own; 2. builds csrc when nvcc is there;
 # 3. runs the tests that need a GPU; 4. trains the debug configurations (pretrain, SFT, reward model, PPO), when
-# megatron-core and pydantic are there; 5. runs the kernel benchmarks, each op in a process of its own, so that a rival
-# that breaks the CUDA context takes nothing else along; 6. prints the tables.
-# What fails is reported and the rest goes on; the exit status is then 1. Results (kernels.csv, kernels.svg, *.log,
-# summary.txt) go to $OUT, or else to bench/results/<name of the GPU>.
+# megatron-core and pydantic are there, and times steps of SFT, reward model and PPO of a 1.3B model; 5. runs the kernel
+# benchmarks, each op in a process of its own, so that a rival that breaks the CUDA context takes nothing else along, in
+# the time that is left; 6. prints the tables.
+# What fails is reported and the rest goes on; the exit status is then 1. Results (kernels.csv, kernels.svg,
+# end_to_end.csv, *.log, summary.txt) go to $OUT, or else to bench/results/<name of the GPU>.
 #   FASTRLHF_SECONDS=520    time for everything; parts that no longer fit are left out and named
-#   FASTRLHF_OPS="gae ..."  only these benchmarks;  FASTRLHF_SKIP="build tests training" leaves parts out
+#   FASTRLHF_OPS="gae ..."  only these benchmarks;  FASTRLHF_SKIP="build tests training end-to-end" leaves parts out
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 SECONDS=0
@@ -32,7 +33,9 @@ mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
 # A file named by this run: results measured before stay where they are.
 CSV_FOLDER=$OUT
-[ -e "$OUT/kernels.csv" ] && mv "$OUT/kernels.csv" "$OUT/kernels.before-$(date +%Y%m%d-%H%M%S).csv"
+for file in kernels end_to_end; do
+  [ -e "$OUT/$file.csv" ] && mv "$OUT/$file.csv" "$OUT/$file.before-$(date +%Y%m%d-%H%M%S).csv"
+done
 
 left() { echo $((TOTAL - RESERVE - SECONDS)); }
 
@@ -145,6 +148,17 @@ if [[ $SKIP != *" training "* ]]; then
   fi
 fi
 waiting=$(wc -w <<<"$OPS")
+if [[ $SKIP != *" end-to-end "* ]]; then
+  if "$PYTHON" -c 'import megatron.core, pydantic' 2>>"$OUT/end_to_end.log"; then
+    share=$(($(left) - 12 * waiting)) # no op can be timed in less
+    share=$((share > 150 ? 150 : share < 60 ? 60 : share))
+    # a part that has begun goes on past the budget: the rest is for it
+    LINES_SHOWN=30 part "end to end" $share end_to_end.log "$PYTHON" -m bench end-to-end \
+      --budget $((share - 45)) --out "$CSV_FOLDER"
+  else
+    echo "=== end to end: left out, megatron-core or pydantic is not installed"
+  fi
+fi
 for op in $OPS; do
   share=$(($(left) / waiting)) # what one leaves over goes to those after it
   part "bench $op" $((share + 15)) bench.log "$PYTHON" -m bench "$op" --device cuda --seconds 0.4 --rounds 40 \

@@ -9,12 +9,14 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 class Limits(NamedTuple):
@@ -35,17 +37,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """(result, seconds), what the call has queued on a GPU included."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
 def _best_ms(call, device: torch.device, repeats: int) -> float:  # type: ignore[no-untyped-def]
     """The fastest: a ceiling is what the machine can do, not what it does on a bad day."""
     call()
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times)
+    return min(1e3 * timed(call, device)[1] for _ in range(repeats))
 
 
 def measure_limits(device: torch.device, dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Limits:

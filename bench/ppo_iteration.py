@@ -12,7 +12,6 @@ The rate of a large matrix product, measured in the same run, says what the arit
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import machine, results
 
 TRL = "1.12.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastrlhf" / f"trl-{TRL}"
@@ -306,17 +305,6 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        if fresh:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench ppo-iteration", description=(__doc__ or "").splitlines()[0])
     sizes = {"threads": 2, "episodes": 64, "prompt": 48, "response": 48, "layers": 4, "hidden": 256, "vocab": 8192}
@@ -339,7 +327,7 @@ def main(argv: list[str]) -> int:
         if args.tune:
             tune(folder, args)
         rows = race(folder, args, expected)
-    append(args.out, rows)
+    results.append_table(args.out, FIELDS, rows)
     print("\n".join(summary(rows, args)))
     return 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -62,35 +63,42 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
-NUMBERS = {f.name for f in dataclasses.fields(Row) if str(f.type).startswith(("float", "int"))}
+RowT = TypeVar("RowT", bound=Row)
 
 
 def append_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows, the header first in a new file; called after each case, so that a killed run keeps what it had."""
+    """Add rows, all of one class; called after each case, so that a killed run keeps what it had."""
+    columns = tuple(f.name for f in dataclasses.fields(rows[0])) if rows else COLUMNS
+    append_table(path, columns, [dataclasses.asdict(row) for row in rows])
+
+
+def append_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows, of which only `columns` are written, the header first in a new file. Raises `ValueError` for a file of
+    other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     if not fresh:
         with path.open(newline="") as file:
             found = tuple(next(csv.reader(file), ()))
-        if found != COLUMNS:
+        if found != tuple(columns):
             raise ValueError(f"{path}: its columns are those of another version; move it away or pass another --out")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if fresh:
             writer.writeheader()
         for row in rows:
-            values = dataclasses.asdict(row)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path, kind: type[RowT] = Row) -> list[RowT]:  # type: ignore[assignment]
+    numbers = {f.name for f in dataclasses.fields(kind) if str(f.type).startswith(("float", "int"))}
     with path.open(newline="") as file:
-        return [Row(**{k: _parse(k, v) for k, v in line.items()}) for line in csv.DictReader(file)]  # type: ignore[arg-type]
+        lines = [{k: _parse(k, v) if k in numbers else v for k, v in line.items()} for line in csv.DictReader(file)]
+    return [kind(**line) for line in lines]  # type: ignore[arg-type]
 
 
-def _parse(column: str, text: str) -> str | float | int | None:
-    if column not in NUMBERS:
-        return text
+def _parse(column: str, text: str) -> float | int | None:
     if column in ("samples", "threads"):
         return int(text)
     return float(text) if text else None

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from bench.machine import timed
 from fastrlhf.config import ModelConfig, ParallelConfig
 from fastrlhf.data.batches import RankingBatch, TokenizedRanking, pack_rankings
 from fastrlhf.models.gpt import GPT, build_model
@@ -72,16 +72,6 @@ def check(stage: GPT, steps: dict[str, Callable[[], torch.Tensor]]) -> float:
     )
 
 
-def seconds(step: Callable[[], torch.Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench shared-prompt", description=str(__doc__).splitlines()[0])
     sizes = {"prompt": 512, "k": 9, "response": 64, "layers": 4, "hidden": 256, "vocab": 8192}
@@ -101,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.repeats):
         for name, step in steps.items():
-            times[name].append(seconds(step, mesh.device))
+            times[name].append(timed(step, mesh.device)[1])
     ratios = sorted(b / a for a, b in zip(times["shared"], times["separate"], strict=True))
     print(
         f"prompt {args.prompt}, K = {args.k} responses of {args.response}; {args.family}, {args.layers} layers x",

@@ -1,0 +1,246 @@
+"""The product's trainers for a benchmark: built by `launch` from random weights and random tokens of real lengths.
+
+Weights are drawn on the device (drawing 1.3 billion on a CPU takes 10 to 20 s a model), the data are token lists in
+memory. All else is what the commands run. Left out on purpose: timing, which is end_to_end.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from fastrlhf import launch
+from fastrlhf.config import (
+    Config,
+    DataConfig,
+    GenerationConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from fastrlhf.data.batches import (
+    DemonstrationTokens,
+    PackedBatch,
+    TokenizedRanking,
+    pack_rankings,
+    ranking_tokens,
+)
+from fastrlhf.generation.engine import generate_all
+from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.parallel.mesh import Mesh
+
+SEED = 20220304
+EOS = 0
+Metrics = dict[str, float]
+
+
+# ---- what is trained on ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One global batch of each stage, and the configuration that both sides follow."""
+
+    config: Config
+    vocab: int
+    demonstrations: list[DemonstrationTokens]
+    rankings: list[TokenizedRanking]
+    prompts: list[list[int]]
+    windows: list[list[int]]
+
+
+def make_task(args: argparse.Namespace) -> Task:
+    """Demonstrations and rankings have prompts and responses of a quarter of the longest to the longest; PPO's prompts
+    and responses all have the full length, so that the iteration's tokens are known beforehand.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(length: int) -> list[int]:
+        return torch.randint(1, args.vocab, (length,), generator=generator).tolist()
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def some(longest: int) -> list[int]:
+        return draw(number(max(1, longest // 4), longest))
+
+    def demonstration() -> DemonstrationTokens:
+        prompt = some(args.prompt)
+        return DemonstrationTokens(prompt + some(args.response), len(prompt))
+
+    def ranking() -> TokenizedRanking:
+        K = number(4, 9)
+        return TokenizedRanking(some(args.prompt), [some(args.response) for _ in range(K)], list(range(K)))
+
+    length = args.prompt + args.response
+    return Task(
+        make_config(args),
+        args.vocab,
+        [demonstration() for _ in range(args.sft_batch)],
+        [ranking() for _ in range(args.rankings)],
+        [draw(args.prompt) for _ in range(args.episodes)],
+        [draw(length + 1) for _ in range(args.minibatch * args.ptx_per_episode)],
+    )
+
+
+def make_config(args: argparse.Namespace) -> Config:
+    """The paper's algorithm at the sizes of `args`; the paths are stand-ins, `RandomParts` opens none."""
+    length, nowhere = args.prompt + args.response, "random"
+    return Config(
+        model=ModelConfig(
+            family="gpt",
+            num_layers=args.layers,
+            hidden_size=args.hidden,
+            num_heads=args.heads,
+            max_positions=length,
+            dtype=args.dtype,
+        ),
+        data=DataConfig(tokenizer=nowhere, train=nowhere, prompts=nowhere, pretrain=nowhere, sequence_length=length),
+        optimizer=OptimizerConfig(lr=9e-6, eps=1e-5),
+        schedule=ScheduleConfig(decay="constant"),
+        train=TrainConfig(steps=10**6, max_tokens_per_micro_batch=args.micro_tokens, seed=SEED),
+        ppo=PPOConfig(
+            reward_model=nowhere,
+            batch_size=args.episodes,
+            minibatch_size=args.minibatch,
+            ptx_per_episode=args.ptx_per_episode,
+            no_stop_penalty=None,
+        ),
+        generation=GenerationConfig(max_new_tokens=args.response, min_new_tokens=args.response, slots=args.episodes),
+        log=LogConfig(samples=0),
+        output_dir=nowhere,
+    )
+
+
+# ---- how it is built ------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """What PPO asks of a tokenizer where no text is read or written."""
+
+    eos_token_id = EOS
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def __len__(self) -> int:
+        return self.vocab
+
+
+class RandomParts(launch.Parts):
+    """What `launch` builds its commands from, but for files: weights and data are those of `task`."""
+
+    def __init__(self, task: Task, mesh: Mesh) -> None:  # not super's, which opens a tokenizer
+        self.config, self.mesh, self.task = task.config, mesh, task
+        self.tokenizer: Any = Tokens(task.vocab)
+        self.vocab_size = task.vocab
+
+    def stage(self, model: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
+        stage = build_model(model, self.mesh, self.vocab_size, head=head)
+        draw_weights(stage)
+        return stage
+
+    def saved_stage(self, path: str, *, fresh_head: bool = False) -> GPT:
+        return self.stage(self.config.model, "scalar")
+
+    def windows(self, sources: list[str] | dict[str, float]) -> Any:
+        return self.task.windows
+
+    def demonstrations(self, paths: list[str]) -> Sequence[Any]:
+        return self.task.demonstrations
+
+    def rankings(self, paths: list[str]) -> Sequence[Any]:
+        return self.task.rankings
+
+    def prompts(self, paths: list[str]) -> Sequence[Any]:
+        return self.task.prompts
+
+
+@torch.no_grad()
+def draw_weights(stage: GPT) -> None:
+    """N(0, init_std) in matrices, the same for stages of one shape; on the device, unlike `initialize_weights`, whose
+    numbers are the same on every machine.
+    """
+    generator = torch.Generator(stage.mesh.device).manual_seed(SEED)
+    for name, parameter in stage.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            std = stage.score.init_std if name == "score.weight" else stage.model_config.init_std
+            parameter.normal_(0.0, std, generator=generator)
+
+
+# ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps:
+    """`step()` is one step of a trainer and gives its metrics; `others` are parts of it to be timed by themselves."""
+
+    step: Callable[[], Metrics]
+    others: dict[str, Callable[[], Any]]
+
+
+class Trainers:
+    """The product's side. Each stage's learner is built when first asked for and lives as long as this object."""
+
+    def __init__(self, parts: RandomParts) -> None:
+        self.parts, self.task, self.mesh = parts, parts.task, parts.mesh
+        self._reward: launch.Job | None = None
+
+    def _sized(self, batch: int) -> None:
+        """The parts of a command whose global batch is `batch`."""
+        train = self.task.config.train.model_copy(update={"global_batch_size": batch})
+        self.parts.config = self.task.config.model_copy(update={"train": train})
+
+    def sft(self) -> Steps:
+        self._sized(len(self.task.demonstrations))
+        job = launch._JOBS["sft"](self.parts)
+        return _stepping(job.algorithm.step, iter(job.batches))
+
+    def rm(self, shared_prompt: bool) -> Steps:
+        self._sized(len(self.task.rankings))
+        if self._reward is None:
+            self._reward = launch._JOBS["rm"](self.parts)
+        batches = self.parts.loader(
+            self.task.rankings,
+            partial(pack_rankings, shared_prompt=shared_prompt),
+            cost=partial(ranking_tokens, shared_prompt=shared_prompt),
+        )
+        return _stepping(self._reward.algorithm.step, iter(batches))
+
+    def ppo(self) -> Steps:
+        job = launch._JOBS["ppo"](self.parts)
+        algorithm = job.algorithm
+
+        def rollout(**changes: Any) -> None:
+            """As `PPO.sample`, with other options."""
+            generate_all(
+                algorithm.policy.stage, self.task.prompts, changed(algorithm.sampling, **changes), mesh=self.mesh,
+                eos=EOS, slots=algorithm.slots,
+            )  # fmt: skip
+
+        others: dict[str, Callable[[], Any]] = {"prefill": partial(rollout, max_new_tokens=1, min_new_tokens=0)}
+        if self.mesh.device.type == "cuda":  # last: what a capture that fails leaves behind harms nothing after it
+            others["rollout, CUDA graphs"] = partial(rollout, cuda_graphs=True)
+        return Steps(_stepping(algorithm.step, iter(job.batches)).step, others)
+
+
+def _stepping(step: Callable[[Any], Metrics], batches: Iterator[Any]) -> Steps:
+    return Steps(lambda: step(next(batches)), {})
+
+
+def ranking_batch(task: Task, shared_prompt: bool) -> PackedBatch:
+    """All rankings in one row, for counting."""
+    return pack_rankings(task.rankings, shared_prompt=shared_prompt)
