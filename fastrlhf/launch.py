@@ -41,7 +41,7 @@ from fastrlhf.data.tokenize import load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import write_run_report
 from fastrlhf.models.gpt import GPT, build_model, initialize_weights
-from fastrlhf.models.loading import find_model, load_saved, without_dropout
+from fastrlhf.models.loading import check_vocabulary, find_model, is_hugging_face, load_saved, without_dropout
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -105,7 +105,10 @@ def _own_folder(out: Path, mesh: Mesh) -> Iterator[None]:
 
 def _find_models(command: str, config: Config) -> None:
     """A misspelt path is told before an hour of tokenizing, not after."""
-    paths = [config.model.load]
+    load = config.model.load
+    if load is not None and is_hugging_face(load):
+        raise UserError(f"model.load {load} is a Hugging Face model; give it as model.hf, and set model.load=null")
+    paths = [load, config.model.hf]
     if command == "ppo":
         paths += [*config.ppo.reward_models, config.ppo.value_model]
     for path in paths:
@@ -249,10 +252,12 @@ class Parts:
         if model.load is not None:
             saved = describe_model(model.load)
             _check_same_shape(model, self.vocab_size, saved)
+            check_vocabulary(saved, self.tokenizer, self.config.data.tokenizer)
             load_model(saved, stage)
         elif model.hf is not None:
             from fastrlhf.models.hf import load_hf
 
+            check_vocabulary(find_model(model.hf), self.tokenizer, self.config.data.tokenizer)
             load_hf(model.hf, stage)
         return stage
 

@@ -47,6 +47,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def conflicting_id(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> int | None:
+    """A token id that means another token in the tokenizer saved in `folder`. None if there is none (either may have
+    tokens that the other lacks), or if nothing is saved there any more.
+    """
+    if not folder or not (Path(folder) / "tokenizer.json").is_file():
+        return None
+    meant = {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+    mine = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return next((number for number, token in mine if meant.get(number, token) != token), None)
+
+
 def _check_json(path: Path) -> None:
     if not path.exists():
         return

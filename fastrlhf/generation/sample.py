@@ -23,7 +23,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, generate_all
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import find_model, load_saved
+from fastrlhf.models.loading import check_vocabulary, find_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.checkpoint import SavedModel
@@ -177,13 +177,19 @@ def _write(
 
 
 def run(config: Config) -> None:
-    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl."""
+    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl.
+
+    Raises `UserError` if that file is there: it may be a PPO run's, or what labelers are ranking.
+    """
+    out = Path(config.output_dir) / "samples.jsonl"
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another output_dir, or remove it")
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     prompts, too_long = fitting_prompts(config, tokenizer, mesh)
     params = SamplingParams.from_config(config.generation, config.train.seed)
-    out = Path(config.output_dir) / "samples.jsonl"
     saved = find_policy(config.model.load or config.model.hf, "sample")
+    check_vocabulary(saved, tokenizer, config.data.tokenizer)
     stage = load_saved(saved, mesh, "lm", config.model.dtype)
     slots = config.generation.slots
     prefix = read_prefix(config.data.prompt_prefix)

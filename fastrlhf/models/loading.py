@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastrlhf.config import ModelConfig
+from fastrlhf.data.tokenize import conflicting_id
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model, initialize_weights
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
@@ -38,11 +39,18 @@ def find_model(path: str | Path) -> SavedModel:
 
 
 def check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
-    """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not."""
+    """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not, or an id of another meaning
+    than in the tokenizer that the model was saved with.
+    """
     if saved.vocab_size < len(tokenizer):
         raise UserError(
             f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer {folder} "
             f"{len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
+        )
+    if folder != saved.tokenizer and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None:
+        raise UserError(
+            f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, where token {number} is not "
+            f"what it is in {folder}; set data.tokenizer={saved.tokenizer}"
         )
 
 

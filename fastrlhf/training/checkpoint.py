@@ -236,6 +236,8 @@ class Checkpointer:
         """
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name, stage in algorithm.models().items():
+            if not (path / name).is_dir():
+                raise UserError(f"{path}: has no {name}, so it is of another command's run; give another output_dir")
             saved = describe_model(path / name)
             _check_dtype(saved, stage)
             fill_weights(saved, stage)
