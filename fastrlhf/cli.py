@@ -291,6 +291,7 @@ def main() -> None:
     logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:
         status = app(prog_name="fastrlhf", standalone_mode=False) or 0
+        _leave_process_groups()
     except UserError as error:
         _tell(f"error: {' '.join(str(error).split())}")
         status = 2
@@ -300,6 +301,14 @@ def main() -> None:
         _tell(f"error: {error.format_message().rstrip('.')}; see {command} --help")
         status = 2
     sys.exit(status)
+
+
+def _leave_process_groups() -> None:
+    """Of a command that ended well: NCCL complains of groups that are left at exit. After a failure the other ranks may
+    be anywhere, and to leave would be to wait for them.
+    """
+    if (meshes := sys.modules.get("fastrlhf.parallel.mesh")) is not None:
+        meshes.finalize()
 
 
 def _is_main() -> bool:

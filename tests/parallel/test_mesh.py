@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrlhf import cli
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel import mesh as meshes
@@ -102,3 +103,17 @@ def test_other_errors_are_no_failed_collectives() -> None:
         raise ValueError("something else")
     except ValueError as error:
         assert describe_failure(error) is None
+
+
+def test_a_command_that_ends_well_leaves_its_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[bool] = []
+
+    def command(**_: object) -> None:
+        meshes.initialize(ParallelConfig(), seed=1)
+        joined.append(torch.distributed.is_initialized())
+
+    monkeypatch.setattr(cli, "app", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert joined == [True] and not torch.distributed.is_initialized()
