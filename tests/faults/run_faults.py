@@ -8,6 +8,7 @@ exists: an attempt costs about a second, where torchrun takes six.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -19,8 +20,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import transformers  # noqa: F401 (before the first fork, not after each)
 
 from fastrlhf import launch
 from fastrlhf.config import Config, ModelConfig
@@ -227,6 +226,9 @@ def preempted(folder: Path) -> list[dict[str, Any]]:
 def main(folder: Path) -> None:
     results: dict[str, Any] = {}
     assert wait([fork(lambda: prepare(folder), folder / "prepare.log", {})]) == [0]
+    # transformers and megatron import much of themselves when it is first used: here, and not after every fork.
+    load_tokenizer(folder / "data" / "tokenizer")
+    importlib.import_module("megatron.core.transformer.moe.experts")
     for layout in LAYOUTS:
         config = make_config(folder, layout, layout)
         begin = time.monotonic()

@@ -4,10 +4,7 @@ weights.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -28,16 +25,14 @@ LAYOUTS = {"tensor": [2, 1, 2], "sequence": [2, 1, 2], "pipeline": [1, 2, 2], "b
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_layouts", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(imported: Callable[[Path], ModuleType]) -> ModuleType:
+    return imported(SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]) -> Path:
+def ran(
+    tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any], four_ranks: Callable[..., None]
+) -> Path:
     """The folder in which four ranks left their results."""
     folder = tmp_path_factory.mktemp("layouts")
     for variant in VARIANTS:
@@ -47,9 +42,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]) 
     kind = transformers.AutoModelForSequenceClassification
     hf_model("gpt2", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf" / "reward")
     hf_model("llama", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf-both" / "llama-reward")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run([*command, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    four_ranks(SCRIPT, folder)
     return folder
 
 

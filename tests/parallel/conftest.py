@@ -27,8 +27,8 @@ def script(imported: Callable[[Path], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def ran(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]) -> Path:
+def ran(tmp_path_factory: pytest.TempPathFactory, four_ranks: Callable[..., None]) -> Path:
     """The folder in which four ranks left their results and checkpoints."""
     folder = tmp_path_factory.mktemp("training")
-    torchrun(SCRIPT, folder)
+    four_ranks(SCRIPT, folder)
     return folder

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,13 +24,9 @@ def mesh() -> Iterator[meshes.Mesh]:
 
 
 @pytest.fixture(scope="session")
-def script() -> Any:
+def script(imported: Callable[[Path], ModuleType]) -> ModuleType:
     """The models and batches of the tests of parallel layouts."""
-    spec = importlib.util.spec_from_file_location("run_training", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(SCRIPT)
 
 
 @pytest.fixture
