@@ -17,7 +17,12 @@ import pytest
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., None]:
     """`torchrun(script, *arguments)` runs a script on four ranks, one thread each, and shows why when it fails."""
-    return partial(_run, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"])
+
+    def run(script: Path, *arguments: object, ranks: int = 4) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        _run(launcher, script, *arguments)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,331 @@
+"""A GPU played by the CPU: to find tensors left on the host, and waits for the device, where there is no GPU.
+
+Tensors "on cuda:0" are CPU tensors whose storage carries a label. `start()` makes torch say that it sees GPUs, so that
+the program takes its GPU branches, and puts every call of torch under two modes: one that reads and answers for
+devices, one that follows labels through the operators, also inside autograd and inside our own ops. As on a GPU,
+operators and collectives that mix devices raise; where the host would have to wait for the device is counted in
+`WAITS`, by the innermost lines of this project.
+Left out on purpose: what only a GPU can run. Triton kernels (ops run in torch), graphs, streams, NCCL, memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+import torch.utils._device
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+PROJECT = Path(__file__).parents[2] / "fastrlhf"
+WAITS: collections.Counter[str] = collections.Counter()
+"""How often the host waited for the device, by "file:function" of the project."""
+
+_labels: dict[int, StorageWeakRef] = {}
+_CROSSING = {"aten::copy_", "aten::_to_copy", "aten::set_"}
+_READING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+
+
+_ANSWERS = {
+    torch.Tensor.device.__get__: lambda gpu: CUDA if gpu else CPU,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: lambda gpu: gpu,  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: lambda gpu: not gpu,  # type: ignore[attr-defined]
+}
+
+
+class DeviceError(RuntimeError):
+    """What a real GPU would have refused."""
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return tensor.untyped_storage()
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    label = _labels.get(_storage(tensor)._cdata)
+    return label is not None and not label.expired()
+
+
+def _label(result: Any, gpu: bool) -> None:
+    for tensor in tree_leaves(result):
+        if isinstance(tensor, Tensor) and gpu:
+            storage = _storage(tensor)
+            _labels[storage._cdata] = StorageWeakRef(storage)
+        elif isinstance(tensor, Tensor):
+            _labels.pop(_storage(tensor)._cdata, None)
+
+
+def _names_gpu(device: object) -> bool:
+    return torch.device(device).type == "cuda" if isinstance(device, str | torch.device) else isinstance(device, int)
+
+
+def _wait() -> None:
+    frame = sys._getframe(1)
+    while frame is not None and PROJECT not in Path(frame.f_code.co_filename).parents:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None:
+        code = frame.f_code
+        WAITS[f"{Path(code.co_filename).relative_to(PROJECT)}:{code.co_name}"] += 1
+
+
+# --- the two modes ---------------------------------------------------------------------------------------------------
+
+
+class _Move(torch.autograd.Function):
+    """A copy on the other device; its gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gpu: bool) -> Tensor:
+        ctx.gpu = gpu
+        moved = x.clone()
+        _label(moved, gpu)
+        return moved
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        back = gradient.clone()
+        _label(back, not ctx.gpu)
+        return back, None
+
+
+def _backward(
+    tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, **_: Any
+) -> None:
+    """torch.autograd.backward, all that is called here of it, without asking the modes once more."""
+    roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    given = tuple(grad_tensors) if isinstance(grad_tensors, list | tuple) else (grad_tensors,) * len(roots)
+    given = torch.autograd._make_grads(roots, given, is_grads_batched=False)
+    keep = create_graph if retain_graph is None else retain_graph
+    engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+    engine.run_backward(roots, given, keep, create_graph, (), allow_unreachable=True, accumulate_grad=True)
+
+
+class Calls(TorchFunctionMode):
+    """Calls of torch from Python: devices asked for and answered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
+        if func in _ANSWERS:
+            return _ANSWERS[func](on_gpu(args[0]))
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)
+            return name.replace("torch.", "torch.cuda.", 1) if on_gpu(args[0]) else name
+        if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
+            return self._moved(func, *args, **kwargs)
+        if func in (torch.Tensor.backward, torch.autograd.backward):
+            with self:  # a mode is left while it handles a call
+                return _backward(*args, **kwargs)
+        if func is torch.Tensor.numpy and on_gpu(args[0]):
+            raise DeviceError("can't convert cuda:0 device type tensor to numpy")
+        if func is torch.Tensor.tolist and on_gpu(args[0]):
+            _wait()
+        if kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        gpu = _names_gpu(kwargs["device"])
+        made = func(*args, **{**kwargs, "device": CPU})
+        _label(made, gpu)
+        return made
+
+    def _moved(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("non_blocking", None)
+        device: Any = {torch.Tensor.cuda: CUDA, torch.Tensor.cpu: CPU}.get(func, kwargs.pop("device", None))
+        rest = []
+        for arg in args if func is torch.Tensor.to else ():
+            if isinstance(arg, Tensor):
+                device = CUDA if on_gpu(arg) else CPU
+                rest.append(arg.dtype)
+            elif isinstance(arg, str | torch.device):
+                device = arg
+            else:
+                rest.append(arg)
+        converted = torch.Tensor.to(x, *rest, **kwargs) if rest or kwargs else x
+        if device is None or _names_gpu(device) == on_gpu(x):
+            return converted
+        if on_gpu(x):
+            _wait()
+        return _Move.apply(converted, not on_gpu(x))
+
+
+class Operators(TorchDispatchMode):
+    """Every operator, those of autograd too: results are where the operands are, and operands in one place."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        on_host = [t for t in operands if not on_gpu(t)]
+        if len(on_host) < len(operands):
+            self._check(name, args, operands, on_host)
+        elif name.startswith("c10d::") and name != "c10d::barrier" and operands:
+            raise DeviceError(f"{name}: NCCL takes no tensor on the CPU")
+        result = func(*args, **kwargs)
+        known = {_storage(t)._cdata for t in operands}  # in place and views: the storage has its label
+        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and _storage(t)._cdata not in known]
+        _label(new, len(on_host) < len(operands))
+        return result
+
+    def _check(self, name: str, args: tuple, operands: list[Tensor], on_host: list[Tensor]) -> None:
+        """Operands of which at least one is on the GPU."""
+        if name in _INDEXING:
+            if not on_gpu(args[0]):
+                raise DeviceError(f"{name}: indices are on cuda:0, what they index is on the CPU")
+            fills = name != "aten::index" and len(operands) == 3 and operands[2].dim() == 0  # x[mask] = 0: masked_fill
+            if not fills and any(t.dtype in (torch.bool, torch.uint8) for t in operands[1:]):
+                _wait()  # for the number of True elements
+        elif name == "aten::copy_":
+            if not on_gpu(args[0]):
+                _wait()
+        elif name in _READING:
+            _wait()
+        elif name not in _CROSSING and any(t.dim() > 0 for t in on_host):
+            there = [tuple(t.shape) for t in operands if on_gpu(t)]
+            here = [tuple(t.shape) for t in on_host]
+            raise DeviceError(
+                f"{name}: expected all tensors on one device, got {there} on cuda:0 and {here} on the CPU"
+            )
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def varlen_attn(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, window_size: tuple[int, int]
+) -> Tensor:
+    """torch.nn.attention.varlen's, sequence by sequence: causal from the last key."""
+    assert q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and k.shape == v.shape and q.shape[1] == k.shape[1]
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and window_size == (-1, 0)
+    out = []
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():  # a kernel reads them on the device
+        pairs = [itertools.pairwise(cu.tolist()) for cu in (cu_q, cu_k)]
+    for (q0, q1), (k0, k1) in zip(*pairs, strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(k1 - k0 - (q1 - q0))
+        heads_first = [x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
+        done = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible)
+        out.append(done[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _stand_in_for_cuda() -> None:
+    generator = torch.default_generator  # which the operators draw from
+    nothing = mock.MagicMock()  # streams, events: there is one queue, and it is always empty
+    properties = types.SimpleNamespace(total_memory=80 << 30, multi_processor_count=132, major=9, minor=0)
+    replacements: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "_lazy_init": lambda: None,
+        "device_count": lambda: 8,
+        "current_device": lambda: 0,
+        "set_device": lambda *_: None,
+        "synchronize": lambda *_: _wait(),
+        "current_stream": lambda *_: nothing,
+        "stream": lambda *_: contextlib.nullcontext(),
+        "Stream": lambda *_, **__: nothing,
+        "Event": lambda *_, **__: nothing,
+        "is_current_stream_capturing": lambda: False,
+        "mem_get_info": lambda *_: (60 << 30, 80 << 30),
+        "memory_reserved": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 1 << 30,
+        "get_device_properties": lambda *_: properties,
+        "get_device_capability": lambda *_: (9, 0),
+        "get_rng_state": lambda *_, **__: generator.get_state(),
+        "set_rng_state": lambda state, *_, **__: generator.set_state(state),
+        "manual_seed": generator.manual_seed,
+        "manual_seed_all": generator.manual_seed,
+        "default_generators": (generator,),
+        "nvtx": nothing,
+    }
+    for module in (torch.cuda, torch.cuda.random):
+        for name, replacement in replacements.items():
+            if hasattr(module, name):
+                setattr(module, name, replacement)
+
+
+def _gloo_for_nccl() -> None:
+    """gloo carries the tensors; what the program asks for, and where objects travel, is as with NCCL."""
+    join, new_group = c10d.init_process_group, c10d.new_group
+
+    def init_process_group(backend: str, **options: Any) -> None:
+        if backend != "nccl":
+            raise DeviceError(f"init_process_group({backend!r}): on GPUs it is nccl")
+        join("gloo", **options)
+
+    def group_of(*args: Any, backend: Any = None, pg_options: Any = None, **options: Any) -> Any:
+        return new_group(*args, backend="gloo", **options)
+
+    for module in (c10d, dist):
+        module.init_process_group, module.new_group = init_process_group, group_of  # type: ignore[attr-defined]
+    c10d._get_object_coll_device = lambda *_: CUDA  # type: ignore[assignment, return-value]
+
+
+def _follow_default_device() -> None:
+    """`with torch.device("cuda")`: hands the device on to the modes outside it."""
+    context = torch.utils._device.DeviceContext
+    plain = context.__torch_function__
+
+    def function(self: Any, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if self.device.type != "cuda":
+            return plain(self, func, types, args, kwargs)
+        if func in torch.utils._device._device_constructors() and (kwargs or {}).get("device") is None:
+            kwargs = {**(kwargs or {}), "device": self.device}
+        return func(*args, **(kwargs or {}))
+
+    context.__torch_function__ = function  # type: ignore[method-assign]
+
+
+def _follow_ops() -> None:
+    """The bodies of this project's ops run outside the modes of their caller: they get their own."""
+    from fastrlhf.ops import registry
+
+    plain = registry.custom_op
+
+    def custom_op(name: str, schema: str) -> Any:
+        def register(body: Any) -> Any:
+            def watched(*args: Any) -> Any:
+                with Calls(), Operators():
+                    return body(*args)
+
+            return plain(name, schema)(watched)
+
+        return register
+
+    registry.custom_op = custom_op
+
+
+def start() -> None:
+    """For the rest of the process; before the project's ops are imported."""
+    assert not torch.cuda.is_available() and "fastrlhf.ops.logprob" not in sys.modules
+    os.environ["FASTRLHF_BACKEND"] = "torch"
+    _stand_in_for_cuda()
+    _gloo_for_nccl()
+    _follow_default_device()
+    _follow_ops()
+    Calls().__enter__()
+    Operators().__enter__()
+    from torch.nn.attention import varlen
+
+    from fastrlhf.models import direct
+
+    varlen.varlen_attn = varlen_attn
+    direct.direct = contextlib.nullcontext  # it would switch off the answers about devices
