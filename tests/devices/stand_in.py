@@ -247,6 +247,7 @@ def _stand_in_for_cuda() -> None:
         "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
         "max_memory_allocated": lambda *_: 1 << 30,
+        "reset_peak_memory_stats": lambda *_: None,
         "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (9, 0),
         "get_rng_state": lambda *_, **__: generator.get_state(),
