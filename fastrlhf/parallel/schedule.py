@@ -38,8 +38,11 @@ def forward_backward(
     ranks.
 
     `head(hidden, batch) -> (loss, metrics)` runs on the last stage. Returns its metrics, one dict a micro-batch (empty
-    lists on the other stages).
+    lists on the other stages). Raises `ValueError` without micro-batches: the other data-parallel ranks would wait for
+    this one's gradients.
     """
+    if not batches:
+        raise ValueError("batches is empty; every data-parallel rank needs a micro-batch in every update")
 
     def loss(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         value, metrics = head(output, batch)
@@ -55,13 +58,15 @@ def forward(
     batches: Sequence[Batch],
     head: Callable[[torch.Tensor, Batch], Any],
 ) -> list[Any]:
-    """Forward only, without a graph. Returns `head(hidden, batch)` of each micro-batch on the last stage, []
-    elsewhere.
+    """Forward only, without a graph. Returns `head(hidden, batch)` of each micro-batch on the last stage, [] elsewhere.
+    Data-parallel ranks do not wait for each other, and some may have no micro-batches.
     """
 
     def collect(output: torch.Tensor, batch: Batch, non_loss_data: bool) -> Any:
         return head(output, batch)
 
+    if not batches:
+        return []
     with torch.no_grad():
         return _run(mesh, stage, batches, collect, forward_only=True)
 
@@ -69,9 +74,6 @@ def forward(
 def _run(
     mesh: Mesh, stage: PipelineStage, batches: Sequence[Batch], head: Callable, *, forward_only: bool
 ) -> list[Any]:
-    if not batches:
-        return []
-
     def forward_step(iterator: Any, model: PipelineStage) -> tuple[torch.Tensor, Callable]:
         batch = next(iterator)
         return model(batch), partial(head, batch=batch)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
 from safetensors.torch import load_file, save_file
 
 from fastrlhf.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -23,6 +25,7 @@ from fastrlhf.models.hf.weights import hf_tensors
 from fastrlhf.ops import linear_cross_entropy
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training import optimizer as optimizers
 from fastrlhf.training.checkpoint import Checkpointer
 from fastrlhf.training.optimizer import Learner
 
@@ -41,7 +44,7 @@ VOCAB = 101
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "init_std": 0.1}
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"family": "gpt", **SHAPE},
-    "untied": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, **SHAPE},
+    "untied": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, "qk_norm": True, **SHAPE},
 }
 # eps is far above the noise of gradients that are exactly 0 in theory (a key's bias): Adam would blow the noise up to
 # a step.
@@ -87,18 +90,23 @@ class Training:
         config = OptimizerConfig(**{**OPTIMIZER, **optimizer})
         self.learner = Learner(mesh, self.stage, config, SCHEDULE, total_steps=10)
 
-    def gradients(self, step: int) -> float:
-        """Accumulates the gradients of a global batch; returns its loss."""
+    def gradients(self, step: int, *, apart: bool = False) -> float:
+        """Accumulates the gradients of a global batch, `apart` those of the first micro-batch and of the rest; returns
+        its loss.
+        """
         batches = global_batch(step)
         denominator = float(sum(batch.loss_mask.sum() for batch in batches))
         mine = batches[self.mesh.data_rank :: self.mesh.data_size]
-        head = lm_head if self.stage.head_kind == "lm" else scalar_head
-        metrics = self.learner.accumulate(mine, head(self.stage, denominator))
+        head = (lm_head if self.stage.head_kind == "lm" else scalar_head)(self.stage, denominator)
+        if apart and len(mine) > 1:
+            metrics, _ = self.learner.accumulate_apart([mine[:1], mine[1:]], head)
+        else:
+            metrics = self.learner.accumulate(mine, head)
         return self.mesh.sum_metrics(metrics)["loss"]
 
-    def steps(self, numbers: Sequence[int]) -> list[dict[str, float]]:
+    def steps(self, numbers: Sequence[int], *, apart: bool = False) -> list[dict[str, float]]:
         """Trains on these global batches; loss, lr and gradient norm of each."""
-        return [{"loss": self.gradients(number)} | self.learner.step() for number in numbers]
+        return [{"loss": self.gradients(number, apart=apart)} | self.learner.step() for number in numbers]
 
     def main_gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients on rank 0, by Hugging Face name."""
@@ -131,7 +139,7 @@ def two_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
     replicated = Training(mesh, model, distributed=False)
     replicated.gradients(0)
     training = Training(mesh, model, distributed=distributed)
-    steps = training.steps([0, 1])
+    steps = training.steps([0]) + training.steps([1], apart=mesh.world_size > 1)
     return {"gradients": replicated.main_gradients(), "steps": steps, "weights": training.weights()}
 
 
@@ -254,6 +262,8 @@ def back(folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
+    # As many buckets of gradients as real models have; these are too small for more than one.
+    optimizers.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=3000)  # type: ignore[misc]
     # Checkpoints are saved before they are loaded.
     for layout in LAYOUTS:
         run(Path(sys.argv[1]), layout)

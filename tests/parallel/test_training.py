@@ -87,3 +87,9 @@ def test_fp16_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(ran: Pa
     assert len({step["loss"] for step in overflow["steps"]}) == 1
     assert len({step["lr"] for step in overflow["steps"]}) == 1  # a skipped step does not move the schedule
     assert overflow["steps"][-1]["loss_scale"] < overflow["steps"][0]["loss_scale"]
+
+
+def test_an_update_without_micro_batches_is_refused(script: ModuleType, mesh: Mesh) -> None:
+    training = script.Training(mesh, script.ModelConfig(**script.MODELS["tied"], dtype="fp32"))
+    with pytest.raises(ValueError, match="every data-parallel rank needs a micro-batch"):
+        training.learner.accumulate([], script.lm_head(training.stage, 1.0))
