@@ -132,24 +132,19 @@ class Learner:
         return metrics
 
 
-def torch_adams(optimizer: Any) -> Iterator[torch.optim.Adam]:
-    """torch's Adams inside megatron's optimizer; none where Transformer Engine or apex brings its own."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam):
-            yield part.optimizer
-
-
 def _allocate_state(optimizer: Any) -> None:
     """Gives torch's Adam its state now, as its first step would, for megatron neither saves nor loads a state that is
     not there; and its fused kernel: one pass over memory, and no temporaries of the size of the weights.
     """
-    for adam in torch_adams(optimizer):
-        for group in adam.param_groups:
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part.optimizer, torch.optim.Adam):
+            continue  # Transformer Engine and apex bring their own
+        for group in part.optimizer.param_groups:
             group["fused"] = True
             for parameter in group["params"]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 # The fused kernel reads the count on the parameter's device.
-                adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+                part.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def _megatron_optimizer(
@@ -210,6 +205,7 @@ class ExponentialAverage:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Moves the average towards the weights as they are now."""
         for copy, weights in self._pairs():
             copy.lerp_(weights.float(), 1.0 - self.decay)
 
