@@ -135,7 +135,11 @@ class ModelConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 masters."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward: none, the core attention (selective), or whole layers (full)."""
+    """Activations recomputed in the backward: none, the core attention (selective; flash kernels keep none of it), or
+    whole layers (full)."""
+    recompute_layers: Positive | None = None
+    """Layers of each pipeline stage that recompute full is about, the first ones; the others keep their activations.
+    None: all."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """Core attention. auto: flash-attn where it is installed and can run, else torch's SDPA."""
     shared_prompt: bool = True
@@ -159,6 +163,8 @@ class ModelConfig(Section):
             raise ConfigError(
                 "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use a divisor of it"
             )
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ConfigError("recompute_layers", f"is for recompute full, not {self.recompute}; set one or the other")
         if self.attention == "flash" and self.dtype == "fp32":
             raise ConfigError("attention", "flash needs dtype bf16 or fp16; use attention sdpa (or auto) with fp32")
         if self.load and self.hf:

@@ -102,7 +102,8 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
     # adds a bias and is the tanh approximation, though asked for by the exact one's name.
     fused_gelu = on_gpu and model.activation == "gelu_tanh" and model.bias
     gelu = partial(F.gelu, approximate="tanh" if model.activation == "gelu_tanh" else "none")
-    full_recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if model.recompute == "full" else {}
+    layers = model.recompute_layers or model.num_layers
+    full_recompute = {"recompute_method": "block", "recompute_num_layers": layers} if model.recompute == "full" else {}
     return StageConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -38,7 +38,8 @@ def test_null_asks_for_the_default():
 
 def test_only_documented_model_fields_may_be_none():
     model = ModelConfig(**GPT)
-    assert {name for name in ModelConfig.model_fields if getattr(model, name) is None} == {"vocab_size", "load", "hf"}
+    unset = {name for name in ModelConfig.model_fields if getattr(model, name) is None}
+    assert unset == {"vocab_size", "recompute_layers", "load", "hf"}
 
 
 def test_value_model_is_the_reward_model_unless_set(make):
@@ -79,6 +80,7 @@ def test_every_field_is_documented():
         (["model.family=llama"], "model.ffn_size is required for family llama"),
         (["model.ffn_size=-1"], "model.ffn_size is -1, expected above 0"),
         (["model.attention=flash", "model.dtype=fp32"], "model.attention flash needs dtype bf16 or fp16"),
+        (["model.recompute_layers=2"], "model.recompute_layers is for recompute full, not none"),
         (
             ["model.load=a", "model.hf=b"],
             "model.hf and load are both set; a model starts from one of them: set the other to null",

@@ -98,21 +98,23 @@ class TestDropout:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute: Any, dropout: float, mesh: Mesh, batch: PackedBatch) -> None:
+@pytest.mark.parametrize(("recompute", "layers", "again"), [("selective", None, 2), ("full", None, 2), ("full", 1, 1)])
+def test_recomputation_changes_nothing(
+    recompute: Any, layers: int | None, again: int, dropout: float, mesh: Mesh, batch: PackedBatch
+) -> None:
     options: dict[str, Any] = {"residual_dropout": dropout, "attention_dropout": dropout, "embedding_dropout": dropout}
     results, passes = [], []
-    for granularity in ("none", recompute):
-        stage = build_model(ModelConfig(**LLAMA, **options, recompute=granularity), mesh, VOCAB, seed=1).train()
+    for choice in ({}, {"recompute": recompute, "recompute_layers": layers}):
+        stage = build_model(ModelConfig(**LLAMA, **options, **choice), mesh, VOCAB, seed=1).train()
         calls: list[int] = []
         for layer in stage.decoder.layers:
             layer.self_attention.core_attention.register_forward_hook(lambda *_, n=calls: n.append(1))
         seed_generators(mesh, 5)
         results.append(loss_and_gradients(stage, batch))
         passes.append(len(calls))
-    assert passes == [2, 4]  # two layers, once more in the backward
-    (loss, gradients), (again, recomputed) = results
-    assert torch.equal(loss, again)
+    assert passes == [2, 2 + again]  # two layers, and some once more in the backward
+    (loss, gradients), (same, recomputed) = results
+    assert torch.equal(loss, same)
     assert gradients.keys() == recomputed.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
