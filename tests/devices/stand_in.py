@@ -226,10 +226,14 @@ def varlen_attn(
     return torch.cat(out)
 
 
+class _Nothing(mock.MagicMock):
+    """A stream or an event: there is one queue, and it is always empty."""
+
+
 def _stand_in_for_cuda() -> None:
     generator = torch.default_generator  # which the operators draw from
-    nothing = mock.MagicMock()  # streams, events: there is one queue, and it is always empty
-    properties = types.SimpleNamespace(total_memory=80 << 30, multi_processor_count=132, major=9, minor=0)
+    nothing = _Nothing()
+    properties = types.SimpleNamespace(total_memory=80 << 30, multi_processor_count=132, major=9, minor=0, name="stand-in")
     replacements: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -240,8 +244,8 @@ def _stand_in_for_cuda() -> None:
         "synchronize": lambda *_: _wait(),
         "current_stream": lambda *_: nothing,
         "stream": lambda *_: contextlib.nullcontext(),
-        "Stream": lambda *_, **__: nothing,
-        "Event": lambda *_, **__: nothing,
+        "Stream": _Nothing,
+        "Event": _Nothing,
         "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda *_: (60 << 30, 80 << 30),
         "memory_reserved": lambda *_: 0,
