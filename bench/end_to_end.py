@@ -29,6 +29,7 @@ from rich.table import Table
 
 from bench import flops, machine, results
 from bench.flops import Work
+from bench.machine import Limits
 from bench.results import text_of
 from bench.sides import Session, Side, begin, race, release, time_others
 from bench.stats import quantile, spread
@@ -59,7 +60,7 @@ HELP = {
     "micro_tokens": "most tokens in a micro-batch",
     "steps": "timed steps of SFT and of the reward model",
     "iterations": "timed iterations of PPO",
-    "warmup": "steps, and iterations, that are not timed",
+    "warmup": "steps before those, which are not timed (of PPO's iterations: one)",
 }
 
 
@@ -118,12 +119,18 @@ def sides_of(part: str, session: Session) -> list[Side]:
 
 def run_part(part: str, session: Session) -> list[StepRow]:
     """All sides of a part, timed in turn; their memory is free again afterwards."""
-    sides = sides_of(part, session)
-    begin(sides, session, session.args.warmup, same=part != "ppo")  # PPO's sides sample different tokens
-    race(sides, session, session.args.iterations if part == "ppo" else session.args.steps)
+    sides, args, ppo = sides_of(part, session), session.args, part == "ppo"
+    begin(sides, session, 1 if ppo else args.warmup, same=not ppo)  # PPO's sides sample different tokens
+    before = machine.sm_clock_mhz(session.device)
     for side in sides:
-        if side.status == "ok":
-            time_others(side, session)
+        if side.steps is not None:
+            time_others(side, side.steps.others, session)
+    race(sides, session, args.iterations if ppo else args.steps)
+    session.limits = machine.best(session.limits, measured_limits(session.args, session.device))
+    session.sm_clock = f"{before}-{machine.sm_clock_mhz(session.device)}" if before else ""
+    for side in sides:
+        if side.steps is not None:
+            time_others(side, side.steps.last, session)
     rows = [row for side in sides for row in rows_of(part, side, sides, session)]
     for side in sides:
         side.steps = None
@@ -185,7 +192,7 @@ def make_row(session: Session, part: str, side: Side, mode: str, **more: Any) ->
         op=part, mode=mode or side.mode, provider=side.provider, kind=side.kind, shape=f"{shape}, x{counts[part]}",
         dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(side.provider),
         copy_gb_s=round(session.limits.copy_gb_s, 1), matmul_tflop_s=round(session.limits.matmul_tflop_s[dtype], 3),
-        clock="wall", load=machine.load(), sm_clock_mhz=machine.sm_clock_mhz(session.device), **session.about, **more,
+        clock="wall", load=machine.load(), sm_clock_mhz=session.sm_clock, **session.about, **more,
     )  # fmt: skip
 
 
@@ -303,13 +310,17 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def measured_limits(args: argparse.Namespace, device: torch.device) -> Limits:
+    return machine.measure_limits(device, (DTYPES[args.dtype],), quick=device.type == "cpu")
+
+
 def start(args: argparse.Namespace) -> Session:
     began = time.monotonic()
     warnings.filterwarnings("ignore")
     logging.getLogger("fastrlhf.algorithms.ppo").setLevel(logging.ERROR)  # its warnings are about learning
     torch.set_num_threads(args.threads)
     mesh = meshes.initialize(ParallelConfig(), seed=1)
-    limits = machine.measure_limits(mesh.device, (DTYPES[args.dtype],), quick=mesh.device.type == "cpu")
+    limits = measured_limits(args, mesh.device)
     about = machine.describe(mesh.device, args.threads)
     return Session(args, RandomParts(make_task(args), mesh), limits, about, began + args.budget)
 

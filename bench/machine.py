@@ -32,6 +32,12 @@ class Limits(NamedTuple):
         return max(memory, flops / rate / 1e9) if rate else memory
 
 
+def best(*measured: Limits) -> Limits:
+    """What the machine can do, from several measurements of it, some of them disturbed."""
+    rates = {d: max(limits.matmul_tflop_s[d] for limits in measured) for d in measured[0].matmul_tflop_s}
+    return Limits(max(limits.copy_gb_s for limits in measured), rates)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

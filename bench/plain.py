@@ -121,7 +121,7 @@ def sft(parts: RandomParts) -> Steps:
             total += loss.detach()
         return {"grad_norm": policy.update().item(), "loss": total.item()}
 
-    return Steps(step, {})
+    return Steps(step)
 
 
 def rm(parts: RandomParts) -> Steps:
@@ -143,7 +143,7 @@ def rm(parts: RandomParts) -> Steps:
             total += loss.detach()
         return {"grad_norm": reward.update().item(), "loss": total.item()}
 
-    return Steps(step, {})
+    return Steps(step)
 
 
 class PPO:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import partial
 from typing import Any, Literal
@@ -186,10 +186,13 @@ def draw_weights(stage: GPT) -> None:
 
 @dataclass
 class Steps:
-    """`step()` is one step of a trainer and gives its metrics; `others` are parts of it to be timed by themselves."""
+    """`step()` is one step of a trainer and gives its metrics."""
 
     step: Callable[[], Metrics]
-    others: dict[str, Callable[[], Any]]
+    others: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """Parts of it to be timed by themselves."""
+    last: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    """As `others`, but after everything else: what a failure of one leaves behind then harms nothing."""
 
 
 class Trainers:
@@ -231,14 +234,15 @@ class Trainers:
                 eos=EOS, slots=algorithm.slots,
             )  # fmt: skip
 
-        others: dict[str, Callable[[], Any]] = {"prefill": partial(rollout, max_new_tokens=1, min_new_tokens=0)}
-        if self.mesh.device.type == "cuda":  # last: what a capture that fails leaves behind harms nothing after it
-            others["rollout, CUDA graphs"] = partial(rollout, cuda_graphs=True)
-        return Steps(_stepping(algorithm.step, iter(job.batches)).step, others)
+        steps = _stepping(algorithm.step, iter(job.batches))
+        steps.others["prefill"] = partial(rollout, max_new_tokens=1, min_new_tokens=0)
+        if self.mesh.device.type == "cuda":
+            steps.last["rollout, CUDA graphs"] = partial(rollout, cuda_graphs=True)
+        return steps
 
 
 def _stepping(step: Callable[[Any], Metrics], batches: Iterator[Any]) -> Steps:
-    return Steps(lambda: step(next(batches)), {})
+    return Steps(lambda: step(next(batches)))
 
 
 def ranking_batch(task: Task, shared_prompt: bool) -> PackedBatch:

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from bench import end_to_end, plain, results, sides
+from bench import end_to_end, machine, plain, results, sides
 from bench.end_to_end import StepRow
 from bench.machine import Limits
 from bench.sides import Side, guarded
@@ -120,8 +120,8 @@ def test_what_does_not_fit_is_listed_and_the_rest_goes_on(session, monkeypatch):
 
 def test_a_step_that_fails_later_keeps_its_times(session):
     steps = iter([{}, {}, {}])
-    failing = Side("step", "fastrlhf", lambda: Steps(lambda: next(steps), {}))  # two steps after the warm-up
-    other = Side("step", "transformers", lambda: Steps(dict, {}))
+    failing = Side("step", "fastrlhf", lambda: Steps(lambda: next(steps)))  # two steps after the warm-up
+    other = Side("step", "transformers", lambda: Steps(dict))
     sides.begin([failing, other], session, 1, same=False)
     with pytest.raises(StopIteration):  # not something that a library fails with: it is not hidden
         sides.race([failing, other], session, 4)
@@ -130,8 +130,8 @@ def test_a_step_that_fails_later_keeps_its_times(session):
     def fails():
         raise UserError("half of the GPU's free memory holds no sequence")
 
-    failing.steps = Steps(fails, {"prefill": fails})
-    sides.time_others(failing, session)
+    failing.steps = Steps(fails)
+    sides.time_others(failing, {"prefill": fails}, session)
     assert failing.failures["prefill"] == ("failed", "UserError: half of the GPU's free memory holds no sequence")
     sides.race([failing, other], session, 4)
     assert (failing.status, len(failing.times), failing.steps) == ("failed", 2, None)
@@ -140,8 +140,8 @@ def test_a_step_that_fails_later_keeps_its_times(session):
 
 def test_a_side_that_does_other_work_is_not_timed(session):
     mine = {"loss": 2.0, "grad_norm": 1.0}
-    first = Side("step", "fastrlhf", lambda: Steps(lambda: mine, {}))
-    other = Side("step", "transformers", lambda: Steps(lambda: mine | {"grad_norm": 1.01}, {}))
+    first = Side("step", "fastrlhf", lambda: Steps(lambda: mine))
+    other = Side("step", "transformers", lambda: Steps(lambda: mine | {"grad_norm": 1.01}))
     sides.begin([first, other], session, 1, same=True)
     sides.race([first, other], session, 3)
     assert (other.status, other.times) == ("wrong", []) and len(first.times) == 3
@@ -178,3 +178,8 @@ def test_mistakes_exit_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         end_to_end.main([*options(), *words])
     assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_limits_are_the_best_that_was_measured():
+    disturbed, calm = Limits(5.0, {torch.float32: 1.0}), Limits(4.0, {torch.float32: 2.0})
+    assert machine.best(disturbed, calm) == Limits(5.0, {torch.float32: 2.0})
