@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 12, 42
 ROW = 34  # height of a bar and the space around it
 MAX_POINTS = 400  # a line of more points than this is averaged in bins: the plot is 480 units wide
 
@@ -68,13 +68,20 @@ def line_chart(
     return _svg(HEIGHT, f"{y_label} over {x_label}", body)
 
 
-def scatter_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """The points of each series, not joined. Returns "" where there is none with finite coordinates."""
+def scatter_chart(series: Sequence[Series], x_label: str, y_label: str, *, diagonal: bool = False) -> str:
+    """The points of each series, not joined; with `diagonal` and the line where y is x. Returns "" where there is no
+    point with finite coordinates.
+    """
     axes = _axes(series, None)
     if axes is None:
         return ""
-    dots = [dot for one in series for dot in _dots(one, *axes)]
-    return _svg(HEIGHT, f"{y_label} against {x_label}", [_frame(*axes, x_label, y_label, None), *dots])
+    body = [_frame(*axes, x_label, y_label, None)]
+    start, stop = max(axis.low for axis in axes), min(axis.high for axis in axes)
+    if diagonal and start < stop:
+        (x1, y1), (x2, y2) = [[axis(value) for axis in axes] for value in (start, stop)]
+        body.append(f'<line class="reference" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+    body += [dot for one in series for dot in _dots(one, *axes)]
+    return _svg(HEIGHT, f"{y_label} against {x_label}", body)
 
 
 def bar_chart(
@@ -106,13 +113,16 @@ def bar_chart(
     return _svg(height, ", ".join(f"{bar.label} {bar.value:.{digits}f}" for bar in bars), body)
 
 
-def ticks(low: float, high: float, wished: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, about `wished` of them."""
+def ticks(low: float, high: float, wished: int = 5, *, whole: bool = False) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, about `wished` of them; no fractions of
+    what is counted (`whole`).
+    """
     if not high > low:
         return [low]
     raw = (high - low) / wished
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -120,8 +130,8 @@ def ticks(low: float, high: float, wished: int = 5) -> list[float]:
 class _Axis:
     """Maps data from [low, high] to drawing units from `start` to `stop`."""
 
-    def __init__(self, low: float, high: float, start: float, stop: float) -> None:
-        self.low, self.high, self.start, self.stop = low, high, start, stop
+    def __init__(self, low: float, high: float, start: float, stop: float, *, whole: bool = False) -> None:
+        self.low, self.high, self.start, self.stop, self.whole = low, high, start, stop, whole
 
     def __call__(self, value: float) -> float:
         span = self.high - self.low
@@ -131,7 +141,7 @@ class _Axis:
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return (0.0 if 0 <= low < 0.3 * high else low - pad), high + pad
+    return (0.0 if 0 <= low <= 0.3 * high else low - pad), high + pad
 
 
 def _binned(series: Series) -> Series:
@@ -205,7 +215,8 @@ def _axes(series: Sequence[Series], reference: tuple[float, str] | None) -> tupl
     if not points:
         return None
     levels = [y for _, y in points] + ([reference[0]] if reference else [])
-    x_axis = _Axis(min(x for x, _ in points), max(x for x, _ in points), LEFT, WIDTH - RIGHT)
+    xs = [x for x, _ in points]
+    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
     return x_axis, _Axis(*_padded(min(levels), max(levels)), HEIGHT - BOTTOM, TOP)
 
 
@@ -217,7 +228,8 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, reference: 
         y = y_axis(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, _number(value), "end", "tick"))
-    parts.extend(_text(x_axis(v), bottom + 16, _number(v), "middle", "tick") for v in ticks(x_axis.low, x_axis.high, 6))
+    marks = ticks(x_axis.low, x_axis.high, 6, whole=x_axis.whole)
+    parts.extend(_text(x_axis(value), bottom + 16, _number(value), "middle", "tick") for value in marks)
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(_text((LEFT + right) / 2, HEIGHT - 6, x_label, "middle", "label"))
     turned = f'text-anchor="middle" transform="translate(11 {(TOP + bottom) / 2:.0f}) rotate(-90)"'

@@ -127,7 +127,7 @@ def write_comparison(path: Path, results: Mapping[str, Any], pairs: Sequence[Map
             ),
             framed(
                 "Scores, pair by pair",
-                scatter_chart(points, "score of the baseline's response", "score of the policy's"),
+                scatter_chart(points, "score of the baseline's response", "score of the policy's", diagonal=True),
                 "A dot above the diagonal is a pair that the policy won.",
             ),
         ]

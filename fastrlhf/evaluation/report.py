@@ -43,7 +43,10 @@ EXPLAINED = {
     "no_stop": ("Responses cut off", "Share of the responses that reached the length limit before a stop token."),
     "entropy": ("Entropy", "How undecided the policy is, in nats a token. Near zero it always says the same."),
     "ptx_loss": ("Pretraining loss", "Cross-entropy on the pretraining text mixed into PPO, in nats a token."),
-    "value_loss": ("Value loss", "Squared error of the predicted return. It should fall as the value model learns."),
+    "value_loss": (
+        "Value loss",
+        "Half the squared error of the predicted return. It should fall as the value model learns.",
+    ),
     "explained_variance": (
         "Explained variance",
         "Share of the returns' variance that the value model predicts; 1 is all.",
@@ -204,6 +207,7 @@ def read_metrics(path: Path) -> Metrics:
                 break
             raise UserError(f'{path}:{number}: expected a line {{"step": ..., ...}}, got {line[:60]!r}') from error
         for name, value in record.items():
+            value = math.nan if value is None else value  # so MetricsLog writes what is not finite
             if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(step)
@@ -225,7 +229,8 @@ def metric_charts(metrics: Metrics, names: Iterable[str] | None = None) -> list[
         partners = [partner for prefix in _PREFIXES if (partner := prefix + name) in metrics]
         series = [Series(label, *metrics[label], color) for color, label in enumerate([name, *partners])]
         legend = {"training": 0, "held out": 1} if partners else None
-        charts.append(framed(title, line_chart(series, "step", title.lower(), smooth=name != "lr"), text, legend))
+        y_label = title if title[:2].isupper() else title[0].lower() + title[1:]
+        charts.append(framed(title, line_chart(series, "step", y_label, smooth=name != "lr"), text, legend))
     return charts
 
 
@@ -238,7 +243,8 @@ def write_run_report(run_dir: str | Path) -> Path:
     report = Report(folder.resolve().name, "Every number this training run recorded, over its steps.")
     if metrics:
         report.figures(_run_figures(metrics))
-        report.section("Curves", "The faint line is what was recorded, the strong one its moving average.")
+        averaged = "Of more than 30 values the faint line is what was recorded, the strong one its moving average."
+        report.section("Curves", averaged)
         report.charts(metric_charts(metrics, [name for name in EXPLAINED if name in metrics]))
         others = [name for name in sorted(metrics) if name not in EXPLAINED and _validated(name) not in metrics]
         if others:

@@ -47,6 +47,22 @@ def test_ticks_are_round_numbers(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
 
 
+def test_steps_are_whole_and_a_constant_share_of_zero_is_not_drawn_below_zero():
+    svg = line_chart([Series("share", [1, 2, 3, 4], [0.0] * 4)], "step", "share")
+    numbers = [element.text for element in shapes(svg, "tick")]
+    assert [text for text in numbers if "-" in text] == []
+    assert numbers[-4:] == ["1", "2", "3", "4"]
+
+
+def test_the_diagonal_runs_where_both_are_equal():
+    svg = scatter_chart([Series("pair", [0.0, 4.0], [2.0, 8.0])], "a", "b", diagonal=True)
+    [line] = shapes(svg, "reference")
+    frame = {element.text: element for element in shapes(svg, "tick")}
+    assert float(line.get("x2")) == float(frame["4"].get("x")) == WIDTH - RIGHT
+    assert float(line.get("x1")) < float(line.get("x2")) and float(line.get("y1")) > float(line.get("y2"))
+    assert not shapes(scatter_chart([Series("pair", [0.0, 1.0], [5.0, 6.0])], "a", "b", diagonal=True), "reference")
+
+
 def test_a_line_goes_from_the_left_edge_to_the_right_and_down_for_falling_values():
     svg = line_chart([Series("loss", [1, 2, 3], [3.0, 2.0, 1.0])], "step", "loss")
     (line,) = shapes(svg, "line")

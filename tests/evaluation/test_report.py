@@ -124,9 +124,7 @@ def test_a_run_that_recorded_nothing_still_gets_its_page(tmp_path):
 
 
 def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path):
-    folder = run_folder(
-        tmp_path, [line(1, loss=2.0), line(2, loss=math.nan), line(3, loss=math.inf), line(4, loss=1.0)]
-    )
+    folder = run_folder(tmp_path, [line(1, loss=2.0), line(2, loss=None), line(3, loss=math.inf), line(4, loss=1.0)])
     page = parse(write_run_report(folder).read_text())
     assert "Values not finite" in page.texts
     assert page.texts[page.texts.index("Values not finite") + 1] == "2"
