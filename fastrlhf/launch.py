@@ -265,8 +265,20 @@ class Parts:
         """A reward or value model whose shape is its own (a 6B reward model beside a 175B policy), in the policy's
         dtype. With `fresh_head` it may also be a language model, which gets a new head.
         """
+        saved, data = find_model(path), self.config.data
+        if saved.vocab_size < len(self.tokenizer):
+            raise UserError(
+                f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer {data.tokenizer} "
+                f"{len(self.tokenizer)} tokens; train it with the policy's tokenizer"
+            )
+        longest = data.max_prompt_tokens + self.config.generation.max_new_tokens
+        if saved.model.max_positions < longest:
+            raise UserError(
+                f"the model in {saved.path} reads {saved.model.max_positions} tokens, and data.max_prompt_tokens + "
+                f"generation.max_new_tokens are {longest}; lower one of them, or give a model with more positions"
+            )
         seed = self.config.train.seed if fresh_head else None
-        return load_saved(find_model(path), self.mesh, "scalar", self.config.model.dtype, seed=seed)
+        return load_saved(saved, self.mesh, "scalar", self.config.model.dtype, seed=seed)
 
     def learner(
         self, stage: GPT, total_steps: int, schedule: ScheduleConfig | None = None, lr: float | None = None
@@ -373,12 +385,6 @@ def _rewards(run: Parts) -> Rewards:
     ppo = run.config.ppo
     weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
     models = [(w, run.saved_stage(path)) for w, path in zip(weights, ppo.reward_models, strict=True)]
-    for (_, stage), path in zip(models, ppo.reward_models, strict=True):
-        if stage.vocab_size < len(run.tokenizer):
-            raise UserError(
-                f"the reward model {path} has a vocabulary of {stage.vocab_size}, and the tokenizer "
-                f"{run.config.data.tokenizer} {len(run.tokenizer)} tokens; train it with the policy's tokenizer"
-            )
     if ppo.reward_function is None:
         return Rewards(models)
     function = load_reward_function(ppo.reward_function)

@@ -16,10 +16,11 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastrlhf import ops
 from fastrlhf.algorithms.offload import Offload
@@ -30,7 +31,7 @@ from fastrlhf.algorithms.rollouts import PPOBatch, Rollouts, gather, own_rows, s
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
 from fastrlhf.config import Config, PPOConfig
 from fastrlhf.data.batches import PackedBatch
-from fastrlhf.data.loader import Loader
+from fastrlhf.data.loader import Loader, permutation
 from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
 from fastrlhf.ops import RolloutTargets
@@ -51,8 +52,8 @@ class KLController:
         self._horizon = config.adaptive_kl_horizon
 
     def update(self, kl: float, episodes: int) -> None:
-        """`kl` in nats a response, measured over `episodes`."""
-        if self._target is not None:
+        """`kl` in nats a response, measured over `episodes`; one that is not finite (fp16) changes nothing."""
+        if self._target is not None and math.isfinite(kl):
             error = min(max(kl / self._target - 1.0, -0.2), 0.2)
             self.coefficient *= 1.0 + error * episodes / self._horizon
 
@@ -141,9 +142,9 @@ class PPO:
         return list(zip(prompts, generated, strict=True))
 
     def score(self, rollouts: Rollouts) -> Rollouts:
-        """Fills in reference log-probs, values and scores, each data-parallel rank those of its share of the tokens."""
-        mesh, mask = self.mesh, rollouts.mask
-        micro_batches = own_rows(mesh, torch.arange(mask.shape[0]), rollouts.lengths, self.train)
+        """With reference log-probs, values and scores, each data-parallel rank those of its share of the tokens."""
+        mesh = self.mesh
+        micro_batches = own_rows(mesh, torch.arange(rollouts.scores.numel()), rollouts.lengths, self.train)
         batches = [rollouts.packed(rows) for rows in micro_batches]
         rows = torch.cat(micro_batches)
         with self._on_device(self.reference):
@@ -151,34 +152,28 @@ class PPO:
         values = schedule.forward(mesh, self.value.stage, batches, self._values)
         scores = self.rewards.score(mesh, rollouts, rows, batches, self.tokenizer)
 
-        def everyone(own: Tensor, like: Tensor) -> Tensor:
-            """`own`, in the order of `rows`, put in place; other ranks' rows come from them."""
-            filled = torch.zeros_like(like)
-            filled[rows] = own
-            return mesh.sum_over_data(filled)
-
         def per_token(parts: list[Tensor]) -> Tensor:
-            padded = torch.zeros_like(rollouts.logprobs[rows])
-            padded[mask[rows]] = mesh.from_last_stage(torch.cat(parts) if mesh.is_last_stage else None)
-            return padded
+            own = mesh.from_last_stage(torch.cat(parts) if mesh.is_last_stage else None)
+            return rollouts.everyones(mesh, rows, rollouts.spread(rows, own))
 
-        rollouts.ref_logprobs = everyone(per_token(reference), rollouts.ref_logprobs)
-        rollouts.values = everyone(per_token(values), rollouts.values)
-        rollouts.scores = everyone(scores, rollouts.scores)
-        return rollouts
+        return replace(
+            rollouts,
+            ref_logprobs=per_token(reference),
+            values=per_token(values),
+            scores=rollouts.everyones(mesh, rows, scores),
+        )
 
     def _reference_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         return self._logprobs(self.reference, hidden, batch)[batch.loss_mask]
 
     def _logprobs(self, stage: Any, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Of the labels, at the sampling temperature, fp32 [T], 0 outside loss_mask."""
-        temperature = self.sampling.temperature
         return ops.linear_logprobs(
             hidden,
             labels=batch.labels,
             mask=batch.loss_mask,
             counted=batch.num_counted,
-            temperature=temperature,
+            temperature=self.sampling.temperature,
             **stage.lm_head(),
         ).logprobs
 
@@ -247,22 +242,33 @@ class PPO:
 
     def minibatches(self, episodes: int) -> Iterator[Tensor]:
         """Rows of each minibatch, int64, the same on every rank: `inner_epochs` passes, each a fresh shuffle."""
-        generator = torch.Generator().manual_seed(self.train.seed + self.iteration)
-        for _ in range(self.config.inner_epochs):
-            yield from torch.randperm(episodes, generator=generator).split(self.config.minibatch_size)
+        first = self.iteration * self.config.inner_epochs
+        for epoch in range(first, first + self.config.inner_epochs):
+            order = torch.from_numpy(permutation(episodes, self.train.seed, epoch))
+            yield from order.split(self.config.minibatch_size)
 
     def update(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float] | None:
         """One update of both models on this rank's micro-batches. None, and nothing updated, when the policy is
-        further from the sampling policy than ppo.target_kl; ranks agree, for all see the same metrics.
+        further from the sampling policy than ppo.target_kl.
         """
         metrics = self.policy_gradient(batches, first)
-        if self.config.target_kl is not None and not first and metrics["approx_kl"] > self.config.target_kl:
+        if not first and self._too_far(metrics["approx_kl"]):
             return None
         metrics |= self.value_gradient(batches)
         self._check_finite(metrics)
         value = self.value.step()
         metrics |= {"value_grad_norm": value["grad_norm"], "value_lr": value["lr"]}
         return metrics | self.policy.step()
+
+    def _too_far(self, approx_kl: float) -> bool:
+        """Rank 0's answer: the ranks of a tensor-parallel group may differ in the last bits of what each holds whole,
+        and one that stops while others go on leaves them waiting.
+        """
+        if self.config.target_kl is None:
+            return False
+        too_far = torch.tensor(approx_kl > self.config.target_kl, dtype=torch.uint8, device=self.mesh.device)
+        dist.broadcast(too_far, src=0)
+        return bool(too_far)
 
     def policy_gradient(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float]:
         """PPO gradients, then pretraining gradients, summed in the same buffers.
@@ -391,6 +397,6 @@ class PPO:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iteration = state["iteration"]
         self.kl.coefficient = state["kl_coefficient"]
-        if self.pretraining is not None:
+        if self.pretraining is not None and state["pretraining"] is not None:  # None: gamma_ptx was 0
             self.pretraining.load_state_dict(state["pretraining"])
             self._windows = iter(self.pretraining)

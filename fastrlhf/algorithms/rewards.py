@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastrlhf.algorithms.rm import score_responses
 from fastrlhf.algorithms.rollouts import Rollouts, texts
 from fastrlhf.data.batches import PackedBatch
 from fastrlhf.errors import UserError
-from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 
 Tensor = torch.Tensor
@@ -49,13 +49,8 @@ class Rewards:
         """
         total = torch.zeros(rows.numel(), device=mesh.device)
         for weight, stage in self.models:
-
-            def head(hidden: Tensor, batch: PackedBatch, stage: Any = stage) -> Tensor:
-                return stage.score(hidden[batch.cu_seqlens[1:].long() - 1])
-
             with self.on_device(stage):
-                scores = schedule.forward(mesh, stage, batches, head)
-            scored = mesh.from_last_stage(torch.cat(scores) if mesh.is_last_stage else None)
+                scored = score_responses(mesh, stage, [batches])
             if not scored.isfinite().all():
                 raise UserError(
                     f"a reward model scored {scored[~scored.isfinite()][0].item()}; check the checkpoint in "

@@ -67,6 +67,20 @@ class Rollouts:
         """
         return pack(self.sequences(rows), self.prompt_lengths[rows].tolist()).to(self.tokens.device)
 
+    def spread(self, rows: Tensor, per_token: Tensor) -> Tensor:
+        """`per_token`, the response tokens of `rows` one after another, as [len(rows), R] with 0 behind each."""
+        padded = self.logprobs.new_zeros(rows.numel(), self.logprobs.shape[1])
+        padded[self.mask[rows]] = per_token
+        return padded
+
+    def everyones(self, mesh: Mesh, rows: Tensor, own: Tensor) -> Tensor:
+        """`own` [len(rows), ...] in the place of the episodes `rows`, [B, ...], and the other data-parallel ranks' rows
+        from them.
+        """
+        filled = own.new_zeros(self.tokens.shape[0], *own.shape[1:])
+        filled[rows] = own
+        return mesh.sum_over_data(filled)
+
 
 @dataclass(kw_only=True)
 class PPOBatch(PackedBatch):
@@ -80,24 +94,26 @@ class PPOBatch(PackedBatch):
 
 def gather(mesh: Mesh, episodes: Sequence[tuple[list[int], Generated]]) -> Rollouts:
     """The (prompt, response) pairs of all data-parallel ranks, each of which brings as many; not scored yet."""
-    device = mesh.device
-    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in episodes], device=device)
-    response_lengths = torch.tensor([len(answer.tokens) for _, answer in episodes], device=device)
+    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in episodes])
+    response_lengths = torch.tensor([len(answer.tokens) for _, answer in episodes])
     longest = torch.stack([(prompt_lengths + response_lengths).max(), response_lengths.max()])
-    L, R = mesh.max_over_data(longest).tolist()
-    tokens = [torch.tensor([*prompt, *answer.tokens], device=device) for prompt, answer in episodes]
-    logprobs = [torch.as_tensor(answer.logprobs, dtype=torch.float32, device=device) for _, answer in episodes]
-    stopped = torch.tensor([answer.stopped for _, answer in episodes], device=device)
-    B = len(episodes) * mesh.data_size
+    L, R = mesh.max_over_data(longest.to(mesh.device)).tolist()
+    tokens = [torch.tensor([*prompt, *answer.tokens]) for prompt, answer in episodes]
+    logprobs = [torch.tensor(answer.logprobs, dtype=torch.float32) for _, answer in episodes]
+
+    def everyones(own: Tensor) -> Tensor:
+        return mesh.gather_over_data(own.to(mesh.device))
+
+    gathered = everyones(_padded(logprobs, R))
     return Rollouts(
-        tokens=mesh.gather_over_data(_padded(tokens, L)),
-        prompt_lengths=mesh.gather_over_data(prompt_lengths),
-        response_lengths=mesh.gather_over_data(response_lengths),
-        stopped=mesh.gather_over_data(stopped),
-        logprobs=mesh.gather_over_data(_padded(logprobs, R)),
-        ref_logprobs=torch.zeros(B, R, device=device),
-        values=torch.zeros(B, R, device=device),
-        scores=torch.zeros(B, device=device),
+        tokens=everyones(_padded(tokens, L)),
+        prompt_lengths=everyones(prompt_lengths),
+        response_lengths=everyones(response_lengths),
+        stopped=everyones(torch.tensor([answer.stopped for _, answer in episodes])),
+        logprobs=gathered,
+        ref_logprobs=torch.zeros_like(gathered),
+        values=torch.zeros_like(gathered),
+        scores=gathered.new_zeros(gathered.shape[0]),
     )
 
 

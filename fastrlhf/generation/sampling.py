@@ -6,6 +6,7 @@ it. Left out on purpose: repetition penalties and beam search; a PPO rollout mus
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +97,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, ids: Tensor, positions: Tensor) -> Tensor:
-    """int64 [B]: one stream of random numbers for each (seed, sequence id, position of the token to draw)."""
-    return _mix(_mix(ids + (seed % (1 << 62))) + positions)
+    """int64 [B]: one stream of random numbers for each (seed, sequence id, position of the token to draw).
+
+    The seed is hashed, or id 1 under seed 1 would have the stream of id 0 under seed 2.
+    """
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7], "little")
+    return _mix(_mix(ids + start) + positions)
 
 
 def exponentials(keys: Tensor, counters: Tensor) -> Tensor:

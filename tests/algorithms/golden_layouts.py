@@ -115,6 +115,8 @@ def check(folder: Path, name: str, extra: dict[str, Any], stored: dict[str, Any]
     got = iteration(ppo, [golden.Episode(**e) for e in stored["episodes"]])
     result = {"metrics": got["metrics"], "apart": differences(got, stored["expected"], ppo.mesh), "draws": draws}
     result["ratio_deviation"] = ppo.step(prompts)["ratio_deviation"]  # its own rollouts, on the updated weights
+    ppo.config = ppo.config.model_copy(update={"target_kl": 0.5})
+    result["too_far"] = ppo._too_far(0.4 + 0.2 * ppo.mesh.rank)  # as if the ranks had measured something else
     # A reward function that no two ranks agree on: who called it?
     ppo.rewards.models, ppo.rewards.function = (), lambda prompts, responses: [float(os.getpid())] * len(responses)
     result["scores"] = ppo.score(gather(ppo.mesh, ppo.sample([[5, 6, 7]] * 4))).scores.tolist()

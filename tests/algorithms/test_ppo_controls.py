@@ -19,6 +19,7 @@ from fastrlhf.algorithms.ppo_warnings import WINDOW, Watch
 from fastrlhf.algorithms.rewards import load_reward_function
 from fastrlhf.algorithms.rollouts import gather, texts
 from fastrlhf.config import require
+from fastrlhf.data.tokenize import train_bpe
 from fastrlhf.errors import UserError
 from fastrlhf.training.checkpoint import describe_model
 
@@ -146,6 +147,26 @@ def test_a_budget_must_hold_the_longest_episode(tiny: Path) -> None:
         require(tiny_ppo.config(tiny, train={"max_tokens_per_micro_batch": 41}), "ppo")
 
 
+@pytest.mark.parametrize("key", ["reward_model", "value_model"])
+@pytest.mark.parametrize(
+    ("section", "change", "expected"),
+    [
+        ("generation", {"max_new_tokens": 33}, "reads 64 tokens, .* generation.max_new_tokens are 65"),
+        ("data", {"tokenizer": "larger"}, "has a vocabulary of .* train it with the policy's tokenizer"),
+    ],
+)
+def test_what_scores_must_read_what_the_policy_writes(
+    build: Make, tiny: Path, key: str, section: str, change: dict[str, Any], expected: str
+) -> None:
+    """Refused before training, not by an index that is out of range in some later iteration."""
+    if "tokenizer" in change:
+        train_bpe([(tiny / "data" / "text.jsonl").read_text()], 400, tiny / "larger")
+        change = {"tokenizer": str(tiny / "larger")}
+    ppo = {"reward_model": None, "value_model": None, "reward_function": "tiny_rewards:length", key: str(tiny / "rm")}
+    with pytest.raises(UserError, match=expected):
+        build(ppo=ppo, model={"max_positions": 128}, **{section: change})
+
+
 # ---- early stop and broken numbers ----------------------------------------------------------------------------------
 
 
@@ -216,6 +237,15 @@ def test_gradient_norms_do_not_depend_on_the_loss_scale(build: Make, dtype: str)
 
     half = norms(model={"dtype": dtype}, optimizer={"lr": 1e-3, "initial_loss_scale": 256.0})
     assert half == pytest.approx(norms(), rel=0.1)
+
+
+def test_the_pretraining_term_may_come_with_a_resumed_run(build: Make) -> None:
+    """From a checkpoint of plain PPO: the text is read from its start."""
+    plain = build(ppo={"gamma_ptx": 0.0}).state_dict()
+    ppo = build()
+    ppo.load_state_dict(plain | {"iteration": 3})
+    assert ppo.iteration == 3
+    assert ppo.step([ppo.first_prompts])["ptx_loss"] > 0
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

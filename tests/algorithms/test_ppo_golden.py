@@ -148,6 +148,12 @@ def test_four_ranks_draw_by_data_rank(run: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_stop_an_iteration_together(run: dict[str, Any], layout: str) -> None:
+    """Whatever each has measured: one that goes on alone would wait for the others for ever."""
+    assert [rank["too_far"] for rank in run["ranks"][layout]] == [False] * len(run["ranks"][layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_reward_function_is_called_once_in_a_model_parallel_group(run: dict[str, Any], layout: str) -> None:
     scores = [rank["scores"] for rank in run["ranks"][layout]]
     assert all(other == scores[0] for other in scores)

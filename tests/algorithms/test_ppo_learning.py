@@ -81,9 +81,10 @@ def test_ptx_keeps_the_pretraining_loss_down(learn: Learn, tiny: Path) -> None:
     launch.train("pretrain", chosen)
     start = {"model": {**TASK["model"], "load": str(out)}, "optimizer": {"lr": 2e-3, "eps": 1e-5}}
     rule = "tiny_rules:share_of_digits"
-    without, mixed = (learn(12, **start, ppo={"gamma_ptx": gamma, "reward_function": rule}) for gamma in (1e-6, 1.0))
+    without, mixed = (learn(15, **start, ppo={"gamma_ptx": gamma, "reward_function": rule}) for gamma in (1e-6, 1.0))
     before = without[0]["ptx_loss"]
     assert without[-1]["ptx_loss"] > before + 0.5
     assert mixed[-1]["ptx_loss"] < (before + without[-1]["ptx_loss"]) / 2
     for run in (without, mixed):
-        assert run[-1]["score"] > run[0]["score"] + 0.1
+        score = [line["score"] for line in run]
+        assert mean(score[-3:]) > mean(score[:3]) + 0.05

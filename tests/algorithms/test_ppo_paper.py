@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,9 @@ def test_10_every_inner_epoch_is_a_fresh_shuffle(build: Build) -> None:
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert torch.equal(torch.cat(list(ppo.minibatches(16))), torch.cat(orders[1]))  # the same on every rank
+    other = build(ppo={"inner_epochs": 3}, train={"seed": 12})  # the seed after this one
+    others = {tuple(epoch.tolist()) for epoch in torch.cat(list(other.minibatches(16))).split(16)}
+    assert not others & {tuple(epoch) for epoch in epochs}
 
 
 def test_11_seeds_differ_by_data_rank_and_agree_inside_a_tensor_group(build: Build) -> None:
@@ -259,6 +263,9 @@ def test_12_the_reward_holds_k1_and_the_controller_is_optional(build: Build) -> 
         controller = KLController(adaptive)
         controller.update(kl, 512)
         assert controller.coefficient == pytest.approx(0.1 * (1 + error * 512 / 10_000))
+        before = controller.coefficient
+        controller.update(math.nan, 512)  # a step that fp16 skips must not spoil all that follow
+        assert controller.coefficient == before
 
 
 def test_13_the_average_is_what_is_evaluated_and_exported(tiny: Path) -> None:

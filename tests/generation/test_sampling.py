@@ -105,6 +105,13 @@ def test_noise_is_positive_finite_and_standard(seed: int, identity: int, positio
     assert abs(noise.var().item() - 1) < 0.2
 
 
+def test_every_seed_id_and_position_has_a_stream_of_its_own() -> None:
+    """Neighbouring seeds too, under which neighbouring ids could have shared theirs."""
+    ids, positions = torch.arange(100).repeat_interleave(50), torch.arange(50).repeat(100)
+    keys = torch.stack([row_keys(seed, ids, positions) for seed in (-1, 0, 1, 2, 3)])
+    assert keys.unique().numel() == keys.numel()
+
+
 def test_streams_do_not_correlate() -> None:
     ids = torch.arange(64)
     noise = exponentials(row_keys(0, ids, torch.zeros_like(ids)), torch.arange(2000))
