@@ -15,8 +15,17 @@ from fastrlhf.training.checkpoint import Checkpointer
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with the interface of both: one count for each group, made in the first step; moments made there too."""
 
-    def __init__(self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, adam_w_mode: bool) -> None:
-        assert adam_w_mode
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool,
+        capturable: bool = False,
+    ) -> None:
+        assert adam_w_mode and not capturable
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
