@@ -14,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 LAYOUTS = ("dp2", "tp2")
+STEPS = 14
 
 
 def launch(command: list[str], seconds: float) -> str:
@@ -70,8 +71,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_undisturbed_runs_are_what_they_should_be(layout: str, folder: Path) -> None:
     """The comparisons below would hold for runs that never train."""
     metrics = lines(folder / layout / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == list(range(1, 21))
-    assert len({row["loss"] for row in metrics}) == 20
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
+    assert len({row["loss"] for row in metrics}) == STEPS
     assert len({json.dumps(row) for row in lines(folder / layout / "samples.jsonl")}) > 40
 
 
@@ -94,8 +95,8 @@ def test_preempted_runs_lose_no_step(folder: Path, attempts: dict[str, list[dict
     after, then = (int(attempt["latest"].removeprefix("step_")) for attempt in (told, timed_out))
     assert 1 <= after <= 3 and then == after + 1
     log = (folder / "preempted.log").read_text()
-    assert f"stopped by SIGTERM after step {after} of 20: saved, and the same command goes on from there" in log
-    assert f"stopped by its time limit (train.max_seconds) after step {then} of 20: saved" in log
+    assert f"stopped by SIGTERM after step {after} of {STEPS}: saved, and the same command goes on from there" in log
+    assert f"stopped by its time limit (train.max_seconds) after step {then} of {STEPS}: saved" in log
     assert_same_run(folder / "dp2", folder / "dp2.preempted")
 
 
@@ -104,5 +105,5 @@ def test_torchrun_restarts_a_killed_rank(folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     told = launch([*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 240)
     # Step 3's checkpoint was still being written in the background, or just done.
-    assert re.search(r"resuming .*dp2\.elastic after step [23] of 20", told)
+    assert re.search(rf"resuming .*dp2\.elastic after step [23] of {STEPS}", told)
     assert_same_run(folder / "dp2", folder / "dp2.elastic")
