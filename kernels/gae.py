@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.rows import load_where
+from fastrlhf.kernels.rows import jit, load_where
 
 ESTIMATORS = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
 
@@ -46,7 +46,7 @@ def _store_advantages(advantages_ptr, returns_ptr, at, inside, keep, r, v, after
     return advantage
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit("length")
 def _gae_kernel(
     rewards_ptr, values_ptr,  # [B, T]
     mask_ptr,  # [B, T] bool
@@ -81,6 +81,12 @@ def _gae_kernel(
 
 
 @triton.jit
+def k3(d):
+    """exp(-d) - 1 + d, by its series near 0, where it would cancel."""
+    return tl.where(tl.abs(d) < 0.03, d * d * (0.5 - d * (1.0 / 6 - d * (1.0 / 24))), tl.exp(-d) - 1.0 + d)
+
+
+@triton.jit
 def _shaped(
     logprobs_ptr, ref_ptr, mask_ptr, at, inside, last, score, kl_coef, clip,
     ESTIMATOR: tl.constexpr, CLIPPED: tl.constexpr,
@@ -94,8 +100,7 @@ def _shaped(
     if ESTIMATOR == 2:
         kl = 0.5 * d * d
     if ESTIMATOR == 3:
-        # exp(-d) - 1 + d by its series near 0, where it would cancel
-        kl = tl.where(tl.abs(d) < 0.03, d * d * (0.5 - d * (1.0 / 6 - d * (1.0 / 24))), tl.exp(-d) - 1.0 + d)
+        kl = k3(d)
     penalty = kl
     if CLIPPED:
         penalty = tl.minimum(tl.maximum(kl, -clip), clip)
@@ -103,7 +108,7 @@ def _shaped(
     return tl.where(keep, reward, 0.0), kl, keep
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit("length")
 def _shaped_gae_kernel(
     scores_ptr,  # [B]
     logprobs_ptr, ref_ptr, values_ptr,  # [B, T]

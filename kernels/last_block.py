@@ -5,7 +5,7 @@ The order of addition is fixed, so results do not change from run to run, as ato
 
 from __future__ import annotations
 
-import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -13,15 +13,32 @@ import triton.language as tl
 from torch import Tensor
 
 
-@functools.cache
-def _counter(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
+def _zero_on(stream: torch.cuda.Stream, like: Tensor) -> Tensor:
+    with torch.cuda.stream(stream):
+        return _zero(like)
+
+
+_COUNTERS: dict[torch.cuda.Stream, Tensor] = {}
 
 
 def arrivals(like: Tensor) -> Tensor:
-    """A zeroed counter that the last block zeroes again; one a stream, as launches on one stream never overlap."""
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    return _counter(like.device, stream)
+    """A zeroed counter that the last block zeroes again; one a stream, as launches on one stream never overlap.
+
+    A CUDA graph gets its own, which each replay zeroes: it may be replayed on any stream, before or after other graphs.
+    """
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return _zero(like)
+    stream = torch.cuda.current_stream(like.device)
+    if stream not in _COUNTERS:
+        # In another thread: when torch.compile warms up a CUDA graph, what this one allocates lies in the graph's
+        # memory pool, and nothing there may outlive the call.
+        with ThreadPoolExecutor(1) as other:
+            _COUNTERS[stream] = other.submit(_zero_on, stream, like).result()
+    return _COUNTERS[stream]
 
 
 @triton.jit
@@ -35,10 +52,19 @@ def arrive(counter_ptr, blocks):
 
 
 @triton.jit
-def add_up(partials_ptr, blocks, BLOCK: tl.constexpr):
-    """Sum partials_ptr[0 : blocks] in a fixed order, past the first-level cache that other blocks did not write to."""
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+def add_up(partials_ptr, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums [8] of partials_ptr[0 : ROWS, 0 : blocks] in a fixed order, past the first-level cache that other blocks did
+    not write to. One pass for all rows, at most 8: one after the other, each would wait for memory anew."""
+    rows = tl.arange(0, 8)[:, None]
+    lanes = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros([8, BLOCK], dtype=tl.float32)
     for start in range(0, blocks, BLOCK):
-        total += tl.load(partials_ptr + start + lanes, mask=start + lanes < blocks, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
+        live = (rows < ROWS) & (start + lanes < blocks)
+        total += tl.load(partials_ptr + rows * blocks + start + lanes, mask=live, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def element(x, k: tl.constexpr):
+    """x[k] of a vector."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0]) == k, x, 0.0), 0)

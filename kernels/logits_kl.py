@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.rows import fill_zero, head_length, in_step, row_offset, row_options
+from fastrlhf.kernels.rows import fill_zero, head_length, in_step, jit, row_options, row_start
 
 LN2 = tl.constexpr(math.log(2))
 LOG2E = 1 / math.log(2)
@@ -20,24 +20,33 @@ LOG2E = 1 / math.log(2)
 
 @triton.jit
 def _add(x, top, total, scale):
-    """One online-softmax step: (new max, factor for what was summed before, the block's exponentials)."""
-    new_top = tl.maximum(top, tl.max(x, 0))
+    """One online-softmax step over groups of logits [G, VECTOR]: (new max, factor for what was summed before, both [G],
+    the groups' exponentials)."""
+    new_top = tl.maximum(top, tl.max(x, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     keep = tl.where(top == -float("inf"), 0.0, tl.exp2((top - shift) * scale))
-    e = tl.exp2((x - shift) * scale)
-    return new_top, keep, e, keep * total + tl.sum(e, 0)
+    e = tl.exp2((x - shift[:, None]) * scale)
+    return new_top, keep, e, keep * total + tl.sum(e, 1)
 
 
 @triton.jit
 def _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale):
-    """Add a block: cross is sum e (x - y) of raw logits, so that neither maximum's moves but that of x rescale it."""
+    """Add groups: cross is sum e (x - y) of raw logits, so that neither maximum's moves but that of x rescale it."""
     top_x, keep, e, sum_x = _add(x, top_x, sum_x, scale)
     top_y, _, _, sum_y = _add(y, top_y, sum_y, scale)
-    cross = keep * cross + tl.sum(tl.where(e == 0.0, 0.0, e * (x - y)), 0)
+    cross = keep * cross + tl.sum(tl.where(e == 0.0, 0.0, e * (x - y)), 1)
     return top_x, sum_x, top_y, sum_y, cross
 
 
-@triton.jit(do_not_specialize=["rows", "length", "stride_b", "stride_l", "ref_stride_b", "ref_stride_l", "columns"])
+@triton.jit
+def _whole(top, scale):
+    """(the row's max, the factor for each group's sums)."""
+    row_top = tl.max(top, 0)
+    shift = tl.where(row_top == -float("inf"), 0.0, row_top)
+    return row_top, tl.where(top == -float("inf"), 0.0, tl.exp2((top - shift) * scale))
+
+
+@jit("rows", "length", "stride_b", "stride_l", "ref_stride_b", "ref_stride_l", "columns")
 def _statistics_kernel(
     x_ptr,  # [B, L, V] logits
     y_ptr,  # [B, L, V] reference logits
@@ -48,45 +57,49 @@ def _statistics_kernel(
     MASKED: tl.constexpr, IN_STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    top_x, sum_x, top_y, sum_y, cross = -float("inf"), 0.0, -float("inf"), 0.0, 0.0
+    row_x, total_x, row_y, total_y, total_cross = -float("inf"), 0.0, -float("inf"), 0.0, 0.0
     keep = True
     if MASKED:
         keep = tl.load(mask_ptr + row) != 0
     if keep:
-        offset = row_offset(row, length, stride_b, stride_l)
-        ref = row_offset(row, length, ref_stride_b, ref_stride_l)
-        lanes = tl.arange(0, BLOCK)
-        head = tl.minimum(head_length(offset, VECTOR), columns)
-        if head > 0:
-            few = tl.arange(0, VECTOR)
-            x = tl.load(x_ptr + offset + few, mask=few < head, other=-float("inf")).to(tl.float32)
-            y = tl.load(y_ptr + ref + few, mask=few < head, other=-float("inf")).to(tl.float32)
-            top_x, sum_x, top_y, sum_y, cross = _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale)
+        x_start = row_start(x_ptr, row, length, stride_b, stride_l)
+        y_start = row_start(y_ptr, row, length, ref_stride_b, ref_stride_l)
+        GROUPS: tl.constexpr = BLOCK // VECTOR  # what one thread loads at a time, as in logprob.py
+        lanes = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        nothing = tl.zeros([GROUPS], dtype=tl.float32)
+        top_x, sum_x, top_y, sum_y, cross = nothing - float("inf"), nothing, nothing - float("inf"), nothing, nothing
+        head = tl.minimum(head_length(x_start, VECTOR), columns)
         blocks = (columns - head) // BLOCK
-        start = tl.multiple_of(offset + head, VECTOR)
-        ref_start = ref + head
+        for edge in range(2):  # the head, then the tail
+            start = tl.where(edge == 0, 0, head + blocks * BLOCK)
+            end = tl.where(edge == 0, head, columns)
+            if start < end:
+                x = tl.load(x_start + start + lanes, mask=start + lanes < end, other=-float("inf")).to(tl.float32)
+                y = tl.load(y_start + start + lanes, mask=start + lanes < end, other=-float("inf")).to(tl.float32)
+                top_x, sum_x, top_y, sum_y, cross = _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale)
+        x_body = tl.multiple_of(x_start + head, 16)
+        y_body = y_start + head
         if IN_STEP:
-            ref_start = tl.multiple_of(ref_start, VECTOR)
+            y_body = tl.multiple_of(y_body, 16)
         for i in range(blocks):
-            x = tl.load(x_ptr + start + i * BLOCK + lanes).to(tl.float32)
-            y = tl.load(y_ptr + ref_start + i * BLOCK + lanes).to(tl.float32)
+            x = tl.load(x_body + i * BLOCK + lanes).to(tl.float32)
+            y = tl.load(y_body + i * BLOCK + lanes).to(tl.float32)
             top_x, sum_x, top_y, sum_y, cross = _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale)
-        rest = head + blocks * BLOCK + lanes
-        if head + blocks * BLOCK < columns:
-            x = tl.load(x_ptr + offset + rest, mask=rest < columns, other=-float("inf")).to(tl.float32)
-            y = tl.load(y_ptr + ref + rest, mask=rest < columns, other=-float("inf")).to(tl.float32)
-            top_x, sum_x, top_y, sum_y, cross = _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale)
+        row_x, keep_x = _whole(top_x, scale)
+        row_y, keep_y = _whole(top_y, scale)
+        total_x, total_y = tl.sum(keep_x * sum_x, 0), tl.sum(keep_y * sum_y, 0)
+        total_cross = tl.sum(tl.where(keep_x == 0.0, 0.0, keep_x * cross), 0)
     tokens = rows.to(tl.int64)
-    tl.store(stats_ptr + row, top_x)
-    tl.store(stats_ptr + tokens + row, sum_x)
-    tl.store(stats_ptr + 2 * tokens + row, top_y)
-    tl.store(stats_ptr + 3 * tokens + row, sum_y)
-    tl.store(stats_ptr + 4 * tokens + row, cross * inverse_temperature)
+    tl.store(stats_ptr + row, row_x)
+    tl.store(stats_ptr + tokens + row, total_x)
+    tl.store(stats_ptr + 2 * tokens + row, row_y)
+    tl.store(stats_ptr + 3 * tokens + row, total_y)
+    tl.store(stats_ptr + 4 * tokens + row, total_cross * inverse_temperature)
 
 
 @triton.jit
 def _write_gradients(
-    x, y, out_ptr, ref_out_ptr, where, ref_where, live, top_x, inverse_x, top_y, inverse_y, shift, grad, scale,
+    x, y, out_ptr, ref_out_ptr, at, live, top_x, inverse_x, top_y, inverse_y, shift, grad, scale,
     LOGITS: tl.constexpr, REF: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     u = (x - top_x) * scale
@@ -95,22 +108,20 @@ def _write_gradients(
     if LOGITS:
         d = (tl.where(p == 0.0, 0.0, p * ((u - w) * LN2 + shift)) * grad).to(out_ptr.dtype.element_ty)
         if FULL:
-            tl.store(out_ptr + where, d)
+            tl.store(out_ptr + at, d)
         else:
-            tl.store(out_ptr + where, d, mask=live)
+            tl.store(out_ptr + at, d, mask=live)
     if REF:
         d = ((tl.exp2(w) * inverse_y - p) * grad).to(ref_out_ptr.dtype.element_ty)
         if FULL:
-            tl.store(ref_out_ptr + ref_where, d)
+            tl.store(ref_out_ptr + at, d)
         else:
-            tl.store(ref_out_ptr + ref_where, d, mask=live)
+            tl.store(ref_out_ptr + at, d, mask=live)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows", "length", "stride_b", "stride_l", "ref_stride_b", "ref_stride_l", "out_stride_b", "out_stride_l",
-        "ref_out_stride_b", "ref_out_stride_l", "columns", "width",
-    ]
+@jit(
+    "rows", "length", "stride_b", "stride_l", "ref_stride_b", "ref_stride_l", "out_stride_b", "out_stride_l",
+    "ref_out_stride_b", "ref_out_stride_l", "columns", "width",
 )  # fmt: skip
 def _backward_kernel(
     x_ptr, y_ptr,  # [B, L, V] logits and reference logits
@@ -125,15 +136,15 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    out = row_offset(row, length, out_stride_b, out_stride_l)
-    ref_out = row_offset(row, length, ref_out_stride_b, ref_out_stride_l)
+    out_ptr = row_start(out_ptr, row, length, out_stride_b, out_stride_l)
+    ref_out_ptr = row_start(ref_out_ptr, row, length, ref_out_stride_b, ref_out_stride_l)
     end = columns
     if MASKED:
         end = tl.where(tl.load(mask_ptr + row) != 0, columns, 0)
     if LOGITS:
-        fill_zero(out_ptr, out + end, out + width, VECTOR, BLOCK)
+        fill_zero(out_ptr + end, width - end, VECTOR, BLOCK)
     if REF:
-        fill_zero(ref_out_ptr, ref_out + end, ref_out + width, VECTOR, BLOCK)
+        fill_zero(ref_out_ptr + end, width - end, VECTOR, BLOCK)
     if end > 0:
         tokens = rows.to(tl.int64)
         top_x = tl.load(stats_ptr + row)
@@ -143,40 +154,40 @@ def _backward_kernel(
         shift = tl.log(sum_y) - tl.log(sum_x) - tl.load(kl_ptr + row)
         grad = tl.load(grad_ptr + row) * inverse_temperature
         inverse_x, inverse_y = 1.0 / sum_x, 1.0 / sum_y
-        offset = row_offset(row, length, stride_b, stride_l)
-        ref = row_offset(row, length, ref_stride_b, ref_stride_l)
+        x_ptr = row_start(x_ptr, row, length, stride_b, stride_l)
+        y_ptr = row_start(y_ptr, row, length, ref_stride_b, ref_stride_l)
         lanes = tl.arange(0, BLOCK)
         few = tl.arange(0, VECTOR)
-        head = tl.minimum(head_length(offset, VECTOR), columns)
+        head = tl.minimum(head_length(x_ptr, VECTOR), columns)
         live = few < head
-        x_head = tl.load(x_ptr + offset + few, mask=live, other=-float("inf")).to(tl.float32)
-        y_head = tl.load(y_ptr + ref + few, mask=live, other=-float("inf")).to(tl.float32)
+        x_head = tl.load(x_ptr + few, mask=live, other=-float("inf")).to(tl.float32)
+        y_head = tl.load(y_ptr + few, mask=live, other=-float("inf")).to(tl.float32)
         _write_gradients(
-            x_head, y_head, out_ptr, ref_out_ptr, out + few, ref_out + few, live, top_x, inverse_x, top_y, inverse_y,
-            shift, grad, scale, LOGITS, REF, False,
+            x_head, y_head, out_ptr, ref_out_ptr, few, live, top_x, inverse_x, top_y, inverse_y, shift, grad, scale,
+            LOGITS, REF, False,
         )  # fmt: skip
         blocks = (columns - head) // BLOCK
-        start = tl.multiple_of(offset + head, VECTOR)
-        ref_start, out_start, ref_out_start = ref + head, out + head, ref_out + head
+        x_body = tl.multiple_of(x_ptr + head, 16)
+        y_body, out_body, ref_out_body = y_ptr + head, out_ptr + head, ref_out_ptr + head
         if IN_STEP:
-            ref_start = tl.multiple_of(ref_start, VECTOR)
-            out_start = tl.multiple_of(out_start, VECTOR)
-            ref_out_start = tl.multiple_of(ref_out_start, VECTOR)
+            y_body = tl.multiple_of(y_body, 16)
+            out_body = tl.multiple_of(out_body, 16)
+            ref_out_body = tl.multiple_of(ref_out_body, 16)
         for i in range(blocks):
             step = i * BLOCK + lanes
-            x = tl.load(x_ptr + start + step).to(tl.float32)
-            y = tl.load(y_ptr + ref_start + step).to(tl.float32)
+            x = tl.load(x_body + step).to(tl.float32)
+            y = tl.load(y_body + step).to(tl.float32)
             _write_gradients(
-                x, y, out_ptr, ref_out_ptr, out_start + step, ref_out_start + step, live, top_x, inverse_x, top_y,
-                inverse_y, shift, grad, scale, LOGITS, REF, True,
+                x, y, out_body, ref_out_body, step, live, top_x, inverse_x, top_y, inverse_y, shift, grad, scale,
+                LOGITS, REF, True,
             )  # fmt: skip
         rest = head + blocks * BLOCK + lanes
         live_rest = rest < columns
-        x = tl.load(x_ptr + offset + rest, mask=live_rest, other=-float("inf")).to(tl.float32)
-        y = tl.load(y_ptr + ref + rest, mask=live_rest, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + rest, mask=live_rest, other=-float("inf")).to(tl.float32)
+        y = tl.load(y_ptr + rest, mask=live_rest, other=-float("inf")).to(tl.float32)
         _write_gradients(
-            x, y, out_ptr, ref_out_ptr, out + rest, ref_out + rest, live_rest, top_x, inverse_x, top_y, inverse_y,
-            shift, grad, scale, LOGITS, REF, False,
+            x, y, out_ptr, ref_out_ptr, rest, live_rest, top_x, inverse_x, top_y, inverse_y, shift, grad, scale,
+            LOGITS, REF, False,
         )  # fmt: skip
 
 

@@ -14,30 +14,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.rows import fill_zero, head_length, in_step, row_offset, row_options
+from fastrlhf.kernels.rows import fill_zero, head_length, in_step, jit, row_options, row_start
 
 LN2 = tl.constexpr(math.log(2))
 LOG2E = 1 / math.log(2)
 
 
 @triton.jit
+def _exponent(x, top, scale):
+    """(x - top) * scale in powers of two, at least -200: exp2 of that is 0 already, and 0 * -inf is avoided."""
+    return tl.maximum((x - top) * scale, -200.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _fold(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
-    """Add a block of logits to (max, sum e, sum e u), u = (x - max) * scale in powers of two; one exponential each."""
-    new_top = tl.maximum(top, tl.max(x, 0))
+    """Add groups of logits [G, VECTOR] to their (max, sum e, sum e u) [G], u = (x - max) * scale in powers of two.
+
+    A group is what one thread loads at a time, so nothing passes between threads before the row's end.
+    """
+    new_top = tl.maximum(top, tl.max(x, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far: inf - inf is avoided
-    drop = tl.where(top == -float("inf"), 0.0, (top - shift) * scale)
-    u = (x - shift) * scale
+    drop = _exponent(top, shift, scale)
+    keep = tl.exp2(drop)
+    u = _exponent(x, shift[:, None], scale)
     e = tl.exp2(u)
-    keep = tl.where(top == -float("inf"), 0.0, tl.exp2(drop))
     if ENTROPY:
-        weighted = keep * (weighted + drop * total) + tl.sum(tl.where(e == 0.0, 0.0, e * u), 0)
-    return new_top, keep * total + tl.sum(e, 0), weighted
+        weighted = keep * (weighted + drop * total) + tl.sum(e * u, 1)
+    return new_top, keep * total + tl.sum(e, 1), weighted
 
 
 @triton.jit
 def _row_statistics(
-    x_ptr,  # [B, L, V] at the row's `offset`
-    offset,
+    x_ptr,  # the row
     columns,
     label,  # in this shard's columns, or outside
     scale,  # log2(e) / temperature
@@ -46,30 +54,32 @@ def _row_statistics(
     BLOCK: tl.constexpr,
 ):
     """(max, sum e, sum e (x - max) / T, x[label] or -inf)."""
-    top = -float("inf")
-    total = 0.0
-    weighted = 0.0
-    lanes = tl.arange(0, BLOCK)
-    head = tl.minimum(head_length(offset, VECTOR), columns)
-    if head > 0:
-        few = tl.arange(0, VECTOR)
-        x = tl.load(x_ptr + offset + few, mask=few < head, other=-float("inf")).to(tl.float32)
-        top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
+    GROUPS: tl.constexpr = BLOCK // VECTOR
+    lanes = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    nothing = tl.zeros([GROUPS], dtype=tl.float32)
+    top, total, weighted = nothing - float("inf"), nothing, nothing
+    owned = (label >= 0) & (label < columns)
+    target = tl.load(x_ptr + label, mask=owned, other=-float("inf")).to(tl.float32)
+    head = tl.minimum(head_length(x_ptr, VECTOR), columns)
     blocks = (columns - head) // BLOCK
-    body = x_ptr + tl.multiple_of(offset + head, VECTOR)
+    for edge in range(2):  # the head, then the tail
+        start = tl.where(edge == 0, 0, head + blocks * BLOCK)
+        end = tl.where(edge == 0, head, columns)
+        if start < end:
+            x = tl.load(x_ptr + start + lanes, mask=start + lanes < end, other=-float("inf")).to(tl.float32)
+            top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
+    body = tl.multiple_of(x_ptr + head, 16)
     for i in range(blocks):
         x = tl.load(body + i * BLOCK + lanes).to(tl.float32)
         top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
-    start = head + blocks * BLOCK
-    if start < columns:
-        x = tl.load(x_ptr + offset + start + lanes, mask=start + lanes < columns, other=-float("inf")).to(tl.float32)
-        top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
-    owned = (label >= 0) & (label < columns)
-    target = tl.load(x_ptr + offset + label, mask=owned, other=-float("inf")).to(tl.float32)
-    return top, total, weighted * LN2, target
+    row_top = tl.max(top, 0)
+    drop = _exponent(top, tl.where(row_top == -float("inf"), 0.0, row_top), scale)
+    keep = tl.exp2(drop)
+    weighted = tl.sum(keep * (weighted + drop * total), 0)
+    return row_top, tl.sum(keep * total, 0), weighted * LN2, target
 
 
-@triton.jit(do_not_specialize=["rows", "length", "stride_b", "stride_l", "vocab_start", "columns"])
+@jit("rows", "length", "stride_b", "stride_l", "vocab_start", "columns")
 def _statistics_kernel(
     x_ptr,  # [B, L, V] logits
     labels_ptr,  # [N] int64
@@ -86,15 +96,15 @@ def _statistics_kernel(
         keep = tl.load(mask_ptr + row) != 0
     if keep:
         label = tl.load(labels_ptr + row) - vocab_start
-        offset = row_offset(row, length, stride_b, stride_l)
-        top, total, weighted, target = _row_statistics(x_ptr, offset, columns, label, scale, True, VECTOR, BLOCK)
+        start = row_start(x_ptr, row, length, stride_b, stride_l)
+        top, total, weighted, target = _row_statistics(start, columns, label, scale, True, VECTOR, BLOCK)
     tl.store(stats_ptr + row, top)
     tl.store(stats_ptr + rows.to(tl.int64) + row, total)
     tl.store(stats_ptr + 2 * rows.to(tl.int64) + row, weighted)
     tl.store(stats_ptr + 3 * rows.to(tl.int64) + row, target)
 
 
-@triton.jit(do_not_specialize=["length", "stride_b", "stride_l", "vocab_start", "columns"])
+@jit("length", "stride_b", "stride_l", "vocab_start", "columns")
 def _forward_kernel(
     x_ptr,  # [B, L, V] logits
     labels_ptr,  # [N] int64
@@ -112,8 +122,8 @@ def _forward_kernel(
         keep = tl.load(mask_ptr + row) != 0
     if keep:
         label = tl.load(labels_ptr + row) - vocab_start
-        offset = row_offset(row, length, stride_b, stride_l)
-        top, total, weighted, target = _row_statistics(x_ptr, offset, columns, label, scale, ENTROPY, VECTOR, BLOCK)
+        start = row_start(x_ptr, row, length, stride_b, stride_l)
+        top, total, weighted, target = _row_statistics(start, columns, label, scale, ENTROPY, VECTOR, BLOCK)
         log_total = tl.log(total)
         logprob = (target - top) / temperature - log_total
         entropy = log_total - weighted / total
@@ -131,21 +141,16 @@ def _forward_kernel(
 
 
 @triton.jit
-def _gradient(x, column, label, top, scale, inverse, to_label, to_p, to_h, shift, ENTROPY: tl.constexpr):
-    """g_lp 1[j = label] + p (g_lse - g_lp) - g_H p (log p + H), with p = exp2((x - max) scale) / sum."""
-    u = (x - top) * scale
+def _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY: tl.constexpr):
+    """p (g_lse - g_lp) - g_H p (log p + H), with p = exp2((x - max) scale) / sum; fp32."""
+    u = _exponent(x.to(tl.float32), top, scale)
     p = tl.exp2(u) * inverse
-    d = p * to_p
     if ENTROPY:
-        d -= tl.where(p == 0.0, 0.0, p * (u * LN2 + shift)) * to_h
-    return d + tl.where(column == label, to_label, 0.0)
+        return p * (to_p - to_h * (u * LN2 + shift))
+    return p * to_p
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length", "stride_b", "stride_l", "out_stride_b", "out_stride_l", "vocab_start", "columns", "width",
-    ]
-)  # fmt: skip
+@jit("length", "stride_b", "stride_l", "out_stride_b", "out_stride_l", "vocab_start", "columns", "width")
 def _backward_kernel(
     x_ptr,  # [B, L, V] logits
     out_ptr,  # [B, L, V] gradient, may be x_ptr
@@ -160,14 +165,14 @@ def _backward_kernel(
     IN_STEP: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    out = row_offset(row, length, out_stride_b, out_stride_l)
+    out_ptr = row_start(out_ptr, row, length, out_stride_b, out_stride_l)
     if MASKED:  # noqa: SIM102  (a constexpr, then a device value)
         if tl.load(mask_ptr + row) == 0:
-            fill_zero(out_ptr, out, out + width, VECTOR, BLOCK)
+            fill_zero(out_ptr, width, VECTOR, BLOCK)
             return
-    offset = row_offset(row, length, stride_b, stride_l)
+    x_ptr = row_start(x_ptr, row, length, stride_b, stride_l)
     label = tl.load(labels_ptr + row) - vocab_start
-    label = tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)
+    owned = (label >= 0) & (label < columns)
     top = tl.load(top_ptr + row)
     total = tl.load(total_ptr + row)
     to_label = 0.0
@@ -183,28 +188,34 @@ def _backward_kernel(
         to_h = tl.load(grad_entropy_ptr + row) * inverse_temperature
         shift = tl.load(entropy_ptr + row) - tl.log(total)
     inverse = 1.0 / total
+    if LOGPROB:
+        at_label = tl.load(x_ptr + label, mask=owned, other=-float("inf"))
+        tl.debug_barrier()  # read by every thread before any of them writes to the row
     lanes = tl.arange(0, BLOCK)
-    head = tl.minimum(head_length(offset, VECTOR), columns)
+    head = tl.minimum(head_length(x_ptr, VECTOR), columns)
     few = tl.arange(0, VECTOR)
-    x_head = tl.load(x_ptr + offset + few, mask=few < head, other=-float("inf")).to(tl.float32)
-    d_head = _gradient(x_head, few, label, top, scale, inverse, to_label, to_p, to_h, shift, ENTROPY)
-    tl.store(out_ptr + out + few, d_head.to(out_ptr.dtype.element_ty), mask=few < head)
+    x_head = tl.load(x_ptr + few, mask=few < head, other=-float("inf"))
+    d_head = _through_p(x_head, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+    tl.store(out_ptr + few, d_head.to(out_ptr.dtype.element_ty), mask=few < head)
     blocks = (columns - head) // BLOCK
-    out_start = out + head
+    body = tl.multiple_of(x_ptr + head, 16)
+    out_body = out_ptr + head
     if IN_STEP:
-        out_start = tl.multiple_of(out_start, VECTOR)
-    body = x_ptr + tl.multiple_of(offset + head, VECTOR)
+        out_body = tl.multiple_of(out_body, 16)
     for i in range(blocks):
-        x = tl.load(body + i * BLOCK + lanes).to(tl.float32)
-        column = head + i * BLOCK + lanes
-        d = _gradient(x, column, label, top, scale, inverse, to_label, to_p, to_h, shift, ENTROPY)
-        tl.store(out_ptr + out_start + i * BLOCK + lanes, d.to(out_ptr.dtype.element_ty))
+        x = tl.load(body + i * BLOCK + lanes)
+        d = _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+        tl.store(out_body + i * BLOCK + lanes, d.to(out_ptr.dtype.element_ty))
     column = head + blocks * BLOCK + lanes
-    x = tl.load(x_ptr + offset + column, mask=column < columns, other=-float("inf")).to(tl.float32)
-    d = _gradient(x, column, label, top, scale, inverse, to_label, to_p, to_h, shift, ENTROPY)
-    tl.store(out_ptr + out + column, d.to(out_ptr.dtype.element_ty), mask=column < columns)
+    x = tl.load(x_ptr + column, mask=column < columns, other=-float("inf"))
+    d = _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+    tl.store(out_ptr + column, d.to(out_ptr.dtype.element_ty), mask=column < columns)
     if columns < width:
-        fill_zero(out_ptr, out + columns, out + width, VECTOR, BLOCK)
+        fill_zero(out_ptr + columns, width - columns, VECTOR, BLOCK)
+    if LOGPROB:
+        tl.debug_barrier()  # the label's element was written above without what is its alone
+        d = to_label + _through_p(at_label, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+        tl.store(out_ptr + label, d.to(out_ptr.dtype.element_ty), mask=owned)
 
 
 def logprob_statistics(

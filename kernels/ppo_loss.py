@@ -11,42 +11,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.last_block import add_up, arrivals, arrive
-from fastrlhf.kernels.rows import load_where
+from fastrlhf.kernels.gae import k3
+from fastrlhf.kernels.last_block import add_up, arrivals, arrive, element
+from fastrlhf.kernels.rows import jit, load_where
 
 BLOCK = 512  # nine running sums: more elements a thread would leave room for two blocks a multiprocessor
-MAX_BLOCKS = 528  # four of 4 warps on each of an H200's 132 multiprocessors
+MAX_BLOCKS = 512  # about four of 4 warps on each of an H200's 132 multiprocessors, and one lane each in the last block
 
 
 @triton.jit
-def _finish(partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN: tl.constexpr):
+def _join(p, v, e, c, w, k, r, n, top, p2, v2, e2, c2, w2, k2, r2, n2, top2):  # fmt: skip
+    return p + p2, v + v2, e + e2, c + c2, w + w2, k + k2, r + r2, n + n2, tl.maximum(top, top2)
+
+
+@triton.jit
+def _finish(
+    partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN: tl.constexpr, MOST: tl.constexpr
+):
     """partials [9, blocks] -> metrics [10], in the order of PPOLoss; rows as `_kernel` stores them."""
     blocks = tl.num_programs(0)
-    count = add_up(partials_ptr + 7 * blocks, blocks, 512)
-    scale = 1.0 / tl.maximum(count, 1.0)
+    lanes = tl.arange(0, MOST)
+    ratios = tl.load(partials_ptr + 8 * blocks + lanes, mask=lanes < blocks, other=0.0, cache_modifier=".cg")
+    sums = add_up(partials_ptr, blocks, 8, MOST)
+    scale = 1.0 / tl.maximum(element(sums, 7), 1.0)
     if GIVEN:
         scale = 1.0 / tl.load(denominator_ptr).to(tl.float32)
-    policy = add_up(partials_ptr, blocks, 512) * scale
-    value = add_up(partials_ptr + blocks, blocks, 512) * scale
-    entropy = add_up(partials_ptr + 2 * blocks, blocks, 512) * scale
+    means = sums * scale
+    policy, value, entropy = element(means, 0), element(means, 1), element(means, 2)
     tl.store(metrics_ptr, policy + value_coef * value - entropy_coef * entropy)
-    tl.store(metrics_ptr + 1, policy)
-    tl.store(metrics_ptr + 2, value)
-    tl.store(metrics_ptr + 3, entropy)
-    for k in tl.static_range(3, 7):
-        tl.store(metrics_ptr + 1 + k, add_up(partials_ptr + k * blocks, blocks, 512) * scale)
-    largest = 0.0
-    lanes = tl.arange(0, 512)
-    for start in range(0, blocks, 512):
-        some = tl.load(
-            partials_ptr + 8 * blocks + start + lanes, mask=start + lanes < blocks, other=0.0, cache_modifier=".cg"
-        )
-        largest = tl.maximum(largest, tl.max(some, 0))
-    tl.store(metrics_ptr + 8, largest)
+    k = tl.arange(0, 8)
+    tl.store(metrics_ptr + 1 + k, means, mask=k < 7)
+    tl.store(metrics_ptr + 8, tl.max(ratios, 0))
     tl.store(metrics_ptr + 9, scale)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@jit("tokens")
 def _kernel(
     logprobs_ptr, old_ptr, advantages_ptr,  # [N]
     mask_ptr,  # [N] bool
@@ -57,7 +56,7 @@ def _kernel(
     partials_ptr,  # [9, blocks] fp32: policy, value, entropy, clipped, value clipped, kl, ratio, count; max ratio
     counter_ptr,
     tokens, clip, value_clip, value_coef, entropy_coef,
-    VALUES: tl.constexpr, ENTROPY: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, ENTROPY: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     zeros = tl.zeros([BLOCK], dtype=tl.float32)
     policy, clipped_count, approx_kl, ratio_sum, ratio_max, count = zeros, zeros, zeros, zeros, zeros, zeros
@@ -78,7 +77,7 @@ def _kernel(
         tl.store(grad_logprobs_ptr + at, tl.where(cut, 0.0, plain), mask=inside)
         policy += tl.maximum(plain, clipped)
         clipped_count += tl.where(cut, 1.0, 0.0)
-        approx_kl += (ratio - 1.0) - log_ratio
+        approx_kl += k3(-log_ratio)
         ratio_sum += live * ratio
         ratio_max = tl.maximum(ratio_max, tl.where(keep, ratio, 0.0))
         count += live
@@ -98,18 +97,21 @@ def _kernel(
             value_clipped += tl.where(cut, 1.0, 0.0)
         if ENTROPY:
             entropy += load_where(entropy_ptr + at, inside, keep)
+    policy, value, entropy, clipped_count, value_clipped, approx_kl, ratio_sum, count, ratio_max = tl.reduce(
+        (policy, value, entropy, clipped_count, value_clipped, approx_kl, ratio_sum, count, ratio_max), 0, _join
+    )
     mine = partials_ptr + tl.program_id(0)
-    tl.store(mine, tl.sum(policy, 0))
-    tl.store(mine + blocks, tl.sum(value, 0))
-    tl.store(mine + 2 * blocks, tl.sum(entropy, 0))
-    tl.store(mine + 3 * blocks, tl.sum(clipped_count, 0))
-    tl.store(mine + 4 * blocks, tl.sum(value_clipped, 0))
-    tl.store(mine + 5 * blocks, tl.sum(approx_kl, 0))
-    tl.store(mine + 6 * blocks, tl.sum(ratio_sum, 0))
-    tl.store(mine + 7 * blocks, tl.sum(count, 0))
-    tl.store(mine + 8 * blocks, tl.max(ratio_max, 0))
+    tl.store(mine, policy)
+    tl.store(mine + blocks, value)
+    tl.store(mine + 2 * blocks, entropy)
+    tl.store(mine + 3 * blocks, clipped_count)
+    tl.store(mine + 4 * blocks, value_clipped)
+    tl.store(mine + 5 * blocks, approx_kl)
+    tl.store(mine + 6 * blocks, ratio_sum)
+    tl.store(mine + 7 * blocks, count)
+    tl.store(mine + 8 * blocks, ratio_max)
     if arrive(counter_ptr, blocks):
-        _finish(partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN)
+        _finish(partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN, MOST)
 
 
 def ppo_loss(
@@ -130,5 +132,6 @@ def ppo_loss(
         logprobs, old_logprobs, advantages, mask, *(logprobs if t is None else t for t in optional), *results,
         out(9 * blocks), arrivals(logprobs), tokens, clip, value_clip, value_coef, entropy_coef,
         VALUES=values is not None, ENTROPY=entropy is not None, GIVEN=denominator is not None, BLOCK=BLOCK,
+        MOST=MAX_BLOCKS,
     )  # fmt: skip
     return results

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.last_block import add_up, arrivals, arrive
+from fastrlhf.kernels.last_block import add_up, arrivals, arrive, element
+from fastrlhf.kernels.rows import jit
 
 TILE = 16
 
@@ -27,7 +28,7 @@ def _tile(scores_ptr, ranks_ptr, i, j, end):
     return s_i[:, None] - s_j[None, :], both & (r_i[:, None] < r_j[None, :]), both & (r_j[None, :] < r_i[:, None])
 
 
-@triton.jit
+@jit()
 def _kernel(
     scores_ptr, ranks_ptr,  # [N]
     offsets_ptr,  # [G + 1]
@@ -71,15 +72,16 @@ def _kernel(
     tl.store(partials_ptr + 3 * prompts + prompt, margins)
     tl.store(partials_ptr + 4 * prompts + prompt, tl.minimum(pairs, 1.0))
     if arrive(counter_ptr, prompts):
-        all_pairs = add_up(partials_ptr + 2 * prompts, prompts, 128)
+        sums = add_up(partials_ptr, prompts, 5, 128)
+        all_pairs = element(sums, 2)
         per_pair = 1.0 / tl.maximum(all_pairs, 1.0)
         scale = per_pair
         if PER_PROMPT:
-            scale = 1.0 / tl.maximum(add_up(partials_ptr + 4 * prompts, prompts, 128), 1.0)
-        tl.store(metrics_ptr, add_up(partials_ptr, prompts, 128) * scale)
-        tl.store(metrics_ptr + 1, add_up(partials_ptr + prompts, prompts, 128) * per_pair)
+            scale = 1.0 / tl.maximum(element(sums, 4), 1.0)
+        tl.store(metrics_ptr, element(sums, 0) * scale)
+        tl.store(metrics_ptr + 1, element(sums, 1) * per_pair)
         tl.store(metrics_ptr + 2, all_pairs)
-        tl.store(metrics_ptr + 3, add_up(partials_ptr + 3 * prompts, prompts, 128) * per_pair)
+        tl.store(metrics_ptr + 3, element(sums, 3) * per_pair)
         tl.store(metrics_ptr + 4, scale)
 
 

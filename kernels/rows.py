@@ -2,18 +2,32 @@
 
 A row of odd length leaves the next one unaligned, and a mask on a load keeps Triton from vectorising it. So each row is
 walked in three parts: a masked head up to the next 16-byte boundary, whole blocks without a mask, a masked tail.
-Left out on purpose: anything that depends on how many rows there are; no argument here is specialised or a constexpr.
+Left out on purpose: what depends on how many rows there are or where they begin. No such argument is specialised
+or a constexpr, so that neither a batch size nor a slice of a larger tensor compiles a kernel again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
+def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
+    """triton.jit that compiles once for all values of the arguments named, and for pointers of any alignment."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        pointers = [name for name in function.__code__.co_varnames if name.endswith("_ptr")]
+        return triton.jit(function, do_not_specialize=counts, do_not_specialize_on_alignment=pointers)
+
+    return decorate
+
+
 def row_options(rows: Tensor, columns: int) -> dict[str, int]:
-    """Launch options for one program a row: 16 elements a thread, 64 KiB in flight at 8 blocks a processor."""
+    """Launch options for one program a row: 16 elements a thread."""
     vector = 16 // rows.element_size()
     if columns <= 2048:
         return {"VECTOR": vector, "BLOCK": 1024, "num_warps": 4}
@@ -21,38 +35,40 @@ def row_options(rows: Tensor, columns: int) -> dict[str, int]:
 
 
 def in_step(a: Tensor, b: Tensor) -> bool:
-    """Whether rows of [B, L, V] views `a` and `b` always start at the same offset modulo 16 bytes."""
+    """Whether rows of [B, L, V] views `a` and `b` always start at the same address modulo 16 bytes."""
     vector = 16 // a.element_size()
-    return all((x - y) % vector == 0 for x, y in zip(a.stride()[:2], b.stride()[:2], strict=True))
+    strides = zip(a.stride()[:2], b.stride()[:2], strict=True)
+    return (a.data_ptr() - b.data_ptr()) % 16 == 0 and all((x - y) % vector == 0 for x, y in strides)
 
 
 @triton.jit
-def row_offset(row, length, stride_b, stride_l):
-    """Element offset of row (row // length, row % length); 64-bit, for N * V passes 2^31 at 16.7k tokens of a 128k
+def row_start(ptr, row, length, stride_b, stride_l):
+    """Where row (row // length, row % length) begins; a 64-bit offset, for N * V passes 2^31 at 16.7k tokens of a 128k
     vocabulary."""
-    return (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_l
+    return ptr + (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_l
 
 
 @triton.jit
-def head_length(offset, VECTOR: tl.constexpr):
-    """Elements from `offset` to the next 16-byte boundary."""
-    return ((VECTOR - offset % VECTOR) % VECTOR).to(tl.int32)
+def head_length(ptr, VECTOR: tl.constexpr):
+    """Elements from `ptr` to the next 16-byte boundary."""
+    element = ptr.to(tl.int64) // (16 // VECTOR)
+    return ((VECTOR - element % VECTOR) % VECTOR).to(tl.int32)
 
 
 @triton.jit
-def fill_zero(out_ptr, offset, end, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros to out_ptr[offset : end]."""
-    zeros = tl.zeros([BLOCK], dtype=out_ptr.dtype.element_ty)
+def fill_zero(ptr, count, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros to ptr[0 : count]."""
+    zeros = tl.zeros([BLOCK], dtype=ptr.dtype.element_ty)
     lanes = tl.arange(0, BLOCK)
     few = tl.arange(0, VECTOR)
-    body = offset + head_length(offset, VECTOR)
-    in_head = offset + few < tl.minimum(body, end)
-    tl.store(out_ptr + offset + few, tl.zeros([VECTOR], dtype=out_ptr.dtype.element_ty), mask=in_head)
-    blocks = tl.maximum(end - body, 0) // BLOCK
+    head = head_length(ptr, VECTOR)
+    tl.store(ptr + few, tl.zeros([VECTOR], dtype=ptr.dtype.element_ty), mask=few < tl.minimum(head, count))
+    blocks = tl.maximum(count - head, 0) // BLOCK
+    body = tl.multiple_of(ptr + head, 16)
     for i in range(blocks):
-        tl.store(out_ptr + tl.multiple_of(body + i * BLOCK, VECTOR) + lanes, zeros)
-    rest = body + blocks * BLOCK + lanes
-    tl.store(out_ptr + rest, zeros, mask=rest < end)
+        tl.store(body + i * BLOCK + lanes, zeros)
+    rest = head + blocks * BLOCK + lanes
+    tl.store(ptr + rest, zeros, mask=rest < count)
 
 
 @triton.jit

@@ -184,11 +184,13 @@ def rollout_targets(
     if clip is not None:
         checks.positive("clip", clip)
     dtype = checks.compute_dtype(logprobs)
-    if not isinstance(kl_coef, Tensor):
+    if isinstance(kl_coef, Tensor):  # a controller's may lie on the host
+        kl_coef = kl_coef.detach().to(logprobs.device, dtype, non_blocking=True)
+    else:
         kl_coef = torch.full((), float(kl_coef), dtype=dtype, device=logprobs.device)
     constants = [t.detach() for t in (scores, logprobs, ref_logprobs, values)]
     rewards, kl, advantages, returns, moments = _shaped_gae(
-        *constants, mask, kl_coef.to(dtype), estimator, clip, float(gamma), float(lam), backend
+        *constants, mask, kl_coef, estimator, clip, float(gamma), float(lam), backend
     )
     if whiten:
         advantages = _whiten(advantages, mask, moments, 1e-8, group)

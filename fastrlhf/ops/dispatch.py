@@ -147,13 +147,19 @@ class Kernel:
         return self._torch_body if chosen == "torch" else self.body(chosen)
 
     def body(self, backend: str, name: str | None = None) -> Callable[..., Any]:
-        """The compiled body for `backend`, or another function beside it."""
+        """The compiled body for `backend`, or another function beside it; its first argument is a tensor."""
         if backend == "cpu":
             return getattr(torch.ops.fastrlhf_cpu, name or self.name)
         if backend == "cuda":
             assert self._cuda_body is not None
             return functools.partial(self._cuda_body, torch.ops.fastrlhf_cuda)
-        return getattr(importlib.import_module(self._triton_module), name or self.name)
+        return functools.partial(_beside, getattr(importlib.import_module(self._triton_module), name or self.name))
+
+
+def _beside(function: Callable[..., Any], tensor: Tensor, *rest: Any) -> Any:
+    """`function(tensor, *rest)` with the tensor's GPU as the current one: that is where Triton launches."""
+    with torch.cuda.device_of(tensor):
+        return function(tensor, *rest)
 
 
 def backends() -> dict[str, dict[str, Any]]:

@@ -25,7 +25,8 @@ LOGITS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _signature(kernel: Any, pointers: dict[str, str], floats: set[str], constexprs: dict[str, Any]) -> ASTSource:
-    """Pointers as named, the given floats fp32, counts 32-bit, strides 64-bit (the widest that a launch can pass)."""
+    """Pointers as named, of unknown alignment, the given floats fp32, counts 32-bit, strides 64-bit (the widest that a
+    launch can pass)."""
     signature = {}
     for name in kernel.arg_names:
         if name in constexprs:
@@ -35,8 +36,7 @@ def _signature(kernel: Any, pointers: dict[str, str], floats: set[str], constexp
         else:
             other = "*fp32" if name.endswith("_ptr") else "i64" if "stride" in name else "i32"
             signature[name] = pointers.get(name, other)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
-    return ASTSource(kernel, signature, constexprs={**constexprs}, attrs=aligned)
+    return ASTSource(kernel, signature, constexprs={**constexprs})
 
 
 FLOATS = {"temperature", "scale", "inverse_temperature", "clip", "value_clip", "value_coef", "entropy_coef"}
@@ -64,6 +64,7 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
         yield f"logits_kl_backward {d}", *_vocabulary(logits_kl._backward_kernel, d, LOGITS=True, REF=True, **flags)
     masks = {"mask_ptr": "*i1", "counter_ptr": "*i32"}
     flags = {"VALUES": True, "ENTROPY": True, "GIVEN": False, "BLOCK": ppo_loss.BLOCK}
+    flags["MOST"] = ppo_loss.MAX_BLOCKS
     yield "ppo_loss fp32", _signature(ppo_loss._kernel, masks, FLOATS, flags), 4
     for length in (128, 1024):
         options = gae.scan_options(length)

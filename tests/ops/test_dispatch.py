@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastrlhf import ops
 from fastrlhf.ops import backends, dispatch, gae, linear_cross_entropy, linear_logprobs, linear_ppo_loss, logprobs
@@ -90,6 +91,28 @@ def test_float64_always_runs_in_torch(monkeypatch):
     monkeypatch.setattr(dispatch, "_load_extension", lambda name: None)
     kernel = dispatch.KERNELS["gae"]
     assert kernel.choose(torch.zeros(1, dtype=torch.float64), "auto") == "torch"
+
+
+def test_triton_launches_on_the_gpu_of_its_tensors(monkeypatch):
+    """Triton takes the current device and its stream, whatever device the pointers are of."""
+    current, seen = [0], []
+
+    def exchange(index):
+        before, current[0] = current[0], index
+        return before
+
+    monkeypatch.setattr(dispatch, "_triton_problem", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    monkeypatch.setitem(sys.modules, "kernels_stub", SimpleNamespace(double=lambda *_: seen.append(current[0])))
+    kernel = dispatch.Kernel("double", torch.add, "kernels_stub")
+    try:
+        with FakeTensorMode():
+            x = torch.empty(2, device="cuda:1")
+        kernel.on(x, "triton")(x, 2)
+    finally:
+        del dispatch.KERNELS["double"]
+    assert seen == [1] and current == [0]
 
 
 # --- the cluster kernels, stood in for by torch bodies on the CPU ----------------------------------------------------

@@ -61,3 +61,35 @@ def test_no_recompilation_for_another_batch_size():
     for tokens in (151, 160, 176, 257):
         everything(tokens)
     assert compiled() == before
+
+
+def test_slices_at_any_alignment_compile_nothing_and_are_right():
+    """Rows of an odd width, and a first row anywhere: full-width accesses must still start at 16 bytes."""
+    from fastrlhf.kernels import logprob
+
+    base = torch.randn(64 * 4099, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(4099, (16,), device="cuda")
+    counts = []
+    for offset in range(9):
+        x = base[offset : offset + 16 * 4099].view(16, 4099).detach().requires_grad_()
+        ours = ops.logprobs(x, labels, with_entropy=True)
+        (grad,) = torch.autograd.grad(ours.logprobs.sum() + ours.entropy.sum(), x)
+        exact = ops.logprobs(x.double(), labels, with_entropy=True)
+        (exact_grad,) = torch.autograd.grad(exact.logprobs.sum() + exact.entropy.sum(), x)
+        torch.testing.assert_close(ours.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, exact_grad, rtol=2e-2, atol=1e-6)
+        counts.append(sum(len(cache[0]) for cache in logprob._forward_kernel.device_caches.values()))
+    assert counts[0] == counts[-1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu_than_the_current_one():
+    logits = torch.randn(7, 1003, device="cuda:1", requires_grad=True)
+    labels, mask = torch.arange(7, device="cuda:1"), torch.ones(7, dtype=torch.bool, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    logp = ops.logprobs(logits, labels).logprobs
+    loss = ops.ppo_loss(logp, logp.detach() - 0.1, torch.ones_like(logp), mask).loss
+    loss.backward()
+    exact = torch.log_softmax(logits.detach().double(), -1)[labels, labels]
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-5, atol=1e-5)
+    assert logits.grad is not None and torch.cuda.current_device() == 0
