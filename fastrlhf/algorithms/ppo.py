@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from fastrlhf import ops
 from fastrlhf.algorithms.offload import Offload
-from fastrlhf.algorithms.ppo_metrics import Clock, mean_over_updates, rollout_metrics
+from fastrlhf.algorithms.ppo_metrics import Clock, over_updates, rollout_metrics
 from fastrlhf.algorithms.ppo_warnings import Watch
 from fastrlhf.algorithms.rewards import Rewards
 from fastrlhf.algorithms.rollouts import PPOBatch, Rollouts, gather, own_rows, sample_records, training_batch
@@ -202,9 +202,7 @@ class PPO:
             with self._on_device(self.average.stage):
                 self.average.update()
         self.kl.update(metrics["kl"], rollouts.scores.numel())
-        metrics |= mean_over_updates(updates)
-        metrics["updates"] = float(len(updates))
-        metrics["trained_tokens"] *= len(updates)
+        metrics |= over_updates(updates)
         # The sum of all that is minimised, as the other algorithms report it.
         metrics["loss"] = metrics["policy_loss"] - config.entropy_coef * metrics["entropy"] + metrics["value_loss"]
         metrics["loss"] += config.gamma_ptx * metrics.get("ptx_loss", 0.0)

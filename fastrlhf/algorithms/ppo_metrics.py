@@ -39,12 +39,14 @@ def rollout_metrics(rollouts: Rollouts, scores: Tensor, rewards: Tensor, returns
     return {name: value.item() for name, value in metrics.items()}
 
 
-def mean_over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the updates of an iteration; what only the first one reports (ratio_deviation, the norms of the two
-    parts) as it is.
+def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the updates of an iteration, but that `trained_tokens` are added up; what only the first one reports
+    (ratio_deviation, the norms of the two parts) as it is; and the number of `updates`.
     """
-    mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[-1]}
-    return {**updates[0], **mean}
+    total = {name: sum(update[name] for update in updates) for name in updates[-1]}
+    mean = {name: value / len(updates) for name, value in total.items()}
+    counts = {"trained_tokens": total["trained_tokens"], "updates": float(len(updates))}
+    return {**updates[0], **mean, **counts}
 
 
 class Clock:

@@ -8,6 +8,7 @@ wait for each other. Left out on purpose: prefix sharing, paged caches, preempti
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,10 +200,11 @@ class _Engine:
         else:
             drawn = schedule.forward(self.mesh, self.forward, draws, self._head)
         counts = [draw.count for draw in draws]
-        drawn = self._share(drawn, sum(counts)).split(counts)
-        for draw, drawn_N2 in zip(draws, drawn, strict=True):
-            draw.group.advance(draw.rows, drawn_N2[:, 0].long())
-        return [drawn_N2.tolist() for drawn_N2 in drawn]
+        drawn_N2 = self._share(drawn, sum(counts))
+        for draw, tokens in zip(draws, drawn_N2[:, 0].long().split(counts), strict=True):
+            draw.group.advance(draw.rows, tokens)
+        rows = iter(drawn_N2.tolist())  # the one wait for the device
+        return [list(itertools.islice(rows, count)) for count in counts]
 
     @torch.no_grad()
     def _replay(self, group: SlotGroup, captured: DecodeGraphs) -> list[list[float]]:
