@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from fastrlhf.algorithms.judging import finite_scores
 from fastrlhf.algorithms.rewards import checked_scores, load_reward_function
-from fastrlhf.algorithms.rm import score_rankings
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
+from fastrlhf.data.files import make_folder
 from fastrlhf.data.tokenize import encode_plain, encode_prompts, load_tokenizer, prompt_text, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.comparison import Judged, compare, pair_records, write_comparison, write_selection
 from fastrlhf.evaluation.report import read_metrics, write_json
 from fastrlhf.generation.sample import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import check_vocabulary, find_model, is_hugging_face, load_saved
+from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -40,6 +41,7 @@ def winrate(config: Config) -> dict[str, Any]:
     assert config.eval.baseline is not None
     policy = find_policy(config.model.load or config.model.hf, "eval winrate")
     baseline = find_policy(config.eval.baseline, "eval winrate")
+    out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
         evaluation = _Evaluation(config, mesh)
@@ -47,7 +49,6 @@ def winrate(config: Config) -> dict[str, Any]:
         theirs = evaluation.judged(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.described(), **compare(ours, theirs, config.eval.tie_margin)}
     if mesh.rank == 0:
-        out = Path(config.output_dir)
         pairs = pair_records([prompt.prompt for prompt in evaluation.prompts], ours, theirs)
         write_json(out / "winrate.json", results)
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
@@ -112,9 +113,7 @@ class _Evaluation:
         self.function = load_reward_function(config.eval.judge, "eval.judge") if config.eval.judge else None
         self.reward = None
         if config.eval.reward_model is not None:
-            saved = find_model(config.eval.reward_model)
-            if saved.head != "scalar":
-                raise UserError(f"eval.reward_model {saved.path} is no reward model; give one that fastrlhf rm trained")
+            saved = find_reward_model(config.eval.reward_model, "eval.reward_model")
             check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
             self.reward = load_saved(saved, mesh, "scalar", config.model.dtype)
 
@@ -145,22 +144,9 @@ class _Evaluation:
     def _scores(self, responses: Sequence[Sequence[Response]]) -> list[list[float]]:
         if self.function is not None:
             return self._by_function(responses)
-        train, model = self.config.train, self.config.model
-        rows = list(zip(encode_prompts(self.tokenizer, [p.prompt for p in self.prompts]), responses, strict=True))
-        scores = score_rankings(
-            self.mesh,
-            self.reward,
-            [TokenizedRanking(prompt, self._tokens(row), [0] * len(row)) for prompt, row in rows],
-            micro_batch_size=train.micro_batch_size,
-            max_tokens=train.max_tokens_per_micro_batch,
-            shared_prompt=model.shared_prompt,
-        )
-        broken = sum(not bool(row.isfinite().all()) for row in scores)
-        if broken:
-            raise UserError(
-                f"{self.config.eval.reward_model} gives {broken} of {len(scores)} prompts' responses scores that are "
-                "not finite; it diverged"
-            )
+        rows = zip(encode_prompts(self.tokenizer, [p.prompt for p in self.prompts]), responses, strict=True)
+        answered = [TokenizedRanking(prompt, self._tokens(row), [0] * len(row)) for prompt, row in rows]
+        scores = finite_scores(self.config, self.mesh, self.reward, answered, str(self.config.eval.reward_model))
         return [row.tolist() for row in scores]
 
     def _tokens(self, row: Sequence[Response]) -> list[list[int]]:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastrlhf import launch
-from fastrlhf.algorithms.rm import score_rankings
+from fastrlhf.algorithms.judging import finite_scores
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
+from fastrlhf.data.files import make_folder
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
 from fastrlhf.evaluation.report import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, find_model, load_saved
+from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -36,21 +37,18 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     require(config, "eval rm")
     assert config.data.valid is not None and config.model.load is not None
-    saved = find_model(config.model.load)
-    if saved.head != "scalar":
-        raise UserError(
-            f"{saved.path} is a language model, not a reward model; set model.load to a run of the rm command"
-        )
+    saved = find_reward_model(config.model.load, "model.load")
+    out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
         run = launch.Parts(config, mesh)
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
         check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
-        results = _judge(config, mesh, load_saved(saved, mesh, "scalar", config.model.dtype), rankings)
+        stage = load_saved(saved, mesh, "scalar", config.model.dtype)
+        results = _judge(config, mesh, stage, rankings, str(saved.path))
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
     results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
-    out = Path(config.output_dir)
     if mesh.rank == 0:
         write_json(out / "eval_rm.json", results)
         page = write_reward_report(results, out / "eval_rm.html")
@@ -90,8 +88,9 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
         mesh, stage = job.algorithm.mesh, job.algorithm.reward.stage
         seen = [ranking for ranking in valid if getattr(ranking, by) not in group]
         row = {"fold": fold, "labelers": group, "trained_on": len(kept)}
-        row |= {"held_out": _judge(config, mesh, stage, held_out)}
-        row |= {"seen": _judge(config, mesh, stage, seen) if seen else None}
+        model = f"the model of fold {fold}"
+        row |= {"held_out": _judge(config, mesh, stage, held_out, model)}
+        row |= {"seen": _judge(config, mesh, stage, seen, model) if seen else None}
         rows.append(row)
     results = _summary(rows, by)
     if mesh.rank == 0:
@@ -120,20 +119,8 @@ def _groups(rankings: Sequence[TokenizedRanking], folds: int, by: By) -> list[li
     return reward.split_groups(counts, folds)
 
 
-def _judge(config: Config, mesh: Mesh, stage: GPT, rankings: Sequence[TokenizedRanking]) -> dict[str, Any]:
-    train = config.train
-    scores = score_rankings(
-        mesh,
-        stage,
-        rankings,
-        micro_batch_size=train.micro_batch_size,
-        max_tokens=train.max_tokens_per_micro_batch,
-        shared_prompt=config.model.shared_prompt,
-    )
-    broken = sum(not bool(one.isfinite().all()) for one in scores)
-    if broken:
-        raise UserError(f"the model gives {broken} of {len(rankings)} prompts scores that are not finite; it diverged")
-    return reward.evaluate(reward.ranked_pairs(rankings, [one.numpy() for one in scores]))
+def _judge(config: Config, mesh: Mesh, stage: GPT, rankings: Sequence[TokenizedRanking], model: str) -> dict[str, Any]:
+    return reward.evaluate(reward.ranked_pairs(rankings, finite_scores(config, mesh, stage, rankings, model)))
 
 
 def _summary(rows: list[dict[str, Any]], by: By) -> dict[str, Any]:

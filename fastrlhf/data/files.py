@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 LONGEST_LINE = 64 << 20  # bytes; a longer one is a file without line ends, and would fill the memory
 _TOLD = 64  # rows between two looks at the position in a file
-_NOT_HERE = "no such file; check the path in the configuration"
+_NOT_HERE = "no such file; check the path"
 
 
 @dataclass
@@ -70,6 +71,17 @@ def raw_rows(path: Path, text: bool = False, position: Position | None = None) -
         wanted = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
         raise UserError(f"{path}: unknown kind of file for records; expected a name ending in {wanted}")
     position.before, position.inside = position.before + path.stat().st_size, 0
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Makes the folder and returns it. UserError if files cannot be written there, before anything is computed."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another folder") from None
+    return Path(folder)
 
 
 def printable(text: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrlhf.data.files import Paths, Position, as_files
+from fastrlhf.data.files import Paths, Position, as_files, make_folder
 from fastrlhf.data.records import Counts, OnError, parse_record, placed_rows
 from fastrlhf.data.tokenize import encode_plain
 from fastrlhf.errors import UserError
@@ -61,7 +61,7 @@ def write_indexed(
 
     files, position, counts, tokens = as_files(paths), Position(), Counts(), 0
     _check_there(files)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(prefix.parent)
     partial = Path(f"{prefix}.partial{os.getpid()}")
     builder = IndexedDatasetBuilder(str(bin_file(partial)), dtype=DType.optimal_dtype(len(tokenizer)))
     eos = torch.tensor([tokenizer.eos_token_id])

@@ -27,7 +27,7 @@ import numpy as np
 from fastrlhf.configfile import load
 from fastrlhf.data.card import data_card, statistics
 from fastrlhf.data.clean import Cleaner, Tally, split_of
-from fastrlhf.data.files import Paths, Position, as_files, as_paths
+from fastrlhf.data.files import Paths, Position, as_files, as_paths, make_folder
 from fastrlhf.data.records import (
     Kind,
     OnError,
@@ -87,8 +87,8 @@ def prepare(
     rules, out = rules or Rules(), Path(out)
     named = named_sources(sources if isinstance(sources, Mapping) else as_paths(sources))
     files = [(name, file) for name, paths in sorted(named.items()) for file in as_files(paths)]
-    out.mkdir(parents=True, exist_ok=True)
     _check_apart([file for _, file in files], out)
+    make_folder(out)
     (out / "manifest.json").unlink(missing_ok=True)
     spool = Spool(out / ".work", _fingerprint(files, kind, rules, on_error))
     try:
@@ -113,7 +113,8 @@ def prepare(
     spool.remove(out)
     (out / "DATA_CARD.md").write_text(data_card(manifest), encoding="utf-8")
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    log.info("%s: kept %d of %d records, dropped %s", out, manifest["kept"], manifest["read"], manifest["dropped"])
+    lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+    log.info("%s: kept %d of %d records, left out %s", out, manifest["kept"], manifest["read"], lost or "none")
     return manifest
 
 

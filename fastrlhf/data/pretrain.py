@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastrlhf.data.files import make_folder
 from fastrlhf.data.indexed import bin_file, idx_file, write_indexed
 from fastrlhf.data.loader import permutation
 from fastrlhf.data.records import Paths, as_paths
@@ -191,9 +192,9 @@ def _tokenized(path: Path, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) 
     from filelock import FileLock
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file, nor {path}.bin with {path}.idx; check data.pretrain")
+        raise UserError(f"{path}: no such file, nor {path}.bin with {path}.idx; check the path")
     prefix = cache_dir / f"{path.name}.{_fingerprint(path, tokenizer)}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(cache_dir)
     with FileLock(f"{prefix}.lock"):
         # The index is renamed into place last: where it is, its .bin is whole.
         if not idx_file(prefix).exists():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from fastrlhf.config import Config
+from fastrlhf.data.files import make_folder
 from fastrlhf.data.records import Prompt, read_records
 from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
@@ -184,6 +185,7 @@ def run(config: Config) -> None:
     out = Path(config.output_dir) / "samples.jsonl"
     if out.exists():
         raise UserError(f"{out}: exists already; give another output_dir, or remove it")
+    make_folder(out.parent)
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     prompts, too_long = fitting_prompts(config, tokenizer, mesh)

@@ -38,6 +38,14 @@ def find_model(path: str | Path) -> SavedModel:
     return SavedModel(path=path, model=model, vocab_size=model.vocab_size, head=head_from_hf(path), tokenizer=tokenizer)
 
 
+def find_reward_model(path: str, key: str) -> SavedModel:
+    """The reward model saved at `path`, the value of the setting `key`. Raises `UserError` if there is none."""
+    saved = find_model(path)
+    if saved.head != "scalar":
+        raise UserError(f"{key} {saved.path} is a language model, not a reward model; give a run of the rm command")
+    return saved
+
+
 def check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
     """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not, or an id of another meaning
     than in the tokenizer that the model was saved with.

@@ -26,6 +26,7 @@ from fastrlhf import launch
 from fastrlhf.algorithms.sft import evaluate_loss
 from fastrlhf.config import Config
 from fastrlhf.data.batches import pack_windows
+from fastrlhf.data.files import make_folder
 from fastrlhf.data.records import Prompt
 from fastrlhf.data.tokenize import encode_prompts, train_bpe
 from fastrlhf.evaluation.report import Answer
@@ -57,6 +58,7 @@ def run(
     a local Hugging Face folder or .gguf file; `scale` by default suits it. Raises UserError where it is not there.
     """
     source = None if model == "tiny" else pretrained.find(model)
+    make_folder(out)
     if tensor * pipeline > 1 and "RANK" not in os.environ:
         sizes = ["--tensor", str(tensor), "--pipeline", str(pipeline)]
         _under_torchrun(tensor * pipeline, ["--out", str(out), *sizes, "--seed", str(seed), "--model", model])

@@ -151,7 +151,7 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"eval": {"baseline": None}}, "eval winrate needs eval.baseline"),
         ({"data": {"prompts": None}}, "eval winrate needs data.prompts"),
         ({"model": {"load": None}}, "eval winrate needs a trained model"),
-        ({"eval": {"reward_model": "policy"}}, "is no reward model"),
+        ({"eval": {"reward_model": "policy"}}, "is a language model, not a reward model"),
         ({"eval": {"baseline": "rm"}}, "is a reward or value model, not a policy"),
         ({"eval": {"baseline": "nothing"}}, "no model here"),
         ({"eval": {"baseline_prefix": "nothing"}}, "nothing: cannot be read as the prompt prefix"),

@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write(folder / "demonstrations.jsonl", *({"prompt": f"cat {i}", "response": f"mat {i}"} for i in range(4)))
     write(folder / "rankings.jsonl", *({"prompt": "a", "chosen": f"{i}", "rejected": "mat"} for i in range(4)))
     write(folder / "prompts.jsonl", {"prompt": "the cat"})
+    (folder / "t.txt").write_text("the cat sat")
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     assert fastrlhf("sft", folder / "run.yaml") == 0
     yield folder
@@ -90,10 +91,19 @@ def test_one_run_a_folder_at_a_time(folder, refused):
         assert "another run is writing it" in refused("sft", "train.steps=2")
 
 
-@pytest.mark.parametrize("command", ["sft", "pretrain"])
-def test_a_folder_that_cannot_be_written(folder, refused, command):
-    line = refused(command, f"output_dir={folder}/prompts.jsonl/x", "data.sequence_length=8")
-    assert f"output_dir {folder}/prompts.jsonl/x cannot be written" in line
+@pytest.mark.parametrize("command", ["sft", "pretrain", "sample", "eval winrate"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(folder, refused, command):
+    models = [f"model.load={folder}/sft", f"eval.baseline={folder}/sft", "eval.judge=math:prod"]
+    line = refused(command, f"output_dir={folder}/prompts.jsonl/x", "data.sequence_length=8", *models)
+    assert f"{folder}/prompts.jsonl" in line
+    assert "cannot be written" in line
+
+
+def test_data_commands_into_a_folder_that_cannot_be_written(folder, capfd):
+    out, prompts = folder / "prompts.jsonl" / "x", folder / "prompts.jsonl"
+    assert fastrlhf("data", "prepare", prompts, "--out", out) == 2
+    assert fastrlhf("data", "tokenize", folder / "t.txt", "--tokenizer", folder / "tokenizer", "--out", out / "t") == 2
+    assert capfd.readouterr().err.count("x: cannot be written") == 2
 
 
 def test_models_are_looked_for_before_the_data(folder, refused):

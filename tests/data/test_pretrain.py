@@ -111,7 +111,7 @@ def test_unusable_streams_are_one_line_each(tmp_path: Path, tokenizer: Any) -> N
         ("alone.bin", "expected both .*alone.bin and .*alone.idx"),
         ("junk", r"not a readable megatron index \(40 bytes\); preprocess the text again"),
         ("cut", r"not a readable megatron index \(12 bytes\); preprocess the text again"),
-        ("none", "no such file, nor .*none.bin with .*none.idx; check data.pretrain"),
+        ("none", "no such file, nor .*none.bin with .*none.idx; check the path"),
     ):
         with pytest.raises(UserError, match=message) as error:
             TokenStream.open(tmp_path / name, tokenizer, tmp_path / "cache")

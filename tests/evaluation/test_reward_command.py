@@ -96,7 +96,7 @@ def test_judges_a_trained_model(configure: Callable[..., Config], trained: Path,
 
 
 def test_micro_batches_do_not_change_scores(configure: Callable[..., Config], trained: Path, folder: Path) -> None:
-    config = configure("rm", f"model.load={trained}")
+    config = configure("rm", f"model.load={trained}", "generation.max_new_tokens=24")
     groups, _ = load_rankings(
         folder / "valid.jsonl", load_tokenizer(folder / "tokenizer"), max_prompt_tokens=24, max_response_tokens=24
     )
