@@ -14,11 +14,11 @@ from __future__ import annotations
 import gzip
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
-from fastrlhf.data.records import BadRecord, Counts, Kind, OnError, Paths, parse_record, parse_rows, to_json
+from fastrlhf.data.records import BadRecord, Counts, Kind, OnError, Paths, as_paths, parse_record, parse_rows, to_json
 from fastrlhf.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,11 +50,7 @@ def convert(
     def parse(row: Row) -> list[Any]:
         return [parse_record(found, kind) for found in make(row)]
 
-    counts = Counts()
-    records = parse_rows(paths, kind, parse, on_error, rejected, counts)
-    counts.kept = write_lines(Path(out), map(to_json, records))
-    log_counts(Path(out), kind, counts)
-    return counts
+    return rewrite(paths, kind, parse, to_json, Path(out), on_error, rejected, what=kind)
 
 
 def checked_maker(layout: Source, kind: Kind, makers: dict[Kind, Maker]) -> Maker:
@@ -64,21 +60,43 @@ def checked_maker(layout: Source, kind: Kind, makers: dict[Kind, Maker]) -> Make
     return makers[kind]
 
 
-def write_lines(out: Path, lines: Iterable[str]) -> int:
-    """Write `lines` to `out`, gzipped when it ends in .gz, and return their number."""
+def rewrite(
+    paths: Paths,
+    kind: Kind,
+    parse: Callable[[Row], list[Any]],
+    to_line: Callable[[Any], str],
+    out: Path,
+    on_error: OnError,
+    rejected: Path | None,
+    *,
+    what: str,
+) -> Counts:
+    """Write a line for everything that `parse` makes of the rows of `paths` to `out`, which appears when it is whole;
+    `what` names the lines.
+
+    UserError for a name other than .jsonl or .jsonl.gz, one that is read, and one that cannot be written.
+    """
     if not out.name.removesuffix(".gz").endswith(".jsonl"):
         raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
-    number = 0
-    # mtime=0: the same rows give the same bytes.
-    with out.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if out.suffix == ".gz" else raw as file:
-        for line in lines:
-            file.write(line.encode() + b"\n")
-            number += 1
-    return number
-
-
-def log_counts(out: Path, what: str, counts: Counts) -> None:
+    if out.resolve() in {path.resolve() for path in as_paths(paths)}:
+        raise UserError(f"{out}: the input would be overwritten by the output; give another --out")
+    counts, partial = Counts(), out.with_name(out.name + ".partial")
+    try:
+        with partial.open("wb") as raw, _gzipped(raw) if out.suffix == ".gz" else raw as file:
+            for found in parse_rows(paths, kind, parse, on_error, rejected, counts):
+                file.write(to_line(found).encode() + b"\n")
+                counts.kept += 1
+        partial.replace(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
     log.info("%s: %d %s from %d rows, %d rows set aside", out, counts.kept, what, counts.read, counts.rejected)
+    return counts
+
+
+def _gzipped(raw: BinaryIO) -> gzip.GzipFile:
+    return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)  # without a time: the same rows give the same bytes
 
 
 def _makers(source: Source) -> dict[Kind, Maker]:
@@ -159,7 +177,7 @@ def _transcript(text: Any) -> Turns:
     """The turns of one transcript; a speaker talking twice in a row is one turn."""
     pieces = _SPEAKER.split("\n\n" + text.strip()) if isinstance(text, str) else []
     if len(pieces) < 3 or pieces[0].strip():
-        raise BadRecord(r'not a transcript; expected text beginning with "\n\nHuman:"')
+        raise BadRecord(r'not a transcript; expected text beginning with "\n\nHuman:"; turns are source pairs')
     turns: Turns = []
     for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True):
         role = _ROLES[speaker]

@@ -15,10 +15,11 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.convert import Maker, Row, Source, Turns, checked_maker, log_counts, write_lines
+from fastrlhf.data.convert import Maker, Row, Source, Turns, checked_maker, rewrite
 from fastrlhf.data.records import (
     BadRecord,
     Counts,
@@ -28,7 +29,6 @@ from fastrlhf.data.records import (
     Paths,
     Ranking,
     parse_record,
-    parse_rows,
 )
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
@@ -52,11 +52,8 @@ def export(
     def parse(row: Row) -> list[Row]:
         return [found | _ids(row) for found in make(parse_record(row, kind))]
 
-    counts = Counts()
-    rows = parse_rows(paths, kind, parse, on_error, rejected, counts)
-    counts.kept = write_lines(Path(out), (json.dumps(row, ensure_ascii=False) for row in rows))
-    log_counts(Path(out), f"{target} rows", counts)
-    return counts
+    to_line = partial(json.dumps, ensure_ascii=False)
+    return rewrite(paths, kind, parse, to_line, Path(out), on_error, rejected, what=f"{target} rows")
 
 
 def _makers(target: Source) -> dict[Kind, Maker]:

@@ -198,5 +198,5 @@ def _check_sizes(samples: int, global_batch: int, micro_batch: int | None, data_
     if drop_last and samples < global_batch:
         raise UserError(
             f"the data set has {samples} samples, fewer than the global batch size {global_batch}; add data, or set "
-            f"train.global_batch_size to {samples} or less"
+            f"train.global_batch_size (of PPO: ppo.batch_size) to {samples} or less"
         )

@@ -154,7 +154,8 @@ _EXPECTED = {
 }
 
 _SHOWN = 1000  # bytes of a giant line that are set aside
-_CURE = "fix the line, or set on_error to quarantine to leave such lines out"
+_CURE = "; fix the line, or set on_error to quarantine to leave such lines out"
+_FILE_CURE = ", or set on_error to quarantine to go on without the rest of it"
 
 
 class BadRecord(Exception):
@@ -240,7 +241,7 @@ def placed_rows(
             if not isinstance(found, BadRecord):
                 yield Place(number, path, line), found
             elif on_error == "strict":
-                raise UserError(f"{path}:{line}: {found}; {_CURE}")
+                raise UserError(f"{path}:{line}: {found}{_FILE_CURE if raw is None else _CURE}")
             else:
                 counts.rejected += 1
                 _set_aside(aside, f"{path}:{line}", str(found), raw)
@@ -249,7 +250,9 @@ def placed_rows(
 def _parsed(
     path: Path, kind: Kind, parse: Callable[[dict[str, Any]], list[Any]], skip: int, position: Position
 ) -> Iterator[tuple[int, Any, list[Any] | BadRecord]]:
-    """(line, the raw row, its records or what is wrong) of one file behind line `skip`."""
+    """(line, the raw row, its records or what is wrong) of one file behind line `skip`; no row where the file is at
+    fault.
+    """
     line = 0
     try:
         for line, raw in raw_rows(path, kind == "text", position):
@@ -302,7 +305,7 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
     try:
         record = _ADAPTERS["pairs" if pair else kind].validate_python(row)
     except ValidationError as error:
-        raise BadRecord(_explain(error)) from None
+        raise BadRecord(_explain(error, row)) from None
     if isinstance(record, _Pair):
         responses = (record.chosen, record.rejected)
         return Ranking(record.prompt, responses, (1, 2), record.user_id, record.labeler_id)
@@ -319,7 +322,7 @@ def _decode(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadRecord(f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 JSON") from None
     try:
-        row = from_json(line)
+        row = from_json(line.rstrip())
     except ValueError as error:
         # The parser says "line 1" of this line; the true line number already stands in front.
         reason = str(error).replace(" at line 1 column", " at column")
@@ -340,7 +343,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, row: dict[str, Any]) -> str:
     """The first thing wrong, in the reader's words: the field, what it holds, what was expected."""
     errors = error.errors()
     field = str(errors[0]["loc"][0])
@@ -350,7 +353,9 @@ def _explain(error: ValidationError) -> str:
     index = next((part for part in first["loc"] if isinstance(part, int)), None)
     name = f'"{field}"' if index is None else f'"{field}" item {index + 1}'
     if first["type"] == "missing":
-        lack = "is missing" if index is None else f'lacks "{first["loc"][-1]}"'
+        lack = (
+            f"is missing (there is {', '.join(row) or 'nothing'})" if index is None else f'lacks "{first["loc"][-1]}"'
+        )
         return f"{name} {lack}; expected {expected}"
     if first["type"] == "value_error":
         return f"{name} is empty; expected {expected}"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _COUNTED, _CONTEXT = "bold green", "dim"
+_SHOWN = 500  # tokens of a document: it may be a book
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
@@ -133,9 +134,9 @@ class _Painter:
 
     def paint(self, record: Demonstration | Ranking | Prompt | Text) -> Iterator[RichText]:
         if isinstance(record, Text):
-            yield from self._sequence(
-                [], [*encode_plain(self.tokenizer, [record.text])[0], self.tokenizer.eos_token_id]
-            )
+            tokens = [*encode_plain(self.tokenizer, [record.text])[0], self.tokenizer.eos_token_id]
+            of = f"of {len(tokens)} " if len(tokens) > _SHOWN else ""
+            yield from self._sequence([], tokens[:_SHOWN], named=f"{of}of text")
             return
         prefix = self.prefix if isinstance(record, Prompt) else ""
         (prompt,) = encode_prompts(self.tokenizer, [record.prompt], prefix)
@@ -164,6 +165,7 @@ class _Painter:
         response: list[int],
         limit: int | None = None,
         spans: tuple[tuple[int, int], ...] = (),
+        named: str = "of response",
     ) -> Iterator[RichText]:
         kept = response[:limit]
         tokens = prompt + kept
@@ -180,7 +182,8 @@ class _Painter:
                 start = t
         yield text
         cut = f", cut from {len(response)} by data.max_response_tokens" if len(kept) < len(response) else ""
-        yield RichText(f"{len(prompt)} prompt + {len(kept)} response tokens{cut}", style="cyan")
+        lengths = [f"{len(prompt)} of prompt"] * bool(prompt) + [f"{len(kept)} {named}"] * bool(response)
+        yield RichText(f"tokens: {' + '.join(lengths)}{cut}", style="cyan")
 
     def _append(self, text: RichText, tokens: list[int], counted: bool) -> None:
         piece = str(self.tokenizer.decode(tokens)).translate(_ESCAPES)

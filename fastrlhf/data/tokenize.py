@@ -38,7 +38,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        here = (folder / "tokenizer.json").is_file()
+        reason = str(error).strip().splitlines()[0] if here else "it has no tokenizer.json"
         raise UserError(f"{folder}: not a tokenizer folder ({reason}); expected the files transformers saves") from None
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: this tokenizer has no fast version; save one that writes tokenizer.json")

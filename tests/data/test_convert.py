@@ -145,8 +145,22 @@ def test_wrong_output_name_and_kind(jsonl: Callable[..., Path], tmp_path: Path) 
     path = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=r"expected an output name ending in \.jsonl"):
         convert(path, "pairs", "rankings", tmp_path / "out.csv")
+    with pytest.raises(UserError, match=r"missing/out\.jsonl: cannot be written \(No such file or directory\)"):
+        convert(path, "pairs", "rankings", tmp_path / "missing" / "out.jsonl")
     with pytest.raises(UserError, match="trees hold no text; choose one of rankings, demonstrations, prompts"):
         convert(path, "trees", "text", tmp_path / "out.jsonl")
+
+
+def test_neither_the_input_nor_an_earlier_output_is_lost(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    path = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p"})
+    before, out = path.read_bytes(), tmp_path / "out.jsonl"
+    out.write_text("earlier")
+    with pytest.raises(UserError, match="the input would be overwritten"):
+        convert(path, "pairs", "rankings", path)
+    with pytest.raises(UserError, match=r"data\.jsonl:2: "):
+        convert(path, "pairs", "rankings", out)
+    assert (path.read_bytes(), out.read_text()) == (before, "earlier")
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "out.jsonl"}
 
 
 def exported(path: Path, target: Source, kind: Kind, **options: Any) -> list[Any]:

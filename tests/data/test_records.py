@@ -68,15 +68,15 @@ def test_byte_order_mark_and_blank_lines_are_no_records(tmp_path: Path) -> None:
 
 
 BAD_LINES = [
-    ("prompts", '{"prompt": "p"', "malformed JSON"),
+    ("prompts", '{"prompt": "p"', "malformed JSON (EOF while parsing an object at column 14)"),
     ("prompts", "[1]", "the line holds [1]; expected one JSON object"),
-    ("prompts", "{}", '"prompt" is missing; expected a non-empty string or a list of {"role", "content"} turns'),
+    ("prompts", "{}", '"prompt" is missing (there is nothing); expected a non-empty string or a list of {"role", '),
     ("prompts", '{"prompt": 3}', '"prompt" is 3; expected'),
     ("prompts", '{"prompt": " "}', '"prompt" is empty; expected'),
     ("prompts", '{"prompt": []}', '"prompt" is []; expected'),
     ("prompts", '{"prompt": [{"role": "user"}]}', '"prompt" item 1 lacks "content"; expected'),
     ("prompts", '{"prompt": "p", "user_id": 1.5}', '"user_id" is 1.5; expected a string or an integer'),
-    ("demonstrations", '{"prompt": "p"}', '"response" is missing; expected a non-empty string'),
+    ("demonstrations", '{"prompt": "p", "a": 1}', '"response" is missing (there is prompt, a); expected a non-empty'),
     ("demonstrations", '{"prompt": "p", "response": null}', '"response" is null; expected'),
     ("rankings", '{"prompt": "p", "responses": ["a"], "ranks": [1]}', '"responses" has 1 entry; expected'),
     ("rankings", '{"prompt": "p", "responses": ["a", "b"], "ranks": [1]}', '"ranks" has 1 entries for 2 responses'),
@@ -86,7 +86,7 @@ BAD_LINES = [
     ("rankings", '{"prompt": "p", "responses": ["a", "b"], "ranks": [1, "2"]}', '"ranks" item 2 is "2"; expected'),
     ("rankings", '{"prompt": "p", "responses": ["a", "b"], "ranks": [true, 2]}', '"ranks" item 1 is true; expected'),
     ("rankings", '{"prompt": "p", "responses": "ab", "ranks": [1, 2]}', '"responses" is "ab"; expected'),
-    ("rankings", '{"prompt": "p", "chosen": "a"}', '"rejected" is missing; expected'),
+    ("rankings", '{"prompt": "p", "chosen": "a"}', '"rejected" is missing (there is prompt, chosen); expected'),
     ("text", '{"text": 1}', '"text" is 1; expected a non-empty string'),
 ]
 
@@ -138,7 +138,7 @@ def test_damaged_files_are_told_by_place_and_set_aside_after_their_good_rows(tmp
     cases: list[tuple[str, Kind, str]] = [
         ("cut.jsonl.gz", "prompts", r"cut\.jsonl\.gz:[0-9]{4}: the gzip data break off or are damaged here; copy"),
         ("not.jsonl.gz", "prompts", r"not\.jsonl\.gz:1: cannot be read \(Not a gzipped file"),
-        ("empty.jsonl", "prompts", r"empty\.jsonl:1: the file holds no record"),
+        ("empty.jsonl", "prompts", r"empty\.jsonl:1: the file holds no record; check how it was made, or set on_error"),
         ("latin.txt", "text", r"latin\.txt:2: byte 4 is not UTF-8; convert the file"),
     ]
     for name, kind, message in cases:

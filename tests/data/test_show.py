@@ -51,8 +51,15 @@ def test_limits_are_told(jsonl: Callable[..., Path], tokenizer: Any) -> None:
     path = jsonl({"prompt": "the cat sat on the mat", "response": "a dog ran after the cat"})
     text = shown(path, tokenizer, limit=2)
     assert "data.max_prompt_tokens is 2" in text
-    assert "prompt + 2 response tokens, cut from" in text
+    assert "of prompt + 2 of response, cut from" in text
     assert "<|endoftext|>" not in text
+
+
+def test_a_book_is_not_printed_whole(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "book.txt").write_text("the cat " * 2000 + "END")
+    text = shown(tmp_path / "book.txt", tokenizer)
+    assert "END" not in text
+    assert re.search(r"tokens: 500 of \d{4,} of text", text)
 
 
 def test_control_characters_are_shown_as_escapes(jsonl: Callable[..., Path], tokenizer: Any) -> None:

@@ -100,7 +100,7 @@ def test_unusable_tokenizer_folders_are_one_line_each(tmp_path: Path, tokenizer_
         (tmp_path / "none", "no such tokenizer folder; expected one saved by transformers"),
         (broken, r"tokenizer\.json: not valid JSON \(.*\); copy the file again"),
         (no_eos, 'no eos token; set "eos_token" in its tokenizer_config.json'),
-        (empty, "not a tokenizer folder"),
+        (empty, r"not a tokenizer folder \(it has no tokenizer.json\)"),
     ):
         with pytest.raises(UserError, match=message) as error:
             load_tokenizer(folder)
