@@ -145,7 +145,7 @@ def prepare_data(
     ] = None,
     kind: Annotated[Kind, typer.Option(help="What the record files hold.")] = "prompts",
 ) -> None:
-    """Deduplicate, filter personal data, cap each user, and split by user."""
+    """Deduplicate, filter personal data, cap users, split by user."""
     from fastrlhf.data.prepare import run
 
     run(arguments, out, kind)
@@ -161,7 +161,7 @@ def convert_data(
     rejected: Annotated[Path | None, typer.Option(help="File for rows set aside.")] = None,
     on_error: Broken = "strict",
 ) -> None:
-    """Turn other projects' preference and instruction data into records, or records into theirs."""
+    """Turn other projects' data into records, or records into theirs."""
     from fastrlhf.data.convert import convert
     from fastrlhf.data.export import export
 
@@ -181,7 +181,10 @@ def show_data(
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, with record files.")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Records of each file.")] = 3,
 ) -> None:
-    """Print records as the model will read them, coloured by what the loss counts."""
+    """Print records as the model will read them.
+
+    Coloured by what the loss counts; without colour it stands between ⟦ and ⟧.
+    """
     from fastrlhf.data.show import run
 
     run(arguments, tokenizer, n)
@@ -209,7 +212,10 @@ def from_hf(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Write a Hugging Face model as a model folder, to start from with model.load; compare their logits."""
+    """Write a Hugging Face model as a model folder.
+
+    For model.load to start from. Compares their logits.
+    """
     from fastrlhf.config import ParallelConfig
     from fastrlhf.convert import convert_from_hf
 
@@ -223,7 +229,10 @@ def to_hf(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Write a trained model as a Hugging Face folder; compare their logits."""
+    """Write a trained model as a Hugging Face folder.
+
+    Compares their logits.
+    """
     from fastrlhf.config import ParallelConfig
     from fastrlhf.convert import convert_to_hf
 
@@ -237,10 +246,11 @@ def evaluate_rm(
     folds: Annotated[int | None, typer.Option(min=2, help="Train so many models, each without one group.")] = None,
     by: Annotated[Literal["labeler_id", "user_id"], typer.Option(help="Whose groups the folds are.")] = "labeler_id",
 ) -> None:
-    """Judge a reward model (model.load) on held-out rankings (data.valid).
+    """Judge a reward model on held-out rankings.
 
-    Pair accuracy with intervals, by K and by rank distance, beside the rule that the longer response wins; calibration;
-    labelers' agreement. With --folds: cross-validation of the training in CONFIG over groups of labelers.
+    The model is model.load, the rankings data.valid. Pair accuracy with intervals, by K and by rank distance, beside
+    the rule that the longer response wins; calibration; labelers' agreement. With --folds: cross-validation of the
+    training in CONFIG over groups of labelers.
     """
     settings = _config("eval rm" if folds is None else "rm", config, overrides)
     from fastrlhf import evalrm
@@ -253,10 +263,11 @@ def evaluate_rm(
 
 @evaluate.command("winrate")
 def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Compare a policy (model.load) with another (eval.baseline) on prompts (data.prompts).
+    """Compare a policy with another on prompts.
 
-    The judge is a reward model (eval.reward_model) or a Python function (eval.judge). Win rate with a 95 % interval
-    over prompts, ties counted half; pairs.jsonl, winrate.json and winrate.html in output_dir.
+    The policies are model.load and eval.baseline, the prompts data.prompts. The judge is a reward model
+    (eval.reward_model) or a Python function (eval.judge). Win rate with a 95 % interval over prompts, ties counted
+    half; pairs.jsonl, winrate.json and winrate.html in output_dir.
     """
     settings = _config("eval winrate", config, overrides)
     from fastrlhf.evalpolicy import winrate
@@ -266,9 +277,10 @@ def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @evaluate.command("select")
 def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Name the best checkpoint of a run (output_dir) by the judge's score on prompts (data.prompts).
+    """Name the best checkpoint of a run by a judge's scores.
 
-    As InstructGPT chose its SFT models. Writes checkpoints/best, which model.load takes; select.json and select.html.
+    As InstructGPT chose its SFT models. The run is output_dir, the prompts are data.prompts. Writes checkpoints/best,
+    which model.load takes; select.json and select.html.
     """
     settings = _config("eval select", config, overrides)
     from fastrlhf.evalpolicy import select
@@ -298,7 +310,9 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "fastrlhf"
-        _tell(f"error: {error.format_message().rstrip('.')}; see {command} --help")
+        option = getattr(error, "option_name", "")
+        setting = "; settings have no dashes (train.steps=10)" if "." in option else ""
+        _tell(f"error: {error.format_message().rstrip('.')}{setting}; see {command} --help")
         status = 2
     sys.exit(status)
 

@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fastrlhf.configfile import ConfigError
 from fastrlhf.configsections import Above0, AtLeast0, Count, Fraction, Positive, Rate, Section, Strings
@@ -136,10 +137,13 @@ class GenerationConfig(Section):
 
 
 def _range(value: Any) -> Any:
-    """4 -> (4, 4) and "4..9" -> (4, 9)."""
+    """4 -> (4, 4) and "4..9" -> (4, 9); other text is no range."""
     if isinstance(value, int):
         return (value, value)
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", value)):
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", value)
+        if match is None:
+            raise PydanticCustomError("range", "a number, or least..most such as 4..9")
         return (int(match[1]), int(match[2] or match[1]))
     return value
 

@@ -58,11 +58,13 @@ def report(as_json: bool = False) -> bool:
 def _print_table(checks: list[Check], healthy: bool) -> None:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     colour = {"ok": "green", "off": "yellow", "broken": "bold red"}
-    table = Table("", "", "what is here", "how to get it", box=box.SIMPLE_HEAD, pad_edge=False)
+    # Folded, never cut: a cure is there to be copied.
+    columns = [Column("", no_wrap=True), Column("", no_wrap=True), Column("what is here", overflow="fold")]
+    table = Table(*columns, Column("how to get it", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False)
     for check in checks:
         table.add_row(check.name, Text(check.status, colour[check.status]), Text(check.detail), Text(check.cure))
     console = Console()

@@ -119,7 +119,9 @@ def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config
         (["bogus"], "error: No such command 'bogus'; see fastrlhf --help\n"),
         (["pp"], "error: No such command 'pp'. Did you mean 'ppo'?; see fastrlhf --help\n"),
         (["sft", "no.yaml"], "error: no.yaml: no such configuration file\n"),
-        (["doctor", "--yaml"], "error: No such option: --yaml"),
+        (["doctor", "--yaml"], "error: No such option: --yaml; see fastrlhf doctor --help"),
+        (["sft", "a.yaml", "--train.steps=1"], "error: No such option: --train.steps; settings have no dashes (train."),
+        (["sft", "."], "error: .: a folder, expected a YAML file\n"),
         (["data", "prepare", "x.jsonl"], "error: expected CONFIG.yaml, or record files and --out FOLDER"),
         (["data", "prepare", "no.jsonl", "--out", "o", "max_per_user=0"], "error: override 'max_per_user=0': max_per"),
         (["data", "convert", "x", "--from", "pears"], "error: "),
@@ -140,6 +142,12 @@ def test_version_and_short_help(run):
         status, out, error = run(*arguments)
         assert (status, error) == (0, "")
         assert out.startswith(" ".join(["Usage: fastrlhf", *arguments[:-1]]))
+
+
+@pytest.mark.parametrize("group", ["", "data", "convert", "eval"])
+def test_the_list_of_commands_is_not_cut(run, group):
+    _, out, _ = run(*group.split(), "--help")
+    assert "..." not in out.partition("Commands:")[2]
 
 
 def test_user_error_stays_on_one_line(run, monkeypatch, launched, config):

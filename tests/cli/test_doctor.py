@@ -43,6 +43,14 @@ def test_json_and_table_tell_the_same(monkeypatch, capsys):
         assert text in table
 
 
+def test_a_cure_is_folded_and_not_cut(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    cure = "pip install 'a-package-of-a-very-long-name[and-extras]'"
+    monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "off", "no", cure)]])
+    doctor.report()
+    assert "…" not in capsys.readouterr().out
+
+
 def test_broken_is_unhealthy_and_off_is_not(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "off", "d")]])
     assert doctor.report() is True

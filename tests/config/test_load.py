@@ -184,7 +184,7 @@ def test_empty_file_lacks_its_sections(tmp_path):
 
 def test_missing_file_and_folder(tmp_path):
     assert message(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: no such configuration file"
-    assert message(tmp_path).startswith(f"{tmp_path}: cannot be read")
+    assert message(tmp_path).startswith(f"{tmp_path}: a folder, expected a YAML file")
 
 
 def test_bytes_that_are_not_text(tmp_path):
