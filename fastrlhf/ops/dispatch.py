@@ -56,11 +56,11 @@ def _interpreting() -> bool:
 def _triton_problem(device: torch.device | None = None) -> str | None:
     if _triton_version() is None:
         return "triton is not installed: pip install triton"
-    if _interpreting():
+    if _interpreting() or (device is not None and device.type == "cuda"):
         return None
     if not torch.cuda.is_available():
         return "triton needs a GPU and torch sees none (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
-    if device is not None and device.type != "cuda":
+    if device is not None:
         return f"triton kernels need CUDA tensors, these are on {device}: move them or pass backend='auto'"
     return None
 

@@ -45,6 +45,17 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_controllers_coefficient_may_lie_on_the_host(place):
+    logprobs, mask = torch.randn(2, 5, device="cuda"), torch.ones(2, 5, dtype=torch.bool, device="cuda")
+    inputs = (torch.ones(2, device="cuda"), logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), mask)
+    expected = ops.rollout_targets(*inputs, kl_coef=0.1)
+    for ours, exact in zip(
+        ops.rollout_targets(*inputs, kl_coef=torch.tensor(0.1, device=place)), expected, strict=True
+    ):
+        assert torch.equal(ours, exact)
+
+
 def test_no_recompilation_for_another_batch_size():
     from fastrlhf.kernels import gae, logits_kl, logprob, ppo_loss, ranking
 
