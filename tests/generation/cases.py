@@ -51,7 +51,7 @@ PARAMS = {
     "min": SamplingParams(max_new_tokens=16, min_new_tokens=12, temperature=1.2, seed=11),
 }
 NUM_PROMPTS = 11
-DRAWS = 20_000
+DRAWS = 8_000
 
 
 def build(family: str, mesh: Mesh, **changes: Any) -> GPT:

@@ -4,7 +4,6 @@ state.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from pathlib import Path
 from types import ModuleType
@@ -192,7 +191,6 @@ def test_cache_is_freed(mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(slots_module, "KVCache", Watched)
     generate_all(stage, [[1], [2]], SamplingParams(max_new_tokens=3), mesh=mesh, eos=EOS)
-    gc.collect()
     assert [cache() for cache in caches] == [None]
 
 
