@@ -41,7 +41,14 @@ from fastrlhf.data.tokenize import load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import write_run_report
 from fastrlhf.models.gpt import GPT, build_model, initialize_weights
-from fastrlhf.models.loading import check_vocabulary, find_model, is_hugging_face, load_saved, without_dropout
+from fastrlhf.models.loading import (
+    check_meaning,
+    check_vocabulary,
+    find_model,
+    is_hugging_face,
+    load_saved,
+    without_dropout,
+)
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -377,6 +384,7 @@ def _reader(run: Parts, path: str, *, fresh_head: bool = False) -> GPT:
             f"the model in {path} has a vocabulary of {stage.vocab_size}, and the tokenizer {data.tokenizer} "
             f"{len(run.tokenizer)} tokens; train it with the policy's tokenizer"
         )
+    check_meaning(find_model(path), run.tokenizer, data.tokenizer)
     positions, longest = stage.model_config.max_positions, data.max_prompt_tokens + run.config.generation.max_new_tokens
     if positions < longest:
         raise UserError(

@@ -47,14 +47,19 @@ def find_reward_model(path: str, key: str) -> SavedModel:
 
 
 def check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
-    """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not, or an id of another meaning
-    than in the tokenizer that the model was saved with.
-    """
+    """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not, or as `check_meaning`."""
     if saved.vocab_size < len(tokenizer):
         raise UserError(
             f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer {folder} "
             f"{len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
         )
+    check_meaning(saved, tokenizer, folder)
+
+
+def check_meaning(saved: SavedModel, tokenizer: Any, folder: str) -> None:
+    """Raises `UserError` if an id is another token in the tokenizer of `folder` than in the one that the model was
+    saved with.
+    """
     if folder != saved.tokenizer and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None:
         raise UserError(
             f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, where token {number} is not "

@@ -125,6 +125,14 @@ def test_a_tokenizer_that_does_not_fit(folder, refused, command):
     assert "was trained with the tokenizer" in line and line.endswith(f"set data.tokenizer={folder}/tokenizer")
 
 
+def test_a_reward_model_of_another_tokenizer(folder, refused):
+    other = [f"data.tokenizer={folder}/other_tokenizer", f"output_dir={folder}/other_rm"]
+    assert fastrlhf("rm", folder / "run.yaml", *other, f"data.train={folder}/rankings.jsonl") == 0
+    ppo = ["ppo.gamma_ptx=0", "ppo.batch_size=1", "ppo.minibatch_size=1", f"ppo.reward_model={folder}/other_rm"]
+    line = refused("ppo", f"model.load={folder}/sft", f"output_dir={folder}/new", *ppo)
+    assert f"was trained with the tokenizer {folder}/other_tokenizer" in line
+
+
 def test_sample_overwrites_nothing(folder, refused):
     settings = [f"model.load={folder}/sft", f"output_dir={folder}/samples", "train.seed=3"]
     assert fastrlhf("sample", folder / "run.yaml", *settings) == 0
