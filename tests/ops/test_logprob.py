@@ -124,6 +124,18 @@ def test_nothing_leaks_from_under_the_mask(poison, backend, device):
     assert bool((grad[~mask] == 0).all()) and bool(grad[mask].isfinite().all())
 
 
+@pytest.mark.parametrize("column", [0, 40, 122])
+def test_a_nan_logit_shows(column, backend, device):
+    """Maxima and bounds inside the kernels pass over NaN; the results must not."""
+    logits, labels = make((2,), 123, torch.float32, device)
+    with torch.no_grad():
+        logits[0, column] = torch.nan
+    out = logprobs(logits, labels, with_entropy=True, backend=backend)
+    (grad,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits)
+    for result in (*out[:3], grad):
+        assert bool(result[0].isnan().all()) and bool(result[1].isfinite().all())
+
+
 def test_all_rows_masked_and_no_rows(backend, device):
     logits, _ = make((4,), 17, torch.float32, device)
     bad = torch.full((4,), -100, device=device)
