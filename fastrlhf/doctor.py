@@ -67,7 +67,7 @@ def _print_table(checks: list[Check], healthy: bool) -> None:
     table = Table(*columns, Column("how to get it", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False)
     for check in checks:
         table.add_row(check.name, Text(check.status, colour[check.status]), Text(check.detail), Text(check.cure))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or file has room for whole commands
     console.print(table)
     console.print(
         "Everything that fastrlhf needs works here." if healthy else "Something that fastrlhf needs is broken."

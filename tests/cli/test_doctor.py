@@ -43,12 +43,16 @@ def test_json_and_table_tell_the_same(monkeypatch, capsys):
         assert text in table
 
 
-def test_a_cure_is_folded_and_not_cut(monkeypatch, capsys):
+def test_a_cure_is_not_cut(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     cure = "pip install 'a-package-of-a-very-long-name[and-extras]'"
     monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "off", "no", cure)]])
     doctor.report()
-    assert "…" not in capsys.readouterr().out
+    assert cure in capsys.readouterr().out, "it is there to be copied"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    doctor.report()
+    folded = capsys.readouterr().out
+    assert "…" not in folded and cure not in folded
 
 
 def test_broken_is_unhealthy_and_off_is_not(monkeypatch, capsys):
