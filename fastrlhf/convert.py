@@ -12,6 +12,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from fastrlhf.config import ModelConfig, ParallelConfig
+from fastrlhf.data.files import make_folder
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model
@@ -65,6 +66,7 @@ def convert_to_hf(checkpoint: str | Path, out: str | Path, parallel: ParallelCon
     saved = describe_model(checkpoint)
     _check_layout(saved.model, parallel)
     _check_new(out)
+    make_folder(out.resolve().parent)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer else None
     mesh = meshes.initialize(parallel, seed=0)
     try:

@@ -7,6 +7,7 @@ loop, and writes the run's report.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import sys
 import time
@@ -86,6 +87,7 @@ def train_job(command: str, config: Config, build: Callable[[Parts], Job]) -> Jo
         with phase("start-up"):
             for sizes in _BATCHES[command]:
                 check_batch(config, mesh.data_size, sizes)
+            _check_packages(config)
             _find_models(command, config)
             job = build(Parts(config, mesh))
         finished = _loop(command, config, mesh, job, start)
@@ -108,6 +110,18 @@ def _own_folder(out: Path, mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_packages(config: Config) -> None:
+    """What a setting asks for beyond what every installation has."""
+    asked = {
+        "wandb": ("log.wandb_project", config.log.wandb_project is not None, "null"),
+        "flash_attn": ("model.attention=flash", config.model.attention == "flash", "sdpa or auto"),
+    }
+    for package, (key, is_asked, other) in asked.items():
+        if is_asked and importlib.util.find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise UserError(f"{key} needs the package {name}, which is not installed: pip install it, or set {other}")
 
 
 def _find_models(command: str, config: Config) -> None:

@@ -28,6 +28,7 @@ Row: TypeAlias = dict[str, Any]
 Turns: TypeAlias = list[dict[str, str]]
 Maker: TypeAlias = Callable[[Any], Iterator[Row]]
 
+PARTIAL = ".partial"
 _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
@@ -80,7 +81,7 @@ def rewrite(
         raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
     if out.resolve() in {path.resolve() for path in as_paths(paths)}:
         raise UserError(f"{out}: the input would be overwritten by the output; give another --out")
-    counts, partial = Counts(), out.with_name(out.name + ".partial")
+    counts, partial = Counts(), out.with_name(out.name + PARTIAL)
     try:
         with partial.open("wb") as raw, _gzipped(raw) if out.suffix == ".gz" else raw as file:
             for found in parse_rows(paths, kind, parse, on_error, rejected, counts):
@@ -88,7 +89,8 @@ def rewrite(
                 counts.kept += 1
         partial.replace(out)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from None
+        name = str(error.filename or out).removesuffix(PARTIAL)
+        raise UserError(f"{name}: cannot be written ({error.strerror or error})") from None
     finally:
         partial.unlink(missing_ok=True)
     log.info("%s: %d %s from %d rows, %d rows set aside", out, counts.kept, what, counts.read, counts.rejected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,21 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(fol
     line = refused(command, f"output_dir={folder}/prompts.jsonl/x", "data.sequence_length=8", *models)
     assert f"{folder}/prompts.jsonl" in line
     assert "cannot be written" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"), [("log.wandb_project=x", "wandb"), ("model.attention=flash", "flash_attn")]
+)
+def test_a_package_that_is_not_there(folder, refused, monkeypatch, setting, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    line = refused("sft", setting, "model.dtype=bf16", f"output_dir={folder}/new")
+    assert f"needs the package {package.replace('_', '-')}, which is not installed" in line
+
+
+def test_converting_into_a_folder_that_cannot_be_written(folder, capfd):
+    assert fastrlhf("convert", "to-hf", folder / "sft", folder / "prompts.jsonl" / "hf") == 2
+    assert "prompts.jsonl: cannot be written" in capfd.readouterr().err
 
 
 def test_data_commands_into_a_folder_that_cannot_be_written(folder, capfd):
