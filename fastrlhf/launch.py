@@ -285,9 +285,12 @@ class Parts:
     def saved_stage(self, path: str, *, fresh_head: bool = False) -> GPT:
         """A reward or value model whose shape is its own (a 6B reward model beside a 175B policy), in the policy's
         dtype. With `fresh_head` it may also be a language model, which gets a new head.
+
+        Raises `UserError` if it cannot read whatever the policy writes.
         """
-        seed = self.config.train.seed if fresh_head else None
-        return load_saved(find_model(path), self.mesh, "scalar", self.config.model.dtype, seed=seed)
+        saved, seed = find_model(path), self.config.train.seed if fresh_head else None
+        _check_reads_all(saved, path, self.config, self.tokenizer)
+        return load_saved(saved, self.mesh, "scalar", self.config.model.dtype, seed=seed)
 
     def learner(
         self, stage: GPT, total_steps: int, schedule: ScheduleConfig | None = None, lr: float | None = None
@@ -377,7 +380,7 @@ def _ppo(run: Parts) -> Job:
     model = without_dropout(config.model)
     policy = run.learner(run.stage(model, "lm"), total_updates, schedule)
     value_start = config.ppo.value_model
-    value = run.stage(model, "scalar") if value_start is None else _reader(run, value_start, fresh_head=True)
+    value = run.stage(model, "scalar") if value_start is None else run.saved_stage(value_start, fresh_head=True)
     models = Models(
         policy=policy,
         value=run.learner(value, total_updates, schedule, config.ppo.value_lr),
@@ -390,28 +393,27 @@ def _ppo(run: Parts) -> Job:
     return Job(algorithm, prompts, config.train.steps)
 
 
-def _reader(run: Parts, path: str, *, fresh_head: bool = False) -> GPT:
-    """`Parts.saved_stage`, if it can read whatever the policy writes. Raises `UserError` otherwise."""
-    stage, data = run.saved_stage(path, fresh_head=fresh_head), run.config.data
-    if stage.vocab_size < len(run.tokenizer):
+def _check_reads_all(saved: SavedModel, path: str, config: Config, tokenizer: Any) -> None:
+    """Of a model that scores the policy's sequences."""
+    data, positions = config.data, saved.model.max_positions
+    if saved.vocab_size < len(tokenizer):
         raise UserError(
-            f"the model in {path} has a vocabulary of {stage.vocab_size}, and the tokenizer {data.tokenizer} "
-            f"{len(run.tokenizer)} tokens; train it with the policy's tokenizer"
+            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer {data.tokenizer} "
+            f"{len(tokenizer)} tokens; train it with the policy's tokenizer"
         )
-    check_meaning(find_model(path), run.tokenizer, data.tokenizer)
-    positions, longest = stage.model_config.max_positions, data.max_prompt_tokens + run.config.generation.max_new_tokens
+    check_meaning(saved, tokenizer, data.tokenizer)
+    longest = data.max_prompt_tokens + config.generation.max_new_tokens
     if positions < longest:
         raise UserError(
             f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + generation.max_new_tokens "
             f"are {longest}; lower one of them, or give a model with more positions"
         )
-    return stage
 
 
 def _rewards(run: Parts) -> Rewards:
     ppo = run.config.ppo
     weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
-    models = [(w, _reader(run, path)) for w, path in zip(weights, ppo.reward_models, strict=True)]
+    models = [(w, run.saved_stage(path)) for w, path in zip(weights, ppo.reward_models, strict=True)]
     if ppo.reward_function is None:
         return Rewards(models)
     function = load_reward_function(ppo.reward_function)
