@@ -40,7 +40,11 @@ def budget_override() -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still take on a GPU: the driver's free ones and the allocator's unused ones."""
+    """Bytes that this process could still take on a GPU: the driver's free ones and the allocator's unused ones; while
+    a graph is captured, which outlives what is free now, half of all.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.cuda.get_device_properties(device).total_memory // 2
     free, _ = torch.cuda.mem_get_info(device)  # asks the driver, waits for no kernel
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

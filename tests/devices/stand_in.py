@@ -233,7 +233,8 @@ class _Nothing(mock.MagicMock):
 def _stand_in_for_cuda() -> None:
     generator = torch.default_generator  # which the operators draw from
     nothing = _Nothing()
-    properties = types.SimpleNamespace(total_memory=80 << 30, multi_processor_count=132, major=9, minor=0, name="stand-in")
+    sizes = {"total_memory": 80 << 30, "multi_processor_count": 132}
+    properties = types.SimpleNamespace(name="stand-in", major=9, minor=0, **sizes)
     replacements: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
