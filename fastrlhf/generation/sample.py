@@ -27,7 +27,7 @@ from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import check_vocabulary, find_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.checkpoint import SavedModel
+from fastrlhf.training.checkpoint import SavedModel, set_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -173,18 +173,17 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(out.name + ".partial")
         partial.write_text("".join(lines), encoding="utf-8")
+        if out.exists():
+            set_aside(out)
         partial.replace(out)  # a reader never sees half a file
     return counts
 
 
 def run(config: Config) -> None:
-    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl.
-
-    Raises `UserError` if that file is there: it may be a PPO run's, or what labelers are ranking.
+    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl. A file
+    that is there, be it a PPO run's or what labelers are ranking, is set aside.
     """
     out = Path(config.output_dir) / "samples.jsonl"
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another output_dir, or remove it")
     make_folder(out.parent)
     tokenizer = load_tokenizer(config.data.tokenizer)
     mesh = meshes.initialize(config.parallel, config.train.seed)

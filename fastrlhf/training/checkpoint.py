@@ -254,17 +254,18 @@ class Checkpointer:
         with same_outcome(f"cannot write {self.folder}"):
             if self.mesh.rank == 0:
                 for newer in (other for other in self.folder.glob("step_*") if not other.suffix and other > path):
-                    _set_aside(newer)
+                    set_aside(newer)
         return state
 
     def set_all_aside(self) -> None:
         """Renames the folder of an earlier run's checkpoints, for a run that does not resume them."""
         with same_outcome(f"cannot write {self.folder}"):
             if self.mesh.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
-                _set_aside(self.folder)
+                set_aside(self.folder)
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Renames what an earlier run left, and says so: nothing is overwritten."""
     number = 1
     while (unused := path.with_name(f"{path.name}{_UNUSED}{number}")).exists():
         number += 1

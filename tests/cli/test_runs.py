@@ -149,9 +149,12 @@ def test_a_reward_model_of_another_tokenizer(folder, refused):
     assert f"was trained with the tokenizer {folder}/other_tokenizer" in line
 
 
-def test_sample_overwrites_nothing(folder, refused):
-    settings = [f"model.load={folder}/sft", f"output_dir={folder}/samples", "train.seed=3"]
-    assert fastrlhf("sample", folder / "run.yaml", *settings) == 0
-    before = (folder / "samples" / "samples.jsonl").read_bytes()
-    assert "samples.jsonl: exists already" in refused("sample", *settings)
-    assert (folder / "samples" / "samples.jsonl").read_bytes() == before
+def test_sample_overwrites_nothing(folder):
+    samples = folder / "samples" / "samples.jsonl"
+    contents = []
+    for seed in (3, 4):
+        settings = [f"model.load={folder}/sft", f"output_dir={folder}/samples", f"train.seed={seed}"]
+        assert fastrlhf("sample", folder / "run.yaml", *settings) == 0
+        contents.append(samples.read_bytes())
+    assert contents[0] != contents[1]
+    assert samples.with_name("samples.jsonl.unused1").read_bytes() == contents[0]
