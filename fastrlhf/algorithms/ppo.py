@@ -27,7 +27,15 @@ from fastrlhf.algorithms.offload import Offload
 from fastrlhf.algorithms.ppo_metrics import Clock, over_updates, rollout_metrics
 from fastrlhf.algorithms.ppo_warnings import Watch
 from fastrlhf.algorithms.rewards import Rewards
-from fastrlhf.algorithms.rollouts import PPOBatch, Rollouts, gather, own_rows, sample_records, training_batch
+from fastrlhf.algorithms.rollouts import (
+    PPOBatch,
+    Rollouts,
+    counted_places,
+    gather,
+    own_rows,
+    sample_records,
+    training_batch,
+)
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
 from fastrlhf.config import Config, PPOConfig
 from fastrlhf.data.batches import PackedBatch
@@ -164,7 +172,7 @@ class PPO:
         )
 
     def _reference_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self._logprobs(self.reference, hidden, batch)[batch.loss_mask]
+        return self._logprobs(self.reference, hidden, batch)[counted_places(batch)]
 
     def _logprobs(self, stage: Any, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Of the labels, at the sampling temperature, fp32 [T], 0 outside loss_mask."""
@@ -178,7 +186,7 @@ class PPO:
         ).logprobs
 
     def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self.value.stage.score(hidden[batch.loss_mask])
+        return self.value.stage.score(hidden[counted_places(batch)])
 
     # ---- update -----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from fastrlhf.config import TrainConfig
 from fastrlhf.data import packing
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.generation.engine import Generated
+from fastrlhf.ops.masked import true_places
 from fastrlhf.parallel.mesh import Mesh
 
 Tensor = torch.Tensor
@@ -134,13 +135,19 @@ def own_rows(mesh: Mesh, rows: Tensor, lengths: Tensor, train: TrainConfig) -> l
     return [rows[micro_batch] for micro_batch in shares[mesh.data_rank]]
 
 
+def counted_places(batch: PackedBatch) -> Tensor:
+    """int64 [n]: the places of the row that predict response tokens, in order; a mask would wait for a GPU to count."""
+    return true_places(batch.loss_mask, batch.num_counted)
+
+
 def training_batch(rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: Tensor) -> PPOBatch:
     """The episodes `rows` as a packed micro-batch with their targets; advantages and returns [B, R]."""
-    batch, mask = rollouts.packed(rows), rollouts.mask[rows]
+    batch = rollouts.packed(rows)
+    places, response_tokens = counted_places(batch), true_places(rollouts.mask[rows].flatten(), batch.num_counted)
 
     def spread(per_response: Tensor) -> Tensor:
         row = per_response.new_zeros(batch.tokens.numel())
-        row[batch.loss_mask] = per_response[rows][mask]
+        row[places] = per_response[rows].flatten()[response_tokens]
         return row
 
     return PPOBatch(

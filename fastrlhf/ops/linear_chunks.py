@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastrlhf.ops import checks, collectives
 from fastrlhf.ops.dispatch import has_cpu_body
+from fastrlhf.ops.masked import true_places
 
 MIB = 1 << 20
 BUDGET_VARIABLE = "FASTRLHF_LINEAR_BUDGET_MB"
@@ -104,10 +105,9 @@ class CountedRows:
         self.hidden, self.mask, self.index = hidden_NH, mask_N, None
         if mask_N is not None and readable(mask_N):
             self.mask = None
-            self.index = None if bool(mask_N.all()) else mask_N.nonzero().squeeze(1)
+            self.index = None if bool(mask_N.all()) else true_places(mask_N, None)
         elif mask_N is not None and counted is not None and counted < len(hidden_NH):
-            # counted rows first, in order; the mask stays, since `counted` may be more than there are
-            self.index = (~mask_N).to(torch.uint8).argsort(stable=True)[:counted]
+            self.index = true_places(mask_N, counted)  # the mask stays, since `counted` may be more than there are
         self.count = len(hidden_NH if self.index is None else self.index)
         expected = f"no less than the mask's True positions ({self.count})"
         checks.require(counted is None or self.mask is not None or self.count <= counted, "counted", counted, expected)

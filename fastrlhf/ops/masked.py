@@ -1,4 +1,4 @@
-"""Masked mean and whitening, optionally over a data-parallel process group.
+"""Masked mean and whitening, optionally over a data-parallel process group; the places that a mask marks.
 
 Left out on purpose: a `dim` argument. PPO whitens over the whole batch.
 """
@@ -56,3 +56,12 @@ def masked_whiten(
     var = masked_mean(centred.square(), mask, group)
     white = centred * torch.rsqrt(var + eps)
     return white if shift_mean else torch.where(mask, white + mean, 0.0)
+
+
+def true_places(mask_N: Tensor, count: int | None) -> Tensor:
+    """int64 [n]: where the mask is True, in order. Given their `count`, nothing waits for a GPU to say it; of a larger
+    one the last places are others.
+    """
+    if count is None:
+        return mask_N.nonzero().squeeze(1)
+    return (~mask_N).to(torch.uint8).argsort(stable=True)[:count]

@@ -36,6 +36,13 @@ def test_a_decode_step_waits_once(waits: dict[str, dict[str, int]]) -> None:
     assert sum(decoding.values()) == STEPS * TOKENS
 
 
+@pytest.mark.parametrize("run", ["ppo", "ppo-tensor"])
+def test_micro_batches_of_ppo_wait_for_no_mask(run: str, waits: dict[str, dict[str, int]]) -> None:
+    heads = {"algorithms/ppo.py:_values", "algorithms/ppo.py:_reference_logprobs"}
+    assert not heads & set(waits[run])
+    assert waits[run]["algorithms/rollouts.py:spread"] == 2 * STEPS  # what all micro-batches were scored, put in place
+
+
 CHECKS = """
 import stand_in
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastrlhf.ops import masked_mean, masked_whiten
+from fastrlhf.ops.masked import true_places
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 
@@ -69,3 +70,11 @@ def test_mistakes_are_named():
         masked_mean(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match=r"x: got int64\[3\]"):
         masked_whiten(torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("marked", [[], [1, 3, 4], [0, 1, 2, 3, 4, 5]])
+def test_places_are_in_order_with_and_without_their_count(marked):
+    mask = torch.zeros(6, dtype=torch.bool)
+    mask[marked] = True
+    assert true_places(mask, None).tolist() == true_places(mask, len(marked)).tolist() == marked
+    assert true_places(mask, 6).tolist()[: len(marked)] == marked
