@@ -26,7 +26,7 @@ from fastrlhf import launch
 from fastrlhf.algorithms.sft import evaluate_loss
 from fastrlhf.config import Config
 from fastrlhf.data.batches import pack_windows
-from fastrlhf.data.files import make_folder
+from fastrlhf.data.files import make_folder, raw_rows
 from fastrlhf.data.records import Prompt
 from fastrlhf.data.tokenize import encode_prompts, train_bpe
 from fastrlhf.evaluation.report import Answer
@@ -159,7 +159,7 @@ class _Loop:
 
     def records(self, split: str, limit: int) -> list[dict[str, Any]]:
         """The first `limit` records of a seeded shuffle of a split, the same on every rank."""
-        records = [json.loads(line) for line in self.path(split).read_text().splitlines()]
+        records = [json.loads(row) for _, row in raw_rows(self.path(split))]
         random.Random(self.seed).shuffle(records)
         return records[:limit]
 
@@ -277,7 +277,7 @@ class _Loop:
             counts={
                 "documents of text": len(corpus.train_text),
                 "demonstrations": len(corpus.demonstrations["sft"]),
-                "ranked prompts": len(self.path("rankings_train").read_text().splitlines()),
+                "ranked prompts": sum(1 for _ in raw_rows(self.path("rankings_train"))),
             },
             samples=[compare(rule, prompt, answers, i) for i, prompt in enumerate(prompts[:8])],
         )

@@ -50,7 +50,8 @@ def policy(cases: ModuleType, world: Mesh, head: str = "lm") -> GPT:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # not splitlines(), which also splits at what a response may hold, such as U+2028
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fastrlhf.errors import UserError
-from fastrlhf.quickstart import pretrained
+from fastrlhf.quickstart import pretrained, stages
 
 # Both paths in one process: the packages' documentation is read once, and less of it.
 SCRIPT = """
@@ -146,3 +147,13 @@ def test_the_packages_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
     with pytest.raises(UserError, match=r"no \.gguf file"):
         pretrained.find("smollm2")
+
+
+def test_responses_may_hold_any_character(tmp_path: Path) -> None:
+    """A sampled one did: U+2028 and others end a line for str.splitlines, and none in a file of JSON."""
+    records = [{"prompt": "p", "responses": ["a\u2028b", "c\x85\x0bd", "e\r\nf"]}, {"prompt": "q", "responses": []}]
+    loop = SimpleNamespace(seed=3, path=lambda name: tmp_path / f"{name}.jsonl")
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    loop.path("samples").write_text("".join(lines), encoding="utf-8")
+    found = stages._Loop.records(loop, "samples", 2)  # type: ignore[arg-type]
+    assert sorted(found, key=lambda record: record["prompt"]) == records
