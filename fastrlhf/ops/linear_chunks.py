@@ -41,10 +41,10 @@ def budget_override() -> int | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still take on a GPU: the driver's free ones and the allocator's unused ones; while
-    a graph is captured, which outlives what is free now, half of all.
+    """Bytes that this process could still take on a GPU: the driver's free ones and the allocator's unused ones; for a
+    graph (compiled or captured), which outlives what is free now, half of all.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return torch.cuda.get_device_properties(device).total_memory // 2
     free, _ = torch.cuda.mem_get_info(device)  # asks the driver, waits for no kernel
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -75,8 +75,6 @@ def logits_fit(hidden: Tensor, tokens: int, width: int) -> bool:
     budget = budget_override()
     if budget is None and not hidden.is_cuda:
         budget = KEPT_ON_CPU
-    if budget is None and torch.compiler.is_compiling():  # a graph outlives what is free now
-        budget = torch.cuda.get_device_properties(hidden.device).total_memory // 8
     if budget is None:
         budget = free_memory(hidden.device) // 4
     return tokens * width * hidden.element_size() <= budget
@@ -181,16 +179,18 @@ def divided(x: Tensor | None, unit: Tensor | None) -> Tensor | None:
 def scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype, spare: bool = False) -> Tensor:
     """x * factor in fp32 or wider, then to `dtype`; 1-dim, since a 0-dim factor would be rounded to x's fp16 first.
 
-    `spare`: nobody else reads x again, so that it may be overwritten or handed on, which for dW saves a pass.
+    `spare`: no backward reads x again. On a CPU it is handed on where the factor is the usual 1, which can be read
+    there without waiting; on a GPU it is overwritten, since a second dW may not fit.
     """
     if factor is None:
         return x.to(dtype)
     traced = type(x) is not Tensor  # it has no values, and a graph may run more than once
-    if not spare or traced or x.dtype != dtype:
-        return (x * factor.reshape(1)).to(dtype)
-    # on a CPU the usual factor, 1, can be read without waiting
-    one = factor.device.type == "cpu" and float(factor) == 1.0
-    return x.detach() if one else x.detach().mul_(factor.reshape(1))
+    if spare and not traced and x.dtype == dtype:
+        if x.is_cuda:
+            return x.detach().mul_(factor.reshape(1))
+        if float(factor) == 1.0:
+            return x.detach()
+    return (x * factor.reshape(1)).to(dtype)
 
 
 def saved_are_spare() -> bool:
