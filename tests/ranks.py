@@ -13,7 +13,10 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import transformers  # noqa: F401 (once, not in every rank)
@@ -23,12 +26,21 @@ from fastrlhf import evalrm, launch  # noqa: F401
 RANKS = 4
 
 
-def run(rank: int, script: str) -> None:
-    """The script as rank `rank`; ends the process, with status 1 and a traceback on stderr if the script fails."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+def fork(work: Callable[[], Any], environment: dict[str, str], log: Path | None = None) -> int:
+    """Runs `work` in a child process, which ends with it, with status 1 and a traceback if it fails; the child's id.
+    Its output goes to the end of `log`, if given.
+    """
+    child = os.fork()
+    if child:
+        return child
     status = 1
     try:
-        runpy.run_path(script, run_name="__main__")
+        os.environ.update(environment)
+        if log is not None:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        work()
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -46,12 +58,8 @@ def main(script: str, arguments: list[str]) -> int:
     port = listening.getsockname()[1]
     os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store is this process's
-    ranks = set()
-    for rank in range(RANKS):
-        pid = os.fork()
-        if pid == 0:
-            run(rank, script)
-        ranks.add(pid)
+    work = partial(runpy.run_path, script, run_name="__main__")
+    ranks = {fork(work, {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(RANKS)}
     # After the forks, for it has threads.
     store = dist.TCPStore(
         "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()

@@ -42,7 +42,6 @@ template <class D>
 void bias_gelu_backward_rows(const BiasGelu& a, int64_t begin, int64_t end, float* bias_grad) {
   using T = typename D::T;
   const T* bias = static_cast<const T*>(a.bias);
-  for (int64_t i = 0; i < a.width; ++i) bias_grad[i] = 0;
   for (int64_t n = begin; n < end; ++n) {
     const T* x = static_cast<const T*>(a.x) + n * a.width;
     const T* grad = static_cast<const T*>(a.grad) + n * a.width;

@@ -139,7 +139,7 @@ struct Kernels {
   PpoSums (*ppo_loss)(const PpoLoss&, int64_t begin, int64_t end);                   // tokens, at most kPpoBlock
   RankingSums (*ranking)(const Ranking&, int64_t begin, int64_t end);                // responses of one prompt
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);                    // rows
-  void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end, float* bias_grad);  // rows; [width], written
+  void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end, float* bias_grad);  // rows; [width], added to
 };
 
 constexpr int64_t kPpoBlock = 1024;

@@ -6,7 +6,6 @@ it. Left out on purpose: repetition penalties and beam search; a PPO rollout mus
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from fastrlhf.config import GenerationConfig
 from fastrlhf.models.gpt import VOCAB_MULTIPLE
+from fastrlhf.parallel.mesh import hashed_seed
 
 Tensor = torch.Tensor
 BLOCK = VOCAB_MULTIPLE
@@ -101,8 +101,7 @@ def row_keys(seed: int, ids: Tensor, positions: Tensor) -> Tensor:
 
     The seed is hashed, or id 1 under seed 1 would have the stream of id 0 under seed 2.
     """
-    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7], "little")
-    return _mix(_mix(ids + start) + positions)
+    return _mix(_mix(ids + hashed_seed(seed)) + positions)
 
 
 def exponentials(keys: Tensor, counters: Tensor) -> Tensor:

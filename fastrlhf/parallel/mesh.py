@@ -230,8 +230,14 @@ def place_seed(seed: int, data_rank: int, pipeline_rank: int) -> int:
     """
     if data_rank == pipeline_rank == 0:
         return seed
-    digest = hashlib.sha256(f"{seed}/{data_rank}/{pipeline_rank}".encode()).digest()
-    # 56 bits: megatron adds to it, and torch takes no more than 64.
+    return hashed_seed(seed, data_rank, pipeline_rank)
+
+
+def hashed_seed(*parts: object) -> int:
+    """A seed in 56 bits (megatron adds to it, and torch takes no more than 64) that other parts, however near, share no
+    stream with.
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "little")
 
 

@@ -16,10 +16,13 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ranks import fork
 
 from fastrlhf import launch
 from fastrlhf.config import Config, ModelConfig
@@ -95,27 +98,6 @@ def prepare(folder: Path) -> None:
     save_model(folder / "rm", stage, tokenizer="")
 
 
-def fork(work: Callable[[], Any], log: Path, environment: dict[str, str]) -> int:
-    """Runs `work` in a child process; its id. Its output goes to the end of `log`."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.environ.update(environment)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 def start(config: Config, log: Path) -> list[int]:
     """Forks the ranks of one attempt; their process ids."""
     with socket.socket() as free:
@@ -123,7 +105,7 @@ def start(config: Config, log: Path) -> list[int]:
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     return [
-        fork(lambda: launch.train("ppo", config), log, {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        fork(lambda: launch.train("ppo", config), {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
         for rank in range(RANKS)
     ]
 
@@ -223,7 +205,7 @@ def preempted(folder: Path) -> list[dict[str, Any]]:
 
 def main(folder: Path) -> None:
     results: dict[str, Any] = {}
-    assert wait([fork(lambda: prepare(folder), folder / "prepare.log", {})]) == [0]
+    assert wait([fork(lambda: prepare(folder), {}, folder / "prepare.log")]) == [0]
     # transformers and megatron import much of themselves when it is first used: here, and not after every fork.
     load_tokenizer(folder / "data" / "tokenizer")
     importlib.import_module("megatron.core.transformer.moe.experts")
