@@ -34,7 +34,7 @@ from fastrlhf.training.checkpoint import save_model
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}}
-KILLS, STEPS, RANKS = 15, 14, 2
+KILLS, STEPS, RANKS = 15, 20, 2
 MODEL: dict[str, Any] = {
     "family": "llama",
     "num_layers": 2,
