@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 LAYOUTS = ("dp2", "tp2")
-STEPS = 14
+STEPS = 20
 
 
 def launch(command: list[str], seconds: float) -> str:
