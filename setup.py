@@ -31,7 +31,12 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 # sm_90 and what comes after it: the cluster kernels need thread block clusters.
-CUDA_FLAGS = ["-std=c++20", "-O3", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "-Xcompiler=-fPIC"]
+CUDA_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    "-Xcompiler=-fPIC",
+]
 
 
 class Unbuildable(Exception):
@@ -71,7 +76,9 @@ def nvcc() -> str:
     if version is None or int(version[1]) < 12:
         raise Unbuildable(f"{name} is older than CUDA 12, which sm_90 needs")
     if torch.version.cuda and not forced and version[1] != torch.version.cuda.split(".")[0]:
-        raise Unbuildable(f"{name} is CUDA {version[1]}.{version[2]} and torch was built with {torch.version.cuda}")
+        raise Unbuildable(
+            f"{name} is CUDA {version[1]}.{version[2]} and torch was built with {torch.version.cuda}"
+        )
     return name
 
 
@@ -116,42 +123,77 @@ class BuildKernels(build_ext):
         build = self.build_cpu if ext.name.endswith("_C_cpu") else self.build_cuda
         build(folder, output, [f"-I{i}" for i in includes], [f"-L{i}" for i in libraries])
 
-    def build_cpu(self, folder: Path, output: Path, includes: list[str], libraries: list[str]) -> None:
+    def build_cpu(
+        self, folder: Path, output: Path, includes: list[str], libraries: list[str]
+    ) -> None:
         """kernels.cpp once for each instruction set; the bindings choose at run time."""
         cxx = [*compiler().split(), *CXX_FLAGS]
         levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
         have = [f"-DFASTRLHF_HAVE_{level.upper()}" for level in levels]
         bindings = str(folder / "bindings.o")
-        commands = [[*cxx, *STABLE, *have, *includes, "-c", "csrc/bindings_cpu.cpp", "-o", bindings]]
+        commands = [
+            [*cxx, *STABLE, *have, *includes, "-c", "csrc/bindings_cpu.cpp", "-o", bindings]
+        ]
         for level, flags in {"default": [], **levels}.items():
             # Contraction into fused multiply-adds is what some compilers do only when asked.
             flags = [*flags, "-ffp-contract=fast", f"-DFASTRLHF_TABLE=kernels_{level}"]
-            commands.append([*cxx, *flags, *have, "-c", "csrc/cpu/kernels.cpp", "-o", str(folder / f"{level}.o")])
+            commands.append(
+                [
+                    *cxx,
+                    *flags,
+                    *have,
+                    "-c",
+                    "csrc/cpu/kernels.cpp",
+                    "-o",
+                    str(folder / f"{level}.o"),
+                ]
+            )
         with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
             list(pool.map(lambda command: run(*command), commands))
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        shared = (
+            ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        )
         objects = [command[-1] for command in commands]
         run(*compiler().split(), *shared, "-o", str(output), *objects, *libraries, "-ltorch_cpu")
 
-    def build_cuda(self, folder: Path, output: Path, includes: list[str], libraries: list[str]) -> None:
+    def build_cuda(
+        self, folder: Path, output: Path, includes: list[str], libraries: list[str]
+    ) -> None:
         cuda = nvcc()
         sources = [Path("csrc/bindings_cuda.cpp"), *sorted(Path("csrc/cuda").glob("*.cu"))]
         objects = [str(folder / f"{source.stem}.o") for source in sources]
         for source, target in zip(sources, objects, strict=True):
-            run(cuda, *CUDA_FLAGS, *STABLE, "-DUSE_CUDA", *includes, "-c", str(source), "-o", target)
+            run(
+                cuda, *CUDA_FLAGS, *STABLE, "-DUSE_CUDA", *includes, "-c", str(source), "-o", target
+            )
         # A torch without CUDA has no libtorch_cuda: the build then shows that everything compiles, and no more.
         present = [
             name
             for name in ("torch_cpu", "torch_cuda")
             if any(Path(i[2:], f"lib{name}.so").exists() for i in libraries)
         ]
-        run(cuda, *CUDA_FLAGS, "-shared", "-o", str(output), *objects, *libraries, *(f"-l{name}" for name in present))
+        run(
+            cuda,
+            *CUDA_FLAGS,
+            "-shared",
+            "-o",
+            str(output),
+            *objects,
+            *libraries,
+            *(f"-l{name}" for name in present),
+        )
 
 
 # The sources listed are those that a source distribution must hold; headers are in MANIFEST.in.
 EXTENSIONS = [
-    Extension("fastrlhf._C_cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/kernels.cpp"], py_limited_api=True),
-    Extension("fastrlhf._C_cuda", ["csrc/bindings_cuda.cpp", "csrc/cuda/logprob_cluster.cu"], py_limited_api=True),
+    Extension(
+        "fastrlhf._C_cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/kernels.cpp"], py_limited_api=True
+    ),
+    Extension(
+        "fastrlhf._C_cuda",
+        ["csrc/bindings_cuda.cpp", "csrc/cuda/logprob_cluster.cu"],
+        py_limited_api=True,
+    ),
 ]
 
 setup(

@@ -47,21 +47,49 @@ COMMANDS = {
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)} (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="AxB", help="in place of the ops' defaults")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, metavar="AxB", help="in place of the ops' defaults"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--modes", nargs="+", choices=MODES)
-    parser.add_argument("--clocks", nargs="+", choices=GPU_CLOCKS, help="on a GPU (default: all three)")
-    parser.add_argument("--providers", nargs="+", default=(), metavar="NAME", help="any part of a name (default: all)")
-    parser.add_argument("--out", type=Path, help="folder of the CSV file and plots (default: bench/results/DEVICE)")
+    parser.add_argument(
+        "--clocks", nargs="+", choices=GPU_CLOCKS, help="on a GPU (default: all three)"
+    )
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="any part of a name (default: all)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the CSV file and plots (default: bench/results/DEVICE)"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=4.0, help="timing budget of a case and clock")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="timing budget of a case and clock"
+    )
     parser.add_argument("--rounds", type=int, default=100, help="most samples of each provider")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing new is begun")
-    parser.add_argument("--patience", type=float, default=300.0, help="seconds a provider may compile and tune itself")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        help="seconds after which nothing new is begun",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=300.0,
+        help="seconds a provider may compile and tune itself",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few samples")
     args = parser.parse_args(argv)
     known = (*OPS, "list", "report", *COMMANDS)
@@ -77,7 +105,9 @@ def start(args: argparse.Namespace) -> Session:
     torch.set_num_threads(args.threads)
     dtypes = (torch.float32, torch.bfloat16)
     if args.quick:
-        effort = Effort(min(args.seconds, 0.2), min_rounds=3, max_rounds=min(args.rounds, 10), warmup=1)
+        effort = Effort(
+            min(args.seconds, 0.2), min_rounds=3, max_rounds=min(args.rounds, 10), warmup=1
+        )
     else:
         effort = Effort(args.seconds, min_rounds=min(5, args.rounds), max_rounds=args.rounds)
     return Session(
@@ -105,12 +135,18 @@ def show(rows: Sequence[results.Row], out: Path, console: Console) -> None:
 
 def measure(args: argparse.Namespace, out: Path, console: Console) -> int:
     session = start(args)
-    rates = ", ".join(f"{r:.3g} TFLOP/s {str(d)[6:]}" for d, r in session.limits.matmul_tflop_s.items())
-    console.print(f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s; matmul {rates}; load {machine.load()}")
+    rates = ", ".join(
+        f"{r:.3g} TFLOP/s {str(d)[6:]}" for d, r in session.limits.matmul_tflop_s.items()
+    )
+    console.print(
+        f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s; matmul {rates}; load {machine.load()}"
+    )
     rows: list[results.Row] = []
     for name in args.ops or OPS:
         for mode, shape, dtype in cases(args, OPS[name]):
-            console.print(f"{name} {mode} {'x'.join(map(str, shape))} {str(dtype)[6:]} ...", highlight=False)
+            console.print(
+                f"{name} {mode} {'x'.join(map(str, shape))} {str(dtype)[6:]} ...", highlight=False
+            )
             new = run_case(session, OPS[name], mode, shape, dtype)
             results.append_csv(out / results.CSV_NAME, new)
             rows += new
@@ -124,7 +160,11 @@ def listing(args: argparse.Namespace, console: Console) -> None:
     for name, op in OPS.items():
         console.print(f"{name}  [{op.dims}]  {', '.join(op.moved)}", markup=False, style="bold")
         for provider in PROVIDERS[name]:
-            state = "" if args.device in provider.devices else f"runs on {', '.join(provider.devices)} only"
+            state = (
+                ""
+                if args.device in provider.devices
+                else f"runs on {', '.join(provider.devices)} only"
+            )
             if not state:
                 try:
                     provider.load()
@@ -147,7 +187,9 @@ def main(argv: Sequence[str]) -> int:
     if args.ops == ["report"]:
         path = out / results.CSV_NAME
         if not path.exists():
-            raise SystemExit(f"python -m bench report: no {path}; measure first, or say where with --out")
+            raise SystemExit(
+                f"python -m bench report: no {path}; measure first, or say where with --out"
+            )
         show(results.latest(results.read_csv(path)), out, console)
         return 0
     return measure(args, out, console)

@@ -79,7 +79,10 @@ def make_logprobs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inp
 
 def make_logits_kl(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     rows, vocab = shape
-    return {"logits": _logits(rows, vocab, dtype, device), "ref_logits": _logits(rows, vocab, dtype, device)}
+    return {
+        "logits": _logits(rows, vocab, dtype, device),
+        "ref_logits": _logits(rows, vocab, dtype, device),
+    }
 
 
 def make_linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -89,14 +92,21 @@ def make_linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
     for block in weight.split(1 << 14):
         block.copy_(2 * width**-0.5 * torch.randn(block.shape, device=device))
     mask = torch.ones(rows, dtype=torch.bool, device=device)
-    return {"hidden": hidden, "weight": weight, "labels": _labels(rows, vocab, device), "mask": mask}
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": _labels(rows, vocab, device),
+        "mask": mask,
+    }
 
 
 def make_linear_ppo(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Old log-probs near the new ones, as a few inner epochs of PPO leave them: ratios on both sides of the clip."""
     x = make_linear(shape, dtype, device)
     old = []
-    for hidden, labels in zip(x["hidden"].split(CHUNK_ROWS), x["labels"].split(CHUNK_ROWS), strict=True):
+    for hidden, labels in zip(
+        x["hidden"].split(CHUNK_ROWS), x["labels"].split(CHUNK_ROWS), strict=True
+    ):
         logits = (hidden @ x["weight"].T).float()
         old.append(torch.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0])
     x["old_logprobs"] = torch.cat(old) + 0.2 * torch.randn(shape[0], device=device)
@@ -114,7 +124,12 @@ def make_ppo(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     def noise(scale: float) -> Tensor:
         return scale * torch.randn(shape, device=device).to(dtype)
 
-    x = {"logprobs": noise(1.0) - 2, "values": noise(1.0), "advantages": noise(1.0), "returns": noise(1.0)}
+    x = {
+        "logprobs": noise(1.0) - 2,
+        "values": noise(1.0),
+        "advantages": noise(1.0),
+        "returns": noise(1.0),
+    }
     x["old_logprobs"] = x["logprobs"] + noise(0.2)
     x["old_values"] = x["values"] + noise(0.2)
     return {**x, "mask": _prefix_mask(shape[0], shape[1], device)}
@@ -130,7 +145,11 @@ def make_ranking(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inpu
     prompts, responses = shape
     scores = torch.randn(prompts * responses, device=device).to(dtype)
     ranks = torch.randint(responses, (prompts * responses,), device=device)
-    return {"scores": scores, "ranks": ranks, "offsets": responses * torch.arange(prompts + 1, device=device)}
+    return {
+        "scores": scores,
+        "ranks": ranks,
+        "offsets": responses * torch.arange(prompts + 1, device=device),
+    }
 
 
 # --- float64 references ----------------------------------------------------------------------------------------------
@@ -163,7 +182,9 @@ def _ref_linear_ppo(x: Inputs) -> Outputs:
 
 def _ref_ppo(x: Inputs) -> Outputs:
     values = {n: x[n] for n in ("values", "old_values", "returns")}
-    return (ppo_loss_ref(x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"], **values).loss,)
+    return (
+        ppo_loss_ref(x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"], **values).loss,
+    )
 
 
 def _ref_gae(x: Inputs) -> Outputs:
@@ -209,7 +230,9 @@ _ROLLOUT = {"cpu": ((512, 1024),), "cuda": ((512, 1024),), "quick": ((16, 64),)}
 _RANKING = {"cpu": ((64, 9),), "cuda": ((64, 9),), "quick": ((8, 9),)}
 
 
-def _linear(name: str, make: Callable[..., Inputs], reference: Callable[[Inputs], Outputs], gemms: int) -> Op:
+def _linear(
+    name: str, make: Callable[..., Inputs], reference: Callable[[Inputs], Outputs], gemms: int
+) -> Op:
     outputs = ("logprobs", "entropy") if "logprobs" in name else ("loss",)
     moved = {"fwd": _linear_moved(True), "fwd+bwd": _linear_moved(False)}
     flops = {"fwd": _gemms(1), "fwd+bwd": _gemms(gemms)}
@@ -255,7 +278,9 @@ def parse_shape(text: str) -> Shape:
     """ "8192x128256" -> (8192, 128256)."""
     parts = text.lower().split("x")
     if not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"shape: got {text!r}, expected positive numbers joined by x, such as 8192x128256")
+        raise ValueError(
+            f"shape: got {text!r}, expected positive numbers joined by x, such as 8192x128256"
+        )
     return tuple(int(p) for p in parts)
 
 

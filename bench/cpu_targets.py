@@ -29,7 +29,9 @@ from bench.run import Session, run_case
 from bench.timing import Effort
 
 HERE = Path(__file__).parent
-PER_TOKEN_BYTES = 64  # statistics, outputs and labels of one token: a rounding error beside V logits
+PER_TOKEN_BYTES = (
+    64  # statistics, outputs and labels of one token: a rounding error beside V logits
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,17 @@ def judge(target: Target, rows: Sequence[Row]) -> list[Outcome]:
     if ours is None:
         why = "; ".join(f"{r.provider}: {r.status} {r.note}" for r in rows if r.kind == "ours")
         times: dict[str, Any] = dict.fromkeys(("ours_ms", "versus_ms", "ratio", "low", "high"))
-        return [Outcome(**common, shape=shape, measured="nothing", versus=why, **times, target=text, reached="no")]
+        return [
+            Outcome(
+                **common,
+                shape=shape,
+                measured="nothing",
+                versus=why,
+                **times,
+                target=text,
+                reached="no",
+            )
+        ]
     outcomes = []
     held = [timed[name] for name in target.against if name in timed]
     fastest = min(held, key=lambda r: r.median_ms or 0.0, default=None)
@@ -151,29 +163,45 @@ def measure(session: Session, target: Target, quick: bool) -> list[Row]:
     mode = "fwd+bwd" if op.leaves else "fwd"
     shape = target.quick if quick else target.shape
     rows = run_case(session, op, mode, shape, target.dtype)
-    if all(r.provider != ours or r.median_ms is None for r in rows):  # no extension: the torch bodies stand in
+    if all(
+        r.provider != ours or r.median_ms is None for r in rows
+    ):  # no extension: the torch bodies stand in
         session.only = ("fastrlhf[torch]", *target.against, *target.also)
-        rows += [r for r in run_case(session, op, mode, shape, target.dtype) if r.median_ms is not None]
+        rows += [
+            r for r in run_case(session, op, mode, shape, target.dtype) if r.median_ms is not None
+        ]
     return rows
 
 
 def main(argv: Sequence[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
-        prog="python -m bench cpu-targets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench cpu-targets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ops", nargs="*", help="only these (default: all)")
     parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))))
-    parser.add_argument("--seconds", type=float, default=10.0, help="timing budget of a case, at least 5 rounds")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="timing budget of a case, at least 5 rounds"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: that it runs, not how fast")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes: that it runs, not how fast"
+    )
     args = parser.parse_args(argv)
     unknown = set(args.ops) - {t.op for t in TARGETS}
     if unknown:
-        parser.error(f"no target for {', '.join(sorted(unknown))}: expected {', '.join(t.op for t in TARGETS)}")
+        parser.error(
+            f"no target for {', '.join(sorted(unknown))}: expected {', '.join(t.op for t in TARGETS)}"
+        )
     torch.set_num_threads(args.threads)
     device = torch.device("cpu")
-    effort = Effort(0.1, min_rounds=3, max_rounds=5, warmup=1) if args.quick else Effort(args.seconds, max_rounds=200)
+    effort = (
+        Effort(0.1, min_rounds=3, max_rounds=5, warmup=1)
+        if args.quick
+        else Effort(args.seconds, max_rounds=200)
+    )
     limits = machine.measure_limits(device, (F32, BF16), args.quick)
     session = Session(device, args.threads, effort, limits, machine.describe(device, args.threads))
     began = machine.load()

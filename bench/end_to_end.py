@@ -120,7 +120,9 @@ def sides_of(part: str, session: Session) -> list[Side]:
 def run_part(part: str, session: Session) -> list[StepRow]:
     """All sides of a part, timed in turn; their memory is free again afterwards."""
     sides, args, ppo = sides_of(part, session), session.args, part == "ppo"
-    begin(sides, session, 1 if ppo else args.warmup, same=not ppo)  # PPO's sides sample different tokens
+    begin(
+        sides, session, 1 if ppo else args.warmup, same=not ppo
+    )  # PPO's sides sample different tokens
     before = machine.sm_clock_mhz(session.device)
     for side in sides:
         if side.steps is not None:
@@ -157,10 +159,17 @@ def least_of(part: str, mode: str, session: Session) -> dict[str, Least]:
 def ppo_least(session: Session) -> dict[str, Least]:
     """An iteration and its phases. The scalar heads' operations are not counted."""
     task, model = session.parts.task, session.parts.task.config.model
-    prompts, R, B = [len(prompt) for prompt in task.prompts], session.args.response, len(task.prompts)
+    prompts, R, B = (
+        [len(prompt) for prompt in task.prompts],
+        session.args.response,
+        len(task.prompts),
+    )
     first, rest = flops.prefill(prompts), flops.decode(prompts, R)
     episodes = flops.prefill([P + R for P in prompts])
-    body, policy = Work(episodes.tokens, episodes.pairs), Work(episodes.tokens, episodes.pairs, B * R)
+    body, policy = (
+        Work(episodes.tokens, episodes.pairs),
+        Work(episodes.tokens, episodes.pairs, B * R),
+    )
     window = flops.prefill([len(window) - 1 for window in task.windows])
     ptx = Work(window.tokens, window.pairs, window.tokens) * -(-B // session.args.minibatch)
     prefill = Least(first.tokens, flops.forward_flops(model, first, task.vocab))
@@ -168,8 +177,12 @@ def ppo_least(session: Session) -> dict[str, Least]:
     spent = flops.forward_flops(model, rest, task.vocab)
     decode = Least(rest.tokens, spent, read, spent)
     rollout = Least(B * R, prefill.operations + spent, read, spent)
-    scoring = flops.forward_flops(model, policy, task.vocab) + 2 * flops.forward_flops(model, body, 1)
-    update = flops.training_flops(model, policy + ptx, task.vocab) + flops.training_flops(model, body, 1)
+    scoring = flops.forward_flops(model, policy, task.vocab) + 2 * flops.forward_flops(
+        model, body, 1
+    )
+    update = flops.training_flops(model, policy + ptx, task.vocab) + flops.training_flops(
+        model, body, 1
+    )
     return {
         "": Least(body.tokens, rollout.operations + scoring + update, read, spent),
         "rollout": rollout,
@@ -185,8 +198,14 @@ def ppo_least(session: Session) -> dict[str, Least]:
 
 def make_row(session: Session, part: str, side: Side, mode: str, **more: Any) -> StepRow:
     args = session.args
-    shape = f"{args.layers}x{args.hidden}x{args.heads}, V {args.vocab}, {args.prompt}+{args.response}"
-    counts = {"sft": args.sft_batch, "rm": args.rankings, "ppo": f"{args.episodes}, ptx {args.ptx_per_episode}"}
+    shape = (
+        f"{args.layers}x{args.hidden}x{args.heads}, V {args.vocab}, {args.prompt}+{args.response}"
+    )
+    counts = {
+        "sft": args.sft_batch,
+        "rm": args.rankings,
+        "ppo": f"{args.episodes}, ptx {args.ptx_per_episode}",
+    }
     dtype = DTYPES[args.dtype]
     return StepRow(
         op=part, mode=mode or side.mode, provider=side.provider, kind=side.kind, shape=f"{shape}, x{counts[part]}",
@@ -197,14 +216,22 @@ def make_row(session: Session, part: str, side: Side, mode: str, **more: Any) ->
 
 
 def timed_row(
-    session: Session, part: str, side: Side, mode: str, times: Sequence[float], least: Least, **more: Any
+    session: Session,
+    part: str,
+    side: Side,
+    mode: str,
+    times: Sequence[float],
+    least: Least,
+    **more: Any,
 ) -> StepRow:
     """`times` in seconds."""
     time_s, dtype = spread(times), DTYPES[session.args.dtype]
     # Operations beside reading that cannot wait for it: the slower of the two; the rest comes on top.
     floor_ms = session.limits.floor_ms(least.moved, least.decoding, dtype)
     floor_ms += session.limits.floor_ms(0, least.operations - least.decoding, dtype)
-    limit = "matmul" if not least.moved else "copy" if least.decoding == least.operations else "both"
+    limit = (
+        "matmul" if not least.moved else "copy" if least.decoding == least.operations else "both"
+    )
     return make_row(
         session, part, side, mode, status="ok", median_ms=1e3 * time_s.median, p20_ms=1e3 * time_s.p20,
         p80_ms=1e3 * time_s.p80, samples=time_s.samples, tokens_per_s=least.tokens / time_s.median, limit=limit,
@@ -230,30 +257,46 @@ def rows_of(part: str, side: Side, sides: Sequence[Side], session: Session) -> l
     rows: list[StepRow] = []
     failures = {side.mode: (side.status, side.note)} if side.status != "ok" else {}
     if side.times:
-        least, more = least_of(part, side.mode, session), {"peak_memory_mb": side.peak / 1e6 if side.peak else None}
+        least, more = (
+            least_of(part, side.mode, session),
+            {"peak_memory_mb": side.peak / 1e6 if side.peak else None},
+        )
         if part == "rm":
             more["rankings_per_s"] = session.args.rankings / quantile(side.seconds(), 0.5)
         whole = side.seconds()
-        rows.append(timed_row(session, part, side, "", whole, least[""], **more, **against(side, sides)))
+        rows.append(
+            timed_row(session, part, side, "", whole, least[""], **more, **against(side, sides))
+        )
         for phase in [name for name in side.times[0] if name]:
             times = side.seconds(phase)
             share = 100 * quantile([t / s for t, s in zip(times, whole, strict=True)], 0.5)
             ratio = against(side, sides, phase)
-            rows.append(timed_row(session, part, side, phase, times, least[phase], share_pct=share, **ratio))
+            rows.append(
+                timed_row(session, part, side, phase, times, least[phase], share_pct=share, **ratio)
+            )
         rows += rows_of_others(part, side, session, least)
     for mode, (status, note) in (failures | side.failures).items():
         rows.append(make_row(session, part, side, mode, status=status, note=note))
     return rows
 
 
-def rows_of_others(part: str, side: Side, session: Session, least: dict[str, Least]) -> list[StepRow]:
+def rows_of_others(
+    part: str, side: Side, session: Session, least: dict[str, Least]
+) -> list[StepRow]:
     """What was timed by itself, and decoding: what a rollout takes beyond its prefill."""
-    rows = [timed_row(session, part, side, name, t, least[name.split(",")[0]]) for name, t in side.others.items()]
+    rows = [
+        timed_row(session, part, side, name, t, least[name.split(",")[0]])
+        for name, t in side.others.items()
+    ]
     if "prefill" not in side.others:
         return rows
     prefill = quantile(side.others["prefill"], 0.5)
     rollouts = {"decode": side.seconds("rollout")}
-    rollouts |= {f"decode,{name.partition(',')[2]}": t for name, t in side.others.items() if name != "prefill"}
+    rollouts |= {
+        f"decode,{name.partition(',')[2]}": t
+        for name, t in side.others.items()
+        if name != "prefill"
+    }
     for name, times in rollouts.items():
         decoding = [t - prefill for t in times if t > prefill]
         if decoding:
@@ -266,7 +309,11 @@ def print_table(rows: Sequence[StepRow], console: Console) -> None:
     names = ("", "by", "s (p20-p80)", "share %", "tokens/s", "rankings/s", "TFLOP/s", "GB/s", "% of limit", "peak GB",
              "n", "times faster than")  # fmt: skip
     for name in names:
-        table.add_column(name, justify="left" if name in ("", "by", "times faster than") else "right", no_wrap=True)
+        table.add_column(
+            name,
+            justify="left" if name in ("", "by", "times faster than") else "right",
+            no_wrap=True,
+        )
     for row in rows:
         if row.median_ms is None or row.p20_ms is None or row.p80_ms is None:
             continue
@@ -282,7 +329,9 @@ def print_table(rows: Sequence[StepRow], console: Console) -> None:
     console.print(table)
     for row in rows:
         if row.status != "ok":
-            console.print(f"{row.op} {row.mode}, {row.provider}: {row.status}: {row.note}", markup=False)
+            console.print(
+                f"{row.op} {row.mode}, {row.provider}: {row.status}: {row.note}", markup=False
+            )
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -291,17 +340,30 @@ def print_table(rows: Sequence[StepRow], console: Console) -> None:
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(
-        prog="python -m bench end-to-end", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench end-to-end",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, default in SIZES[device].items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help=f"{HELP.get(name, '')} (default: {default})")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16" if device == "cuda" else "fp32")
+        parser.add_argument(
+            option, type=int, default=default, help=f"{HELP.get(name, '')} (default: {default})"
+        )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bf16" if device == "cuda" else "fp32"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--alone", action="store_true", help="without transformers beside it")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing new is begun")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        help="seconds after which nothing new is begun",
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, help="folder of the CSV file (default: bench/results/DEVICE)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the CSV file (default: bench/results/DEVICE)"
+    )
     args = parser.parse_args(argv)
     if args.iterations < 1 or args.steps < 1 or args.warmup < 1:
         parser.error("--steps, --iterations and --warmup: expected 1 or more")
@@ -317,7 +379,9 @@ def measured_limits(args: argparse.Namespace, device: torch.device) -> Limits:
 def start(args: argparse.Namespace) -> Session:
     began = time.monotonic()
     warnings.filterwarnings("ignore")
-    logging.getLogger("fastrlhf.algorithms.ppo").setLevel(logging.ERROR)  # its warnings are about learning
+    logging.getLogger("fastrlhf.algorithms.ppo").setLevel(
+        logging.ERROR
+    )  # its warnings are about learning
     torch.set_num_threads(args.threads)
     mesh = meshes.initialize(ParallelConfig(), seed=1)
     limits = measured_limits(args, mesh.device)
@@ -333,11 +397,16 @@ def main(argv: Sequence[str]) -> int:
         args.alone = True
     session = start(args)
     rate = session.limits.matmul_tflop_s[DTYPES[args.dtype]]
-    console.print(f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s, matmul {rate:.4g} TFLOP/s {args.dtype}")
+    console.print(
+        f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s, matmul {rate:.4g} TFLOP/s {args.dtype}"
+    )
     out = args.out or HERE / "results" / machine.folder_name(session.device)
     rows: list[StepRow] = []
     for part in args.parts:
-        console.print(f"{part} ... ({machine.device_name(session.device)}, load {machine.load()})", markup=False)
+        console.print(
+            f"{part} ... ({machine.device_name(session.device)}, load {machine.load()})",
+            markup=False,
+        )
         new = run_part(part, session)
         release(session.device)
         results.append_csv(out / CSV_NAME, new)

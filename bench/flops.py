@@ -31,7 +31,9 @@ class Work:
     """Positions that go through the LM head."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.counted + other.counted)
+        return Work(
+            self.tokens + other.tokens, self.pairs + other.pairs, self.counted + other.counted
+        )
 
     def __mul__(self, times: int) -> Work:
         return Work(self.tokens * times, self.pairs * times, self.counted * times)
@@ -70,7 +72,11 @@ def matrix_entries(model: ModelConfig) -> int:
 def forward_flops(model: ModelConfig, work: Work, vocab: int) -> int:
     """With an LM head of `vocab` columns (1: a scalar head)."""
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * work.pairs
-    return 2 * matrix_entries(model) * work.tokens + attention + 2 * model.hidden_size * vocab * work.counted
+    return (
+        2 * matrix_entries(model) * work.tokens
+        + attention
+        + 2 * model.hidden_size * vocab * work.counted
+    )
 
 
 def training_flops(model: ModelConfig, work: Work, vocab: int) -> int:

@@ -57,11 +57,15 @@ def build(args: argparse.Namespace, mesh: Mesh) -> GPT:
 
 def make_prompts(args: argparse.Namespace) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(args.max_prompt // 8, args.max_prompt + 1, (args.prompts,), generator=generator).tolist()
+    lengths = torch.randint(
+        args.max_prompt // 8, args.max_prompt + 1, (args.prompts,), generator=generator
+    ).tolist()
     return [torch.randint(2, args.vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
-def ours(stage: GPT, mesh: Mesh, prompts: list[list[int]], args: argparse.Namespace) -> Callable[[int], list[int]]:
+def ours(
+    stage: GPT, mesh: Mesh, prompts: list[list[int]], args: argparse.Namespace
+) -> Callable[[int], list[int]]:
     def run(seed: int) -> list[int]:
         params = SamplingParams(max_new_tokens=args.max_new_tokens, seed=seed)
         out = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, slots=args.slots)
@@ -70,13 +74,17 @@ def ours(stage: GPT, mesh: Mesh, prompts: list[list[int]], args: argparse.Namesp
     return run
 
 
-def hugging_face(stage: GPT, prompts: list[list[int]], args: argparse.Namespace) -> Callable[[int], list[int]]:
+def hugging_face(
+    stage: GPT, prompts: list[list[int]], args: argparse.Namespace
+) -> Callable[[int], list[int]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         save_hf(stage, Path(folder) / "model")
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "model"
+        ).eval()
 
     def run(seed: int) -> list[int]:
         torch.manual_seed(seed)
@@ -85,7 +93,9 @@ def hugging_face(stage: GPT, prompts: list[list[int]], args: argparse.Namespace)
             batch = prompts[start : start + args.slots]
             longest = max(map(len, batch))
             tokens = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            mask = torch.tensor(
+                [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch]
+            )
             with torch.no_grad():
                 out = model.generate(
                     tokens,
@@ -111,9 +121,24 @@ def measure(run: Callable[[int], list[int]], seed: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench generation", description=str(__doc__).splitlines()[0])
-    defaults = {"threads": 2, "slots": 16, "prompts": 96, "layers": 4, "hidden": 256, "vocab": 8192, "mean": 64}
-    for name, default in {**defaults, "max-prompt": 64, "max-new-tokens": 256, "repeats": 5}.items():
+    parser = argparse.ArgumentParser(
+        prog="python -m bench generation", description=str(__doc__).splitlines()[0]
+    )
+    defaults = {
+        "threads": 2,
+        "slots": 16,
+        "prompts": 96,
+        "layers": 4,
+        "hidden": 256,
+        "vocab": 8192,
+        "mean": 64,
+    }
+    for name, default in {
+        **defaults,
+        "max-prompt": 64,
+        "max-new-tokens": 256,
+        "repeats": 5,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, help="write the measurements here")
     args = parser.parse_args(argv)
@@ -121,14 +146,19 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(args.threads)
     mesh = meshes.initialize(ParallelConfig(), seed=1)
     stage, prompts = build(args, mesh), make_prompts(args)
-    runs = {"fastrlhf": ours(stage, mesh, prompts, args), "transformers": hugging_face(stage, prompts, args)}
+    runs = {
+        "fastrlhf": ours(stage, mesh, prompts, args),
+        "transformers": hugging_face(stage, prompts, args),
+    }
     results: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for seed in range(args.repeats + 1):
         for name, run in runs.items():
             result = measure(run, seed)
             if seed:  # the first is the warm-up
                 results[name].append(result)
-    print(f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.prompts} prompts, {args.slots} slots")
+    print(
+        f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.prompts} prompts, {args.slots} slots"
+    )
     for name, rows in results.items():
         wall = sorted(row["wall"] for row in rows)
         cpu = statistics.median(row["cpu"] for row in rows)
@@ -139,8 +169,12 @@ def main(argv: Sequence[str]) -> int:
         )
     for kind in ("wall", "cpu"):
         ratios = sorted(a[kind] / b[kind] for a, b in zip(*results.values(), strict=True))
-        print(f"ratio by {kind:4}  {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})")
+        print(
+            f"ratio by {kind:4}  {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
+        )
     if args.json:
-        args.json.write_text(json.dumps({"arguments": {**vars(args), "json": str(args.json)}, "results": results}))
+        args.json.write_text(
+            json.dumps({"arguments": {**vars(args), "json": str(args.json)}, "results": results})
+        )
     meshes.finalize()
     return 0

@@ -32,11 +32,13 @@ from fastrlhf.parallel.mesh import Mesh
 
 def _tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, temperature: float = 1.0,
-    vocab_size: int | None = None, group: Any = None, counted: int | None = None,
+    vocab_size: int | None = None, group: Any = None, num_counted: int | None = None,
 ) -> TokenLogprobs:  # fmt: skip
     """Log-probs and entropies from whole logits; the vocabulary must be in one process."""
     if group is not None:
-        raise ValueError("group: got a process group, expected None: whole logits are made in one process only")
+        raise ValueError(
+            "group: got a process group, expected None: whole logits are made in one process only"
+        )
     logp = torch.log_softmax(F.linear(hidden, weight[:vocab_size]).float() / temperature, -1)
     chosen = logp.gather(-1, torch.where(mask, labels, 0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp).sum(-1)
@@ -64,7 +66,11 @@ def _ppo_loss(
 @contextlib.contextmanager
 def materialising() -> Iterator[None]:
     """Within it the trainers make whole logits, as they would without the linear ops."""
-    plain = {"linear_logprobs": _tokens, "linear_cross_entropy": _cross_entropy, "linear_ppo_loss": _ppo_loss}
+    plain = {
+        "linear_logprobs": _tokens,
+        "linear_cross_entropy": _cross_entropy,
+        "linear_ppo_loss": _ppo_loss,
+    }
     with mock.patch.multiple(ops, **plain):
         yield
 
@@ -83,7 +89,9 @@ def losses(stage: GPT, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
     count = batch.loss_mask.sum().float()
     noise = torch.randn(2, batch.tokens.numel(), generator=generator).to(batch.tokens.device)
     with torch.no_grad():
-        old = ops.linear_logprobs(stage(batch), labels=batch.labels, mask=batch.loss_mask, **stage.lm_head()).logprobs
+        old = ops.linear_logprobs(
+            stage(batch), labels=batch.labels, mask=batch.loss_mask, **stage.lm_head()
+        ).logprobs
     old = old + 0.1 * noise[0]
 
     def sft() -> Tensor:
@@ -106,7 +114,9 @@ def losses(stage: GPT, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
     return {"SFT": step(sft), "PPO": step(ppo)}
 
 
-def measure(stage: GPT, step: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor, int]:
+def measure(
+    stage: GPT, step: Callable[[], Tensor], device: torch.device
+) -> tuple[float, Tensor, int]:
     """(loss, gradient norms by parameter, bytes) of one step; gradients are there beforehand, as in the trainers."""
     for parameter in stage.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -116,8 +126,17 @@ def measure(stage: GPT, step: Callable[[], Tensor], device: torch.device) -> tup
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench head-memory", description=str(__doc__).splitlines()[0])
-    sizes = {"tokens": 2048, "length": 256, "layers": 2, "hidden": 256, "vocab": 50257, "threads": 2}
+    parser = argparse.ArgumentParser(
+        prog="python -m bench head-memory", description=str(__doc__).splitlines()[0]
+    )
+    sizes = {
+        "tokens": 2048,
+        "length": 256,
+        "layers": 2,
+        "hidden": 256,
+        "vocab": 50257,
+        "threads": 2,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -133,7 +152,9 @@ def main(argv: Sequence[str]) -> int:
     batch = make_batch(args, mesh)
     logits = args.tokens * args.vocab * (4 if args.dtype == "fp32" else 2)
     shape = f"{args.tokens} tokens, half of them counted; {args.layers} layers x {args.hidden}"
-    print(f"{shape}, vocabulary {args.vocab}, {args.dtype}; whole logits would be {logits / 1e6:.0f} MB")
+    print(
+        f"{shape}, vocabulary {args.vocab}, {args.dtype}; whole logits would be {logits / 1e6:.0f} MB"
+    )
     for name, step in losses(stage, batch).items():
         ours = measure(stage, step, mesh.device)
         with materialising():

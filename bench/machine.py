@@ -34,7 +34,9 @@ class Limits(NamedTuple):
 
 def best(*measured: Limits) -> Limits:
     """What the machine can do, from several measurements of it, some of them disturbed."""
-    rates = {d: max(limits.matmul_tflop_s[d] for limits in measured) for d in measured[0].matmul_tflop_s}
+    rates = {
+        d: max(limits.matmul_tflop_s[d] for limits in measured) for d in measured[0].matmul_tflop_s
+    }
     return Limits(max(limits.copy_gb_s for limits in measured), rates)
 
 
@@ -58,7 +60,9 @@ def _best_ms(call, device: torch.device, repeats: int) -> float:  # type: ignore
     return min(1e3 * timed(call, device)[1] for _ in range(repeats))
 
 
-def measure_limits(device: torch.device, dtypes: tuple[torch.dtype, ...], quick: bool = False) -> Limits:
+def measure_limits(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], quick: bool = False
+) -> Limits:
     """Copy of 2 GiB (64 MiB on a CPU) and products of 8192 (2048) square matrices, smaller when `quick`."""
     gpu = device.type == "cuda"
     size = (1 << 31 if gpu else 1 << 26) >> (3 if quick else 0)
@@ -71,7 +75,12 @@ def measure_limits(device: torch.device, dtypes: tuple[torch.dtype, ...], quick:
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        rates[dtype] = 2 * n**3 / _best_ms(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, repeats) / 1e9
+        rates[dtype] = (
+            2
+            * n**3
+            / _best_ms(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, repeats)
+            / 1e9
+        )
     return Limits(copy, rates)
 
 
@@ -88,7 +97,9 @@ def version_of(package: str | None) -> str:
 def _git(*arguments: str) -> str:
     if shutil.which("git") is None:
         return ""
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -125,7 +136,9 @@ def describe(device: torch.device, threads: int) -> dict[str, str | int]:
         "triton": version_of("triton"),
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": "yes" if _git("status", "--porcelain", "--", "fastrlhf", "kernels", "csrc", "bench") else "no",
+        "dirty": "yes"
+        if _git("status", "--porcelain", "--", "fastrlhf", "kernels", "csrc", "bench")
+        else "no",
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -139,6 +152,11 @@ def sm_clock_mhz(device: torch.device) -> str:
     """The GPU's clock now (read only; its settings are left alone); "" without nvidia-smi."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return ""
-    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        f"--id={device.index or 0}",
+        "--query-gpu=clocks.sm",
+        "--format=csv,noheader,nounits",
+    ]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

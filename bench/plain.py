@@ -17,14 +17,17 @@ import torch.nn.functional as F
 import transformers
 
 from bench.trainers import EOS, Metrics, RandomParts, Steps, Task
-from fastrlhf.algorithms.ppo_metrics import Clock
+from fastrlhf.algorithms.ppo_metrics import PhaseTimer
 from fastrlhf.data.batches import demonstration_tokens
 from fastrlhf.models.gpt import DTYPES, GPT, global_names
 from fastrlhf.models.hf.shapes import hf_config
 from fastrlhf.models.hf.weights import hf_tensors
 
 Tensor = torch.Tensor
-CLASSES = {"lm": transformers.AutoModelForCausalLM, "scalar": transformers.AutoModelForSequenceClassification}
+CLASSES = {
+    "lm": transformers.AutoModelForCausalLM,
+    "scalar": transformers.AutoModelForSequenceClassification,
+}
 
 
 def model_like(stage: GPT) -> Any:
@@ -32,8 +35,12 @@ def model_like(stage: GPT) -> Any:
     transformers.logging.set_verbosity_error()
     config = hf_config(stage.model_config, stage.vocab_size, stage.head_kind)
     with stage.mesh.device:
-        model: Any = CLASSES[stage.head_kind].from_config(config).to(DTYPES[stage.model_config.dtype])
-    missing, unknown = model.load_state_dict(dict(hf_tensors(stage, dict(global_names(stage)))), strict=False)
+        model: Any = (
+            CLASSES[stage.head_kind].from_config(config).to(DTYPES[stage.model_config.dtype])
+        )
+    missing, unknown = model.load_state_dict(
+        dict(hf_tensors(stage, dict(global_names(stage)))), strict=False
+    )
     assert set(missing) <= {"lm_head.weight"} and set(unknown) <= {"score.bias"}, (missing, unknown)
     if stage.head_kind == "scalar":
         model.score.float()
@@ -107,12 +114,14 @@ def ranking_loss(scores: Tensor) -> Tensor:
 
 def sft(parts: RandomParts) -> Steps:
     task, device = parts.task, parts.mesh.device
-    policy = Learner(model_like(parts.stage(task.config.model, "lm")), task)
+    policy = Learner(model_like(parts.model(task.config.model, "lm")), task)
     counted = sum(len(d.tokens) - d.prompt_length for d in task.demonstrations)
 
     def step() -> Metrics:
         total = torch.zeros((), device=device)
-        for micro in micro_batches(task.demonstrations, demonstration_tokens, lambda _: 1, _budget(task)):
+        for micro in micro_batches(
+            task.demonstrations, demonstration_tokens, lambda _: 1, _budget(task)
+        ):
             ids, mask = padded([d.tokens for d in micro], device)
             first = torch.tensor([d.prompt_length for d in micro], device=device)
             trained = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=device) >= first[:, None])
@@ -126,15 +135,19 @@ def sft(parts: RandomParts) -> Steps:
 
 def rm(parts: RandomParts) -> Steps:
     task, device = parts.task, parts.mesh.device
-    reward = Learner(model_like(parts.stage(task.config.model, "scalar")), task)
+    reward = Learner(model_like(parts.model(task.config.model, "scalar")), task)
 
     def longest(ranking: Any) -> int:
         return len(ranking.prompt_tokens) + max(map(len, ranking.responses))
 
     def step() -> Metrics:
         total = torch.zeros((), device=device)
-        for micro in micro_batches(task.rankings, longest, lambda r: len(r.responses), _budget(task)):
-            ids, mask = padded([r.prompt_tokens + response for r in micro for response in r.responses], device)
+        for micro in micro_batches(
+            task.rankings, longest, lambda r: len(r.responses), _budget(task)
+        ):
+            ids, mask = padded(
+                [r.prompt_tokens + response for r in micro for response in r.responses], device
+            )
             last = mask.sum(1, keepdim=True) - 1
             scores = hidden_scores(reward.model, ids, mask).gather(1, last)[:, 0]
             losses = [ranking_loss(s) for s in scores.split([len(r.responses) for r in micro])]
@@ -152,24 +165,26 @@ class PPO:
     def __init__(self, parts: RandomParts) -> None:
         self.task, self.config, self.device = parts.task, parts.task.config.ppo, parts.mesh.device
         task, model = parts.task, parts.task.config.model
-        self.policy = Learner(model_like(parts.stage(model, "lm")), task)
-        self.reference = model_like(parts.stage(model, "lm")).eval()
-        self.value = Learner(model_like(parts.stage(model, "scalar")), task)
-        self.reward = model_like(parts.stage(model, "scalar")).eval()
+        self.policy = Learner(model_like(parts.model(model, "lm")), task)
+        self.reference = model_like(parts.model(model, "lm")).eval()
+        self.value = Learner(model_like(parts.model(model, "scalar")), task)
+        self.reward = model_like(parts.model(model, "scalar")).eval()
         self.average = [p.detach().float().clone() for p in self.policy.model.parameters()]
         self.prompts = torch.tensor(task.prompts, device=self.device)
         self.R = task.config.generation.max_new_tokens
         self.rows = max(1, _budget(task) // (self.prompts.shape[1] + self.R))
 
     def step(self) -> Metrics:
-        clock = Clock()
+        clock = PhaseTimer()
         with clock("rollout"):
             ids = self.rollout(self.R)
         with clock("scoring"):
             scored = self.score(ids)
         with clock("update"):
             loss = self.update(ids, *scored)
-        return {"loss": loss} | clock.metrics(sampled_tokens=ids.numel(), trained_tokens=ids.numel())
+        return {"loss": loss} | clock.metrics(
+            sampled_tokens=ids.numel(), trained_tokens=ids.numel()
+        )
 
     @torch.no_grad()
     def rollout(self, length: int) -> Tensor:
@@ -208,12 +223,18 @@ class PPO:
         advantages = (advantages - advantages.mean()) / (advantages.std(unbiased=False) + 1e-8)
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.inner_epochs):
-            for rows in torch.randperm(len(ids), device=self.device).split(self.config.minibatch_size):
+            for rows in torch.randperm(len(ids), device=self.device).split(
+                self.config.minibatch_size
+            ):
                 for micro in rows.split(self.rows):
-                    total += self.policy_loss(ids[micro], old[micro], advantages[micro], rows.numel())
+                    total += self.policy_loss(
+                        ids[micro], old[micro], advantages[micro], rows.numel()
+                    )
                 total += self.pretraining_loss()
                 for micro in rows.split(self.rows):
-                    total += self.value_loss(ids[micro], values[micro], returns[micro], rows.numel())
+                    total += self.value_loss(
+                        ids[micro], values[micro], returns[micro], rows.numel()
+                    )
                 self.value.update()
                 self.policy.update()
         with torch.no_grad():

@@ -41,12 +41,12 @@ FIELDS = ("side", "pair", "seconds", "cpu_seconds", "ratio", "matmul_tflop_s", "
 def write_task(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Tokenizer, policy, reward model and prompts for both sides; returns the fingerprint that TRL must agree with."""
     from fastrlhf import ops
+    from fastrlhf.checkpoint.model_folder import save_model
     from fastrlhf.config import ModelConfig, ParallelConfig
     from fastrlhf.data.batches import pack
     from fastrlhf.models.gpt import build_model
     from fastrlhf.models.hf import save_hf
     from fastrlhf.parallel import mesh as meshes
-    from fastrlhf.training.checkpoint import save_model
 
     tokenizer = _write_tokenizer(folder / "tokenizer", args.vocab)
     mesh = meshes.initialize(ParallelConfig(), seed=1)
@@ -59,11 +59,15 @@ def write_task(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(1, args.vocab, (64 * args.episodes, args.prompt), generator=generator)
     prompts = [" ".join(f"w{token}" for token in row) for row in rows.tolist()]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    )
     half = args.prompt // 2
     batch = pack(rows[:8].tolist(), [half] * 8)
     with torch.no_grad():
-        tokens = ops.linear_logprobs(policy(batch), labels=batch.labels, mask=batch.loss_mask, **policy.lm_head())
+        tokens = ops.linear_logprobs(
+            policy(batch), labels=batch.labels, mask=batch.loss_mask, **policy.lm_head()
+        )
         ends = reward(batch)[batch.cu_seqlens[1:].long() - 1]
         expected = {
             "logprob": tokens.logprobs[batch.loss_mask].mean().item(),
@@ -109,10 +113,16 @@ def matmul_flops(args: argparse.Namespace) -> float:
     body = 2 * 12 * H * H * args.layers  # a token's forward
     head = 2 * args.vocab * H
     square = 4 * args.layers * H  # a query's forward, for each key
-    rollout = (length - 1) * body + response * head + square * (prompt**2 + sum(range(prompt + 1, length)))
+    rollout = (
+        (length - 1) * body
+        + response * head
+        + square * (prompt**2 + sum(range(prompt + 1, length)))
+    )
     forward = length * (body + square * length)
     scoring = 3 * forward + response * head  # reference, value, reward
-    update = 2 * 3 * forward + 3 * response * head  # policy and value: forward, and twice that backward
+    update = (
+        2 * 3 * forward + 3 * response * head
+    )  # policy and value: forward, and twice that backward
     return float(args.episodes * (rollout + scoring + update))
 
 
@@ -121,15 +131,15 @@ def matmul_flops(args: argparse.Namespace) -> float:
 
 def ours(folder: Path, options: dict[str, Any]) -> None:
     """The worker: an iteration for each line on stdin, built as the `ppo` command builds it."""
-    from fastrlhf import launch
     from fastrlhf.config import load_config
     from fastrlhf.parallel import mesh as meshes
+    from fastrlhf.run import builder, jobs
 
     torch.set_num_threads(options["threads"])
     (folder / "ppo.json").write_text(json.dumps(_our_config(folder, options)))  # JSON is YAML
     config = load_config(folder / "ppo.json", [])
     mesh = meshes.initialize(config.parallel, config.train.seed)
-    job = launch._JOBS["ppo"](launch.Parts(config, mesh))  # what the command hands to its loop
+    job = jobs.ppo_job(builder.RunBuilder(config, mesh))  # what the command hands to its loop
     batches = iter(job.batches)
     say(ready=1)
     while sys.stdin.readline():
@@ -190,7 +200,9 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
-        raise SystemExit(f"{' '.join(self.process.args[:3])} ended with status {self.process.wait()}")  # type: ignore[index]
+        raise SystemExit(
+            f"{' '.join(self.process.args[:3])} ended with status {self.process.wait()}"
+        )  # type: ignore[index]
 
     def iterate(self) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -212,8 +224,16 @@ def make_venv(path: Path) -> Path:
 
         print(f"installing TRL {TRL} in {path}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(path)], check=True)
-        wanted = [f"trl=={TRL}", f"torch=={torch.__version__}", f"transformers=={transformers.__version__}"]
-        index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"] if "+cpu" in torch.__version__ else []
+        wanted = [
+            f"trl=={TRL}",
+            f"torch=={torch.__version__}",
+            f"transformers=={transformers.__version__}",
+        ]
+        index = (
+            ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+            if "+cpu" in torch.__version__
+            else []
+        )
         subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted, *index], check=True)
     return python
 
@@ -234,7 +254,10 @@ def start(side: str, folder: Path, args: argparse.Namespace) -> Worker:
 
 def tune(folder: Path, args: argparse.Namespace) -> None:
     """Sets TRL's batch sizes to its fastest: the rollout's with the update's as given, then the update's."""
-    choices = {"trl_rollout": (16, 32, 64), "trl_micro": (4, 8, 16, 32, 64) if args.minibatches == 1 else ()}
+    choices = {
+        "trl_rollout": (16, 32, 64),
+        "trl_micro": (4, 8, 16, 32, 64) if args.minibatches == 1 else (),
+    }
     for name, sizes in choices.items():
         seconds = {}
         for size in (n for n in sizes if args.episodes % n == 0):
@@ -247,11 +270,15 @@ def tune(folder: Path, args: argparse.Namespace) -> None:
             setattr(args, name, min(seconds, key=seconds.__getitem__))
 
 
-def race(folder: Path, args: argparse.Namespace, expected: dict[str, float]) -> list[dict[str, Any]]:
+def race(
+    folder: Path, args: argparse.Namespace, expected: dict[str, float]
+) -> list[dict[str, Any]]:
     workers = {side: start(side, folder, args) for side in ("trl", "ours")}
     for name, value in expected.items():
         if abs(workers["trl"].ready[name] - value) > 1e-4 * max(1.0, abs(value)):
-            raise SystemExit(f"not the same weights: {name} is {value} here, {workers['trl'].ready[name]} in TRL")
+            raise SystemExit(
+                f"not the same weights: {name} is {value} here, {workers['trl'].ready[name]} in TRL"
+            )
     shared = machine.describe(torch.device("cpu"), args.threads) | {"trl": TRL}
     shared |= {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
     rows: list[dict[str, Any]] = []
@@ -270,7 +297,9 @@ def race(folder: Path, args: argparse.Namespace, expected: dict[str, float]) -> 
         for side in order:
             times = {"side": side, "seconds": out[side]["wall"], "cpu_seconds": out[side]["cpu"]}
             rows.append({**shared, **common, **times, "load": machine.load()})
-        phases = ", ".join(f"{k[8:]} {v:.2f}" for k, v in out["ours"].items() if k.startswith("seconds_"))
+        phases = ", ".join(
+            f"{k[8:]} {v:.2f}" for k, v in out["ours"].items() if k.startswith("seconds_")
+        )
         seconds = " ".join(f"{side} {out[side]['wall']:.2f} s" for side in ("trl", "ours"))
         print(f"pair {pair}: {seconds} ({phases}), {ratio:.2f}x", flush=True)
     for worker in workers.values():
@@ -286,8 +315,14 @@ def _check_first(out: dict[str, dict[str, float]], args: argparse.Namespace) -> 
 
 
 def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
-    seconds = {side: sorted(row["seconds"] for row in rows if row["side"] == side) for side in ("trl", "ours")}
-    cpu = {side: statistics.median(row["cpu_seconds"] for row in rows if row["side"] == side) for side in seconds}
+    seconds = {
+        side: sorted(row["seconds"] for row in rows if row["side"] == side)
+        for side in ("trl", "ours")
+    }
+    cpu = {
+        side: statistics.median(row["cpu_seconds"] for row in rows if row["side"] == side)
+        for side in seconds
+    }
     ratios = sorted(row["ratio"] for row in rows if row["side"] == "ours")
     best = max(row["matmul_tflop_s"] for row in rows)
     limit = matmul_flops(args) / best / 1e12
@@ -298,7 +333,9 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
         median = statistics.median(times)
         spread = f"{times[0]:.2f} .. {times[-1]:.2f}"
         share = f"{100 * limit / median:.0f} % of the matmul limit"
-        lines.append(f"{name:10}  {median:.2f} s an iteration ({spread}), {cpu[side]:.2f} CPU-s, {share}")
+        lines.append(
+            f"{name:10}  {median:.2f} s an iteration ({spread}), {cpu[side]:.2f} CPU-s, {share}"
+        )
     lines.append(f"{matmul_flops(args) / 1e9:.0f} GFLOP at {best:.3f} TFLOP/s: {limit:.2f} s")
     lines.append(f"ratio of wall times {statistics.median(ratios):.2f} (median of {len(ratios)} pairs; "
                  f"{ratios[0]:.2f} .. {ratios[-1]:.2f}), of CPU times {cpu['trl'] / cpu['ours']:.2f}")  # fmt: skip
@@ -306,14 +343,31 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench ppo-iteration", description=(__doc__ or "").splitlines()[0])
-    sizes = {"threads": 2, "episodes": 64, "prompt": 48, "response": 48, "layers": 4, "hidden": 256, "vocab": 8192}
+    parser = argparse.ArgumentParser(
+        prog="python -m bench ppo-iteration", description=(__doc__ or "").splitlines()[0]
+    )
+    sizes = {
+        "threads": 2,
+        "episodes": 64,
+        "prompt": 48,
+        "response": 48,
+        "layers": 4,
+        "hidden": 256,
+        "vocab": 8192,
+    }
     batches = {"minibatches": 4, "ours_micro": 16, "trl_micro": 16, "trl_rollout": 64}
     for name, default in {**sizes, **batches, "pairs": 7, "warmup": 2}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--venv", type=Path, default=CACHE, help="TRL's virtual environment, made if it is not there")
-    parser.add_argument("--tune", action="store_true", help="look for TRL's fastest batch sizes first")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=CACHE,
+        help="TRL's virtual environment, made if it is not there",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="look for TRL's fastest batch sizes first"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu" / "ppo_iteration.csv")
     return parser.parse_args(argv)
 

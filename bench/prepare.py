@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.prepare import prepare
-from fastrlhf.data.rules import SPLITS, Rules
+from fastrlhf.data.prepare.prepare import prepare
+from fastrlhf.data.prepare.rules import SPLITS, Rules
 
 # fmt: off
 WORDS = (
@@ -84,7 +84,10 @@ def _rows(draw: random.Random, prompts: int, users: int, cap: int) -> Iterator[d
             if draw.random() < DUPLICATES and left > 1:
                 left -= 1
                 again = group.upper() if draw.random() < 0.5 else group.replace(" ", "  ")
-                yield {"prompt": f"{again} {_words(draw, 5)}", "user_id": f"user{draw.randrange(users - busy)}"}
+                yield {
+                    "prompt": f"{again} {_words(draw, 5)}",
+                    "user_id": f"user{draw.randrange(users - busy)}",
+                }
         left -= 1
 
 
@@ -100,10 +103,17 @@ def _words(draw: random.Random, count: int) -> str:
 def check(corpus: Path, out: Path, manifest: dict[str, Any], cap: int) -> dict[str, float]:
     """Recall and precision of each filter, from the corpus, the written splits and the reports."""
     planted, groups = _planted(corpus)
-    kept = {split: [json.loads(line) for line in (out / f"{split}.jsonl").open(encoding="utf-8")] for split in SPLITS}
+    kept = {
+        split: [json.loads(line) for line in (out / f"{split}.jsonl").open(encoding="utf-8")]
+        for split in SPLITS
+    }
     written = Counter(row["prompt"][:8] for rows in kept.values() for row in rows)
-    busy = Counter(row["user_id"] for rows in kept.values() for row in rows if row["prompt"].endswith("busy"))
-    reported = {int(json.loads(line)["source"].rpartition(":")[2]) for line in (out / "pii.jsonl").open()}
+    busy = Counter(
+        row["user_id"] for rows in kept.values() for row in rows if row["prompt"].endswith("busy")
+    )
+    reported = {
+        int(json.loads(line)["source"].rpartition(":")[2]) for line in (out / "pii.jsonl").open()
+    }
     missed = sum(" pii " in row["prompt"] for row in kept["train"])
     owners = {split: {row["user_id"] for row in rows} for split, rows in kept.items()}
     must = {group for group, dangerous in groups.items() if not dangerous}
@@ -114,7 +124,9 @@ def check(corpus: Path, out: Path, manifest: dict[str, Any], cap: int) -> dict[s
         "pii_precision": len(reported & planted) / len(reported),
         "cap_recall": sum(count <= cap for count in busy.values()) / len(busy),
         "cap_precision": sum(count >= cap for count in busy.values()) / len(busy),
-        "users_in_two_splits": len(owners["train"] & owners["valid"] | owners["train"] & owners["test"])
+        "users_in_two_splits": len(
+            owners["train"] & owners["valid"] | owners["train"] & owners["test"]
+        )
         + len(owners["valid"] & owners["test"]),
         "unaccounted": manifest["read"] - manifest["kept"] - sum(manifest["dropped"].values()),
     }

@@ -155,12 +155,16 @@ def eager_linear_ppo(x: Inputs) -> Outputs:
 
 
 def eager_linear_logprobs(x: Inputs) -> Outputs:
-    return eager_logprobs_entropy({"logits": F.linear(x["hidden"], x["weight"]), "labels": x["labels"]})
+    return eager_logprobs_entropy(
+        {"logits": F.linear(x["hidden"], x["weight"]), "labels": x["labels"]}
+    )
 
 
 def eager_ppo(x: Inputs) -> Outputs:
     values = {n: x[n] for n in ("values", "old_values", "returns")}
-    return (ppo_loss_ref(x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"], **values).loss,)
+    return (
+        ppo_loss_ref(x["logprobs"], x["old_logprobs"], x["advantages"], x["mask"], **values).loss,
+    )
 
 
 def eager_ranking(x: Inputs) -> Outputs:
@@ -191,7 +195,9 @@ def _register_eager(op: str, function: Function) -> None:
 for _op, _function in EAGER.items():
     _register_eager(_op, _function)
 
-provider("logprobs_entropy", "eager, no upcast", package="torch")(lambda: eager_logprobs_entropy_same_dtype)
+provider("logprobs_entropy", "eager, no upcast", package="torch")(
+    lambda: eager_logprobs_entropy_same_dtype
+)
 
 
 # --- Python loops ----------------------------------------------------------------------------------------------------
@@ -274,7 +280,9 @@ class BareGemms:
 
 
 def _register_gemms(op: str, count: int) -> None:
-    provider(op, f"{count} bare GEMMs", "floor", package="torch", modes=("fwd+bwd",))(lambda: BareGemms(count))
+    provider(op, f"{count} bare GEMMs", "floor", package="torch", modes=("fwd+bwd",))(
+        lambda: BareGemms(count)
+    )
 
 
 for _op, _count in (

@@ -82,7 +82,9 @@ def append_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str,
         with path.open(newline="") as file:
             found = tuple(next(csv.reader(file), ()))
         if found != tuple(columns):
-            raise ValueError(f"{path}: its columns are those of another version; move it away or pass another --out")
+            raise ValueError(
+                f"{path}: its columns are those of another version; move it away or pass another --out"
+            )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if fresh:
@@ -94,7 +96,10 @@ def append_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str,
 def read_csv(path: Path, kind: type[RowT] = Row) -> list[RowT]:  # type: ignore[assignment]
     numbers = {f.name for f in dataclasses.fields(kind) if str(f.type).startswith(("float", "int"))}
     with path.open(newline="") as file:
-        lines = [{k: _parse(k, v) if k in numbers else v for k, v in line.items()} for line in csv.DictReader(file)]
+        lines = [
+            {k: _parse(k, v) if k in numbers else v for k, v in line.items()}
+            for line in csv.DictReader(file)
+        ]
     return [kind(**line) for line in lines]  # type: ignore[arg-type]
 
 
@@ -138,17 +143,40 @@ def _one_provider(row: Row, by_clock: dict[str, Row], clocks: Sequence[str]) -> 
     cells = [escape(row.provider)]
     for clock in clocks:
         r = by_clock.get(clock)
-        cells.append(f"{text_of(r.median_ms, 4)} ({text_of(r.p20_ms)}-{text_of(r.p80_ms)})" if r else "")
+        cells.append(
+            f"{text_of(r.median_ms, 4)} ({text_of(r.p20_ms)}-{text_of(r.p80_ms)})" if r else ""
+        )
     rate = text_of(row.tflop_per_s) if row.tflop_per_s else ""
-    return [*cells, text_of(row.gb_per_s), rate, text_of(row.pct_sol), text_of(row.peak_extra_mb), str(row.samples)]
+    return [
+        *cells,
+        text_of(row.gb_per_s),
+        rate,
+        text_of(row.pct_sol),
+        text_of(row.peak_extra_mb),
+        str(row.samples),
+    ]
 
 
 def print_case(case: str, rows: Sequence[Row], console: Console) -> None:
     """A line a provider, the fastest first; rates are those of the first clock (cold on a GPU)."""
     clocks = sorted({r.clock for r in rows}, key=("cold", "hot", "wall").index)
-    table = Table(title=case, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=case,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     table.add_column("provider", no_wrap=True)
-    for name in (*(f"{c} ms (p20-p80)" for c in clocks), "GB/s", "TFLOP/s", "% limit", "extra MB", "n"):
+    for name in (
+        *(f"{c} ms (p20-p80)" for c in clocks),
+        "GB/s",
+        "TFLOP/s",
+        "% limit",
+        "extra MB",
+        "n",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.clock == clocks[0]:
@@ -161,9 +189,24 @@ def print_case(case: str, rows: Sequence[Row], console: Console) -> None:
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Each case's table, then who was not timed and why, then ours beside the best rival."""
     others: dict[str, list[str]] = {}
-    summary = Table(title="ours and the fastest other", title_justify="left", title_style="bold", box=None)
-    for name in ("case", "ours", "ms", "% limit", "fastest other", "ms", "times faster", "GEMMs ms"):
-        summary.add_column(name, justify="left" if name in ("case", "ours", "fastest other") else "right", no_wrap=True)
+    summary = Table(
+        title="ours and the fastest other", title_justify="left", title_style="bold", box=None
+    )
+    for name in (
+        "case",
+        "ours",
+        "ms",
+        "% limit",
+        "fastest other",
+        "ms",
+        "times faster",
+        "GEMMs ms",
+    ):
+        summary.add_column(
+            name,
+            justify="left" if name in ("case", "ours", "fastest other") else "right",
+            no_wrap=True,
+        )
     for key, group in cases_of(rows).items():
         case = " ".join(key)
         timed = [r for r in group if r.median_ms is not None]
@@ -180,9 +223,16 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 def _summary(timed: Sequence[Row]) -> list[str]:
     """Cells of one case: rows come fastest first within a clock, the cold clock before the others."""
-    best = {kind: next((r for r in timed if r.kind == kind), None) for kind in ("ours", "rival", "floor")}
+    best = {
+        kind: next((r for r in timed if r.kind == kind), None)
+        for kind in ("ours", "rival", "floor")
+    }
     ours, rival, floor = best["ours"], best["rival"], best["floor"]
-    mine = [escape(ours.provider), text_of(ours.median_ms, 4), text_of(ours.pct_sol)] if ours else [""] * 3
+    mine = (
+        [escape(ours.provider), text_of(ours.median_ms, 4), text_of(ours.pct_sol)]
+        if ours
+        else [""] * 3
+    )
     theirs = [escape(rival.provider), text_of(rival.median_ms, 4)] if rival else [""] * 2
     both = ours and rival and ours.median_ms and rival.median_ms
     times = text_of(rival.median_ms / ours.median_ms) if both else ""  # type: ignore[union-attr,operator]
@@ -209,7 +259,9 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         low = [m - (r.p20_ms or m) for m, r in zip(medians, group, strict=True)]
         high = [(r.p80_ms or m) - m for m, r in zip(medians, group, strict=True)]
         names = [r.provider for r in group]
-        axis.barh(names, medians, xerr=(low, high), color=[colors[r.kind] for r in group], capsize=2)
+        axis.barh(
+            names, medians, xerr=(low, high), color=[colors[r.kind] for r in group], capsize=2
+        )
         for at, row in enumerate(group):
             label = f" {text_of(row.median_ms)} ms, {text_of(row.pct_sol, 2)} %"
             axis.annotate(label, (row.p80_ms or 0.0, at), va="center", fontsize=7)
@@ -220,7 +272,9 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
     for axis in axes[len(cases) :]:
         axis.remove()
     about = f"{timed[0].device}, {timed[0].threads} threads, torch {timed[0].torch}, commit {timed[0].commit}"
-    figure.suptitle(f"Median ms ({clock}), p20-p80, and % of the measured limit. {about}", fontsize=9)
+    figure.suptitle(
+        f"Median ms ({clock}), p20-p80, and % of the measured limit. {about}", fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return True

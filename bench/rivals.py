@@ -30,13 +30,19 @@ def _() -> Function:
 
     def run(x: Inputs) -> Outputs:
         # hidden, weight, bias, targets, temperature, columns a tile (TRL's trainers pass 32,768)
-        return tuple(ChunkedLogProbFunction.apply(x["hidden"], x["weight"], None, x["labels"], 1.0, 32768)[:2])
+        return tuple(
+            ChunkedLogProbFunction.apply(x["hidden"], x["weight"], None, x["labels"], 1.0, 32768)[
+                :2
+            ]
+        )
 
     return run
 
 
 # The gradient goes over the logits, already in the forward: so there is no backward to time alone.
-@provider("logprobs", "Liger", mutates=("logits",), modes=("fwd", "fwd+bwd"), **cuda("liger-kernel"))
+@provider(
+    "logprobs", "Liger", mutates=("logits",), modes=("fwd", "fwd+bwd"), **cuda("liger-kernel")
+)
 def _() -> Function:
     from liger_kernel.transformers.functional import liger_cross_entropy
 

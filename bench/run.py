@@ -101,12 +101,18 @@ def with_leaves(op: Op, inputs: Inputs) -> Inputs:
 def upstream_of(op: Op, outputs: Outputs) -> list[Tensor]:
     """Random gradients, the same for every provider: ones would let a wrong scale by row pass."""
     generator = torch.Generator().manual_seed(SEED)
-    ones = [torch.randn(o.shape, generator=generator) if o.dim() else torch.ones(()) for o in outputs]
+    ones = [
+        torch.randn(o.shape, generator=generator) if o.dim() else torch.ones(()) for o in outputs
+    ]
     return [u.to(o.device, o.dtype) for u, o in zip(ones, outputs, strict=True)]
 
 
-def gradients(op: Op, inputs: Inputs, outputs: Outputs, upstream: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    cast = [u.to(o.dtype) if u.dtype != o.dtype else u for u, o in zip(upstream, outputs, strict=True)]
+def gradients(
+    op: Op, inputs: Inputs, outputs: Outputs, upstream: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    cast = [
+        u.to(o.dtype) if u.dtype != o.dtype else u for u, o in zip(upstream, outputs, strict=True)
+    ]
     return torch.autograd.grad(outputs, [inputs[n] for n in op.leaves], cast)
 
 
@@ -114,15 +120,21 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     """|| got - exact || / || exact ||; infinite for a NaN or another shape."""
     if got.shape != exact.shape:
         return float("inf")
-    error = torch.linalg.vector_norm(got.double() - exact) / torch.linalg.vector_norm(exact).clamp(min=1e-30)
+    error = torch.linalg.vector_norm(got.double() - exact) / torch.linalg.vector_norm(exact).clamp(
+        min=1e-30
+    )
     return float("inf") if torch.isnan(error) else float(error)
 
 
-def check(op: Op, function: Function, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+def check(
+    op: Op, function: Function, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> str:
     """ "" when outputs and gradients at a small shape are right to the dtype's rounding, else what is wrong."""
     torch.manual_seed(SEED)
     plain = op.make(op.check_shape(shape), dtype, device)
-    exact_in = with_leaves(op, {k: v.double() if v.is_floating_point() else v for k, v in plain.items()})
+    exact_in = with_leaves(
+        op, {k: v.double() if v.is_floating_point() else v for k, v in plain.items()}
+    )
     exact = op.reference(exact_in)
     upstream = upstream_of(op, exact)
     inputs = with_leaves(op, {k: v.clone() for k, v in plain.items()})
@@ -139,8 +151,12 @@ def check(op: Op, function: Function, shape: Shape, dtype: torch.dtype, device: 
     return ""
 
 
-def candidate(op: Op, provider: Provider, function: Function, shared: Inputs, mode: str) -> Candidate:
-    inputs = with_leaves(op, {k: v.clone() if k in provider.mutates else v for k, v in shared.items()})
+def candidate(
+    op: Op, provider: Provider, function: Function, shared: Inputs, mode: str
+) -> Candidate:
+    inputs = with_leaves(
+        op, {k: v.clone() if k in provider.mutates else v for k, v in shared.items()}
+    )
     example: list[list[Tensor]] = []
 
     def upstream(outputs: Outputs) -> list[Tensor]:
@@ -173,13 +189,23 @@ def candidate(op: Op, provider: Provider, function: Function, shared: Inputs, mo
         return outputs, gradients(op, inputs, outputs, upstream(outputs))
 
     prepare = graph if mode == "bwd" else restore
-    return Candidate(provider.name, prepare, {"fwd": forward, "bwd": backward, "fwd+bwd": both}[mode])
+    return Candidate(
+        provider.name, prepare, {"fwd": forward, "bwd": backward, "fwd+bwd": both}[mode]
+    )
 
 
 # --- a case ----------------------------------------------------------------------------------------------------------
 
 
-def row(session: Session, op: Op, provider: Provider, mode: str, shape: Shape, dtype: torch.dtype, **more: Any) -> Row:
+def row(
+    session: Session,
+    op: Op,
+    provider: Provider,
+    mode: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    **more: Any,
+) -> Row:
     return Row(
         op=op.name, mode=mode, provider=provider.name, kind=provider.kind, shape=shape_text(shape),
         dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(provider.package),
@@ -214,7 +240,9 @@ def _load_and_check(
     if provider.kind == "floor":
         return function, "", ""
     what = f"{provider.name}: check of {op.name}"
-    wrong, why = attempt(what, lambda: check(op, function, shape, dtype, session.device), session.patience_s)
+    wrong, why = attempt(
+        what, lambda: check(op, function, shape, dtype, session.device), session.patience_s
+    )
     if wrong is None:
         return None, "failed", why
     return (None, "wrong", wrong) if wrong else (function, "", "")
@@ -254,7 +282,10 @@ def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dty
     """Rows for every provider of `op`, one a clock for those that were timed."""
     right, rows = _right_ones(session, op, mode, shape, dtype)
     if not right or session.late():
-        return rows + [row(session, op, p, mode, shape, dtype, status="skipped", note="out of time") for p, _ in right]
+        return rows + [
+            row(session, op, p, mode, shape, dtype, status="skipped", note="out of time")
+            for p, _ in right
+        ]
     torch.manual_seed(SEED)
     shared = op.make(shape, dtype, session.device)
     candidates, owners, peaks = [], [], []
@@ -281,5 +312,9 @@ def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dty
     sm_clock = f"{before}-{machine.sm_clock_mhz(session.device)}" if before else ""
     for clock, times in timed:
         for provider, peak, time_ms in zip(owners, peaks, times, strict=True):
-            rows.append(_timed_row(session, op, provider, mode, shape, dtype, clock, time_ms, peak, sm_clock))
+            rows.append(
+                _timed_row(
+                    session, op, provider, mode, shape, dtype, clock, time_ms, peak, sm_clock
+                )
+            )
     return rows

@@ -46,7 +46,9 @@ def make_batch(args: argparse.Namespace, mesh: Mesh, shared_prompt: bool) -> Ran
     def draw(length: int) -> list[int]:
         return torch.randint(args.vocab, (length,), generator=generator).tolist()
 
-    ranking = TokenizedRanking(draw(args.prompt), [draw(args.response) for _ in range(args.k)], list(range(args.k)))
+    ranking = TokenizedRanking(
+        draw(args.prompt), [draw(args.response) for _ in range(args.k)], list(range(args.k))
+    )
     return pack_rankings([ranking], shared_prompt=shared_prompt).to(mesh.device)
 
 
@@ -68,12 +70,16 @@ def check(stage: GPT, steps: dict[str, Callable[[], torch.Tensor]]) -> float:
         step()
         gradients.append([p.grad.float().clone() for p in stage.parameters() if p.grad is not None])
     return max(
-        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*gradients, strict=True) if b.abs().max() > 1e-6
+        ((a - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(*gradients, strict=True)
+        if b.abs().max() > 1e-6
     )
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench shared-prompt", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench shared-prompt", description=str(__doc__).splitlines()[0]
+    )
     sizes = {"prompt": 512, "k": 9, "response": 64, "layers": 4, "hidden": 256, "vocab": 8192}
     for name, default in {**sizes, "threads": 2, "repeats": 9}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -111,6 +117,8 @@ def main(argv: Sequence[str]) -> int:
         f"ratio     {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f}); of the tokens {tokens:.2f}"
     )
     if args.json:
-        args.json.write_text(json.dumps({"arguments": {**vars(args), "json": str(args.json)}, "seconds": times}))
+        args.json.write_text(
+            json.dumps({"arguments": {**vars(args), "json": str(args.json)}, "seconds": times})
+        )
     meshes.finalize()
     return 0

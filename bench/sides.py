@@ -87,7 +87,9 @@ def guarded(what: str, call: Callable[[], T]) -> tuple[T | None, str, str]:
     except (*foreign_errors(), UserError) as error:
         text = (str(error).strip().splitlines() or [""])[0]
         # The CPU's allocator has no error of its own.
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        full = isinstance(
+            error, (torch.OutOfMemoryError, MemoryError)
+        ) or "can't allocate memory" in str(error)
         if not full:
             print(f"--- {what} failed", file=sys.stderr)
             traceback.print_exc()
@@ -108,7 +110,9 @@ def begin(sides: Sequence[Side], session: Session, warmup: int, *, same: bool) -
         if session.late():
             side.status, side.note = "skipped", "out of time"
             continue
-        if side.provider != provider:  # what comes before is another's memory; one's own learner may serve two sides
+        if (
+            side.provider != provider
+        ):  # what comes before is another's memory; one's own learner may serve two sides
             provider, before = side.provider, _allocated(device)
         call = _starting(side, before, warmup, device)
         _, side.status, side.note = guarded(f"{side.provider}, {side.mode}", call)
@@ -142,7 +146,9 @@ def disagreement(mine: Metrics, theirs: Metrics, dtype: str) -> str:
     """ "" when two first steps had the same loss and gradient norm, else what differs."""
     for name in ("loss", "grad_norm"):
         if not abs(mine[name] - theirs[name]) <= AGREE[dtype] * abs(mine[name]):
-            return f"{name} of the first step is {theirs[name]:.5g}, and {mine[name]:.5g} in fastrlhf"
+            return (
+                f"{name} of the first step is {theirs[name]:.5g}, and {mine[name]:.5g} in fastrlhf"
+            )
     return ""
 
 
@@ -167,7 +173,11 @@ def race(sides: Sequence[Side], session: Session, rounds: int) -> None:
 def _one_step(side: Side, device: torch.device) -> None:
     assert side.steps is not None
     metrics, seconds = timed(side.steps.step, device)
-    phases = {name.removeprefix("seconds_"): value for name, value in metrics.items() if name.startswith("seconds_")}
+    phases = {
+        name.removeprefix("seconds_"): value
+        for name, value in metrics.items()
+        if name.startswith("seconds_")
+    }
     side.times.append({"": seconds, **phases})
 
 

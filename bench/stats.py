@@ -17,7 +17,9 @@ class Spread(NamedTuple):
 def quantile(values: Sequence[float], q: float) -> float:
     """Linear interpolation between order statistics (type 7 of Hyndman and Fan 1996, numpy's default)."""
     if not values or not 0 <= q <= 1:
-        raise ValueError(f"quantile: got {len(values)} values and q = {q}, expected one or more and 0 <= q <= 1")
+        raise ValueError(
+            f"quantile: got {len(values)} values and q = {q}, expected one or more and 0 <= q <= 1"
+        )
     ordered = sorted(values)
     at = q * (len(ordered) - 1)
     low, high = math.floor(at), math.ceil(at)

@@ -111,13 +111,20 @@ def _samplers(
     if clock == "wall":
         # many states at once would not fit for big calls, and launching is no cost there
         calls = [20 if ms < 1 else 1 for ms in first]
-        return [lambda c=c, n=n: _back_to_back_ms(c, device, n) for c, n in zip(candidates, calls, strict=True)]
+        return [
+            lambda c=c, n=n: _back_to_back_ms(c, device, n)
+            for c, n in zip(candidates, calls, strict=True)
+        ]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if clock == "cold" else None
     holds = [min(5.0, 0.05 + 1.5 * min(_queue_ms(c, device) for _ in range(2))) for c in candidates]
-    return [lambda c=c, h=h: _device_ms(c, h, flush) for c, h in zip(candidates, holds, strict=True)]
+    return [
+        lambda c=c, h=h: _device_ms(c, h, flush) for c, h in zip(candidates, holds, strict=True)
+    ]
 
 
-def interleaved(candidates: Sequence[Candidate], device: torch.device, clock: str, effort: Effort) -> list[Spread]:
+def interleaved(
+    candidates: Sequence[Candidate], device: torch.device, clock: str, effort: Effort
+) -> list[Spread]:
     """Milliseconds of each candidate, all taking turns so that a disturbance hits all of them."""
     samplers = _samplers(candidates, device, clock, effort.warmup)
     times: list[list[float]] = [[] for _ in candidates]
@@ -153,13 +160,17 @@ def peak_extra_bytes(candidate: Candidate, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     if backends()["cpu"]["available"]:
         torch.ops.fastrlhf_cpu.release()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as recorded:
         result = candidate.call(state)
     del result
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = [
+            e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
     held = peak = 0
     for event in sorted(events, key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 
-from fastrlhf import launch
 from fastrlhf.config import (
     Config,
     DataConfig,
@@ -37,6 +36,7 @@ from fastrlhf.data.batches import (
 from fastrlhf.generation.engine import generate_all
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.run import builder, jobs
 
 SEED = 20220304
 EOS = 0
@@ -79,7 +79,9 @@ def make_task(args: argparse.Namespace) -> Task:
 
     def ranking() -> TokenizedRanking:
         K = number(4, 9)
-        return TokenizedRanking(some(args.prompt), [some(args.response) for _ in range(K)], list(range(K)))
+        return TokenizedRanking(
+            some(args.prompt), [some(args.response) for _ in range(K)], list(range(K))
+        )
 
     length = args.prompt + args.response
     return Task(
@@ -104,7 +106,13 @@ def make_config(args: argparse.Namespace) -> Config:
             max_positions=length,
             dtype=args.dtype,
         ),
-        data=DataConfig(tokenizer=nowhere, train=nowhere, prompts=nowhere, pretrain=nowhere, sequence_length=length),
+        data=DataConfig(
+            tokenizer=nowhere,
+            train=nowhere,
+            prompts=nowhere,
+            pretrain=nowhere,
+            sequence_length=length,
+        ),
         optimizer=OptimizerConfig(lr=9e-6, eps=1e-5),
         schedule=ScheduleConfig(decay="constant"),
         train=TrainConfig(steps=10**6, max_tokens_per_micro_batch=args.micro_tokens, seed=SEED),
@@ -115,7 +123,9 @@ def make_config(args: argparse.Namespace) -> Config:
             ptx_per_episode=args.ptx_per_episode,
             no_stop_penalty=None,
         ),
-        generation=GenerationConfig(max_new_tokens=args.response, min_new_tokens=args.response, slots=args.episodes),
+        generation=GenerationConfig(
+            max_new_tokens=args.response, min_new_tokens=args.response, slots=args.episodes
+        ),
         log=LogConfig(samples=0),
         output_dir=nowhere,
     )
@@ -136,21 +146,21 @@ class Tokens:
         return self.vocab
 
 
-class RandomParts(launch.Parts):
-    """What `launch` builds its commands from, but for files: weights and data are those of `task`."""
+class RandomParts(builder.RunBuilder):
+    """The parts of a run without files: weights and data are those of `task`."""
 
     def __init__(self, task: Task, mesh: Mesh) -> None:  # not super's, which opens a tokenizer
         self.config, self.mesh, self.task = task.config, mesh, task
         self.tokenizer: Any = Tokens(task.vocab)
         self.vocab_size = task.vocab
 
-    def stage(self, model: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
+    def model(self, model: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
         stage = build_model(model, self.mesh, self.vocab_size, head=head)
         draw_weights(stage)
         return stage
 
-    def saved_stage(self, path: str, *, fresh_head: bool = False) -> GPT:
-        return self.stage(self.config.model, "scalar")
+    def scorer(self, path: str, *, fresh_head: bool = False) -> GPT:
+        return self.model(self.config.model, "scalar")
 
     def windows(self, sources: list[str] | dict[str, float]) -> Any:
         return self.task.windows
@@ -200,7 +210,7 @@ class Trainers:
 
     def __init__(self, parts: RandomParts) -> None:
         self.parts, self.task, self.mesh = parts, parts.task, parts.mesh
-        self._reward: launch.Job | None = None
+        self._reward: jobs.TrainingJob | None = None
 
     def _sized(self, batch: int) -> None:
         """The parts of a command whose global batch is `batch`."""
@@ -209,13 +219,13 @@ class Trainers:
 
     def sft(self) -> Steps:
         self._sized(len(self.task.demonstrations))
-        job = launch._JOBS["sft"](self.parts)
+        job = jobs.sft_job(self.parts)
         return _stepping(job.algorithm.step, iter(job.batches))
 
     def rm(self, shared_prompt: bool) -> Steps:
         self._sized(len(self.task.rankings))
         if self._reward is None:
-            self._reward = launch._JOBS["rm"](self.parts)
+            self._reward = jobs.reward_model_job(self.parts)
         batches = self.parts.loader(
             self.task.rankings,
             partial(pack_rankings, shared_prompt=shared_prompt),
@@ -224,13 +234,13 @@ class Trainers:
         return _stepping(self._reward.algorithm.step, iter(batches))
 
     def ppo(self) -> Steps:
-        job = launch._JOBS["ppo"](self.parts)
+        job = jobs.ppo_job(self.parts)
         algorithm = job.algorithm
 
         def rollout(**changes: Any) -> None:
             """As `PPO.sample`, with other options."""
             generate_all(
-                algorithm.policy.stage, self.task.prompts, changed(algorithm.sampling, **changes), mesh=self.mesh,
+                algorithm.policy.model, self.task.prompts, changed(algorithm.sampling, **changes), mesh=self.mesh,
                 eos=EOS, slots=algorithm.slots,
             )  # fmt: skip
 

@@ -42,12 +42,19 @@ class Timer(TrainerCallback):
             sys.exit(0)
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         self.metrics = dict(logs or {})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        say(wall=wall, cpu=cpu, kl=self.metrics["objective/kl"], entropy=self.metrics["objective/entropy"])
+        say(
+            wall=wall,
+            cpu=cpu,
+            kl=self.metrics["objective/kl"],
+            entropy=self.metrics["objective/entropy"],
+        )
         self.wait()
 
 
@@ -69,8 +76,12 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # past the vocabulary: never sampled
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2))
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(folder / "reward") for _ in range(2))
-    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    reward, value = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "reward") for _ in range(2)
+    )
+    prompts = [
+        json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()
+    ]
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     batch, updates = options["episodes"], options["minibatches"]
     # One update: gradients of several micro-batches are summed. More: TRL updates after each of them.

@@ -6,7 +6,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fastrlhf.ops import FusedLinearCrossEntropy
 
 torch.manual_seed(0)
-sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+sizes = {
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 model = GPT2LMHeadModel(GPT2Config(vocab_size=503, **sizes))
 cross_entropy = FusedLinearCrossEntropy()  # a label of -100 does not count, as in Hugging Face
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -16,7 +23,9 @@ labels = tokens.clone()
 labels[:, :8] = -100  # the prompt
 
 for step in range(20):
-    hidden = model.transformer(tokens).last_hidden_state  # the decoder alone; its head is inside the loss
+    hidden = model.transformer(
+        tokens
+    ).last_hidden_state  # the decoder alone; its head is inside the loss
     loss = cross_entropy(hidden[:, :-1], model.lm_head.weight, labels[:, 1:])
     loss.backward()
     optimizer.step()

@@ -13,12 +13,14 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fastrlhf import __version__
+from fastrlhf.config import COMMANDS, TRAINING_COMMANDS, Command
 from fastrlhf.data.convert import Source
 from fastrlhf.data.records import Kind, OnError
 from fastrlhf.errors import UserError
@@ -42,14 +44,19 @@ app.add_typer(convert, name="convert")
 evaluate = typer.Typer(help="Judge trained models.")
 app.add_typer(evaluate, name="eval")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration of the run.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML configuration of the run.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that win over CONFIG.")
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that win over CONFIG."),
 ]
 Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL, JSONL.gz or parquet.")]
 Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")]
 Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")]
-Broken = Annotated[OnError, typer.Option(help="A malformed record stops the command, or is set aside and counted.")]
+Broken = Annotated[
+    OnError, typer.Option(help="A malformed record stops the command, or is set aside and counted.")
+]
 
 
 def _config(command: str, path: Path, overrides: list[str] | None) -> Config:
@@ -60,11 +67,22 @@ def _config(command: str, path: Path, overrides: list[str] | None) -> Config:
     return config
 
 
-def _train(command: Literal["pretrain", "sft", "rm", "ppo"], path: Path, overrides: list[str] | None) -> None:
-    config = _config(command, path, overrides)
-    from fastrlhf.launch import train
+def _help(command: Command) -> str:
+    """Return a command's help: its summary, what it needs, and the sections that it reads."""
+    needs = [f"{' or '.join(required.keys)}: {required.holds}." for required in command.required]
+    return f"{command.summary}\n\nNeeds {' '.join(needs)} Reads the sections {', '.join(command.sections)}."
 
-    train(command, config)
+
+def _training(name: str) -> Callable[..., None]:
+    """Return the function of a training command's arguments."""
+
+    def run(config: ConfigPath, overrides: Overrides = None) -> None:
+        settings = _config(name, config, overrides)
+        from fastrlhf.run.train import train
+
+        train(name, settings)
+
+    return run
 
 
 def _print_version(asked: bool) -> None:
@@ -76,41 +94,23 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """What stands before a command; the help text is the application's."""
 
 
-@app.command()
-def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a language model on plain text."""
-    _train("pretrain", config, overrides)
+for _row in TRAINING_COMMANDS.values():
+    app.command(_row.name, help=_help(_row))(_training(_row.name))
 
 
-@app.command()
-def sft(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Fine-tune on demonstrations."""
-    _train("sft", config, overrides)
-
-
-@app.command()
-def rm(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a reward model on rankings or pairs."""
-    _train("rm", config, overrides)
-
-
-@app.command()
-def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a policy against a reward model with PPO-ptx."""
-    _train("ppo", config, overrides)
-
-
-@app.command()
+@app.command(help=_help(COMMANDS["sample"]))
 def sample(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Write responses to prompts, for ranking or reading."""
     settings = _config("sample", config, overrides)
-    from fastrlhf.generation.sample import run
+    from fastrlhf.commands.sample import run
 
     run(settings)
 
@@ -122,7 +122,10 @@ def quickstart(
     pipeline: Pipeline = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 1234,
     model: Annotated[
-        str, typer.Option(help="tiny (from random weights), smollm2 (pretrained), or a local Hugging Face folder.")
+        str,
+        typer.Option(
+            help="tiny (from random weights), smollm2 (pretrained), or a local Hugging Face folder."
+        ),
     ] = "tiny",
 ) -> None:
     """Run the whole InstructGPT loop on this machine.
@@ -138,15 +141,19 @@ def quickstart(
 def prepare_data(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG|FILE... [KEY=VALUE]", help="A YAML file, or record files; then settings."),
+        typer.Argument(
+            metavar="CONFIG|FILE... [KEY=VALUE]",
+            help="A YAML file, or record files; then settings.",
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder that is written; with a YAML file, instead of its own.")
+        Path | None,
+        typer.Option(help="Folder that is written; with a YAML file, instead of its own."),
     ] = None,
     kind: Annotated[Kind, typer.Option(help="What the record files hold.")] = "prompts",
 ) -> None:
     """Deduplicate, filter personal data, cap users, split by user."""
-    from fastrlhf.data.prepare import run
+    from fastrlhf.data.prepare.prepare import run
 
     run(arguments, out, kind)
 
@@ -156,8 +163,12 @@ def convert_data(
     files: Files,
     kind: Annotated[Kind, typer.Option(help="Records to write, or to read.")],
     out: Annotated[Path, typer.Option(help="A .jsonl or .jsonl.gz file.")],
-    source: Annotated[Source | None, typer.Option("--from", help="Layout of the files; records are written.")] = None,
-    target: Annotated[Source | None, typer.Option("--to", help="Layout to write; the files hold records.")] = None,
+    source: Annotated[
+        Source | None, typer.Option("--from", help="Layout of the files; records are written.")
+    ] = None,
+    target: Annotated[
+        Source | None, typer.Option("--to", help="Layout to write; the files hold records.")
+    ] = None,
     rejected: Annotated[Path | None, typer.Option(help="File for rows set aside.")] = None,
     on_error: Broken = "strict",
 ) -> None:
@@ -176,9 +187,14 @@ def convert_data(
 @data.command("show")
 def show_data(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="CONFIG|FILE... [KEY=VALUE]", help="A run's YAML file, or record files.")
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|FILE... [KEY=VALUE]", help="A run's YAML file, or record files."
+        ),
     ],
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, with record files.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder, with record files.")
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Records of each file.")] = 3,
 ) -> None:
     """Print records as the model will read them.
@@ -192,10 +208,14 @@ def show_data(
 
 @data.command("tokenize")
 def tokenize_data(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Text: .txt, JSONL, .gz of both, parquet.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Text: .txt, JSONL, .gz of both, parquet.")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
     out: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; the files do not depend on it.")
+    ] = 1,
     on_error: Broken = "strict",
 ) -> None:
     """Tokenize pretraining text once, as megatron's indexed data set."""
@@ -216,15 +236,17 @@ def from_hf(
 
     For model.load to start from. Compares their logits.
     """
+    from fastrlhf.commands.convert import convert_from_hf
     from fastrlhf.config import ParallelConfig
-    from fastrlhf.convert import convert_from_hf
 
     convert_from_hf(path, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
 
 
 @convert.command("to-hf")
 def to_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="A run, a checkpoint of it, or a model folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run, a checkpoint of it, or a model folder.")
+    ],
     out: Annotated[Path, typer.Argument(help="New Hugging Face folder.")],
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
@@ -233,8 +255,8 @@ def to_hf(
 
     Compares their logits.
     """
+    from fastrlhf.commands.convert import convert_to_hf
     from fastrlhf.config import ParallelConfig
-    from fastrlhf.convert import convert_to_hf
 
     convert_to_hf(checkpoint, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
 
@@ -243,8 +265,12 @@ def to_hf(
 def evaluate_rm(
     config: ConfigPath,
     overrides: Overrides = None,
-    folds: Annotated[int | None, typer.Option(min=2, help="Train so many models, each without one group.")] = None,
-    by: Annotated[Literal["labeler_id", "user_id"], typer.Option(help="Whose groups the folds are.")] = "labeler_id",
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="Train so many models, each without one group.")
+    ] = None,
+    by: Annotated[
+        Literal["labeler_id", "user_id"], typer.Option(help="Whose groups the folds are.")
+    ] = "labeler_id",
 ) -> None:
     """Judge a reward model on held-out rankings.
 
@@ -253,12 +279,12 @@ def evaluate_rm(
     training in CONFIG over groups of labelers.
     """
     settings = _config("eval rm" if folds is None else "rm", config, overrides)
-    from fastrlhf import evalrm
+    from fastrlhf.commands import eval_reward
 
     if folds is None:
-        evalrm.evaluate(settings)
+        eval_reward.evaluate(settings)
     else:
-        evalrm.cross_validate(settings, folds, by)
+        eval_reward.cross_validate(settings, folds, by)
 
 
 @evaluate.command("winrate")
@@ -270,7 +296,7 @@ def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
     half; pairs.jsonl, winrate.json and winrate.html in output_dir.
     """
     settings = _config("eval winrate", config, overrides)
-    from fastrlhf.evalpolicy import winrate
+    from fastrlhf.commands.eval_policy import winrate
 
     winrate(settings)
 
@@ -283,15 +309,17 @@ def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
     which model.load takes; select.json and select.html.
     """
     settings = _config("eval select", config, overrides)
-    from fastrlhf.evalpolicy import select
+    from fastrlhf.commands.eval_policy import select
 
     select(settings)
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """Say what this machine can run, and how to get the rest."""
-    from fastrlhf.doctor import report
+    from fastrlhf.commands.doctor import report
 
     if not report(as_json):
         raise typer.Exit(1)

@@ -8,7 +8,14 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -36,7 +43,9 @@ class Meter:
             self._bar.start()
         return self
 
-    def __exit__(self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         if self._live:
             self._bar.stop()
 

@@ -34,7 +34,9 @@ def _compose(slope_later, offset_later, slope, offset):
 def _scan(r, v, keep, carry, gamma, lam):
     """B at each lane, given B after the last one."""
     slope = tl.where(keep, gamma * lam, 1.0)
-    slope, offset = tl.associative_scan((slope, lam * r + (1.0 - lam) * v), 0, _compose, reverse=True)
+    slope, offset = tl.associative_scan(
+        (slope, lam * r + (1.0 - lam) * v), 0, _compose, reverse=True
+    )
     return slope * carry + offset
 
 
@@ -83,7 +85,9 @@ def _gae_kernel(
 @triton.jit
 def k3(d):
     """exp(-d) - 1 + d, by its series near 0, where it would cancel."""
-    return tl.where(tl.abs(d) < 0.03, d * d * (0.5 - d * (1.0 / 6 - d * (1.0 / 24))), tl.exp(-d) - 1.0 + d)
+    return tl.where(
+        tl.abs(d) < 0.03, d * d * (0.5 - d * (1.0 / 6 - d * (1.0 / 24))), tl.exp(-d) - 1.0 + d
+    )
 
 
 @triton.jit
@@ -143,7 +147,17 @@ def _shaped_gae_kernel(
         at = start + 1 + lanes
         inside = (at >= 0) & (at < length)
         r, kl, keep = _shaped(
-            logprobs_ptr, ref_ptr, mask_ptr, at, inside, last, score, kl_coef, clip, ESTIMATOR, CLIPPED
+            logprobs_ptr,
+            ref_ptr,
+            mask_ptr,
+            at,
+            inside,
+            last,
+            score,
+            kl_coef,
+            clip,
+            ESTIMATOR,
+            CLIPPED,
         )
         v = load_where(values_ptr + at, inside, keep)
         after = _scan(r, v, keep, carry, gamma, lam)
@@ -151,12 +165,24 @@ def _shaped_gae_kernel(
         at = start + lanes
         inside = (at >= 0) & (at < length)
         r, kl, keep = _shaped(
-            logprobs_ptr, ref_ptr, mask_ptr, at, inside, last, score, kl_coef, clip, ESTIMATOR, CLIPPED
+            logprobs_ptr,
+            ref_ptr,
+            mask_ptr,
+            at,
+            inside,
+            last,
+            score,
+            kl_coef,
+            clip,
+            ESTIMATOR,
+            CLIPPED,
         )
         v = load_where(values_ptr + at, inside, keep)
         tl.store(rewards_ptr + at, r, mask=inside)
         tl.store(kl_ptr + at, kl, mask=inside)
-        advantage = _store_advantages(advantages_ptr, returns_ptr, at, inside, keep, r, v, after, gamma)
+        advantage = _store_advantages(
+            advantages_ptr, returns_ptr, at, inside, keep, r, v, after, gamma
+        )
         # Chan et al. 1979: combine two groups' (count, mean, sum of squared deviations)
         here = tl.sum(tl.where(keep, 1.0, 0.0), 0)
         mean_here = tl.sum(advantage, 0) / tl.maximum(here, 1.0)
@@ -171,13 +197,23 @@ def _shaped_gae_kernel(
     tl.store(moments_ptr + 3 * tl.program_id(0) + 2, spread)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """All [B, T] contiguous; (advantages, returns) fp32."""
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel():
         _gae_kernel[(rewards.shape[0],)](
-            rewards, values, mask, advantages, returns, rewards.shape[1], gamma, lam, **scan_options(rewards.shape[1])
+            rewards,
+            values,
+            mask,
+            advantages,
+            returns,
+            rewards.shape[1],
+            gamma,
+            lam,
+            **scan_options(rewards.shape[1]),
         )
     return advantages, returns
 

@@ -60,7 +60,9 @@ def add_up(partials_ptr, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([8, BLOCK], dtype=tl.float32)
     for start in range(0, blocks, BLOCK):
         live = (rows < ROWS) & (start + lanes < blocks)
-        total += tl.load(partials_ptr + rows * blocks + start + lanes, mask=live, other=0.0, cache_modifier=".cg")
+        total += tl.load(
+            partials_ptr + rows * blocks + start + lanes, mask=live, other=0.0, cache_modifier=".cg"
+        )
     return tl.sum(total, 1)
 
 

@@ -67,16 +67,28 @@ def _statistics_kernel(
         GROUPS: tl.constexpr = BLOCK // VECTOR  # what one thread loads at a time, as in logprob.py
         lanes = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         nothing = tl.zeros([GROUPS], dtype=tl.float32)
-        top_x, sum_x, top_y, sum_y, cross = nothing - float("inf"), nothing, nothing - float("inf"), nothing, nothing
+        top_x, sum_x, top_y, sum_y, cross = (
+            nothing - float("inf"),
+            nothing,
+            nothing - float("inf"),
+            nothing,
+            nothing,
+        )
         head = tl.minimum(head_length(x_start, VECTOR), columns)
         blocks = (columns - head) // BLOCK
         for edge in range(2):  # the head, then the tail
             start = tl.where(edge == 0, 0, head + blocks * BLOCK)
             end = tl.where(edge == 0, head, columns)
             if start < end:
-                x = tl.load(x_start + start + lanes, mask=start + lanes < end, other=-float("inf")).to(tl.float32)
-                y = tl.load(y_start + start + lanes, mask=start + lanes < end, other=-float("inf")).to(tl.float32)
-                top_x, sum_x, top_y, sum_y, cross = _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale)
+                x = tl.load(
+                    x_start + start + lanes, mask=start + lanes < end, other=-float("inf")
+                ).to(tl.float32)
+                y = tl.load(
+                    y_start + start + lanes, mask=start + lanes < end, other=-float("inf")
+                ).to(tl.float32)
+                top_x, sum_x, top_y, sum_y, cross = _fold(
+                    x, y, top_x, sum_x, top_y, sum_y, cross, scale
+                )
         x_body = tl.multiple_of(x_start + head, 16)
         y_body = y_start + head
         if IN_STEP:
@@ -84,7 +96,9 @@ def _statistics_kernel(
         for i in range(blocks):
             x = tl.load(x_body + i * BLOCK + lanes).to(tl.float32)
             y = tl.load(y_body + i * BLOCK + lanes).to(tl.float32)
-            top_x, sum_x, top_y, sum_y, cross = _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale)
+            top_x, sum_x, top_y, sum_y, cross = _fold(
+                x, y, top_x, sum_x, top_y, sum_y, cross, scale
+            )
         row_x, keep_x = _whole(top_x, scale)
         row_y, keep_y = _whole(top_y, scale)
         total_x, total_y = tl.sum(keep_x * sum_x, 0), tl.sum(keep_y * sum_y, 0)
@@ -106,7 +120,9 @@ def _write_gradients(
     w = (y - top_y) * scale
     p = tl.exp2(u) * inverse_x
     if LOGITS:
-        d = (tl.where(p == 0.0, 0.0, p * ((u - w) * LN2 + shift)) * grad).to(out_ptr.dtype.element_ty)
+        d = (tl.where(p == 0.0, 0.0, p * ((u - w) * LN2 + shift)) * grad).to(
+            out_ptr.dtype.element_ty
+        )
         if FULL:
             tl.store(out_ptr + at, d)
         else:

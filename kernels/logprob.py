@@ -33,7 +33,9 @@ def _fold(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
     A group is what one thread loads at a time, so nothing passes between threads before the row's end.
     """
     new_top = tl.maximum(top, tl.max(x, 1))
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing but -inf so far: inf - inf is avoided
+    shift = tl.where(
+        new_top == -float("inf"), 0.0, new_top
+    )  # nothing but -inf so far: inf - inf is avoided
     drop = _exponent(top, shift, scale)
     keep = tl.exp2(drop)
     u = _exponent(x, shift[:, None], scale)
@@ -66,7 +68,9 @@ def _row_statistics(
         start = tl.where(edge == 0, 0, head + blocks * BLOCK)
         end = tl.where(edge == 0, head, columns)
         if start < end:
-            x = tl.load(x_ptr + start + lanes, mask=start + lanes < end, other=-float("inf")).to(tl.float32)
+            x = tl.load(x_ptr + start + lanes, mask=start + lanes < end, other=-float("inf")).to(
+                tl.float32
+            )
             top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
     body = tl.multiple_of(x_ptr + head, 16)
     for i in range(blocks):
@@ -90,14 +94,21 @@ def _statistics_kernel(
     MASKED: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    top, total, weighted, target = 0.0, 1.0, 0.0, 0.0  # what a masked row holds: finite, and never looked at
+    top, total, weighted, target = (
+        0.0,
+        1.0,
+        0.0,
+        0.0,
+    )  # what a masked row holds: finite, and never looked at
     keep = True
     if MASKED:
         keep = tl.load(mask_ptr + row) != 0
     if keep:
         label = tl.load(labels_ptr + row) - vocab_start
         start = row_start(x_ptr, row, length, stride_b, stride_l)
-        top, total, weighted, target = _row_statistics(start, columns, label, scale, True, VECTOR, BLOCK)
+        top, total, weighted, target = _row_statistics(
+            start, columns, label, scale, True, VECTOR, BLOCK
+        )
     tl.store(stats_ptr + row, top)
     tl.store(stats_ptr + rows.to(tl.int64) + row, total)
     tl.store(stats_ptr + 2 * rows.to(tl.int64) + row, weighted)
@@ -123,7 +134,9 @@ def _forward_kernel(
     if keep:
         label = tl.load(labels_ptr + row) - vocab_start
         start = row_start(x_ptr, row, length, stride_b, stride_l)
-        top, total, weighted, target = _row_statistics(start, columns, label, scale, ENTROPY, VECTOR, BLOCK)
+        top, total, weighted, target = _row_statistics(
+            start, columns, label, scale, ENTROPY, VECTOR, BLOCK
+        )
         log_total = tl.log(total)
         logprob = (target - top) / temperature - log_total
         entropy = log_total - weighted / total
@@ -150,7 +163,16 @@ def _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY: tl.constexpr)
     return p * to_p
 
 
-@jit("length", "stride_b", "stride_l", "out_stride_b", "out_stride_l", "vocab_start", "columns", "width")
+@jit(
+    "length",
+    "stride_b",
+    "stride_l",
+    "out_stride_b",
+    "out_stride_l",
+    "vocab_start",
+    "columns",
+    "width",
+)
 def _backward_kernel(
     x_ptr,  # [B, L, V] logits
     out_ptr,  # [B, L, V] gradient, may be x_ptr
@@ -219,7 +241,12 @@ def _backward_kernel(
 
 
 def logprob_statistics(
-    rows: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, vocab_start: int, columns: int
+    rows: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    vocab_start: int,
+    columns: int,
 ) -> Tensor:
     """rows [B, L, V], labels and mask [N] -> [4, N] fp32: max x, sum e, sum e (x - max) / T, x[label] or -inf."""
     stats = torch.empty(4, labels.numel(), dtype=torch.float32, device=rows.device)

@@ -26,12 +26,20 @@ def _join(p, v, e, c, w, k, r, n, top, p2, v2, e2, c2, w2, k2, r2, n2, top2):  #
 
 @triton.jit
 def _finish(
-    partials_ptr, denominator_ptr, metrics_ptr, value_coef, entropy_coef, GIVEN: tl.constexpr, MOST: tl.constexpr
+    partials_ptr,
+    denominator_ptr,
+    metrics_ptr,
+    value_coef,
+    entropy_coef,
+    GIVEN: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     """partials [9, blocks] -> metrics [10], in the order of PPOLoss; rows as `_kernel` stores them."""
     blocks = tl.num_programs(0)
     lanes = tl.arange(0, MOST)
-    ratios = tl.load(partials_ptr + 8 * blocks + lanes, mask=lanes < blocks, other=0.0, cache_modifier=".cg")
+    ratios = tl.load(
+        partials_ptr + 8 * blocks + lanes, mask=lanes < blocks, other=0.0, cache_modifier=".cg"
+    )
     sums = add_up(partials_ptr, blocks, 8, MOST)
     scale = 1.0 / tl.maximum(element(sums, 7), 1.0)
     if GIVEN:
@@ -59,7 +67,14 @@ def _kernel(
     VALUES: tl.constexpr, ENTROPY: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     zeros = tl.zeros([BLOCK], dtype=tl.float32)
-    policy, clipped_count, approx_kl, ratio_sum, ratio_max, count = zeros, zeros, zeros, zeros, zeros, zeros
+    policy, clipped_count, approx_kl, ratio_sum, ratio_max, count = (
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+    )
     value, value_clipped, entropy = zeros, zeros, zeros
     blocks = tl.num_programs(0)
     for start in range(tl.program_id(0) * BLOCK, tokens, blocks * BLOCK):
@@ -97,8 +112,22 @@ def _kernel(
             value_clipped += tl.where(cut, 1.0, 0.0)
         if ENTROPY:
             entropy += load_where(entropy_ptr + at, inside, keep)
-    policy, value, entropy, clipped_count, value_clipped, approx_kl, ratio_sum, count, ratio_max = tl.reduce(
-        (policy, value, entropy, clipped_count, value_clipped, approx_kl, ratio_sum, count, ratio_max), 0, _join
+    policy, value, entropy, clipped_count, value_clipped, approx_kl, ratio_sum, count, ratio_max = (
+        tl.reduce(
+            (
+                policy,
+                value,
+                entropy,
+                clipped_count,
+                value_clipped,
+                approx_kl,
+                ratio_sum,
+                count,
+                ratio_max,
+            ),
+            0,
+            _join,
+        )
     )
     mine = partials_ptr + tl.program_id(0)
     tl.store(mine, policy)

@@ -25,7 +25,11 @@ def _tile(scores_ptr, ranks_ptr, i, j, end):
     r_i = tl.load(ranks_ptr + i, mask=i < end, other=0)
     r_j = tl.load(ranks_ptr + j, mask=j < end, other=0)
     both = (i < end)[:, None] & (j < end)[None, :]
-    return s_i[:, None] - s_j[None, :], both & (r_i[:, None] < r_j[None, :]), both & (r_j[None, :] < r_i[:, None])
+    return (
+        s_i[:, None] - s_j[None, :],
+        both & (r_i[:, None] < r_j[None, :]),
+        both & (r_j[None, :] < r_i[:, None]),
+    )
 
 
 @jit()
@@ -57,7 +61,9 @@ def _kernel(
         grad = tl.zeros([TILE], dtype=tl.float32)
         for j0 in range(begin, end, TILE):
             margin, better, worse = _tile(scores_ptr, ranks_ptr, i, j0 + lanes, end)
-            small = tl.exp(-tl.abs(margin))  # log sigmoid without overflow: -log(1 + e^-|m|) + min(m, 0)
+            small = tl.exp(
+                -tl.abs(margin)
+            )  # log sigmoid without overflow: -log(1 + e^-|m|) + min(m, 0)
             losses = tl.log(1.0 + small) - tl.minimum(margin, 0.0)
             loss += tl.sum(tl.sum(tl.where(better, losses, 0.0), 1), 0)
             right += tl.sum(tl.sum(tl.where(better & (margin > 0.0), 1.0, 0.0), 1), 0)
@@ -85,10 +91,14 @@ def _kernel(
         tl.store(metrics_ptr + 4, scale)
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool) -> tuple[Tensor, Tensor]:
+def ranking_loss(
+    scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool
+) -> tuple[Tensor, Tensor]:
     """scores, ranks [N], prompt_offsets [G + 1] -> (metrics [5], gradient [N] not divided by the denominator)."""
     prompts = prompt_offsets.numel() - 1
-    metrics, partials = (torch.empty(n, dtype=torch.float32, device=scores.device) for n in (5, 5 * prompts))
+    metrics, partials = (
+        torch.empty(n, dtype=torch.float32, device=scores.device) for n in (5, 5 * prompts)
+    )
     grad = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     _kernel[(prompts,)](
         scores, ranks, prompt_offsets, metrics, grad, partials, arrivals(scores), PER_PROMPT=per_prompt, TILE=TILE,

@@ -21,7 +21,9 @@ def jit(*counts: str) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         pointers = [name for name in function.__code__.co_varnames if name.endswith("_ptr")]
-        return triton.jit(function, do_not_specialize=counts, do_not_specialize_on_alignment=pointers)
+        return triton.jit(
+            function, do_not_specialize=counts, do_not_specialize_on_alignment=pointers
+        )
 
     return decorate
 
@@ -38,7 +40,9 @@ def in_step(a: Tensor, b: Tensor) -> bool:
     """Whether rows of [B, L, V] views `a` and `b` always start at the same address modulo 16 bytes."""
     vector = 16 // a.element_size()
     strides = zip(a.stride()[:2], b.stride()[:2], strict=True)
-    return (a.data_ptr() - b.data_ptr()) % 16 == 0 and all((x - y) % vector == 0 for x, y in strides)
+    return (a.data_ptr() - b.data_ptr()) % 16 == 0 and all(
+        (x - y) % vector == 0 for x, y in strides
+    )
 
 
 @triton.jit
@@ -62,7 +66,11 @@ def fill_zero(ptr, count, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     few = tl.arange(0, VECTOR)
     head = head_length(ptr, VECTOR)
-    tl.store(ptr + few, tl.zeros([VECTOR], dtype=ptr.dtype.element_ty), mask=few < tl.minimum(head, count))
+    tl.store(
+        ptr + few,
+        tl.zeros([VECTOR], dtype=ptr.dtype.element_ty),
+        mask=few < tl.minimum(head, count),
+    )
     blocks = tl.maximum(count - head, 0) // BLOCK
     body = tl.multiple_of(ptr + head, 16)
     for i in range(blocks):

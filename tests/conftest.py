@@ -12,6 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
+
+# A busy machine makes any single example slow; how long one takes says nothing about the code.
+settings.register_profile("fastrlhf", deadline=None)
+settings.load_profile("fastrlhf")
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +39,9 @@ def four_ranks() -> Callable[..., None]:
 def _run(launcher: list[str], script: Path, *arguments: object) -> None:
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 import transformers  # noqa: F401 (once, not in every rank)
 
-from fastrlhf import evalrm, launch  # noqa: F401
+from fastrlhf.run import builder, jobs, train  # noqa: F401
 
 RANKS = 4
 
@@ -62,7 +62,11 @@ def main(script: str, arguments: list[str]) -> int:
     ranks = {fork(work, {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(RANKS)}
     # After the forks, for it has threads.
     store = dist.TCPStore(
-        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
     )
     failed = False
     while ranks:

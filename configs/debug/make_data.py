@@ -22,15 +22,23 @@ def main(out: Path) -> None:
     rng.shuffle(sums)
     prompts = [f"What is {a} plus {b}?" for a, b in sums]
     answers = [f" It is {a + b}." for a, b in sums]
-    ranked = [[f" It is {a + b}.", f" It is {a + b + rng.randint(1, 9)}.", " No idea."] for a, b in sums]
+    ranked = [
+        [f" It is {a + b}.", f" It is {a + b + rng.randint(1, 9)}.", " No idea."] for a, b in sums
+    ]
     text = [f"{a} plus {b} is {a + b}. {b} plus {a} is {b + a}." for a, b in sums * 2]
 
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "text.jsonl", ({"text": line} for line in text))
-    _write(out / "demonstrations.jsonl", ({"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)))
+    _write(
+        out / "demonstrations.jsonl",
+        ({"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)),
+    )
     _write(
         out / "rankings.jsonl",
-        ({"prompt": p, "responses": r, "ranks": [1, 2, 3]} for p, r in zip(prompts, ranked, strict=True)),
+        (
+            {"prompt": p, "responses": r, "ranks": [1, 2, 3]}
+            for p, r in zip(prompts, ranked, strict=True)
+        ),
     )
     _write(out / "prompts.jsonl", ({"prompt": p} for p in prompts))
     train_bpe(text + prompts + answers, 320, out / "tokenizer")

@@ -33,7 +33,9 @@ def move(stage: torch.nn.Module, device: torch.device) -> None:
 class Offload:
     """Keeps parked models in host memory but inside `with offload(stage):`. On a CPU host and device are the same."""
 
-    def __init__(self, device: torch.device, move: Callable[[torch.nn.Module, torch.device], None] = move) -> None:
+    def __init__(
+        self, device: torch.device, move: Callable[[torch.nn.Module, torch.device], None] = move
+    ) -> None:
         self._device = device
         self._move = move
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from fastrlhf import ops
 from fastrlhf.algorithms.offload import Offload
-from fastrlhf.algorithms.ppo_metrics import Clock, over_updates, rollout_metrics
-from fastrlhf.algorithms.ppo_warnings import Watch
+from fastrlhf.algorithms.ppo_metrics import PhaseTimer, over_updates, rollout_metrics
+from fastrlhf.algorithms.ppo_warnings import RunMonitor
 from fastrlhf.algorithms.rewards import Rewards
 from fastrlhf.algorithms.rollouts import (
     PPOBatch,
@@ -111,12 +111,14 @@ class PPO:
         self.write_samples = write_samples
         self.samples = config.log.samples
         self.kl = KLController(config.ppo)
-        self.watch = Watch(config.model.dtype, config.ppo.adaptive_kl_target)
+        self.watch = RunMonitor(config.model.dtype, config.ppo.adaptive_kl_target)
         self.iteration = 0
-        self._on_device: Callable[[Any], Any] = self._offload() if config.ppo.offload else nullcontext
+        self._on_device: Callable[[Any], Any] = (
+            self._offload() if config.ppo.offload else nullcontext
+        )
 
     def step(self, prompts: Sequence[Sequence[list[int]]]) -> dict[str, float]:
-        clock = Clock()
+        clock = PhaseTimer()
         with clock("rollout"):
             episodes = self.sample([prompt for micro_batch in prompts for prompt in micro_batch])
         with clock("scoring"):
@@ -125,7 +127,8 @@ class PPO:
             metrics = self.learn(rollouts)
         self.iteration += 1
         metrics |= clock.metrics(
-            sampled_tokens=rollouts.response_lengths.sum().item(), trained_tokens=metrics.pop("trained_tokens")
+            sampled_tokens=rollouts.response_lengths.sum().item(),
+            trained_tokens=metrics.pop("trained_tokens"),
         )
         self._report(rollouts, metrics)
         return metrics
@@ -138,7 +141,7 @@ class PPO:
         """
         first = self.iteration * self.config.batch_size + self.mesh.data_rank * len(prompts)
         generated = generate_all(
-            self.policy.stage,
+            self.policy.model,
             prompts,
             self.sampling,
             mesh=self.mesh,
@@ -152,23 +155,25 @@ class PPO:
     def score(self, rollouts: Rollouts) -> Rollouts:
         """With reference log-probs, values and scores, each data-parallel rank those of its share of the tokens."""
         mesh = self.mesh
-        micro_batches = own_rows(mesh, torch.arange(rollouts.scores.numel()), rollouts.lengths, self.train)
-        batches = [rollouts.packed(rows) for rows in micro_batches]
+        micro_batches = own_rows(
+            mesh, torch.arange(rollouts.scores.numel()), rollouts.lengths, self.train
+        )
+        batches = [rollouts.pack(rows) for rows in micro_batches]
         rows = torch.cat(micro_batches)
         with self._on_device(self.reference):
             reference = schedule.forward(mesh, self.reference, batches, self._reference_logprobs)
-        values = schedule.forward(mesh, self.value.stage, batches, self._values)
+        values = schedule.forward(mesh, self.value.model, batches, self._values)
         scores = self.rewards.score(mesh, rollouts, rows, batches, self.tokenizer)
 
         def per_token(parts: list[Tensor]) -> Tensor:
             own = mesh.from_last_stage(torch.cat(parts) if mesh.is_last_stage else None)
-            return rollouts.everyones(mesh, rows, rollouts.spread(rows, own))
+            return rollouts.all_gather_rows(mesh, rows, rollouts.to_padded(rows, own))
 
         return replace(
             rollouts,
             ref_logprobs=per_token(reference),
             values=per_token(values),
-            scores=rollouts.everyones(mesh, rows, scores),
+            scores=rollouts.all_gather_rows(mesh, rows, scores),
         )
 
     def _reference_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -180,43 +185,50 @@ class PPO:
             hidden,
             labels=batch.labels,
             mask=batch.loss_mask,
-            counted=batch.num_counted,
+            num_counted=batch.num_counted,
             temperature=self.sampling.temperature,
             **stage.lm_head(),
         ).logprobs
 
     def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self.value.stage.score(hidden[counted_places(batch)])
+        return self.value.model.score(hidden[counted_places(batch)])
 
     # ---- update -----------------------------------------------------------------------------------------------------
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Advantages, then minibatch updates of policy and value; returns the iteration's metrics."""
         config = self.config
-        scores = self.penalised(rollouts)
+        scores = self.apply_no_stop_penalty(rollouts)
         targets = self.targets(rollouts, scores)
         metrics = rollout_metrics(rollouts, scores, targets.rewards, targets.returns)
         metrics["kl_coef"] = self.kl.coefficient
         updates: list[dict[str, float]] = []
         for rows in self.minibatches(rollouts.scores.numel()):
             micro_batches = own_rows(self.mesh, rows, rollouts.lengths, self.train)
-            batches = [training_batch(rollouts, targets.advantages, targets.returns, own) for own in micro_batches]
+            batches = [
+                training_batch(rollouts, targets.advantages, targets.returns, own)
+                for own in micro_batches
+            ]
             update = self.update(batches, first=not updates)
             if update is None:
                 break
             tokens = float(rollouts.lengths[rows].sum()) + update.pop("ptx_tokens", 0.0)
             updates.append(update | {"trained_tokens": tokens})
         if self.average is not None:
-            with self._on_device(self.average.stage):
+            with self._on_device(self.average.model):
                 self.average.update()
         self.kl.update(metrics["kl"], rollouts.scores.numel())
         metrics |= over_updates(updates)
         # The sum of all that is minimised, as the other algorithms report it.
-        metrics["loss"] = metrics["policy_loss"] - config.entropy_coef * metrics["entropy"] + metrics["value_loss"]
+        metrics["loss"] = (
+            metrics["policy_loss"]
+            - config.entropy_coef * metrics["entropy"]
+            + metrics["value_loss"]
+        )
         metrics["loss"] += config.gamma_ptx * metrics.get("ptx_loss", 0.0)
         return metrics
 
-    def penalised(self, rollouts: Rollouts) -> Tensor:
+    def apply_no_stop_penalty(self, rollouts: Rollouts) -> Tensor:
         """Scores [B]; a response without a stop token has ppo.no_stop_penalty instead of its own."""
         if self.config.no_stop_penalty is None:
             return rollouts.scores
@@ -241,7 +253,9 @@ class PPO:
         if not config.whiten_rewards:
             return targets
         shaped = ops.masked_whiten(targets.rewards, mask, shift_mean=False)
-        advantages, returns = ops.gae(shaped, rollouts.values, mask, gamma=config.gamma, lam=config.lam)
+        advantages, returns = ops.gae(
+            shaped, rollouts.values, mask, gamma=config.gamma, lam=config.lam
+        )
         if config.whiten_advantages:
             advantages = ops.masked_whiten(advantages, mask)
         return targets._replace(advantages=advantages, returns=returns)
@@ -272,7 +286,9 @@ class PPO:
         """
         if self.config.target_kl is None:
             return False
-        too_far = torch.tensor(approx_kl > self.config.target_kl, dtype=torch.uint8, device=self.mesh.device)
+        too_far = torch.tensor(
+            approx_kl > self.config.target_kl, dtype=torch.uint8, device=self.mesh.device
+        )
         dist.broadcast(too_far, src=0)
         return bool(too_far)
 
@@ -283,25 +299,31 @@ class PPO:
         gamma), which takes a gradient reduction and a pipeline flush more than the others.
         """
         tokens = counted_tokens(self.mesh, batches)
-        pretraining = [b.to(self.mesh.device) for b in next(self._windows)] if self._windows is not None else []
+        pretraining = (
+            [b.to(self.mesh.device) for b in next(self._windows)]
+            if self._windows is not None
+            else []
+        )
         pretraining_tokens = counted_tokens(self.mesh, pretraining) if pretraining else tokens
 
         def head(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Metrics]:
             if isinstance(batch, PPOBatch):
                 return self._ppo_loss(hidden, batch, tokens, first)
-            loss = language_loss(self.policy.stage, hidden, batch, pretraining_tokens)
+            loss = language_loss(self.policy.model, hidden, batch, pretraining_tokens)
             return self.config.gamma_ptx * loss, {"ptx_loss": loss.detach()}
 
         norms: dict[str, float] = {}
         if first and pretraining:
-            rows, (ppo, ptx) = self.policy.accumulate_apart([batches, pretraining], head)
+            rows, (ppo, ptx) = self.policy.accumulate_with_norms([batches, pretraining], head)
             norms = {"ppo_grad_norm": ppo, "ptx_grad_norm": ptx}
         else:
             rows = self.policy.accumulate([*batches, *pretraining], head)
         metrics = self.mesh.sum_metrics(rows, largest=("ratio_deviation",)) | norms
         return metrics | ({"ptx_tokens": float(pretraining_tokens)} if pretraining else {})
 
-    def _ppo_loss(self, hidden: Tensor, batch: PPOBatch, tokens: Tensor, first: bool) -> tuple[Tensor, Metrics]:
+    def _ppo_loss(
+        self, hidden: Tensor, batch: PPOBatch, tokens: Tensor, first: bool
+    ) -> tuple[Tensor, Metrics]:
         config = self.config
         loss = ops.linear_ppo_loss(
             hidden,
@@ -309,12 +331,12 @@ class PPO:
             old_logprobs=batch.old_logprobs,
             advantages=batch.advantages,
             mask=batch.loss_mask,
-            counted=batch.num_counted,
+            num_counted=batch.num_counted,
             clip=config.clip,
             entropy_coef=config.entropy_coef,
             temperature=self.sampling.temperature,
             denominator=tokens,
-            **self.policy.stage.lm_head(),
+            **self.policy.model.lm_head(),
         )
         metrics = {
             "policy_loss": loss.policy_loss,
@@ -325,7 +347,7 @@ class PPO:
         if first:
             # Rollouts run on the training weights, so the first update's ratios are 1 but for rounding.
             with torch.no_grad():
-                now = self._logprobs(self.policy.stage, hidden, batch)
+                now = self._logprobs(self.policy.model, hidden, batch)
             metrics["ratio_deviation"] = torch.expm1((now - batch.old_logprobs).abs().max())
         return loss.loss, metrics
 
@@ -341,13 +363,16 @@ class PPO:
                 nothing,
                 nothing,
                 batch.loss_mask,
-                values=self.value.stage.score(hidden),
+                values=self.value.model.score(hidden),
                 old_values=batch.old_values,
                 returns=batch.returns,
                 value_clip=self.config.value_clip,
                 denominator=tokens,
             )
-            return loss.loss, {"value_loss": loss.value_loss, "value_clip_fraction": loss.value_clip_fraction}
+            return loss.loss, {
+                "value_loss": loss.value_loss,
+                "value_clip_fraction": loss.value_clip_fraction,
+            }
 
         return self.mesh.sum_metrics(self.value.accumulate(batches, head))
 
@@ -355,7 +380,7 @@ class PPO:
         """Stops before a loss that is NaN or infinite reaches the weights. With fp16 the optimizer skips such updates
         by itself and lowers its loss scale.
         """
-        if self.policy.stage.config.fp16:
+        if self.policy.model.config.fp16:
             return
         for name in ("policy_loss", "value_loss", "ptx_loss"):
             if not math.isfinite(metrics.get(name, 0.0)):
@@ -372,14 +397,16 @@ class PPO:
             if self.mesh.rank == 0:
                 logger.warning("warning: %s", line)
         if self.write_samples is not None and self.samples:
-            scores = self.penalised(rollouts)
-            self.write_samples(self.iteration, sample_records(rollouts, scores, self.tokenizer, self.samples))
+            scores = self.apply_no_stop_penalty(rollouts)
+            self.write_samples(
+                self.iteration, sample_records(rollouts, scores, self.tokenizer, self.samples)
+            )
 
     def _offload(self) -> Offload:
         """Sends what only some phases use to host memory."""
         offload = Offload(self.mesh.device)
         self.rewards.on_device = offload
-        averaged = [self.average.stage] if self.average is not None else []
+        averaged = [self.average.model] if self.average is not None else []
         for stage in (self.reference, *(stage for _, stage in self.rewards.models), *averaged):
             offload.park(stage)
         return offload
@@ -387,8 +414,8 @@ class PPO:
     # ---- what a checkpoint holds ------------------------------------------------------------------------------------
 
     def models(self) -> dict[str, Any]:
-        average = {"ema": self.average.stage} if self.average is not None else {}
-        return {"policy": self.policy.stage, "value": self.value.stage, **average}
+        average = {"ema": self.average.model} if self.average is not None else {}
+        return {"policy": self.policy.model, "value": self.value.model, **average}
 
     def learners(self) -> dict[str, Any]:
         return {"policy": self.policy, "value": self.value}
@@ -398,11 +425,17 @@ class PPO:
 
     def state_dict(self) -> dict[str, Any]:
         pretraining = self.pretraining.state_dict() if self.pretraining is not None else None
-        return {"iteration": self.iteration, "kl_coefficient": self.kl.coefficient, "pretraining": pretraining}
+        return {
+            "iteration": self.iteration,
+            "kl_coefficient": self.kl.coefficient,
+            "pretraining": pretraining,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.iteration = state["iteration"]
         self.kl.coefficient = state["kl_coefficient"]
-        if self.pretraining is not None and state["pretraining"] is not None:  # None: gamma_ptx was 0
+        if (
+            self.pretraining is not None and state["pretraining"] is not None
+        ):  # None: gamma_ptx was 0
             self.pretraining.load_state_dict(state["pretraining"])
             self._windows = iter(self.pretraining)

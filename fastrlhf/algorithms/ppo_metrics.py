@@ -17,7 +17,9 @@ from fastrlhf.parallel.watchdog import phase
 Tensor = torch.Tensor
 
 
-def rollout_metrics(rollouts: Rollouts, scores: Tensor, rewards: Tensor, returns: Tensor) -> dict[str, float]:
+def rollout_metrics(
+    rollouts: Rollouts, scores: Tensor, rewards: Tensor, returns: Tensor
+) -> dict[str, float]:
     """Means over the iteration's episodes.
 
     `score` [B] with penalties but without the KL, `reward` (rewards [B, R] summed over a response) with it; `kl` (k1)
@@ -49,7 +51,7 @@ def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {**updates[0], **mean, **counts}
 
 
-class Clock:
+class PhaseTimer:
     """Wall-clock seconds of an iteration's phases, each named to the watchdog too."""
 
     def __init__(self) -> None:

@@ -21,10 +21,12 @@ _RUNAWAY_KL = 10.0  # nats a response; below it the KL may multiply without mean
 _ENOUGH = 3  # iterations before "usual" means something
 
 
-class Watch:
+class RunMonitor:
     """Remembers the last iterations' metrics. `check` yields the warnings that the newest ones deserve."""
 
-    def __init__(self, dtype: Literal["fp32", "bf16", "fp16"], kl_target: float | None = None) -> None:
+    def __init__(
+        self, dtype: Literal["fp32", "bf16", "fp16"], kl_target: float | None = None
+    ) -> None:
         self._ratio_limit = RATIO_LIMIT[dtype]
         self._kl_target = kl_target
         self._kl: deque[float] = deque(maxlen=WINDOW)
@@ -45,7 +47,11 @@ class Watch:
 
     def _seen(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         yield from self._runaway(metrics["kl"], metrics["score"])
-        broken = [name for name in ("loss", "policy_loss", "value_loss") if not math.isfinite(metrics.get(name, 0.0))]
+        broken = [
+            name
+            for name in ("loss", "policy_loss", "value_loss")
+            if not math.isfinite(metrics.get(name, 0.0))
+        ]
         if broken:
             yield (
                 "not-finite",

@@ -42,7 +42,12 @@ class Rewards:
     """Holds a model on the device while it is used (offload.py)."""
 
     def score(
-        self, mesh: Mesh, rollouts: Rollouts, rows: Tensor, batches: Sequence[PackedBatch], tokenizer: Any
+        self,
+        mesh: Mesh,
+        rollouts: Rollouts,
+        rows: Tensor,
+        batches: Sequence[PackedBatch],
+        tokenizer: Any,
     ) -> Tensor:
         """Scores of the episodes `rows`, packed in that order in `batches`: fp32 [rows], the same on every rank of the
         model-parallel group. Raises `UserError` when a score is not a finite number.
@@ -72,7 +77,9 @@ class Rewards:
             checked = checked_scores(self.function(prompts, responses), responses, self.name)
             scores = torch.tensor(checked, device=mesh.device)
         if mesh.is_last_stage and mesh.tensor_size > 1:
-            dist.broadcast(scores, src=dist.get_global_rank(mesh.tensor_group, 0), group=mesh.tensor_group)
+            dist.broadcast(
+                scores, src=dist.get_global_rank(mesh.tensor_group, 0), group=mesh.tensor_group
+            )
         return mesh.from_last_stage(scores if mesh.is_last_stage else None)
 
 
@@ -80,10 +87,14 @@ def checked_scores(scores: Any, responses: Sequence[str], name: str) -> list[flo
     """The scores that the function `name` gave. Raises `UserError` unless they are one finite number a response."""
     got = list(scores)
     if len(got) != len(responses):
-        raise UserError(f"{name} returned {len(got)} scores for {len(responses)} responses; expected one each")
+        raise UserError(
+            f"{name} returned {len(got)} scores for {len(responses)} responses; expected one each"
+        )
     for score, response in zip(got, responses, strict=True):
         if not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise UserError(f"{name} scored {score!r} for the response {response[:60]!r}; expected a finite float")
+            raise UserError(
+                f"{name} scored {score!r} for the response {response[:60]!r}; expected a finite float"
+            )
     return [float(score) for score in got]
 
 

@@ -17,7 +17,13 @@ import torch
 
 from fastrlhf import ops
 from fastrlhf.data import packing
-from fastrlhf.data.batches import PackedBatch, RankingBatch, TokenizedRanking, pack_rankings, ranking_tokens
+from fastrlhf.data.batches import (
+    PackedBatch,
+    RankingBatch,
+    TokenizedRanking,
+    pack_rankings,
+    ranking_tokens,
+)
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 
@@ -35,8 +41,10 @@ class RewardModelling:
         counts = self.mesh.sum_over_data(_counts(self.mesh, batches))
         prompts = counts[0].float()
 
-        def head(hidden: torch.Tensor, batch: RankingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            ranking = ranking_loss(self.reward.stage, hidden, batch)
+        def head(
+            hidden: torch.Tensor, batch: RankingBatch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            ranking = ranking_loss(self.reward.model, hidden, batch)
             loss = ranking.loss * (batch.num_prompts / prompts)
             return loss, {"loss": loss.detach(), **_sums_over_pairs(ranking)}
 
@@ -44,11 +52,11 @@ class RewardModelling:
         _, tokens, separate = counts.tolist()
         return metrics | self.reward.step() | {"tokens": tokens, "tokens_unshared": separate}
 
-    def centre(self, demonstrations: Iterable[Sequence[PackedBatch]]) -> None:
+    def center(self, demonstrations: Iterable[Sequence[PackedBatch]]) -> None:
         """Shifts the head's bias so that demonstrations score 0 on average (section 3.5), and keeps their
         statistics.
         """
-        stage = self.reward.stage
+        stage = self.reward.model
         scores = score_responses(self.mesh, stage, demonstrations).double()
         moments = torch.stack([torch.ones_like(scores), scores, scores.square()]).sum(1)
         count, total, squares = self.mesh.sum_over_data(moments)
@@ -57,11 +65,14 @@ class RewardModelling:
         if self.mesh.is_last_stage:
             with torch.no_grad():
                 stage.score.bias -= mean
-            self.reward.optimizer.reload_model_params()
-        self._statistics = {"demonstration_mean_before": mean.item(), "demonstration_std": std.item()}
+            self.reward.reload_weights()
+        self._statistics = {
+            "demonstration_mean_before": mean.item(),
+            "demonstration_std": std.item(),
+        }
 
     def models(self) -> dict[str, Any]:
-        return {"reward": self.reward.stage}
+        return {"reward": self.reward.model}
 
     def learners(self) -> dict[str, Any]:
         return {"reward": self.reward}
@@ -82,14 +93,20 @@ def ranking_loss(stage: Any, hidden: torch.Tensor, batch: RankingBatch) -> ops.R
     return ops.pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets)
 
 
-def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingBatch]]) -> dict[str, float]:
+def evaluate_ranking(
+    mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingBatch]]
+) -> dict[str, float]:
     """loss (mean over prompts), accuracy and margin (means over strict pairs) on held-out rankings, dropout off."""
     rows: list[dict[str, torch.Tensor]] = []
 
     def head(hidden: torch.Tensor, batch: RankingBatch) -> dict[str, torch.Tensor]:
         ranking = ranking_loss(stage, hidden, batch)
         prompts = float(batch.num_prompts)
-        return {"loss": ranking.loss * prompts, "prompts": torch.tensor(prompts), **_sums_over_pairs(ranking)}
+        return {
+            "loss": ranking.loss * prompts,
+            "prompts": torch.tensor(prompts),
+            **_sums_over_pairs(ranking),
+        }
 
     training, _ = stage.training, stage.eval()
     for step in batches:
@@ -99,11 +116,15 @@ def evaluate_ranking(mesh: Mesh, stage: Any, batches: Iterable[Sequence[RankingB
     return metrics | {"loss": metrics["loss"] / metrics.pop("prompts")}
 
 
-def score_responses(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBatch]]) -> torch.Tensor:
+def score_responses(
+    mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBatch]]
+) -> torch.Tensor:
     """Score of every response of this data-parallel rank at its last token, fp32 [responses], in order, dropout off."""
 
     def head(hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        last = batch.last_index if isinstance(batch, RankingBatch) else batch.cu_seqlens[1:].long() - 1
+        last = (
+            batch.last_index if isinstance(batch, RankingBatch) else batch.cu_seqlens[1:].long() - 1
+        )
         return stage.score(hidden[last])
 
     training, _ = stage.training, stage.eval()
@@ -136,10 +157,14 @@ def score_rankings(
         shares = packing.share(lengths, mesh.data_size, max_tokens)
     else:
         starts = range(0, len(rankings), micro_batch_size)
-        chunks = [list(range(start, min(start + micro_batch_size, len(rankings)))) for start in starts]
+        chunks = [
+            list(range(start, min(start + micro_batch_size, len(rankings)))) for start in starts
+        ]
         shares = [chunks[rank :: mesh.data_size] for rank in range(mesh.data_size)]
     own = shares[mesh.data_rank]
-    batches = [pack_rankings([rankings[i] for i in micro], shared_prompt=shared_prompt) for micro in own]
+    batches = [
+        pack_rankings([rankings[i] for i in micro], shared_prompt=shared_prompt) for micro in own
+    ]
     scores = score_responses(mesh, stage, [batches])
     # Ranks have different numbers of responses, and a gather wants rows of one length.
     orders = [[i for micro in micro_batches for i in micro] for micro_batches in shares]

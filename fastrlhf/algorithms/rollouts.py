@@ -62,19 +62,19 @@ class Rollouts:
         tokens, lengths = self.tokens[rows].cpu(), self.lengths[rows].tolist()
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
-    def packed(self, rows: Tensor) -> PackedBatch:
+    def pack(self, rows: Tensor) -> PackedBatch:
         """The given episodes as one packed micro-batch; its loss_mask marks the positions that predict response
         tokens.
         """
         return pack(self.sequences(rows), self.prompt_lengths[rows].tolist()).to(self.tokens.device)
 
-    def spread(self, rows: Tensor, per_token: Tensor) -> Tensor:
+    def to_padded(self, rows: Tensor, per_token: Tensor) -> Tensor:
         """`per_token`, the response tokens of `rows` one after another, as [len(rows), R] with 0 behind each."""
         padded = self.logprobs.new_zeros(rows.numel(), self.logprobs.shape[1])
         padded[self.mask[rows]] = per_token
         return padded
 
-    def everyones(self, mesh: Mesh, rows: Tensor, own: Tensor) -> Tensor:
+    def all_gather_rows(self, mesh: Mesh, rows: Tensor, own: Tensor) -> Tensor:
         """`own` [len(rows), ...] in the place of the episodes `rows`, [B, ...], and the other data-parallel ranks' rows
         from them.
         """
@@ -140,10 +140,15 @@ def counted_places(batch: PackedBatch) -> Tensor:
     return true_places(batch.loss_mask, batch.num_counted)
 
 
-def training_batch(rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: Tensor) -> PPOBatch:
+def training_batch(
+    rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: Tensor
+) -> PPOBatch:
     """The episodes `rows` as a packed micro-batch with their targets; advantages and returns [B, R]."""
-    batch = rollouts.packed(rows)
-    places, response_tokens = counted_places(batch), true_places(rollouts.mask[rows].flatten(), batch.num_counted)
+    batch = rollouts.pack(rows)
+    places, response_tokens = (
+        counted_places(batch),
+        true_places(rollouts.mask[rows].flatten(), batch.num_counted),
+    )
 
     def spread(per_response: Tensor) -> Tensor:
         row = per_response.new_zeros(batch.tokens.numel())
@@ -159,7 +164,9 @@ def training_batch(rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows
     )
 
 
-def sample_records(rollouts: Rollouts, scores: Tensor, tokenizer: Any, count: int) -> list[dict[str, Any]]:
+def sample_records(
+    rollouts: Rollouts, scores: Tensor, tokenizer: Any, count: int
+) -> list[dict[str, Any]]:
     """The first `count` episodes for people to read: prompt, response, score (penalty included), kl (k1, nats) and
     whether a stop token ended it.
     """
@@ -180,7 +187,9 @@ def sample_records(rollouts: Rollouts, scores: Tensor, tokenizer: Any, count: in
 def texts(rollouts: Rollouts, rows: Tensor, tokenizer: Any) -> tuple[list[str], list[str]]:
     """(prompts as the model read them, responses without special tokens) of `rows`."""
     prompts, responses = [], []
-    for tokens, prompt in zip(rollouts.sequences(rows), rollouts.prompt_lengths[rows].tolist(), strict=True):
+    for tokens, prompt in zip(
+        rollouts.sequences(rows), rollouts.prompt_lengths[rows].tolist(), strict=True
+    ):
         prompts.append(str(tokenizer.decode(tokens[:prompt])))
         responses.append(str(tokenizer.decode(tokens[prompt:], skip_special_tokens=True)))
     return prompts, responses

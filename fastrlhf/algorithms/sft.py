@@ -30,15 +30,17 @@ class SupervisedFinetuning:
         batches = [batch.to(self.mesh.device) for batch in micro_batches]
         tokens = counted_tokens(self.mesh, batches)
 
-        def head(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            loss = language_loss(self.policy.stage, hidden, batch, tokens)
+        def head(
+            hidden: torch.Tensor, batch: PackedBatch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss = language_loss(self.policy.model, hidden, batch, tokens)
             return loss, {"loss": loss.detach()}
 
         metrics = self.mesh.sum_metrics(self.policy.accumulate(batches, head))
         return metrics | self.policy.step() | {"tokens": float(tokens)}
 
     def models(self) -> dict[str, Any]:
-        return {"policy": self.policy.stage}
+        return {"policy": self.policy.model}
 
     def learners(self) -> dict[str, Any]:
         return {"policy": self.policy}
@@ -59,13 +61,15 @@ def counted_tokens(mesh: Mesh, batches: Sequence[PackedBatch]) -> torch.Tensor:
     return mesh.sum_over_data(counts)
 
 
-def language_loss(stage: Any, hidden: torch.Tensor, batch: PackedBatch, denominator: torch.Tensor) -> torch.Tensor:
+def language_loss(
+    stage: Any, hidden: torch.Tensor, batch: PackedBatch, denominator: torch.Tensor
+) -> torch.Tensor:
     """Cross-entropy summed over the counted labels of `batch` / denominator; hidden [T, H]."""
     return ops.linear_cross_entropy(
         hidden,
         labels=batch.labels,
         mask=batch.loss_mask,
-        counted=batch.num_counted,
+        num_counted=batch.num_counted,
         denominator=denominator,
         **stage.lm_head(),
     )
@@ -78,7 +82,9 @@ def evaluate_loss(mesh: Mesh, stage: Any, batches: Iterable[Sequence[PackedBatch
     training, _ = stage.training, stage.eval()
     for step in batches:
         micro_batches = [batch.to(mesh.device) for batch in step]
-        losses = schedule.forward(mesh, stage, micro_batches, lambda hidden, b: language_loss(stage, hidden, b, one))
+        losses = schedule.forward(
+            mesh, stage, micro_batches, lambda hidden, b: language_loss(stage, hidden, b, one)
+        )
         total[0] += sum(losses, torch.zeros((), device=mesh.device))
         total[1] += sum(batch.loss_mask.sum() for batch in micro_batches)
     stage.train(training)

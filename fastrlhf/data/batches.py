@@ -123,7 +123,9 @@ def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> P
     """
     lengths = _lengths(sequences)
     if len(prompt_lengths) != len(lengths):
-        raise ValueError(f"prompt_lengths has {len(prompt_lengths)} entries for {len(lengths)} sequences")
+        raise ValueError(
+            f"prompt_lengths has {len(prompt_lengths)} entries for {len(lengths)} sequences"
+        )
     cu_seqlens = _offsets(lengths)
     tokens = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
     positions = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], lengths)
@@ -152,7 +154,9 @@ def pack_demonstrations(demonstrations: Sequence[DemonstrationTokens]) -> Packed
     return packed
 
 
-def pack_rankings(rankings: Sequence[TokenizedRanking], *, shared_prompt: bool = False) -> RankingBatch:
+def pack_rankings(
+    rankings: Sequence[TokenizedRanking], *, shared_prompt: bool = False
+) -> RankingBatch:
     """The micro-batch of the reward model: every response of a prompt is in it, so that all C(K,2) pairs can be
     formed.
 
@@ -161,11 +165,17 @@ def pack_rankings(rankings: Sequence[TokenizedRanking], *, shared_prompt: bool =
     """
     for g, r in enumerate(rankings):
         if len(r.ranks) != len(r.responses):
-            raise ValueError(f"ranking {g} has {len(r.ranks)} ranks for {len(r.responses)} responses")
+            raise ValueError(
+                f"ranking {g} has {len(r.ranks)} ranks for {len(r.responses)} responses"
+            )
         if not all(r.responses):
-            raise ValueError(f"ranking {g}: response {r.responses.index([])} is empty; each has at least one token")
+            raise ValueError(
+                f"ranking {g}: response {r.responses.index([])} is empty; each has at least one token"
+            )
     if shared_prompt:
-        packed, last = pack_branches([r.prompt_tokens for r in rankings], [r.responses for r in rankings])
+        packed, last = pack_branches(
+            [r.prompt_tokens for r in rankings], [r.responses for r in rankings]
+        )
     else:
         sequences = [r.prompt_tokens + response for r in rankings for response in r.responses]
         packed = pack(sequences, [len(r.prompt_tokens) for r in rankings for _ in r.responses])
@@ -175,7 +185,9 @@ def pack_rankings(rankings: Sequence[TokenizedRanking], *, shared_prompt: bool =
     return RankingBatch(
         **vars(packed),
         ranks=torch.tensor(ranks, dtype=torch.int64 if whole else torch.float32),
-        prompt_offsets=torch.from_numpy(_offsets(np.array([len(r.responses) for r in rankings], dtype=np.int64))),
+        prompt_offsets=torch.from_numpy(
+            _offsets(np.array([len(r.responses) for r in rankings], dtype=np.int64))
+        ),
         last_index=last,
     )
 
@@ -209,9 +221,15 @@ def pack_branches(
         uncounted += [len(prompt)] * roots + [0] * len(continuations)
         branches += range(first + roots, len(sequences))
     packed = pack(sequences, uncounted)
-    starts, lengths, shared = packed.cu_seqlens.numpy().astype(np.int64), _lengths(sequences), np.array(offsets)
+    starts, lengths, shared = (
+        packed.cu_seqlens.numpy().astype(np.int64),
+        _lengths(sequences),
+        np.array(offsets),
+    )
     keys = [
-        np.concatenate([np.arange(starts[prompt], starts[prompt] + offset), np.arange(start, start + length)])
+        np.concatenate(
+            [np.arange(starts[prompt], starts[prompt] + offset), np.arange(start, start + length)]
+        )
         for prompt, offset, start, length in zip(prompt_of, offsets, starts, lengths, strict=False)
     ]
     packed.positions += torch.from_numpy(np.repeat(shared, lengths))
@@ -247,9 +265,13 @@ def _lengths(sequences: Sequence[Sequence[int]]) -> np.ndarray:
     if len(lengths) == 0:
         raise ValueError("sequences is empty; a packed batch holds at least one")
     if lengths.min() == 0:
-        raise ValueError(f"sequence {int(lengths.argmin())} is empty; every packed sequence has at least one token")
+        raise ValueError(
+            f"sequence {int(lengths.argmin())} is empty; every packed sequence has at least one token"
+        )
     if lengths.sum() > np.iinfo(np.int32).max:
-        raise ValueError(f"{int(lengths.sum())} tokens in one batch; cu_seqlens is int32, so at most 2^31 - 1")
+        raise ValueError(
+            f"{int(lengths.sum())} tokens in one batch; cu_seqlens is int32, so at most 2^31 - 1"
+        )
     return lengths
 
 

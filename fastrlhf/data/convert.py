@@ -18,7 +18,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-from fastrlhf.data.records import BadRecord, Counts, Kind, OnError, Paths, as_paths, parse_record, parse_rows, to_json
+from fastrlhf.data.records import (
+    BadRecord,
+    Counts,
+    Kind,
+    OnError,
+    Paths,
+    as_paths,
+    parse_record,
+    parse_rows,
+    to_json,
+)
 from fastrlhf.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -93,12 +103,21 @@ def rewrite(
         raise UserError(f"{name}: cannot be written ({error.strerror or error})") from None
     finally:
         partial.unlink(missing_ok=True)
-    log.info("%s: %d %s from %d rows, %d rows set aside", out, counts.kept, what, counts.read, counts.rejected)
+    log.info(
+        "%s: %d %s from %d rows, %d rows set aside",
+        out,
+        counts.kept,
+        what,
+        counts.read,
+        counts.rejected,
+    )
     return counts
 
 
 def _gzipped(raw: BinaryIO) -> gzip.GzipFile:
-    return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)  # without a time: the same rows give the same bytes
+    return gzip.GzipFile(
+        "", "wb", fileobj=raw, mtime=0
+    )  # without a time: the same rows give the same bytes
 
 
 def _makers(source: Source) -> dict[Kind, Maker]:
@@ -106,8 +125,16 @@ def _makers(source: Source) -> dict[Kind, Maker]:
     if source == "pairs":
         return {"rankings": _pair, "demonstrations": _example, "prompts": _prompt}
     if source == "transcripts":
-        return {"rankings": _transcript_pair, "demonstrations": _transcript_chosen, "prompts": _transcript_prompt}
-    return {"rankings": _tree_rankings, "demonstrations": _tree_demonstrations, "prompts": _tree_prompts}
+        return {
+            "rankings": _transcript_pair,
+            "demonstrations": _transcript_chosen,
+            "prompts": _transcript_prompt,
+        }
+    return {
+        "rankings": _tree_rankings,
+        "demonstrations": _tree_demonstrations,
+        "prompts": _tree_prompts,
+    }
 
 
 def _kept_ids(row: Row) -> Row:
@@ -120,7 +147,9 @@ def _kept_ids(row: Row) -> Row:
 def _pair(row: Row) -> Iterator[Row]:
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), (str, list)):
-            raise BadRecord(f'"{name}" is missing or neither text nor turns; expected chosen and rejected responses')
+            raise BadRecord(
+                f'"{name}" is missing or neither text nor turns; expected chosen and rejected responses'
+            )
     prompt = row.get("prompt")
     if prompt is None:
         yield _split_pair(row["chosen"], row["rejected"]) | _kept_ids(row)
@@ -132,9 +161,13 @@ def _pair(row: Row) -> Iterator[Row]:
 def _split_pair(chosen: Any, rejected: Any) -> Row:
     """A pair whose conversations carry the prompt: what they share is the prompt, one last message each is left."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise BadRecord('"chosen" and "rejected" are text and there is no "prompt"; add one, or use source transcripts')
+        raise BadRecord(
+            '"chosen" and "rejected" are text and there is no "prompt"; add one, or use source transcripts'
+        )
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        raise BadRecord('"chosen" and "rejected" differ before their last message; expected one shared conversation')
+        raise BadRecord(
+            '"chosen" and "rejected" differ before their last message; expected one shared conversation'
+        )
     return {"prompt": chosen[:-1], "chosen": _reply(chosen[-1:]), "rejected": _reply(rejected[-1:])}
 
 
@@ -154,10 +187,16 @@ def _example(row: Row) -> Iterator[Row]:
         found = {"prompt": row["messages"][:-1], "response": _reply(row["messages"][-1:])}
     elif "instruction" in row:
         parts = (row["instruction"], row.get("input") or "")
-        found = {"prompt": "\n\n".join(str(part) for part in parts if part), "response": row.get("output")}
+        found = {
+            "prompt": "\n\n".join(str(part) for part in parts if part),
+            "response": row.get("output"),
+        }
     elif "completion" in row or "response" in row:
         reply = row["completion"] if "completion" in row else row["response"]
-        found = {"prompt": row.get("prompt"), "response": _reply(reply) if isinstance(reply, list) else reply}
+        found = {
+            "prompt": row.get("prompt"),
+            "response": _reply(reply) if isinstance(reply, list) else reply,
+        }
     elif "chosen" in row:
         (pair,) = _pair(row)
         found = {"prompt": pair["prompt"], "response": pair["chosen"]}
@@ -179,7 +218,9 @@ def _transcript(text: Any) -> Turns:
     """The turns of one transcript; a speaker talking twice in a row is one turn."""
     pieces = _SPEAKER.split("\n\n" + text.strip()) if isinstance(text, str) else []
     if len(pieces) < 3 or pieces[0].strip():
-        raise BadRecord(r'not a transcript; expected text beginning with "\n\nHuman:"; turns are source pairs')
+        raise BadRecord(
+            r'not a transcript; expected text beginning with "\n\nHuman:"; turns are source pairs'
+        )
     turns: Turns = []
     for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True):
         role = _ROLES[speaker]
@@ -193,7 +234,9 @@ def _transcript(text: Any) -> Turns:
 
 
 def _transcript_pair(row: Row) -> Iterator[Row]:
-    yield _split_pair(_transcript(row.get("chosen")), _transcript(row.get("rejected"))) | _kept_ids(row)
+    yield _split_pair(_transcript(row.get("chosen")), _transcript(row.get("rejected"))) | _kept_ids(
+        row
+    )
 
 
 def _transcript_chosen(row: Row) -> Iterator[Row]:
@@ -212,7 +255,9 @@ def _tree(row: Row) -> Iterator[tuple[Turns, Row, list[Row]]]:
     """Every (conversation up to and with a user's message, that message, its usable replies), depth first."""
     root = row.get("prompt")
     if not isinstance(root, dict) or not isinstance(root.get("replies", []), list):
-        raise BadRecord('"prompt" is no message with "replies"; expected one OpenAssistant tree a line')
+        raise BadRecord(
+            '"prompt" is no message with "replies"; expected one OpenAssistant tree a line'
+        )
     stack: list[tuple[Turns, Row]] = [([], root)]
     while stack:
         before, message = stack.pop()
@@ -229,7 +274,9 @@ def _tree(row: Row) -> Iterator[tuple[Turns, Row, list[Row]]]:
 def _usable(message: Row) -> bool:
     """Messages that reviewers refused, deleted, synthetic or empty ones are left out, and what follows them too."""
     text = message.get("text")
-    refused = message.get("deleted") or message.get("review_result") is False or message.get("synthetic")
+    refused = (
+        message.get("deleted") or message.get("review_result") is False or message.get("synthetic")
+    )
     return not refused and isinstance(text, str) and bool(text.strip())
 
 
@@ -241,7 +288,10 @@ def _tree_rankings(row: Row) -> Iterator[Row]:
     for turns, message, replies in _tree(row):
         ranked = [reply for reply in replies if reply.get("rank") is not None]
         if len({reply["rank"] for reply in ranked}) >= 2:
-            responses, ranks = [reply["text"] for reply in ranked], [reply["rank"] for reply in ranked]
+            responses, ranks = (
+                [reply["text"] for reply in ranked],
+                [reply["rank"] for reply in ranked],
+            )
             yield {"prompt": turns, "responses": responses, "ranks": ranks} | _owner(message)
 
 
@@ -249,7 +299,13 @@ def _tree_demonstrations(row: Row) -> Iterator[Row]:
     """The reply people ranked best; where nobody ranked, a single reply."""
     for turns, message, replies in _tree(row):
         ranked = [reply for reply in replies if reply.get("rank") is not None]
-        best = min(ranked, key=lambda reply: reply["rank"]) if ranked else replies[0] if len(replies) == 1 else None
+        best = (
+            min(ranked, key=lambda reply: reply["rank"])
+            if ranked
+            else replies[0]
+            if len(replies) == 1
+            else None
+        )
         if best is not None:
             yield {"prompt": turns, "response": best["text"]} | _owner(message)
 

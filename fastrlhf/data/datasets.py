@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fastrlhf.data.batches import DemonstrationTokens, TokenizedRanking
-from fastrlhf.data.records import Counts, Demonstration, OnError, Paths, Prompt, Ranking, as_paths, read_records
+from fastrlhf.data.records import (
+    Counts,
+    Demonstration,
+    OnError,
+    Paths,
+    Prompt,
+    Ranking,
+    as_paths,
+    read_records,
+)
 from fastrlhf.data.tokenize import encode_conversations, encode_prompts, encode_responses
 from fastrlhf.errors import UserError
 
@@ -42,10 +51,14 @@ def load_demonstrations(
     the prompt.
     """
     counts, loaded, shared = Counts(), [], _SharedInts()
-    records: Iterator[Demonstration] = read_records(paths, "demonstrations", on_error, rejected, counts)
+    records: Iterator[Demonstration] = read_records(
+        paths, "demonstrations", on_error, rejected, counts
+    )
     for chunk in _chunks(records):
         responses = encode_responses(tokenizer, [record.response for record in chunk])
-        prompts = encode_conversations(tokenizer, [record.prompt for record in chunk], loss_on == "all")
+        prompts = encode_conversations(
+            tokenizer, [record.prompt for record in chunk], loss_on == "all"
+        )
         for (prompt, spans), response in zip(prompts, responses, strict=True):
             if _fits(prompt, max_prompt_tokens, counts):
                 tokens = shared(prompt + _cut(response, max_response_tokens, counts))
@@ -67,7 +80,9 @@ def load_rankings(
     records: Iterator[Ranking] = read_records(paths, "rankings", on_error, rejected, counts)
     for chunk in _chunks(records):
         prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
-        responses = iter(encode_responses(tokenizer, [text for record in chunk for text in record.responses]))
+        responses = iter(
+            encode_responses(tokenizer, [text for record in chunk for text in record.responses])
+        )
         for record, prompt in zip(chunk, prompts, strict=True):
             own = list(islice(responses, len(record.responses)))
             if _fits(prompt, max_prompt_tokens, counts):
@@ -78,7 +93,9 @@ def load_rankings(
 
 
 def check_groups(
-    rankings: Sequence[TokenizedRanking], cost: Callable[[TokenizedRanking], int], max_tokens: int | None
+    rankings: Sequence[TokenizedRanking],
+    cost: Callable[[TokenizedRanking], int],
+    max_tokens: int | None,
 ) -> None:
     """Logs the longest prompt with its responses, which stay in one micro-batch; UserError when it is over the budget.
 
@@ -87,7 +104,10 @@ def check_groups(
     longest = max(rankings, key=cost)
     K, tokens = len(longest.responses), cost(longest)
     log.info(
-        "longest prompt with its responses: %d tokens (K = %d)%s", tokens, K, f" of {max_tokens}" * bool(max_tokens)
+        "longest prompt with its responses: %d tokens (K = %d)%s",
+        tokens,
+        K,
+        f" of {max_tokens}" * bool(max_tokens),
     )
     if max_tokens is not None and tokens > max_tokens:
         raise UserError(
@@ -148,6 +168,8 @@ def _finish(loaded: list[Item], counts: Counts, paths: Paths, max_prompt_tokens:
     names = ", ".join(str(path) for path in as_paths(paths))
     if not loaded:
         limit = f"the prompt limit is {max_prompt_tokens} tokens"
-        raise UserError(f"{names}: no usable record ({counts}; {limit}); check the data and data.max_prompt_tokens")
+        raise UserError(
+            f"{names}: no usable record ({counts}; {limit}); check the data and data.max_prompt_tokens"
+        )
     log.info("%s: %s", names, counts)
     return loaded

@@ -53,7 +53,9 @@ def export(
         return [found | _ids(row) for found in make(parse_record(row, kind))]
 
     to_line = partial(json.dumps, ensure_ascii=False)
-    return rewrite(paths, kind, parse, to_line, Path(out), on_error, rejected, what=f"{target} rows")
+    return rewrite(
+        paths, kind, parse, to_line, Path(out), on_error, rejected, what=f"{target} rows"
+    )
 
 
 def _makers(target: Source) -> dict[Kind, Maker]:
@@ -91,7 +93,11 @@ def _reply(prompt: Any, text: str) -> Any:
 def _pairs(ranking: Ranking) -> Iterator[Row]:
     for chosen, rejected in _strict_pairs(ranking):
         prompt = ranking.prompt
-        yield {"prompt": prompt, "chosen": _reply(prompt, chosen), "rejected": _reply(prompt, rejected)}
+        yield {
+            "prompt": prompt,
+            "chosen": _reply(prompt, chosen),
+            "rejected": _reply(prompt, rejected),
+        }
 
 
 def _completion(demonstration: Demonstration) -> Iterator[Row]:
@@ -117,9 +123,13 @@ def _transcript(prompt: Any, response: str) -> str:
     for turn in [*_turns(prompt), {"role": "assistant", "content": response}]:
         speaker = _SPEAKERS.get(turn["role"])
         if speaker is None:
-            raise BadRecord(f'a transcript has no turns of "{turn["role"]}"; expected user and assistant')
+            raise BadRecord(
+                f'a transcript has no turns of "{turn["role"]}"; expected user and assistant'
+            )
         if any(f"\n\n{name}:" in "\n\n" + turn["content"] for name in _SPEAKERS.values()):
-            raise BadRecord("a text holds a line that begins with Human: or Assistant:, which would split it in two")
+            raise BadRecord(
+                "a text holds a line that begins with Human: or Assistant:, which would split it in two"
+            )
         lines.append(f"\n\n{speaker}: {turn['content']}")
     return "".join(lines)
 
@@ -133,7 +143,9 @@ def _tree(record: Any, replies: list[Row]) -> Row:
     owner = {"user_id": record.user_id} if record.user_id is not None else {}
     for turn in turns:
         if turn["role"] not in _TREE_ROLES:
-            raise BadRecord(f'a tree has no messages of "{turn["role"]}"; expected user and assistant')
+            raise BadRecord(
+                f'a tree has no messages of "{turn["role"]}"; expected user and assistant'
+            )
     if turns[0]["role"] != "user" or turns[-1]["role"] != "user":
         raise BadRecord("a tree begins with a user's message, and is answered below one")
     below = replies

@@ -19,7 +19,9 @@ from fastrlhf.errors import UserError
 
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 
-LONGEST_LINE = 64 << 20  # bytes; a longer one is a file without line ends, and would fill the memory
+LONGEST_LINE = (
+    64 << 20
+)  # bytes; a longer one is a file without line ends, and would fill the memory
 _TOLD = 64  # rows between two looks at the position in a file
 _NOT_HERE = "no such file; check the path"
 
@@ -47,10 +49,16 @@ def as_paths(paths: Paths) -> list[Path]:
 
 def as_files(paths: Paths) -> list[Path]:
     """The files to read: those given, and the arrow files of each Hugging Face data set folder given."""
-    return [file for path in as_paths(paths) for file in (_arrow_files(path) if path.is_dir() else [path])]
+    return [
+        file
+        for path in as_paths(paths)
+        for file in (_arrow_files(path) if path.is_dir() else [path])
+    ]
 
 
-def raw_rows(path: Path, text: bool = False, position: Position | None = None) -> Iterator[tuple[int, Any]]:
+def raw_rows(
+    path: Path, text: bool = False, position: Position | None = None
+) -> Iterator[tuple[int, Any]]:
     """(line or row number from 1, the line's bytes or the row) of one file; blank lines are no rows.
 
     `text` also takes .txt files, each one row. A line above LONGEST_LINE comes cut to one byte more than it. Raises
@@ -69,7 +77,9 @@ def raw_rows(path: Path, text: bool = False, position: Position | None = None) -
         yield 1, {"text": _whole_text(path)}
     else:
         wanted = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
-        raise UserError(f"{path}: unknown kind of file for records; expected a name ending in {wanted}")
+        raise UserError(
+            f"{path}: unknown kind of file for records; expected a name ending in {wanted}"
+        )
     position.before, position.inside = position.before + path.stat().st_size, 0
 
 
@@ -80,7 +90,9 @@ def make_folder(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another folder") from None
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); give another folder"
+        ) from None
     return Path(folder)
 
 
@@ -94,22 +106,32 @@ def _arrow_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-        raise UserError(f"{folder}: holds the splits {splits}; give one of them, such as {folder}/train")
+        raise UserError(
+            f"{folder}: holds the splits {splits}; give one of them, such as {folder}/train"
+        )
     try:
-        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        names = [
+            entry["filename"]
+            for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        ]
     except FileNotFoundError:
         raise UserError(
             f"{folder}: a folder without state.json; expected a file, or a data set written by save_to_disk"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{state}:1: does not name the data files; save the data set again") from None
+        raise UserError(
+            f"{state}:1: does not name the data files; save the data set again"
+        ) from None
     return [folder / name for name in names]
 
 
 def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
-        with path.open("rb") as raw, gzip.open(raw) if path.name.lower().endswith(".gz") else raw as file:
+        with (
+            path.open("rb") as raw,
+            gzip.open(raw) if path.name.lower().endswith(".gz") else raw as file,
+        ):
             while line := file.readline(LONGEST_LINE + 1):
                 number += 1
                 if len(line) > LONGEST_LINE:
@@ -133,7 +155,9 @@ def _whole_text(path: Path) -> str:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Damaged(1, f"byte {error.start + 1} is not UTF-8; convert the file, e.g. with iconv") from None
+        raise Damaged(
+            1, f"byte {error.start + 1} is not UTF-8; convert the file, e.g. with iconv"
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise Damaged(0, _reason(error)) from None
 
@@ -153,7 +177,9 @@ def _table_rows(path: Path, position: Position) -> Iterator[tuple[int, dict[str,
     number, size = 0, path.stat().st_size
     try:
         with path.open("rb") as file:
-            for done, batch in _arrow_batches(file) if path.suffix == ".arrow" else _parquet_batches(file):
+            for done, batch in (
+                _arrow_batches(file) if path.suffix == ".arrow" else _parquet_batches(file)
+            ):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row

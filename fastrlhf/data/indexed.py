@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIECE = 1 << 20  # characters tokenized in one call, so that a book-sized document needs little memory
+PIECE = (
+    1 << 20
+)  # characters tokenized in one call, so that a book-sized document needs little memory
 Pieces = list[tuple[str, bool]]  # text, and whether its document ends there
 
 
@@ -57,23 +59,32 @@ def write_indexed(
     {prefix}.rejected.jsonl.
     """
     import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    from fastrlhf.parallel.indexed_dataset import DType, IndexedDatasetBuilder
 
     files, position, counts, tokens = as_files(paths), Position(), Counts(), 0
     _check_there(files)
     make_folder(prefix.parent)
     partial = Path(f"{prefix}.partial{os.getpid()}")
-    builder = IndexedDatasetBuilder(str(bin_file(partial)), dtype=DType.optimal_dtype(len(tokenizer)))
+    builder = IndexedDatasetBuilder(
+        str(bin_file(partial)), dtype=DType.optimal_dtype(len(tokenizer))
+    )
     eos = torch.tensor([tokenizer.eos_token_id])
-    title = f"tokenizing {files[0].name}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    title = f"tokenizing {files[0].name}" + (
+        f" and {len(files) - 1} more" if len(files) > 1 else ""
+    )
     try:
         with ExitStack() as stack:
             aside = None
             if on_error == "quarantine":
-                rejected = stack.enter_context(open(f"{prefix}.rejected.jsonl", "w", encoding="utf-8"))
+                rejected = stack.enter_context(
+                    open(f"{prefix}.rejected.jsonl", "w", encoding="utf-8")
+                )
                 aside = rejected.write
             chunks = _chunks(files, on_error, aside, counts, position)
-            progress = stack.enter_context(Meter(title, sum(path.stat().st_size for path in files), percent=True))
+            progress = stack.enter_context(
+                Meter(title, sum(path.stat().st_size for path in files), percent=True)
+            )
             for ids, ends in _encoded(chunks, tokenizer, workers, stack):
                 for own, last in zip(ids, ends, strict=True):
                     builder.add_item(torch.from_numpy(own))
@@ -84,7 +95,9 @@ def write_indexed(
                         tokens += 1
                 progress.update(position.before + position.inside, f"{tokens:,} tokens")
         if tokens == 0:
-            raise UserError(f"{files[0]}: no usable record in {len(files)} files ({counts.rejected} malformed)")
+            raise UserError(
+                f"{files[0]}: no usable record in {len(files)} files ({counts.rejected} malformed)"
+            )
         builder.finalize(str(idx_file(partial)))
         os.replace(bin_file(partial), bin_file(prefix))
         os.replace(idx_file(partial), idx_file(prefix))
@@ -93,7 +106,13 @@ def write_indexed(
         bin_file(partial).unlink(missing_ok=True)
         idx_file(partial).unlink(missing_ok=True)
     documents = counts.read - counts.rejected
-    log.info("%s: %d documents, %d tokens, %d records set aside", bin_file(prefix), documents, tokens, counts.rejected)
+    log.info(
+        "%s: %d documents, %d tokens, %d records set aside",
+        bin_file(prefix),
+        documents,
+        tokens,
+        counts.rejected,
+    )
     return {"documents": documents, "tokens": tokens, "rejected": counts.rejected}
 
 
@@ -116,13 +135,23 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def _chunks(
-    files: list[Path], on_error: OnError, aside: Callable[[str], Any] | None, counts: Counts, position: Position
+    files: list[Path],
+    on_error: OnError,
+    aside: Callable[[str], Any] | None,
+    counts: Counts,
+    position: Position,
 ) -> Iterator[Pieces]:
     """The documents' pieces, about PIECE characters at a time."""
     chunk: Pieces = []
     size = 0
     rows = placed_rows(
-        files, "text", lambda row: [parse_record(row, "text")], on_error, aside, counts, position=position
+        files,
+        "text",
+        lambda row: [parse_record(row, "text")],
+        on_error,
+        aside,
+        counts,
+        position=position,
     )
     for _, (record,) in rows:
         own = list(pieces(record.text))
@@ -155,7 +184,9 @@ def _encoded(
     stack.callback(pool.shutdown, cancel_futures=True)
     waiting: deque[tuple[Future[list[np.ndarray]], list[bool]]] = deque()
     for chunk in chunks:
-        waiting.append((pool.submit(_encode, [text for text, _ in chunk]), [last for _, last in chunk]))
+        waiting.append(
+            (pool.submit(_encode, [text for text, _ in chunk]), [last for _, last in chunk])
+        )
         if len(waiting) > 2 * workers:
             future, ends = waiting.popleft()
             yield future.result(), ends
@@ -173,7 +204,9 @@ def _start_worker(vocabulary: str) -> None:
 
     global _worker
     _worker = Tokenizer.from_str(vocabulary)
-    _worker.encode_special_tokens = True  # as plain characters: what `encode_plain` asks of transformers
+    _worker.encode_special_tokens = (
+        True  # as plain characters: what `encode_plain` asks of transformers
+    )
     _worker.no_truncation()
 
 

@@ -65,7 +65,9 @@ class Loader(Generic[Sample, MicroBatch]):
         self.dataset = dataset
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
-        self.micro_batches_per_rank = global_batch_size // (micro_batch_size * data_size)  # without max_tokens
+        self.micro_batches_per_rank = global_batch_size // (
+            micro_batch_size * data_size
+        )  # without max_tokens
         self.data_rank = data_rank
         self.data_size = data_size
         self.max_tokens = max_tokens
@@ -96,7 +98,9 @@ class Loader(Generic[Sample, MicroBatch]):
             indices = self._order()[self.cursor : self.cursor + self.global_batch_size]
             # Moved on before the batch is handed out: a checkpoint written in the loop's body counts this step as done.
             self.cursor += len(indices)
-            yield [self.collate([self.dataset[int(i)] for i in micro]) for micro in self._own(indices)]
+            yield [
+                self.collate([self.dataset[int(i)] for i in micro]) for micro in self._own(indices)
+            ]
 
     def _own(self, indices: np.ndarray) -> list[np.ndarray]:
         if self.max_tokens is not None and self.cost is not None:
@@ -109,7 +113,9 @@ class Loader(Generic[Sample, MicroBatch]):
         first = self.data_rank * self.micro_batches_per_rank
         return micro_batches[first : first + self.micro_batches_per_rank]
 
-    def _packed(self, lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> None:
+    def _packed(
+        self, lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], max_tokens: int
+    ) -> None:
         first = self._efficiency is None
         self._efficiency = packing.efficiency(lengths, shares, max_tokens)
         if first:
@@ -176,10 +182,14 @@ def permutation(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarr
     return np.argsort(words, kind="stable")
 
 
-def _check_sizes(samples: int, global_batch: int, micro_batch: int | None, data_size: int, drop_last: bool) -> None:
+def _check_sizes(
+    samples: int, global_batch: int, micro_batch: int | None, data_size: int, drop_last: bool
+) -> None:
     """`micro_batch` None: micro-batches are cut by tokens, so that a rank needs one sample and no division is exact."""
     if min(global_batch, micro_batch or 1, data_size) < 1:
-        raise UserError(f"batch sizes must be at least 1: global batch {global_batch}, micro-batch {micro_batch}")
+        raise UserError(
+            f"batch sizes must be at least 1: global batch {global_batch}, micro-batch {micro_batch}"
+        )
     if micro_batch is None and global_batch < data_size:
         raise UserError(
             f"the global batch size {global_batch} is smaller than the data-parallel size {data_size}; every rank "
@@ -194,7 +204,9 @@ def _check_sizes(samples: int, global_batch: int, micro_batch: int | None, data_
             f"size {data_size} = {unit}; use {use}"
         )
     if samples == 0:
-        raise UserError("the data set is empty; check its path, and the counts of dropped records above")
+        raise UserError(
+            "the data set is empty; check its path, and the counts of dropped records above"
+        )
     if drop_last and samples < global_batch:
         raise UserError(
             f"the data set has {samples} samples, fewer than the global batch size {global_batch}; add data, or set "

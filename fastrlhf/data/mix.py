@@ -22,15 +22,25 @@ class Mixture(Sequence[DemonstrationTokens]):
     """
 
     def __init__(
-        self, demonstrations: Sequence[DemonstrationTokens], windows: PretrainWindows, fraction: float, seed: int
+        self,
+        demonstrations: Sequence[DemonstrationTokens],
+        windows: PretrainWindows,
+        fraction: float,
+        seed: int,
     ) -> None:
         if not 0.0 <= fraction < 1.0:
-            raise UserError(f"data.pretrain_fraction is {fraction}; expected a number from 0 to below 1")
+            raise UserError(
+                f"data.pretrain_fraction is {fraction}; expected a number from 0 to below 1"
+            )
         self.demonstrations = demonstrations
         self.windows = windows
         self.rows = round(len(demonstrations) * fraction / (1.0 - fraction))
         if self.rows > len(windows):
-            log.warning("%d pretraining rows are drawn from only %d windows, so some repeat", self.rows, len(windows))
+            log.warning(
+                "%d pretraining rows are drawn from only %d windows, so some repeat",
+                self.rows,
+                len(windows),
+            )
         self._order = windows.order(seed, epoch=0)
 
     def __len__(self) -> int:

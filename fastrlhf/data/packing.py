@@ -22,7 +22,9 @@ def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """
     _check_budget(lengths, max_tokens)
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
-    room = [max_tokens] * (2 * leaves)  # of node i, the larger of nodes 2i and 2i + 1; lists are the last `leaves`
+    room = [max_tokens] * (
+        2 * leaves
+    )  # of node i, the larger of nodes 2i and 2i + 1; lists are the last `leaves`
     lists: list[list[int]] = [[] for _ in range(leaves)]
     for index in _longest_first(lengths):
         length, node = lengths[index], 1
@@ -64,13 +66,17 @@ def share(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list
     return shares
 
 
-def efficiency(lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> float:
+def efficiency(
+    lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], max_tokens: int
+) -> float:
     """Tokens over the room of all micro-batches of `shares`: 1 when each is full."""
     return sum(lengths) / (max_tokens * sum(len(micro_batches) for micro_batches in shares))
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda index: -lengths[index])  # stable, so equal lengths keep their order
+    return sorted(
+        range(len(lengths)), key=lambda index: -lengths[index]
+    )  # stable, so equal lengths keep their order
 
 
 def _check_budget(lengths: Sequence[int], max_tokens: int) -> None:

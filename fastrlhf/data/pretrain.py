@@ -46,7 +46,9 @@ class TokenStream:
         return sum(len(part) for part in self.parts)
 
     @classmethod
-    def open(cls, paths: Paths, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path) -> TokenStream:
+    def open(
+        cls, paths: Paths, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path
+    ) -> TokenStream:
         """Open text files (.txt, .jsonl with "text", .gz of both, .parquet) and .bin/.idx pairs (either file, or their
         common prefix).
 
@@ -67,7 +69,9 @@ class PretrainWindows(Sequence[list[int]]):
     `weights`, one a part, make a blend: `order` then draws the parts in these proportions.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, stream: TokenStream, sequence_length: int, weights: Sequence[float] | None = None
+    ) -> None:
         self.stream = stream
         self.sequence_length = sequence_length
         self.weights = weights
@@ -112,7 +116,9 @@ class PretrainWindows(Sequence[list[int]]):
             size = int(self._ends[part]) - first
             draws = np.arange(epoch * count, (epoch + 1) * count)
             passes = draws // size
-            orders = {p: permutation(size, seed + part, p, shuffle) for p in np.unique(passes).tolist()}
+            orders = {
+                p: permutation(size, seed + part, p, shuffle) for p in np.unique(passes).tolist()
+            }
             own = [orders[p][draws[passes == p] % size] for p in orders]
             drawn.append(first + np.concatenate(own) if own else draws)
             places.append((np.arange(count) + 0.5) / max(count, 1))
@@ -137,18 +143,22 @@ def indexed_prefix(path: Path) -> Path | None:
     if bin_file(prefix).exists() and idx_file(prefix).exists():
         return prefix
     if path.suffix in (".bin", ".idx"):
-        raise UserError(f"{path}: expected both {bin_file(prefix)} and {idx_file(prefix)}; preprocess the text again")
+        raise UserError(
+            f"{path}: expected both {bin_file(prefix)} and {idx_file(prefix)}; preprocess the text again"
+        )
     return None
 
 
 def _read_indexed(prefix: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """The tokens behind one .bin/.idx pair as a flat memory map, after checks that it fits the tokenizer."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from fastrlhf.parallel.indexed_dataset import IndexedDataset
 
     with idx_file(prefix).open("rb") as file:
         head, size = file.read(len(_INDEX_MAGIC)), os.fstat(file.fileno()).st_size
     if head != _INDEX_MAGIC or size < _INDEX_HEADER_BYTES:
-        raise UserError(f"{idx_file(prefix)}: not a readable megatron index ({size} bytes); preprocess the text again")
+        raise UserError(
+            f"{idx_file(prefix)}: not a readable megatron index ({size} bytes); preprocess the text again"
+        )
     try:
         index = IndexedDataset(str(prefix)).index
     except (AssertionError, ValueError, OSError) as error:
@@ -166,7 +176,12 @@ def _read_indexed(prefix: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarra
         raise UserError(
             f"{bin_file(prefix)}: has {len(tokens)} tokens, its index tells {told}; preprocess the text again"
         )
-    _check_tokens(prefix, tokens, ends[np.asarray(index.document_indices[1 : _CHECKED_DOCUMENTS + 1]) - 1], tokenizer)
+    _check_tokens(
+        prefix,
+        tokens,
+        ends[np.asarray(index.document_indices[1 : _CHECKED_DOCUMENTS + 1]) - 1],
+        tokenizer,
+    )
     return tokens
 
 
@@ -205,5 +220,11 @@ def _tokenized(path: Path, tokenizer: PreTrainedTokenizerFast, cache_dir: Path) 
 def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     stat = path.stat()
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    made_of = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, vocabulary, tokenizer.eos_token_id]
+    made_of = [
+        str(path.resolve()),
+        stat.st_size,
+        stat.st_mtime_ns,
+        vocabulary,
+        tokenizer.eos_token_id,
+    ]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BeforeValidator,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
@@ -41,14 +49,19 @@ def _id_to_str(value: Any) -> Any:
 
 
 def _no_blank_id(value: str | None) -> str | None:
-    return value if value is None else _not_blank(value)  # one user for all who have no id would be capped as one
+    return (
+        value if value is None else _not_blank(value)
+    )  # one user for all who have no id would be capped as one
 
 
 Str = Annotated[str, Strict()]
 Filled = Annotated[Str, AfterValidator(_not_blank)]
 Id = Annotated[str | None, BeforeValidator(_id_to_str), AfterValidator(_no_blank_id)]
 _EXACT = 2**53  # ranks are compared as float64 at the most
-Rank = Annotated[int, Strict(), Field(ge=-_EXACT, le=_EXACT)] | Annotated[float, Strict(), AllowInfNan(False)]
+Rank = (
+    Annotated[int, Strict(), Field(ge=-_EXACT, le=_EXACT)]
+    | Annotated[float, Strict(), AllowInfNan(False)]
+)
 
 
 class Turn(TypedDict):
@@ -130,7 +143,9 @@ class Counts:
             )
             if count
         ]
-        return f"kept {self.kept} of {self.read} records" + (f" ({', '.join(lost)})" if lost else "")
+        return f"kept {self.kept} of {self.read} records" + (
+            f" ({', '.join(lost)})" if lost else ""
+        )
 
 
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {
@@ -162,7 +177,7 @@ class BadRecord(Exception):
     """One record is unusable; the message says why, without the place."""
 
 
-class Place(NamedTuple):
+class RecordLocation(NamedTuple):
     """Where a record stands: the file's number among those read, its path, the line or row from 1."""
 
     file: int
@@ -189,7 +204,9 @@ def read_records(
     line {"source", "reason", "record"}. A path that is missing or of another kind always raises UserError. Where
     several processes read the same files, `rejected` is for one of them.
     """
-    yield from parse_rows(paths, kind, lambda row: [parse_record(row, kind)], on_error, rejected, counts)
+    yield from parse_rows(
+        paths, kind, lambda row: [parse_record(row, kind)], on_error, rejected, counts
+    )
 
 
 def parse_rows(
@@ -225,7 +242,7 @@ def placed_rows(
     *,
     after: tuple[int, int] = (0, 0),
     position: Position | None = None,
-) -> Iterator[tuple[Place, list[Any]]]:
+) -> Iterator[tuple[RecordLocation, list[Any]]]:
     """(place, what `parse` made of it) of each good row of the files `paths` behind `after`: (file, line).
 
     `aside` is given the line of rejected.jsonl for each bad row.
@@ -239,7 +256,7 @@ def placed_rows(
         for line, raw, found in _parsed(path, kind, parse, skip, position):
             counts.read += 1
             if not isinstance(found, BadRecord):
-                yield Place(number, path, line), found
+                yield RecordLocation(number, path, line), found
             elif on_error == "strict":
                 raise UserError(f"{path}:{line}: {found}{_FILE_CURE if raw is None else _CURE}")
             else:
@@ -248,7 +265,11 @@ def placed_rows(
 
 
 def _parsed(
-    path: Path, kind: Kind, parse: Callable[[dict[str, Any]], list[Any]], skip: int, position: Position
+    path: Path,
+    kind: Kind,
+    parse: Callable[[dict[str, Any]], list[Any]],
+    skip: int,
+    position: Position,
 ) -> Iterator[tuple[int, Any, list[Any] | BadRecord]]:
     """(line, the raw row, its records or what is wrong) of one file behind line `skip`; no row where the file is at
     fault.
@@ -265,7 +286,9 @@ def _parsed(
             yield 1, None, BadRecord("the file holds no record; check how it was made")
 
 
-def _refusable(parse: Callable[[dict[str, Any]], list[Any]], raw: bytes | dict[str, Any]) -> list[Any] | BadRecord:
+def _refusable(
+    parse: Callable[[dict[str, Any]], list[Any]], raw: bytes | dict[str, Any]
+) -> list[Any] | BadRecord:
     try:
         return parse(_decode(raw) if isinstance(raw, bytes) else raw)
     except BadRecord as bad:
@@ -274,29 +297,47 @@ def _refusable(parse: Callable[[dict[str, Any]], list[Any]], raw: bytes | dict[s
 
 def to_json(record: Record) -> str:
     """The record as one JSON line without its end, as `read_records` reads it; unset ids are left out."""
-    return json.dumps({key: value for key, value in vars(record).items() if value is not None}, ensure_ascii=False)
+    return json.dumps(
+        {key: value for key, value in vars(record).items() if value is not None}, ensure_ascii=False
+    )
 
 
 def detect_kind(path: Path) -> Kind:
     """What a file holds, told by the keys of its first row."""
     if path.name.lower().removesuffix(".gz").endswith(".txt"):
         return "text"
-    for place, (row,) in placed_rows(as_files(path), "text", lambda row: [row], "strict", None, Counts()):
-        kinds: dict[str, Kind] = {"responses": "rankings", "chosen": "rankings", "response": "demonstrations"}
+    for place, (row,) in placed_rows(
+        as_files(path), "text", lambda row: [row], "strict", None, Counts()
+    ):
+        kinds: dict[str, Kind] = {
+            "responses": "rankings",
+            "chosen": "rankings",
+            "response": "demonstrations",
+        }
         kinds |= {"text": "text", "prompt": "prompts"}
         for key, kind in kinds.items():
             if key in row:
                 return kind
         keys = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{place}: no known key (it has {keys}); expected one of {', '.join(kinds)}")
+        raise UserError(
+            f"{place}: no known key (it has {keys}); expected one of {', '.join(kinds)}"
+        )
     raise AssertionError("a file without rows is refused above")
 
 
-def _set_aside(aside: Callable[[str], Any] | None, source: str, reason: str, raw: bytes | dict[str, Any]) -> None:
+def _set_aside(
+    aside: Callable[[str], Any] | None, source: str, reason: str, raw: bytes | dict[str, Any]
+) -> None:
     if aside is not None:
         shown = raw[:_SHOWN] if isinstance(raw, bytes) and len(raw) > files.LONGEST_LINE else raw
-        record = shown.decode("utf-8", "backslashreplace").rstrip("\r\n") if isinstance(shown, bytes) else shown
-        aside(json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n")
+        record = (
+            shown.decode("utf-8", "backslashreplace").rstrip("\r\n")
+            if isinstance(shown, bytes)
+            else shown
+        )
+        aside(
+            json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n"
+        )
 
 
 def parse_record(row: dict[str, Any], kind: Kind) -> Record:
@@ -316,17 +357,23 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
 
 def _decode(line: bytes) -> dict[str, Any]:
     if len(line) > files.LONGEST_LINE:
-        raise BadRecord(f"the line is longer than {files.LONGEST_LINE} bytes; expected one JSON object on each line")
+        raise BadRecord(
+            f"the line is longer than {files.LONGEST_LINE} bytes; expected one JSON object on each line"
+        )
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRecord(f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 JSON") from None
+        raise BadRecord(
+            f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 JSON"
+        ) from None
     try:
         row = from_json(line.rstrip())
     except ValueError as error:
         # The parser says "line 1" of this line; the true line number already stands in front.
         reason = str(error).replace(" at line 1 column", " at column")
-        raise BadRecord(f"malformed JSON ({reason}); expected one JSON object on the line") from None
+        raise BadRecord(
+            f"malformed JSON ({reason}); expected one JSON object on the line"
+        ) from None
     if not isinstance(row, dict):
         raise BadRecord(f"the line holds {_shown(row)}; expected one JSON object")
     # The fast parser keeps the last of two equal keys, so the standard one reads the line again.
@@ -354,7 +401,9 @@ def _explain(error: ValidationError, row: dict[str, Any]) -> str:
     name = f'"{field}"' if index is None else f'"{field}" item {index + 1}'
     if first["type"] == "missing":
         lack = (
-            f"is missing (there is {', '.join(row) or 'nothing'})" if index is None else f'lacks "{first["loc"][-1]}"'
+            f"is missing (there is {', '.join(row) or 'nothing'})"
+            if index is None
+            else f'lacks "{first["loc"][-1]}"'
         )
         return f"{name} {lack}; expected {expected}"
     if first["type"] == "value_error":
@@ -367,9 +416,13 @@ def _check_ranks(record: Ranking) -> None:
     if K < 2:
         raise BadRecord(f'"responses" has {K} entry; expected {_EXPECTED["responses"]}')
     if len(record.ranks) != K:
-        raise BadRecord(f'"ranks" has {len(record.ranks)} entries for {K} responses; expected {_EXPECTED["ranks"]}')
+        raise BadRecord(
+            f'"ranks" has {len(record.ranks)} entries for {K} responses; expected {_EXPECTED["ranks"]}'
+        )
     if len(set(record.ranks)) == 1:
-        raise BadRecord('"ranks" are all equal, which ranks nothing; expected at least two different ranks')
+        raise BadRecord(
+            '"ranks" are all equal, which ranks nothing; expected at least two different ranks'
+        )
 
 
 def _shown(value: Any) -> str:

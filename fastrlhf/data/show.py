@@ -18,7 +18,16 @@ from rich.text import Text as RichText
 from fastrlhf.config import Config, DataConfig, load_config
 from fastrlhf.data.batches import DemonstrationTokens, pack_demonstrations
 from fastrlhf.data.pretrain import indexed_prefix
-from fastrlhf.data.records import Demonstration, Paths, Prompt, Ranking, Text, as_paths, detect_kind, read_records
+from fastrlhf.data.records import (
+    Demonstration,
+    Paths,
+    Prompt,
+    Ranking,
+    Text,
+    as_paths,
+    detect_kind,
+    read_records,
+)
 from fastrlhf.data.tokenize import (
     encode_conversations,
     encode_plain,
@@ -54,7 +63,12 @@ def show(
     """
     console = console or Console()
     painter = _Painter(
-        tokenizer, max_prompt_tokens, max_response_tokens, loss_on, prefix, marks=console.color_system is None
+        tokenizer,
+        max_prompt_tokens,
+        max_response_tokens,
+        loss_on,
+        prefix,
+        marks=console.color_system is None,
     )
     console.print(painter.legend())
     for path in as_paths(paths):
@@ -89,7 +103,9 @@ def show_config(config: Config, n: int, console: Console | None = None) -> None:
         )
         shown = True
     if not shown:
-        raise UserError("the data section names no records; set data.train, data.valid or data.prompts")
+        raise UserError(
+            "the data section names no records; set data.train, data.valid or data.prompts"
+        )
 
 
 def run(arguments: list[str], tokenizer: Path | None, n: int) -> None:
@@ -147,7 +163,9 @@ class _Painter:
             yield from self._sequence(prompt, [])
         elif isinstance(record, Demonstration):
             response = encode_response(self.tokenizer, record.response)
-            ((prompt, spans),) = encode_conversations(self.tokenizer, [record.prompt], self.loss_on == "all")
+            ((prompt, spans),) = encode_conversations(
+                self.tokenizer, [record.prompt], self.loss_on == "all"
+            )
             yield from self._sequence(prompt, response, self.max_response_tokens, tuple(spans))
         else:
             yield from self._ranking(prompt, record)
@@ -155,9 +173,13 @@ class _Painter:
     def _ranking(self, prompt: list[int], record: Ranking) -> Iterator[RichText]:
         """The prompt once, then the responses from best to worst; the score is read at each one's last token."""
         yield from self._sequence(prompt, [])
-        for rank, response in sorted(zip(record.ranks, record.responses, strict=True), key=lambda pair: pair[0]):
+        for rank, response in sorted(
+            zip(record.ranks, record.responses, strict=True), key=lambda pair: pair[0]
+        ):
             yield RichText(f"rank {rank}", style="bold")
-            yield from self._sequence([], encode_response(self.tokenizer, response), self.max_response_tokens)
+            yield from self._sequence(
+                [], encode_response(self.tokenizer, response), self.max_response_tokens
+            )
 
     def _sequence(
         self,
@@ -181,10 +203,19 @@ class _Painter:
                 self._append(text, tokens[start:t], counted[start])
                 start = t
         yield text
-        cut = f", cut from {len(response)} by data.max_response_tokens" if len(kept) < len(response) else ""
-        lengths = [f"{len(prompt)} of prompt"] * bool(prompt) + [f"{len(kept)} {named}"] * bool(response)
+        cut = (
+            f", cut from {len(response)} by data.max_response_tokens"
+            if len(kept) < len(response)
+            else ""
+        )
+        lengths = [f"{len(prompt)} of prompt"] * bool(prompt) + [f"{len(kept)} {named}"] * bool(
+            response
+        )
         yield RichText(f"tokens: {' + '.join(lengths)}{cut}", style="cyan")
 
     def _append(self, text: RichText, tokens: list[int], counted: bool) -> None:
         piece = str(self.tokenizer.decode(tokens)).translate(_ESCAPES)
-        text.append(f"⟦{piece}⟧" if counted and self.marks else piece, style=_COUNTED if counted else _CONTEXT)
+        text.append(
+            f"⟦{piece}⟧" if counted and self.marks else piece,
+            style=_COUNTED if counted else _CONTEXT,
+        )

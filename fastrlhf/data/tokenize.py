@@ -36,15 +36,23 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         here = (folder / "tokenizer.json").is_file()
         reason = str(error).strip().splitlines()[0] if here else "it has no tokenizer.json"
-        raise UserError(f"{folder}: not a tokenizer folder ({reason}); expected the files transformers saves") from None
+        raise UserError(
+            f"{folder}: not a tokenizer folder ({reason}); expected the files transformers saves"
+        ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"{folder}: this tokenizer has no fast version; save one that writes tokenizer.json")
+        raise UserError(
+            f"{folder}: this tokenizer has no fast version; save one that writes tokenizer.json"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f'{folder}: the tokenizer has no eos token; set "eos_token" in its tokenizer_config.json')
+        raise UserError(
+            f'{folder}: the tokenizer has no eos token; set "eos_token" in its tokenizer_config.json'
+        )
     return tokenizer
 
 
@@ -82,7 +90,9 @@ def read_prefix(path: str | Path | None) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as the prompt prefix ({error}); expected a UTF-8 text file") from None
+        raise UserError(
+            f"{path}: cannot be read as the prompt prefix ({error}); expected a UTF-8 text file"
+        ) from None
 
 
 def encode_prompts(
@@ -93,7 +103,9 @@ def encode_prompts(
     (people keep prompts already templated) and none are added. `prefix` stands before each, as it is.
     """
     texts = [prefix + _templated(tokenizer, prompt) for prompt in prompts]
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
 
 
 def encode_conversations(
@@ -110,17 +122,23 @@ def encode_conversations(
     texts = [_templated(tokenizer, prompt) for prompt in prompts]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     found = []
-    for prompt, text, ids, offsets in zip(prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for prompt, text, ids, offsets in zip(
+        prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
         spans = []
         for start, end in _assistant_spans(tokenizer, prompt, text):
-            inside = [place for place, (first, last) in enumerate(offsets) if first < end and last > start]
+            inside = [
+                place for place, (first, last) in enumerate(offsets) if first < end and last > start
+            ]
             if inside:
                 spans.append((inside[0], inside[-1] + 1))
         found.append((ids, spans))
     return found
 
 
-def _assistant_spans(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, text: str) -> list[tuple[int, int]]:
+def _assistant_spans(
+    tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, text: str
+) -> list[tuple[int, int]]:
     """Where the assistant's turns of a prompt stand in its templated text, in characters."""
     spans = []
     for number, turn in enumerate([] if isinstance(prompt, str) else prompt):
@@ -130,7 +148,9 @@ def _assistant_spans(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, tex
         if not tokenizer.chat_template:
             before += "assistant: "
         through = _templated(tokenizer, prompt[: number + 1], opens=False)
-        if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
+        if not (
+            text.startswith(before) and text.startswith(through) and len(before) < len(through)
+        ):
             raise UserError(
                 f"the tokenizer's chat template writes turn {number + 1} of a prompt otherwise when more turns follow; "
                 "use data.loss_on=last"
@@ -146,10 +166,14 @@ def _templated(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, opens: bo
 
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens)
+        )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in prompt)
-        raise UserError(f"the tokenizer's chat template refuses a prompt with turns {roles}: {error}") from None
+        raise UserError(
+            f"the tokenizer's chat template refuses a prompt with turns {roles}: {error}"
+        ) from None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike) -> list[int]:
@@ -171,7 +195,11 @@ def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, taken literally: nothing added, no special token recognised."""
     return tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
     )["input_ids"]
 
 
@@ -183,7 +211,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> None:
     are too small to give so many merges. The same texts always give the same tokenizer.
     """
     if vocab_size < 257:
-        raise UserError(f"a byte-level BPE needs a vocab_size of at least 257 (256 bytes and eos), not {vocab_size}")
+        raise UserError(
+            f"a byte-level BPE needs a vocab_size of at least 257 (256 bytes and eos), not {vocab_size}"
+        )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

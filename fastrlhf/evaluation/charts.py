@@ -68,7 +68,9 @@ def line_chart(
     return _svg(HEIGHT, f"{y_label} over {x_label}", body)
 
 
-def scatter_chart(series: Sequence[Series], x_label: str, y_label: str, *, diagonal: bool = False) -> str:
+def scatter_chart(
+    series: Sequence[Series], x_label: str, y_label: str, *, diagonal: bool = False
+) -> str:
     """The points of each series, not joined; with `diagonal` and the line where y is x. Returns "" where there is no
     point with finite coordinates.
     """
@@ -79,7 +81,9 @@ def scatter_chart(series: Sequence[Series], x_label: str, y_label: str, *, diago
     start, stop = max(axis.low for axis in axes), min(axis.high for axis in axes)
     if diagonal and start < stop:
         (x1, y1), (x2, y2) = [[axis(value) for axis in axes] for value in (start, stop)]
-        body.append(f'<line class="reference" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+        body.append(
+            f'<line class="reference" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+        )
     body += [dot for one in series for dot in _dots(one, *axes)]
     return _svg(HEIGHT, f"{y_label} against {x_label}", body)
 
@@ -97,8 +101,12 @@ def bar_chart(
     axis that begins near the smallest value: a bar cut off below would show a false proportion.
     """
     label_width, number_width = 112, 150
-    lows = [bar.value if bar.low is None else bar.low for bar in bars] + ([reference[0]] if reference else [])
-    highs = [bar.value if bar.high is None else bar.high for bar in bars] + ([reference[0]] if reference else [])
+    lows = [bar.value if bar.low is None else bar.low for bar in bars] + (
+        [reference[0]] if reference else []
+    )
+    highs = [bar.value if bar.high is None else bar.high for bar in bars] + (
+        [reference[0]] if reference else []
+    )
     low, high = min(lows), max(highs)
     start = min(low, 0.0) if from_zero else low - 0.12 * ((high - low) or 1.0)
     axis = _Axis(start, max(high, start + 1e-9), label_width, WIDTH - number_width)
@@ -106,10 +114,14 @@ def bar_chart(
     body = []
     if reference:
         x = axis(reference[0])
-        body.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - 18}"/>')
+        body.append(
+            f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - 18}"/>'
+        )
         body.append(_text(x, height - 5, reference[1], "middle", "tick"))
     for i, bar in enumerate(bars):
-        body.extend(_bar(bar, TOP + ROW * (i + 0.5), axis, axis(0.0) if from_zero else None, digits))
+        body.extend(
+            _bar(bar, TOP + ROW * (i + 0.5), axis, axis(0.0) if from_zero else None, digits)
+        )
     return _svg(height, ", ".join(f"{bar.label} {bar.value:.{digits}f}" for bar in bars), body)
 
 
@@ -130,7 +142,9 @@ def ticks(low: float, high: float, wished: int = 5, *, whole: bool = False) -> l
 class _Axis:
     """Maps data from [low, high] to drawing units from `start` to `stop`."""
 
-    def __init__(self, low: float, high: float, start: float, stop: float, *, whole: bool = False) -> None:
+    def __init__(
+        self, low: float, high: float, start: float, stop: float, *, whole: bool = False
+    ) -> None:
         self.low, self.high, self.start, self.stop, self.whole = low, high, start, stop, whole
 
     def __call__(self, value: float) -> float:
@@ -184,7 +198,9 @@ def _bar(bar: Bar, middle: float, axis: _Axis, zero: float | None, digits: int) 
     x, end, number = axis(bar.value), axis(bar.value), f"{bar.value:.{digits}f}"
     parts = [_text(axis.start - 10, middle + 4, bar.label, "end", "name")]
     if zero is None:
-        parts.append(f'<line class="grid" x1="{axis.start}" x2="{axis.stop}" y1="{middle:.1f}" y2="{middle:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{axis.start}" x2="{axis.stop}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
+        )
         parts.append(f'<circle class="dot c{bar.color}" cx="{x:.1f}" cy="{middle:.1f}" r="6"/>')
     else:
         place = f'x="{min(x, zero):.1f}" y="{middle - 9:.1f}" width="{max(abs(x - zero), 1):.1f}" height="18" rx="3"'
@@ -192,7 +208,9 @@ def _bar(bar: Bar, middle: float, axis: _Axis, zero: float | None, digits: int) 
     if bar.low is not None and bar.high is not None:
         end, above = max(axis(bar.high), x), f"{middle - 5:.1f}v10"
         x1, x2 = f"{axis(bar.low):.1f}", f"{axis(bar.high):.1f}"
-        parts.append(f'<path class="whisker" d="M{x1} {middle:.1f}H{x2}M{x1} {above}M{x2} {above}"/>')
+        parts.append(
+            f'<path class="whisker" d="M{x1} {middle:.1f}H{x2}M{x1} {above}M{x2} {above}"/>'
+        )
         number += f" [{bar.low:.{digits}f}, {bar.high:.{digits}f}]"
     return [*parts, _text(end + (11 if zero is None else 8), middle + 4, number, "start", "number")]
 
@@ -203,24 +221,35 @@ def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:
         if math.isfinite(x) and math.isfinite(y):
             title = escape(f"{series.name}: {y:.4g} at {x:.4g}")
             place = f'cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}"'
-            dots.append(f'<circle class="dot c{series.color}" {place} r="3"><title>{title}</title></circle>')
+            dots.append(
+                f'<circle class="dot c{series.color}" {place} r="3"><title>{title}</title></circle>'
+            )
     return dots
 
 
-def _axes(series: Sequence[Series], reference: tuple[float, str] | None) -> tuple[_Axis, _Axis] | None:
+def _axes(
+    series: Sequence[Series], reference: tuple[float, str] | None
+) -> tuple[_Axis, _Axis] | None:
     """Axes that hold every finite point; None where there is none."""
     points = [
-        (x, y) for one in series for x, y in zip(one.x, one.y, strict=True) if math.isfinite(x) and math.isfinite(y)
+        (x, y)
+        for one in series
+        for x, y in zip(one.x, one.y, strict=True)
+        if math.isfinite(x) and math.isfinite(y)
     ]
     if not points:
         return None
     levels = [y for _, y in points] + ([reference[0]] if reference else [])
     xs = [x for x, _ in points]
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
+    x_axis = _Axis(
+        min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs)
+    )
     return x_axis, _Axis(*_padded(min(levels), max(levels)), HEIGHT - BOTTOM, TOP)
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, reference: tuple[float, str] | None) -> str:
+def _frame(
+    x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, reference: tuple[float, str] | None
+) -> str:
     """The grid, the axes' numbers and names, and the reference level."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
@@ -229,14 +258,18 @@ def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, reference: 
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, _number(value), "end", "tick"))
     marks = ticks(x_axis.low, x_axis.high, 6, whole=x_axis.whole)
-    parts.extend(_text(x_axis(value), bottom + 16, _number(value), "middle", "tick") for value in marks)
+    parts.extend(
+        _text(x_axis(value), bottom + 16, _number(value), "middle", "tick") for value in marks
+    )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(_text((LEFT + right) / 2, HEIGHT - 6, x_label, "middle", "label"))
     turned = f'text-anchor="middle" transform="translate(11 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
     parts.append(f'<text class="label" {turned}>{escape(y_label)}</text>')
     if reference:
         level = y_axis(reference[0])
-        parts.append(f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}"/>')
+        parts.append(
+            f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{level:.1f}" y2="{level:.1f}"/>'
+        )
         parts.append(_text(right - 4, level - 5, reference[1], "end", "tick"))
     return "".join(parts)
 
@@ -248,7 +281,9 @@ def _number(value: float) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
 
 
 def _svg(height: float, description: str, body: Sequence[str]) -> str:

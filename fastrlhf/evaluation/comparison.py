@@ -74,7 +74,9 @@ def compare(policy: Judged, baseline: Judged, tie_margin: float = 0.0) -> dict[s
         "lost": int((wins == 0).sum()),
         "tie_margin": tie_margin,
         "by_length": {
-            name: win_rate(wins[chosen], prompts[chosen]).as_dict() for name, chosen in groups.items() if chosen.any()
+            name: win_rate(wins[chosen], prompts[chosen]).as_dict()
+            for name, chosen in groups.items()
+            if chosen.any()
         },
         "policy": policy.summary(),
         "baseline": baseline.summary(),
@@ -87,12 +89,17 @@ def pair_records(prompts: Sequence[Any], policy: Judged, baseline: Judged) -> li
     for g, prompt in enumerate(prompts):
         for r in range(policy.scores.shape[1]):
             pair = {"policy": policy.responses[g][r], "baseline": baseline.responses[g][r]}
-            scores = {"policy_score": float(policy.scores[g, r]), "baseline_score": float(baseline.scores[g, r])}
+            scores = {
+                "policy_score": float(policy.scores[g, r]),
+                "baseline_score": float(baseline.scores[g, r]),
+            }
             records.append({"prompt": prompt, **pair, **scores})
     return records
 
 
-def write_comparison(path: Path, results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> Path:
+def write_comparison(
+    path: Path, results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]
+) -> Path:
     """The page of `compare`'s results (with "judge" and "prompts" beside them) and `pair_records`' pairs."""
     rate, policy, baseline = results["win_rate"], results["policy"], results["baseline"]
     report = Report(
@@ -101,8 +108,16 @@ def write_comparison(path: Path, results: Mapping[str, Any], pairs: Sequence[Map
     )
     report.figures(
         [
-            Figure("Win rate", f"{rate['rate']:.1%}", f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}"),
-            Figure("Won, tied, lost", f"{results['won']}, {results['tied']}, {results['lost']}", "a tie counts half"),
+            Figure(
+                "Win rate",
+                f"{rate['rate']:.1%}",
+                f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}",
+            ),
+            Figure(
+                "Won, tied, lost",
+                f"{results['won']}, {results['tied']}, {results['lost']}",
+                "a tie counts half",
+            ),
             _before_and_after("Mean score", policy["score"], baseline["score"], "{:.3f}"),
             _before_and_after("Mean length", policy["tokens"], baseline["tokens"], "{:.1f} tokens"),
             _before_and_after("Cut off", policy["cut_off"], baseline["cut_off"], "{:.1%}"),
@@ -113,9 +128,16 @@ def write_comparison(path: Path, results: Mapping[str, Any], pairs: Sequence[Map
         f"The judge scored each of the two responses to {rate['clusters']} prompts; the higher score wins. Half of "
         "the comparisons won is no better than the baseline. The intervals are 95 %, from resampling prompts.",
     )
-    overall = [_rate_bar("all", rate)] + [_rate_bar(name, one) for name, one in results["by_length"].items()]
+    overall = [_rate_bar("all", rate)] + [
+        _rate_bar(name, one) for name, one in results["by_length"].items()
+    ]
     points = [
-        Series("prompts", [pair["baseline_score"] for pair in pairs], [pair["policy_score"] for pair in pairs], 0)
+        Series(
+            "prompts",
+            [pair["baseline_score"] for pair in pairs],
+            [pair["policy_score"] for pair in pairs],
+            0,
+        )
     ]
     report.charts(
         [
@@ -127,7 +149,12 @@ def write_comparison(path: Path, results: Mapping[str, Any], pairs: Sequence[Map
             ),
             framed(
                 "Scores, pair by pair",
-                scatter_chart(points, "score of the baseline's response", "score of the policy's", diagonal=True),
+                scatter_chart(
+                    points,
+                    "score of the baseline's response",
+                    "score of the policy's",
+                    diagonal=True,
+                ),
                 "A dot above the diagonal is a pair that the policy won.",
             ),
         ]
@@ -136,9 +163,14 @@ def write_comparison(path: Path, results: Mapping[str, Any], pairs: Sequence[Map
     named = {"all": rate, **results["by_length"]}
     rows = [(name, w["rate"], w["low"], w["high"], w["n"], w["ties"]) for name, w in named.items()]
     report.table(header, rows)
-    report.section("Responses", f"The first {min(_SHOWN, len(pairs))} pairs; pairs.jsonl beside this page holds all.")
+    report.section(
+        "Responses",
+        f"The first {min(_SHOWN, len(pairs))} pairs; pairs.jsonl beside this page holds all.",
+    )
     for pair in pairs[:_SHOWN]:
-        answers = [Answer(side, pair[side], pair[f"{side}_score"]) for side in ("policy", "baseline")]
+        answers = [
+            Answer(side, pair[side], pair[f"{side}_score"]) for side in ("policy", "baseline")
+        ]
         report.sample(prompt_text(pair["prompt"]), answers)
     return report.write(path)
 
@@ -157,7 +189,9 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
     report.figures(
         [
             Figure("Best checkpoint", f"step {best['step']:,}", "named in checkpoints/best"),
-            Figure("Its mean score", f"{best['score']:.3f}", f"95 % interval {low:.3f} to {high:.3f}"),
+            Figure(
+                "Its mean score", f"{best['score']:.3f}", f"95 % interval {low:.3f} to {high:.3f}"
+            ),
             Figure("Checkpoints", str(len(rows))),
         ]
     )
@@ -181,10 +215,16 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
                 "Higher is better. Steps whose intervals overlap much may as well be equal.",
                 {"mean": 0, "95 % interval": 5},
             ),
-            framed("Validation loss", line_chart([losses], "step", "loss", smooth=False), "In nats a token."),
+            framed(
+                "Validation loss",
+                line_chart([losses], "step", "loss", smooth=False),
+                "In nats a token.",
+            ),
             framed(
                 "Mean length",
-                line_chart([Series("tokens", steps, [row["tokens"] for row in rows], 2)], "step", "tokens"),
+                line_chart(
+                    [Series("tokens", steps, [row["tokens"] for row in rows], 2)], "step", "tokens"
+                ),
                 "A score that grows with the length alone may be the judge's taste for length.",
             ),
         ]
@@ -192,7 +232,14 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
     report.table(
         ("step", "score", "low", "high", "valid loss", "tokens", "cut off"),
         [
-            (row["step"], row["score"], *row["score_ci95"], row.get("valid_loss", "-"), row["tokens"], row["cut_off"])
+            (
+                row["step"],
+                row["score"],
+                *row["score_ci95"],
+                row.get("valid_loss", "-"),
+                row["tokens"],
+                row["cut_off"],
+            )
             for row in rows
         ],
     )

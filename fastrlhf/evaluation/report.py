@@ -32,17 +32,35 @@ EXPLAINED = {
         "Accuracy",
         "Share of ranked pairs in which the better response gets the higher score; 0.5 is guessing.",
     ),
-    "margin": ("Margin", "Mean difference between the scores of the better and the worse response of a pair."),
-    "score": ("Score", "Mean score the reward model gives to the sampled responses. It should rise."),
+    "margin": (
+        "Margin",
+        "Mean difference between the scores of the better and the worse response of a pair.",
+    ),
+    "score": (
+        "Score",
+        "Mean score the reward model gives to the sampled responses. It should rise.",
+    ),
     "reward": ("Reward", "The score less the KL penalty: what PPO maximizes. It should rise."),
-    "kl": ("KL from the reference", "How far the policy has moved, in nats a response: what the score cost."),
+    "kl": (
+        "KL from the reference",
+        "How far the policy has moved, in nats a response: what the score cost.",
+    ),
     "response_length": (
         "Response length",
         "In tokens. A drift to very long or very short ones hints at reward hacking.",
     ),
-    "no_stop": ("Responses cut off", "Share of the responses that reached the length limit before a stop token."),
-    "entropy": ("Entropy", "How undecided the policy is, in nats a token. Near zero it always says the same."),
-    "ptx_loss": ("Pretraining loss", "Cross-entropy on the pretraining text mixed into PPO, in nats a token."),
+    "no_stop": (
+        "Responses cut off",
+        "Share of the responses that reached the length limit before a stop token.",
+    ),
+    "entropy": (
+        "Entropy",
+        "How undecided the policy is, in nats a token. Near zero it always says the same.",
+    ),
+    "ptx_loss": (
+        "Pretraining loss",
+        "Cross-entropy on the pretraining text mixed into PPO, in nats a token.",
+    ),
     "value_loss": (
         "Value loss",
         "Half the squared error of the predicted return. It should fall as the value model learns.",
@@ -51,12 +69,18 @@ EXPLAINED = {
         "Explained variance",
         "Share of the returns' variance that the value model predicts; 1 is all.",
     ),
-    "policy_loss": ("Policy loss", "PPO's clipped objective. Its level says little; it should stay small and bounded."),
+    "policy_loss": (
+        "Policy loss",
+        "PPO's clipped objective. Its level says little; it should stay small and bounded.",
+    ),
     "clip_fraction": (
         "Clipped share",
         "Share of tokens whose ratio left the clip range. Above 0.3, steps are too large.",
     ),
-    "approx_kl": ("KL of one update", "How far one update moved the policy. It should stay well below 0.1."),
+    "approx_kl": (
+        "KL of one update",
+        "How far one update moved the policy. It should stay well below 0.1.",
+    ),
     "ratio_deviation": (
         "First ratio's deviation from 1",
         "Rollout and training must agree: anything but rounding is a bug.",
@@ -65,10 +89,19 @@ EXPLAINED = {
         "Gradient norm of PPO",
         "Of the policy loss alone, in the first minibatch. Far below that of the pretraining part, PPO learns little.",
     ),
-    "ptx_grad_norm": ("Gradient norm of the pretraining part", "Of gamma times its loss, in the first minibatch."),
-    "grad_norm": ("Gradient norm", "Before clipping. Spikes are harmless when rare; steady growth is not."),
+    "ptx_grad_norm": (
+        "Gradient norm of the pretraining part",
+        "Of gamma times its loss, in the first minibatch.",
+    ),
+    "grad_norm": (
+        "Gradient norm",
+        "Before clipping. Spikes are harmless when rare; steady growth is not.",
+    ),
     "lr": ("Learning rate", "As the schedule asks: warm-up first, then decay."),
-    "seconds": ("Seconds a step", "Wall-clock time. Steady is good; growth hints at a leak or a slowing disk."),
+    "seconds": (
+        "Seconds a step",
+        "Wall-clock time. Steady is good; growth hints at a leak or a slowing disk.",
+    ),
 }
 _PREFIXES = ("valid_", "valid/", "eval_", "eval/")
 
@@ -113,12 +146,15 @@ class Report:
 
     def figures(self, figures: Iterable[Figure]) -> None:
         """A row of headline numbers."""
-        self._parts.append(f'<div class="cards">{"".join(_card(figure) for figure in figures)}</div>')
+        self._parts.append(
+            f'<div class="cards">{"".join(_card(figure) for figure in figures)}</div>'
+        )
 
     def stages(self, stages: Mapping[str, str]) -> None:
         """Numbered steps side by side: name -> what happens in it."""
         items = [
-            f"<li><b>{i}. {escape(name)}</b>{escape(text)}</li>" for i, (name, text) in enumerate(stages.items(), 1)
+            f"<li><b>{i}. {escape(name)}</b>{escape(text)}</li>"
+            for i, (name, text) in enumerate(stages.items(), 1)
         ]
         self._parts.append(f'<ol class="stages">{"".join(items)}</ol>')
 
@@ -127,7 +163,9 @@ class Report:
         are hidden until it is clicked.
         """
         grid = f'<div class="charts">{"".join(charts)}</div>'
-        self._parts.append(f"<details><summary>{escape(folded)}</summary>{grid}</details>" if folded else grid)
+        self._parts.append(
+            f"<details><summary>{escape(folded)}</summary>{grid}</details>" if folded else grid
+        )
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table; numbers are right-aligned, floats with three decimals, anything else as its text."""
@@ -152,7 +190,9 @@ class Report:
 
     def details(self, title: str, text: str) -> None:
         """Preformatted text, folded until clicked."""
-        self._parts.append(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+        self._parts.append(
+            f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+        )
 
     def html(self) -> str:
         """The whole page."""
@@ -172,11 +212,16 @@ class Report:
         return draft.replace(path)
 
 
-def framed(title: str, chart: str, caption: str = "", legend: Mapping[str, int] | None = None) -> str:
+def framed(
+    title: str, chart: str, caption: str = "", legend: Mapping[str, int] | None = None
+) -> str:
     """A chart of `charts` with its title, its caption and a legend (name -> colour index); "" for an empty chart."""
     if not chart:
         return ""
-    keys = "".join(f'<span><i class="c{color}"></i>{escape(name)}</span>' for name, color in (legend or {}).items())
+    keys = "".join(
+        f'<span><i class="c{color}"></i>{escape(name)}</span>'
+        for name, color in (legend or {}).items()
+    )
     above = f'<div class="legend">{keys}</div>' if keys else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure><h3>{escape(title)}</h3>{above}{chart}{below}</figure>"
@@ -205,7 +250,9 @@ def read_metrics(path: Path) -> Metrics:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break
-            raise UserError(f'{path}:{number}: expected a line {{"step": ..., ...}}, got {line[:60]!r}') from error
+            raise UserError(
+                f'{path}:{number}: expected a line {{"step": ..., ...}}, got {line[:60]!r}'
+            ) from error
         for name, value in record.items():
             value = math.nan if value is None else value  # so MetricsLog writes what is not finite
             if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -221,16 +268,22 @@ def metric_charts(metrics: Metrics, names: Iterable[str] | None = None) -> list[
     A validation metric shares the chart of the one it validates.
     """
     known = [name for name in EXPLAINED if name in metrics]
-    rest = sorted(name for name in metrics if name not in EXPLAINED and _validated(name) not in metrics)
+    rest = sorted(
+        name for name in metrics if name not in EXPLAINED and _validated(name) not in metrics
+    )
     shown = known + rest if names is None else [name for name in names if name in metrics]
     charts = []
     for name in shown:
         title, text = EXPLAINED.get(name, (name.replace("_", " ").replace("/", ": "), ""))
         partners = [partner for prefix in _PREFIXES if (partner := prefix + name) in metrics]
-        series = [Series(label, *metrics[label], color) for color, label in enumerate([name, *partners])]
+        series = [
+            Series(label, *metrics[label], color) for color, label in enumerate([name, *partners])
+        ]
         legend = {"training": 0, "held out": 1} if partners else None
         y_label = title if title[:2].isupper() else title[0].lower() + title[1:]
-        charts.append(framed(title, line_chart(series, "step", y_label, smooth=name != "lr"), text, legend))
+        charts.append(
+            framed(title, line_chart(series, "step", y_label, smooth=name != "lr"), text, legend)
+        )
     return charts
 
 
@@ -240,13 +293,19 @@ def write_run_report(run_dir: str | Path) -> Path:
     """
     folder = Path(run_dir)
     metrics = read_metrics(folder / "metrics.jsonl")
-    report = Report(folder.resolve().name, "Every number this training run recorded, over its steps.")
+    report = Report(
+        folder.resolve().name, "Every number this training run recorded, over its steps."
+    )
     if metrics:
         report.figures(_run_figures(metrics))
         averaged = "Of more than 30 values the faint line is what was recorded, the strong one its moving average."
         report.section("Curves", averaged)
         report.charts(metric_charts(metrics, [name for name in EXPLAINED if name in metrics]))
-        others = [name for name in sorted(metrics) if name not in EXPLAINED and _validated(name) not in metrics]
+        others = [
+            name
+            for name in sorted(metrics)
+            if name not in EXPLAINED and _validated(name) not in metrics
+        ]
         if others:
             report.charts(metric_charts(metrics, others), folded="More curves")
     else:
@@ -263,7 +322,15 @@ def write_run_report(run_dir: str | Path) -> Path:
 
 def _versions() -> list[tuple[str, str]]:
     """Of what decides a run's numbers, as installed when the page is written."""
-    packages = ("fastrlhf", "torch", "megatron-core", "transformers", "triton", "flash-attn", "transformer-engine")
+    packages = (
+        "fastrlhf",
+        "torch",
+        "megatron-core",
+        "transformers",
+        "triton",
+        "flash-attn",
+        "transformer-engine",
+    )
     rows = [("Python", platform.python_version())]
     for package in packages:
         try:
@@ -283,7 +350,9 @@ def _run_samples(report: Report, path: Path) -> None:
     records = [json.loads(line) for line in lines if line]
     iterations = [record["iteration"] for record in records]
     for iteration in sorted({iterations[0], iterations[-1]}) if iterations else []:
-        report.section(f"Responses of iteration {iteration}", "The score includes penalties, but not the KL.")
+        report.section(
+            f"Responses of iteration {iteration}", "The score includes penalties, but not the KL."
+        )
         for record in records:
             if record["iteration"] == iteration:
                 ended = "" if record["stopped"] else ", cut off"
@@ -294,15 +363,29 @@ def _run_samples(report: Report, path: Path) -> None:
 def _run_figures(metrics: Metrics) -> list[Figure]:
     last_step = max(steps[-1] for steps, _ in metrics.values())
     figures = [Figure("Steps", f"{last_step:,.0f}")]
-    headline = ("loss", "accuracy", "score", "kl", *(p + n for p in _PREFIXES for n in ("loss", "accuracy")))
+    headline = (
+        "loss",
+        "accuracy",
+        "score",
+        "kl",
+        *(p + n for p in _PREFIXES for n in ("loss", "accuracy")),
+    )
     for name in headline:
         if name in metrics:
             values = metrics[name][1]
-            label = EXPLAINED.get(_validated(name) or name, (name, ""))[0] + (", held out" if _validated(name) else "")
-            figures.append(Figure(f"{label}, at the end", f"{values[-1]:.4g}", f"{values[0]:.4g} at the start"))
+            label = EXPLAINED.get(_validated(name) or name, (name, ""))[0] + (
+                ", held out" if _validated(name) else ""
+            )
+            figures.append(
+                Figure(f"{label}, at the end", f"{values[-1]:.4g}", f"{values[0]:.4g} at the start")
+            )
     if "seconds" in metrics:
         figures.append(
-            Figure("Time a step", f"{sorted(metrics['seconds'][1])[len(metrics['seconds'][1]) // 2]:.3g} s", "median")
+            Figure(
+                "Time a step",
+                f"{sorted(metrics['seconds'][1])[len(metrics['seconds'][1]) // 2]:.3g} s",
+                "median",
+            )
         )
     broken = sum(not math.isfinite(value) for _, values in metrics.values() for value in values)
     if broken:
@@ -312,7 +395,9 @@ def _run_figures(metrics: Metrics) -> list[Figure]:
 
 def _validated(name: str) -> str | None:
     """The metric that a held-out one belongs to: "valid_loss" -> "loss"; None for any other."""
-    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), None)
+    return next(
+        (name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), None
+    )
 
 
 def _card(figure: Figure) -> str:
@@ -331,5 +416,9 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f'<td class="numeric">{value:,d}</td>'
     if isinstance(value, float):
-        return f'<td class="numeric">{value:.3f}</td>' if abs(value) < 100 else f'<td class="numeric">{value:,.1f}</td>'
+        return (
+            f'<td class="numeric">{value:.3f}</td>'
+            if abs(value) < 100
+            else f'<td class="numeric">{value:,.1f}</td>'
+        )
     return f"<td>{escape(str(value))}</td>"

@@ -60,15 +60,21 @@ def ranked_pairs(rankings: Sequence[TokenizedRanking], scores: Sequence[ArrayLik
         prompt = prompts.setdefault(tuple(ranking.prompt_tokens), len(prompts))
         scores_K, K = np.asarray(own, dtype=np.float64), len(ranking.responses)
         if scores_K.shape != (K,) or not np.isfinite(scores_K).all():
-            raise ValueError(f"ranking {number} has {K} responses; expected as many finite scores, got {scores_K}")
+            raise ValueError(
+                f"ranking {number} has {K} responses; expected as many finite scores, got {scores_K}"
+            )
         levels = np.unique(np.asarray(ranking.ranks, dtype=np.float64), return_inverse=True)[1]
         lengths = [len(response) for response in ranking.responses]
         for i, j in itertools.permutations(range(K), 2):
             if levels[i] < levels[j]:
                 gap = int(levels[j] - levels[i])
-                columns.append((prompt, K, gap, float(scores_K[i] - scores_K[j]), lengths[i] - lengths[j]))
+                columns.append(
+                    (prompt, K, gap, float(scores_K[i] - scores_K[j]), lengths[i] - lengths[j])
+                )
     if not columns:
-        raise ValueError("no two responses of a prompt have different ranks: there is no pair to be right about")
+        raise ValueError(
+            "no two responses of a prompt have different ranks: there is no pair to be right about"
+        )
     prompt_P, k_P, distance_P, margin_P, length_P = zip(*columns, strict=True)
     ints = [np.array(column, dtype=np.int64) for column in (prompt_P, k_P, distance_P, length_P)]
     return Pairs(ints[0], ints[1], ints[2], np.array(margin_P), ints[3])
@@ -102,10 +108,18 @@ def _by(pairs: Pairs, groups: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _difference(ours: NDArray[np.float64], theirs: NDArray[np.float64], clusters: ArrayLike) -> dict[str, float]:
+def _difference(
+    ours: NDArray[np.float64], theirs: NDArray[np.float64], clusters: ArrayLike
+) -> dict[str, float]:
     """Mean of ours - theirs, pair by pair, with its interval over prompts."""
-    shifted = win_rate((1 + ours - theirs) / 2, clusters)  # a difference in [-1, 1] as a rate in [0, 1]
-    return {"difference": 2 * shifted.rate - 1, "low": 2 * shifted.low - 1, "high": 2 * shifted.high - 1}
+    shifted = win_rate(
+        (1 + ours - theirs) / 2, clusters
+    )  # a difference in [-1, 1] as a rate in [0, 1]
+    return {
+        "difference": 2 * shifted.rate - 1,
+        "low": 2 * shifted.low - 1,
+        "high": 2 * shifted.high - 1,
+    }
 
 
 def calibration(pairs: Pairs) -> dict[str, Any]:
@@ -122,8 +136,14 @@ def calibration(pairs: Pairs) -> dict[str, Any]:
         which = bin_P == index
         observed = win_rate(pairs.wins[which], pairs.prompt[which])
         predicted = float(predicted_P[which].mean())
-        bins.append({"predicted": predicted, "observed": observed.rate} | _interval(observed) | {"pairs": observed.n})
-    ece = sum(row["pairs"] * abs(row["observed"] - row["predicted"]) for row in bins) / len(predicted_P)
+        bins.append(
+            {"predicted": predicted, "observed": observed.rate}
+            | _interval(observed)
+            | {"pairs": observed.n}
+        )
+    ece = sum(row["pairs"] * abs(row["observed"] - row["predicted"]) for row in bins) / len(
+        predicted_P
+    )
     return {"ece": ece, "bins": bins}
 
 
@@ -143,12 +163,16 @@ def labeler_agreement(rankings: Sequence[TokenizedRanking]) -> dict[str, Any] | 
             if one.labeler_id == other.labeler_id:
                 continue
             first, second = _rank_of(one), _rank_of(other)
-            for a, b in itertools.combinations([response for response in first if response in second], 2):
+            for a, b in itertools.combinations(
+                [response for response in first if response in second], 2
+            ):
                 orders = np.sign(first[a] - first[b]) * np.sign(second[a] - second[b])
                 if orders == 0:
                     tied += 1
                 else:
-                    rows.append((cluster, float(orders > 0), str(one.labeler_id), str(other.labeler_id)))
+                    rows.append(
+                        (cluster, float(orders > 0), str(one.labeler_id), str(other.labeler_id))
+                    )
     if not rows:
         return None
     clusters, agreed, firsts, seconds = (np.array(column) for column in zip(*rows, strict=True))
@@ -190,7 +214,9 @@ def split_groups(counts: Mapping[str, int], folds: int) -> list[list[str]]:
 
 
 def leave_out(
-    rankings: Sequence[TokenizedRanking], group: Sequence[str], key: Callable[[TokenizedRanking], str | None]
+    rankings: Sequence[TokenizedRanking],
+    group: Sequence[str],
+    key: Callable[[TokenizedRanking], str | None],
 ) -> tuple[list[TokenizedRanking], list[TokenizedRanking]]:
     """(rankings to train on, rankings to evaluate on): those of the labelers in `group` are held out.
 
@@ -207,4 +233,8 @@ def summarize(rates: Sequence[float]) -> dict[str, float]:
     """Mean over folds, standard deviation between them (n - 1), and standard error of the mean."""
     values = np.asarray(rates, dtype=np.float64)
     std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "std": std, "standard_error": std / float(np.sqrt(len(values)))}
+    return {
+        "mean": float(values.mean()),
+        "std": std,
+        "standard_error": std / float(np.sqrt(len(values))),
+    }

@@ -17,7 +17,9 @@ _GUESS = (0.5, "guessing")
 
 def write_reward_report(results: Mapping[str, Any], path: Path) -> Path:
     """The page of `reward.evaluate`'s results (with "model", "agreement" and "statistics" beside them)."""
-    report = Report("Reward model on held-out rankings", f"{results['model']}, on {results['files']}.")
+    report = Report(
+        "Reward model on held-out rankings", f"{results['model']}, on {results['files']}."
+    )
     report.figures(_headline(results))
     report.section(
         "Where it is right",
@@ -27,7 +29,9 @@ def write_reward_report(results: Mapping[str, Any], path: Path) -> Path:
     report.charts(
         [
             framed(
-                "By responses ranked together", _bars(results["accuracy_by_k"], "K = {}"), "Pairs of prompts of each K."
+                "By responses ranked together",
+                _bars(results["accuracy_by_k"], "K = {}"),
+                "Pairs of prompts of each K.",
             ),
             framed(
                 "By distance of the ranks",
@@ -44,12 +48,20 @@ def write_reward_report(results: Mapping[str, Any], path: Path) -> Path:
         ]
     )
     for name, key in (("K", "accuracy_by_k"), ("Rank distance", "accuracy_by_distance")):
-        report.table((name, "accuracy", "low", "high", "longer wins", "pairs", "prompts"), _rows(results[key]))
+        report.table(
+            (name, "accuracy", "low", "high", "longer wins", "pairs", "prompts"),
+            _rows(results[key]),
+        )
     if results.get("agreement") is not None:
         _agreement(report, results["agreement"])
     if results.get("statistics"):
-        report.section("Scores of demonstrations", "Written into the checkpoint when the head's bias was set.")
-        report.table(("statistic", "value"), [(name, float(value)) for name, value in results["statistics"].items()])
+        report.section(
+            "Scores of demonstrations", "Written into the checkpoint when the head's bias was set."
+        )
+        report.table(
+            ("statistic", "value"),
+            [(name, float(value)) for name, value in results["statistics"].items()],
+        )
     return report.write(path)
 
 
@@ -61,16 +73,34 @@ def write_folds_report(results: Mapping[str, Any], path: Path) -> Path:
         "Each model is trained on the rankings of all groups but one and judged by those of the group left out.",
     )
     figures = [
-        Figure("Accuracy, groups left out", _plus_minus(held_out), "mean over folds ± standard error of the mean"),
+        Figure(
+            "Accuracy, groups left out",
+            _plus_minus(held_out),
+            "mean over folds ± standard error of the mean",
+        ),
         Figure("Spread between folds", f"{held_out['std']:.3f}", "standard deviation"),
-        Figure("Longer wins", f"{results['length_rule']['mean']:.3f}", "the rule's accuracy, mean over folds"),
+        Figure(
+            "Longer wins",
+            f"{results['length_rule']['mean']:.3f}",
+            "the rule's accuracy, mean over folds",
+        ),
     ]
     if results["seen"] is not None:
         detail = "validation prompts ranked by labelers it was trained on"
-        figures.insert(1, Figure("Accuracy, groups trained on", _plus_minus(results["seen"]), detail))
+        figures.insert(
+            1, Figure("Accuracy, groups trained on", _plus_minus(results["seen"]), detail)
+        )
     report.figures(figures)
     bars = [_bar(f"fold {fold['fold']}", fold["held_out"]["accuracy"]) for fold in results["folds"]]
-    report.charts([framed("Accuracy on the group left out", bar_chart(bars, reference=_GUESS), "95 % intervals.")])
+    report.charts(
+        [
+            framed(
+                "Accuracy on the group left out",
+                bar_chart(bars, reference=_GUESS),
+                "95 % intervals.",
+            )
+        ]
+    )
     rows = [
         (
             fold["fold"],
@@ -83,7 +113,10 @@ def write_folds_report(results: Mapping[str, Any], path: Path) -> Path:
         )
         for fold in results["folds"]
     ]
-    report.table(("fold", "accuracy", "longer wins", "pairs", "prompts", "trained on", "labelers left out"), rows)
+    report.table(
+        ("fold", "accuracy", "longer wins", "pairs", "prompts", "trained on", "labelers left out"),
+        rows,
+    )
     return report.write(path)
 
 
@@ -91,13 +124,30 @@ def _headline(results: Mapping[str, Any]) -> list[Figure]:
     accuracy, above = results["accuracy"], results["above_length_rule"]
     figures = [
         Figure("Pair accuracy", f"{accuracy['rate']:.3f}", _interval(accuracy)),
-        Figure("Longer wins", f"{results['length_rule']['rate']:.3f}", _interval(results["length_rule"])),
-        Figure("Above that rule", f"{above['difference']:+.3f}", _interval(above), passed=above["low"] > 0),
-        Figure("Calibration error", f"{results['calibration']['ece']:.3f}", "expected, 0 is perfect"),
+        Figure(
+            "Longer wins",
+            f"{results['length_rule']['rate']:.3f}",
+            _interval(results["length_rule"]),
+        ),
+        Figure(
+            "Above that rule",
+            f"{above['difference']:+.3f}",
+            _interval(above),
+            passed=above["low"] > 0,
+        ),
+        Figure(
+            "Calibration error", f"{results['calibration']['ece']:.3f}", "expected, 0 is perfect"
+        ),
         Figure("Pairs", f"{results['pairs']:,}", f"of {results['prompts']:,} prompts"),
     ]
     if results.get("agreement") is not None:
-        figures.append(Figure("Labelers agree", f"{results['agreement']['rate']:.3f}", _interval(results["agreement"])))
+        figures.append(
+            Figure(
+                "Labelers agree",
+                f"{results['agreement']['rate']:.3f}",
+                _interval(results["agreement"]),
+            )
+        )
     return figures
 
 
@@ -108,7 +158,10 @@ def _agreement(report: Report, agreement: Mapping[str, Any]) -> None:
         f"({_interval(agreement)}); {agreement['tied_pairs']:,} more were a tie for one of them. A model trained on "
         "one labeler's order cannot be expected to match another's more often.",
     )
-    rows = [(name, row["rate"], row["low"], row["high"], row["n"]) for name, row in agreement["by_labeler"].items()]
+    rows = [
+        (name, row["rate"], row["low"], row["high"], row["n"])
+        for name, row in agreement["by_labeler"].items()
+    ]
     report.table(("labeler", "agrees with others", "low", "high", "pairs"), rows)
 
 
@@ -122,7 +175,9 @@ def _reliability(bins: list[dict[str, float]]) -> str:
 
 
 def _bars(table: Mapping[str, Rate], label: str) -> str:
-    return bar_chart([_bar(label.format(name), rate) for name, rate in table.items()], reference=_GUESS)
+    return bar_chart(
+        [_bar(label.format(name), rate) for name, rate in table.items()], reference=_GUESS
+    )
 
 
 def _bar(label: str, rate: Rate) -> Bar:
@@ -131,7 +186,15 @@ def _bar(label: str, rate: Rate) -> Bar:
 
 def _rows(table: Mapping[str, Rate]) -> list[tuple[object, ...]]:
     return [
-        (int(name), row["rate"], row["low"], row["high"], row["length_rule"], row["n"], row["clusters"])
+        (
+            int(name),
+            row["rate"],
+            row["low"],
+            row["high"],
+            row["length_rule"],
+            row["n"],
+            row["clusters"],
+        )
         for name, row in table.items()
     ]
 

@@ -43,7 +43,12 @@ class WinRate:
 
 
 def win_rate(
-    wins: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    wins: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> WinRate:
     """The share of comparisons won against a baseline, with a percentile bootstrap interval.
 
@@ -61,7 +66,9 @@ def win_rate(
     if clusters is not None:
         clusters_N = np.asarray(clusters)
         if clusters_N.shape != wins_N.shape:
-            raise ValueError(f"clusters must have the shape of wins {wins_N.shape}, got {clusters_N.shape}")
+            raise ValueError(
+                f"clusters must have the shape of wins {wins_N.shape}, got {clusters_N.shape}"
+            )
         members_N = np.unique(clusters_N, return_inverse=True)[1]
     sums_G = np.bincount(members_N, weights=wins_N).astype(np.float64)
     counts_G = np.bincount(members_N).astype(np.float64)
@@ -86,17 +93,30 @@ def pair_accuracy(
     A pair with equal scores counts one half. Raises ValueError for shapes that disagree, NaN, no strict pair.
     """
     scores_N, offsets_G = np.asarray(scores, dtype=np.float64), np.asarray(offsets)
-    ranks_N = np.asarray(ranks, dtype=np.float64)  # signed: differences are taken; labelers may use halves
+    ranks_N = np.asarray(
+        ranks, dtype=np.float64
+    )  # signed: differences are taken; labelers may use halves
     if scores_N.ndim != 1 or scores_N.shape != ranks_N.shape:
-        raise ValueError(f"scores and ranks must be vectors of one length, got {scores_N.shape} and {ranks_N.shape}")
-    if offsets_G.ndim != 1 or offsets_G.size < 2 or offsets_G[0] != 0 or offsets_G[-1] != scores_N.size:
-        raise ValueError(f"offsets must run from 0 to the number of scores ({scores_N.size}), got {offsets_G}")
+        raise ValueError(
+            f"scores and ranks must be vectors of one length, got {scores_N.shape} and {ranks_N.shape}"
+        )
+    if (
+        offsets_G.ndim != 1
+        or offsets_G.size < 2
+        or offsets_G[0] != 0
+        or offsets_G[-1] != scores_N.size
+    ):
+        raise ValueError(
+            f"offsets must run from 0 to the number of scores ({scores_N.size}), got {offsets_G}"
+        )
     if np.isnan(scores_N).any() or np.isnan(ranks_N).any():
         raise ValueError("scores and ranks must not hold NaN")
     right, pairs, ties = [], [], 0
     for start, stop in itertools.pairwise(offsets_G):
         i, j = np.triu_indices(stop - start, 1)
-        order = np.sign(ranks_N[start:stop][j] - ranks_N[start:stop][i])  # 1: the first of the pair is the better one
+        order = np.sign(
+            ranks_N[start:stop][j] - ranks_N[start:stop][i]
+        )  # 1: the first of the pair is the better one
         predicted = np.sign(scores_N[start:stop][i] - scores_N[start:stop][j])
         strict = order != 0
         right.append(((1 + order * predicted) / 2)[strict].sum())
@@ -104,13 +124,20 @@ def pair_accuracy(
         ties += int((strict & (predicted == 0)).sum())
     sums_G, counts_G = np.array(right), np.array(pairs, dtype=np.float64)
     if counts_G.sum() == 0:
-        raise ValueError("no two responses of a prompt have different ranks: there is no pair to be right about")
+        raise ValueError(
+            "no two responses of a prompt have different ranks: there is no pair to be right about"
+        )
     kept = counts_G > 0
     return _with_interval(sums_G[kept], counts_G[kept], ties, level, resamples, seed)
 
 
 def mean_interval(
-    values: ArrayLike, clusters: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: ArrayLike,
+    clusters: ArrayLike,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """The mean of values [N], and the ends of its percentile bootstrap interval over the prompts `clusters` [N] names.
 
@@ -118,7 +145,9 @@ def mean_interval(
     """
     values_N, clusters_N = np.asarray(values, dtype=np.float64), np.asarray(clusters)
     if values_N.ndim != 1 or values_N.size == 0 or values_N.shape != clusters_N.shape:
-        raise ValueError(f"expected two vectors of one length, got shapes {values_N.shape} and {clusters_N.shape}")
+        raise ValueError(
+            f"expected two vectors of one length, got shapes {values_N.shape} and {clusters_N.shape}"
+        )
     members_N = np.unique(clusters_N, return_inverse=True)[1]
     sums_G = np.bincount(members_N, weights=values_N).astype(np.float64)
     counts_G = np.bincount(members_N).astype(np.float64)
@@ -127,7 +156,11 @@ def mean_interval(
 
 
 def _bootstrap(
-    sums_G: NDArray[np.float64], counts_G: NDArray[np.float64], level: float, resamples: int, seed: int
+    sums_G: NDArray[np.float64],
+    counts_G: NDArray[np.float64],
+    level: float,
+    resamples: int,
+    seed: int,
 ) -> tuple[float, float]:
     """The ends of the percentile bootstrap interval of sum / count over resampled prompts."""
     prompts = sums_G.size
@@ -143,7 +176,12 @@ def _bootstrap(
 
 
 def _with_interval(
-    sums_G: NDArray[np.float64], counts_G: NDArray[np.float64], ties: int, level: float, resamples: int, seed: int
+    sums_G: NDArray[np.float64],
+    counts_G: NDArray[np.float64],
+    ties: int,
+    level: float,
+    resamples: int,
+    seed: int,
 ) -> WinRate:
     """sum / count with the percentile bootstrap interval of that ratio over resampled prompts."""
     low, high = _bootstrap(sums_G, counts_G, level, resamples, seed)

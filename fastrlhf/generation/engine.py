@@ -26,7 +26,7 @@ from fastrlhf.generation.memory import affordable_slots
 from fastrlhf.generation.sampling import Sampler, SamplingParams
 from fastrlhf.generation.slots import Draw, Running, SlotGroup
 from fastrlhf.generation.stopping import StopStrings
-from fastrlhf.models.direct import direct
+from fastrlhf.models.eager_forward import no_torch_function
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
@@ -77,17 +77,27 @@ def generate(
     no sequence; `ValueError` for arguments that do not fit.
     """
     if eos is None:
-        eos = tokenizer.eos_token_id if tokenizer is not None and tokenizer.eos_token_id is not None else NO_EOS
+        eos = (
+            tokenizer.eos_token_id
+            if tokenizer is not None and tokenizer.eos_token_id is not None
+            else NO_EOS
+        )
     if slots < 1:
         raise ValueError(f"slots is {slots}; expected 1 or above")
     if eos != NO_EOS and not 0 <= eos < stage.vocab_size:
-        raise ValueError(f"eos is {eos}; expected a token of the vocabulary, 0 .. {stage.vocab_size - 1}")
+        raise ValueError(
+            f"eos is {eos}; expected a token of the vocabulary, 0 .. {stage.vocab_size - 1}"
+        )
     if ids is not None and len(ids) != len(prompts):
         raise ValueError(f"ids has {len(ids)} entries for {len(prompts)} prompts")
     if params.stop and tokenizer is None:
         raise ValueError("params.stop holds strings, which need the tokenizer argument")
     waiting = _waiting(stage, prompts, params, max_length, ids)
-    return _Engine(stage, params, mesh or stage.mesh, eos, tokenizer).run(waiting, slots) if waiting else iter(())
+    return (
+        _Engine(stage, params, mesh or stage.mesh, eos, tokenizer).run(waiting, slots)
+        if waiting
+        else iter(())
+    )
 
 
 def generate_all(
@@ -127,14 +137,21 @@ def _waiting(
 
 class _Engine:
     def __init__(
-        self, stage: GPT, params: SamplingParams, mesh: Mesh, eos: int, tokenizer: PreTrainedTokenizerFast | None
+        self,
+        stage: GPT,
+        params: SamplingParams,
+        mesh: Mesh,
+        eos: int,
+        tokenizer: PreTrainedTokenizerFast | None,
     ) -> None:
         self.stage = stage
         self.forward = Forward(stage)
         self.params = params
         self.mesh = mesh
         self.eos = eos
-        self.stop = StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
+        self.stop = (
+            StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
+        )
         self.sampler = Sampler(params, eos=eos, **stage.lm_head()) if mesh.is_last_stage else None
         self.graphs: DecodeGraphs | None = None
 
@@ -154,7 +171,10 @@ class _Engine:
                 draws = self._refill(groups, waiting, slots)
                 if draws or self.graphs is None:
                     draws = draws or [group.decode() for group in groups if group.running]
-                    drawn = [(draw.group, draw.first, rows) for draw, rows in zip(draws, self._run(draws), strict=True)]
+                    drawn = [
+                        (draw.group, draw.first, rows)
+                        for draw, rows in zip(draws, self._run(draws), strict=True)
+                    ]
                 else:
                     drawn = [(groups[0], 0, self._replay(groups[0], self.graphs))]
                 yield from self._finish(drawn)
@@ -173,7 +193,11 @@ class _Engine:
         for _ in range(min(free, len(waiting))):
             emptiest = max(range(len(groups)), key=lambda g: groups[g].free - len(admitted[g]))
             admitted[emptiest].append(waiting.popleft())
-        return [draw for group, sequences in zip(groups, admitted, strict=True) for draw in group.admit(sequences)]
+        return [
+            draw
+            for group, sequences in zip(groups, admitted, strict=True)
+            for draw in group.admit(sequences)
+        ]
 
     def _finish(self, drawn: list[tuple[SlotGroup, int, list[list[float]]]]) -> Iterator[Generated]:
         """Appends to each row of the groups what was drawn for it, from the given first row on; yields and retires the
@@ -185,11 +209,15 @@ class _Engine:
                 sequence = group.running[row]
                 sequence.tokens.append(int(token))
                 sequence.logprobs.append(logprob)
-                stopped = token == self.eos or (self.stop is not None and self.stop.completed_by(sequence.tokens))
+                stopped = token == self.eos or (
+                    self.stop is not None and self.stop.completed_by(sequence.tokens)
+                )
                 if stopped or len(sequence.tokens) == sequence.limit:
                     finished.append((group, row))
                     yield Generated(sequence.index, sequence.tokens, sequence.logprobs, stopped)
-        for group, row in reversed(finished):  # from the last row: the row that moves is never one that ends
+        for group, row in reversed(
+            finished
+        ):  # from the last row: the row that moves is never one that ends
             group.retire(row)
 
     @torch.no_grad()
@@ -224,8 +252,12 @@ class _Engine:
         group, rows = draw.group, draw.rows
         newest = hidden if draw.last is None else hidden[draw.last]
         positions = group.positions[rows] + 1
-        eos_from = group.prompt_lengths[rows] + self.params.min_new_tokens if self.params.min_new_tokens else None
-        with direct():
+        eos_from = (
+            group.prompt_lengths[rows] + self.params.min_new_tokens
+            if self.params.min_new_tokens
+            else None
+        )
+        with no_torch_function():
             tokens, logprobs = self.sampler(newest, group.ids[rows], positions, eos_from)
         return torch.stack([tokens.double(), logprobs.double()], dim=1)
 
@@ -237,5 +269,7 @@ class _Engine:
         if self.mesh.is_last_stage:
             torch.cat(drawn, out=out)
         group = self.mesh.pipeline_group
-        dist.broadcast(out, src=dist.get_global_rank(group, self.mesh.pipeline_size - 1), group=group)
+        dist.broadcast(
+            out, src=dist.get_global_rank(group, self.mesh.pipeline_size - 1), group=group
+        )
         return out

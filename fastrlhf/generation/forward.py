@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastrlhf.models.direct import forward
+from fastrlhf.models.eager_forward import forward
 from fastrlhf.models.gpt import GPT, CachedInput
 
 Tensor = torch.Tensor

@@ -66,7 +66,10 @@ class DecodeGraphs:
 
     def __call__(self, rows: int, length: int) -> Tensor:
         """A step over the group's first `rows` rows, all of them active, that attends to `length` positions at most."""
-        bucket = (_up_to(rows, 1, self.group.slots), _up_to(length, SHORTEST, self.group.cache.length))
+        bucket = (
+            _up_to(rows, 1, self.group.slots),
+            _up_to(length, SHORTEST, self.group.cache.length),
+        )
         if bucket not in self.captured:
             self.captured[bucket] = self._capture(*bucket)
         graph, drawn = self.captured[bucket]

@@ -34,15 +34,24 @@ def affordable_slots(stage: GPT, slots: int, length: int, cache_mb: float | None
     if budget is None and mesh.device.type == "cuda":
         budget = free_memory(mesh.device) / 2
     spare = min(mesh.pipeline_size, slots)  # each group of slots has a row besides
-    fit = slots if budget is None else min(slots, int(budget // max(1, row_bytes(stage, length))) - spare)
+    fit = (
+        slots
+        if budget is None
+        else min(slots, int(budget // max(1, row_bytes(stage, length))) - spare)
+    )
     agreed = torch.tensor(fit, device=mesh.device)
-    for group, size in ((mesh.tensor_group, mesh.tensor_size), (mesh.pipeline_group, mesh.pipeline_size)):
+    for group, size in (
+        (mesh.tensor_group, mesh.tensor_size),
+        (mesh.pipeline_group, mesh.pipeline_size),
+    ):
         if size > 1:
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
     fit = int(agreed)
     if fit >= slots:
         return slots
-    bound = "half of the GPU's free memory" if cache_mb is None else f"generation.cache_mb {cache_mb:g}"
+    bound = (
+        "half of the GPU's free memory" if cache_mb is None else f"generation.cache_mb {cache_mb:g}"
+    )
     need = f"one sequence of {length} tokens takes {row_bytes(stage, length) / MB:.3g} MB of cache on a rank"
     if fit < 1:
         raise UserError(
@@ -50,7 +59,9 @@ def affordable_slots(stage: GPT, slots: int, length: int, cache_mb: float | None
             "generation.max_new_tokens or data.max_prompt_tokens"
         )
     if mesh.tensor_rank == 0 and mesh.is_first_stage:
-        _say_once(f"{fit} sequences decode at once, not generation.slots {slots}: {need}, and the bound is {bound}")
+        _say_once(
+            f"{fit} sequences decode at once, not generation.slots {slots}: {need}, and the bound is {bound}"
+        )
     return fit
 
 

@@ -54,7 +54,9 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and at most 1")
         if any(not text for text in self.stop):
-            raise ValueError("stop holds an empty string, which would end every response at once; remove it")
+            raise ValueError(
+                "stop holds an empty string, which would end every response at once; remove it"
+            )
         if self.cache_mb is not None and self.cache_mb <= 0:
             raise ValueError(f"cache_mb is {self.cache_mb}; expected megabytes above 0, or None")
 
@@ -143,7 +145,9 @@ class Sampler:
         self.columns = min(columns, max(0, vocab_size - self.start))
         self.vocab_size = vocab_size
         self.eos = eos - self.start if 0 <= eos - self.start < self.columns else None
-        blocks = torch.arange(self.start // BLOCK, (self.start + columns) // BLOCK, device=weight.device)
+        blocks = torch.arange(
+            self.start // BLOCK, (self.start + columns) // BLOCK, device=weight.device
+        )
         # Block numbers stay below 2^32, so the two races never share a random number.
         self.counters = torch.cat([blocks, (1 << 32) + torch.arange(BLOCK, device=weight.device)])
 
@@ -167,8 +171,12 @@ class Sampler:
         if self.params.temperature == 0:
             score, token, value, lse = self._greedy(logits)
         else:
-            score, token, value, lse = self._race(logits, row_keys(self.params.seed, ids, positions))
-        shards = self._gather(torch.stack([score, token + self.start, value, self._whole(lse, held_back)]))
+            score, token, value, lse = self._race(
+                logits, row_keys(self.params.seed, ids, positions)
+            )
+        shards = self._gather(
+            torch.stack([score, token + self.start, value, self._whole(lse, held_back)])
+        )
         best = shards[:, 0].argmax(0)
         token, value = shards[best, 1:3, torch.arange(best.numel(), device=best.device)].unbind(1)
         return token.long(), (value - shards[:, 3].logsumexp(0)).float()
@@ -183,7 +191,11 @@ class Sampler:
 
     def _whole(self, lse: Tensor, held_back: Tensor | None) -> Tensor:
         """Log-sum-exp with the stop token's logit put back: holding it back changes the draw, not the policy."""
-        return lse if held_back is None else torch.logaddexp(lse, held_back.double() / self.temperature)
+        return (
+            lse
+            if held_back is None
+            else torch.logaddexp(lse, held_back.double() / self.temperature)
+        )
 
     def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top, token = logits.max(-1)
@@ -207,20 +219,35 @@ class Sampler:
         offset = (inside / noise[:, -BLOCK:]).argmax(-1)
         shift = top[:, 0].double() / self.temperature
         value = inside[rows, offset].double().log() + shift
-        return score.log() + shift, (block * BLOCK + offset).double(), value, blocks.double().sum(-1).log() + shift
+        return (
+            score.log() + shift,
+            (block * BLOCK + offset).double(),
+            value,
+            blocks.double().sum(-1).log() + shift,
+        )
 
-    def _truncated(self, logits: Tensor, held_back: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _truncated(
+        self, logits: Tensor, held_back: Tensor | None, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         scaled = logits.div_(self.temperature)
         top = scaled.amax(-1).clamp_min(torch.finfo(scaled.dtype).min)
         lse = (scaled - top[:, None]).exp_().sum(-1).double().log() + top
         # A shard may hold fewer columns than top_k; shards have equal shapes, so all gather the same number.
         k = min(self.params.top_k or scaled.shape[1], scaled.shape[1])
         values, tokens = scaled.topk(k)
-        packed = torch.cat([values.double(), (tokens + self.start).double(), self._whole(lse, held_back)[:, None]], 1)
+        packed = torch.cat(
+            [values.double(), (tokens + self.start).double(), self._whole(lse, held_back)[:, None]],
+            1,
+        )
         shards = self._gather(packed)
-        values, order = shards[:, :, :k].transpose(0, 1).flatten(1).sort(descending=True, stable=True)
+        values, order = (
+            shards[:, :, :k].transpose(0, 1).flatten(1).sort(descending=True, stable=True)
+        )
         tokens = shards[:, :, k:-1].transpose(0, 1).flatten(1).gather(1, order).long()
-        values, tokens = values[:, : self.params.top_k or None], tokens[:, : self.params.top_k or None]
+        values, tokens = (
+            values[:, : self.params.top_k or None],
+            tokens[:, : self.params.top_k or None],
+        )
         probabilities = values.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         weights = torch.where(before < self.params.top_p, probabilities, 0.0)

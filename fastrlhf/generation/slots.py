@@ -90,7 +90,9 @@ class SlotGroup:
             lengths, output_size=prompts.tokens.numel()
         )
         batch = CachedInput.prefill(prompts, self.cache, rows)
-        draw = Draw(batch.tokens, batch.layout, self, first, count, prompts.cu_seqlens[1:].long() - 1)
+        draw = Draw(
+            batch.tokens, batch.layout, self, first, count, prompts.cu_seqlens[1:].long() - 1
+        )
         self.ids[draw.rows] = torch.tensor([sequence.id for sequence in sequences], device=device)
         self.prompt_lengths[draw.rows] = lengths.long()
         self.positions[draw.rows] = lengths.long() - 1

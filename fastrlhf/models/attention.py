@@ -43,7 +43,9 @@ class KVCache:
         self.length = length
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write(self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, rows: Tensor, positions: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Stores key and value [T, kv heads, head_dim] at (rows[t], positions[t]); returns the layer's buffers."""
         if layer not in self._layers:
             shape = (self.rows + 1, self.length, *key.shape[1:])
@@ -185,7 +187,9 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     """cos and sin of rotary embeddings (Su et al. 2021, eq. 34), fp32 [T, 1, head_dim], for the half-split
     convention.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    exponents = (
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )
     angles = positions.float()[:, None] * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
     return angles.cos(), angles.sin()
@@ -202,7 +206,9 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class CoreAttention(MegatronModule):
     """softmax(Q K^T / sqrt(d)) V, causal within each packed sequence, heads sharded over tensor-parallel ranks."""
 
-    def __init__(self, config: Any, layer_number: int, attention_dropout: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, attention_dropout: float | None = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -229,8 +235,14 @@ class CoreAttention(MegatronModule):
             q, k = _rotate(q, layout.rope), _rotate(k, layout.rope)
         if layout.cache is not None:
             assert layout.cache_rows is not None
-            keys, values = layout.cache.write(self.layer_number, layout.cache_rows, layout.positions, k, v)
-        out = _decode_attention(q, keys, values, layout) if layout.decode else self._packed_attention(q, k, v, layout)
+            keys, values = layout.cache.write(
+                self.layer_number, layout.cache_rows, layout.positions, k, v
+            )
+        out = (
+            _decode_attention(q, keys, values, layout)
+            if layout.decode
+            else self._packed_attention(q, k, v, layout)
+        )
         out = out.reshape(T, -1)
         return F.pad(out, (0, 0, 0, query.shape[0] - T)) if query.shape[0] > T else out
 
@@ -246,12 +258,19 @@ class CoreAttention(MegatronModule):
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, dropout: float = 0.0, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SequenceLayout,
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal attention of q [T, heads, d] over k, v [T, kv heads, d] within each sequence of `layout` -> [T, heads,
     d].
     """
-    fits_flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in _FLASH_WIDTHS
+    fits_flash = (
+        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in _FLASH_WIDTHS
+    )
     if backend == "flash" or (backend == "auto" and fits_flash and HAVE_FLASH_ATTN):
         from flash_attn import flash_attn_varlen_func
 
@@ -261,8 +280,13 @@ def packed_attention(
     if backend == "auto" and fits_flash and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn
 
-        k, v = _repeat_heads(_gather_keys(k, layout), q.shape[1]), _repeat_heads(_gather_keys(v, layout), q.shape[1])
-        out = varlen_attn(q, k, v, *_lengths(layout), window_size=(-1, 0))  # the same kernel and the same alignment
+        k, v = (
+            _repeat_heads(_gather_keys(k, layout), q.shape[1]),
+            _repeat_heads(_gather_keys(v, layout), q.shape[1]),
+        )
+        out = varlen_attn(
+            q, k, v, *_lengths(layout), window_size=(-1, 0)
+        )  # the same kernel and the same alignment
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out
     if len(layout.paddings) == 1:
@@ -305,7 +329,9 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, dropout
 
     q, k, v = pad(q, padding.queries), pad(k, padding.keys), pad(v, padding.keys)
     causal = padding.visible is None
-    out = F.scaled_dot_product_attention(q, k, v, padding.visible, dropout_p=dropout, is_causal=causal)
+    out = F.scaled_dot_product_attention(
+        q, k, v, padding.visible, dropout_p=dropout, is_causal=causal
+    )
     out = out.transpose(1, 2).flatten(0, 1)
     return out if out.shape[0] == padding.place.numel() else out.index_select(0, padding.place)
 
@@ -324,4 +350,6 @@ def _decode_attention(q: Tensor, keys: Tensor, values: Tensor, layout: SequenceL
     v = values[:B, :length].transpose(1, 2)
     # The queries of a kv head stand in the place of the query positions, so grouped heads need no copies of the cache.
     grouped = q.view(B, k.shape[1], heads // k.shape[1], d)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.visible).reshape(B, heads, d)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=layout.visible).reshape(
+        B, heads, d
+    )

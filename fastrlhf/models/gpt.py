@@ -13,11 +13,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -34,10 +35,12 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from fastrlhf.checkpoint.shards import Box, ParameterBox
 from fastrlhf.config import ModelConfig
-from fastrlhf.models import direct
-from fastrlhf.models.attention import CoreAttention, KVCache, SequenceLayout, rope_tables
+from fastrlhf.models import eager_forward
+from fastrlhf.models.attention import CoreAttention, SequenceLayout, rope_tables
 from fastrlhf.models.heads import ScalarHead
+from fastrlhf.models.inputs import CachedInput, PackedInput
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import finalize_gradients
 
@@ -45,34 +48,6 @@ Tensor = torch.Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Vocabularies are padded so that every tensor-parallel shard is a multiple of this (tensor cores like aligned GEMMs).
 VOCAB_MULTIPLE = 128
-
-
-class PackedInput(Protocol):
-    """What a stage reads of a micro-batch: `data.batches.PackedBatch` or `CachedInput`."""
-
-    tokens: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-
-
-@dataclass
-class CachedInput:
-    """Tokens that go with a KV cache: prompts to prefill (`layout.decode` False) or one new token a row."""
-
-    tokens: Tensor
-    layout: SequenceLayout
-
-    @classmethod
-    def prefill(cls, batch: PackedInput, cache: KVCache, cache_rows: Tensor) -> CachedInput:
-        """Whole prompts; `cache_rows` int64 [T] says which cache row each token belongs to."""
-        layout = SequenceLayout.packed(batch.positions, batch.cu_seqlens, batch.max_seqlen, cache, cache_rows)
-        return cls(batch.tokens, layout)
-
-    @classmethod
-    def decode(cls, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> CachedInput:
-        """Token t continues cache row t at positions[t]; `length` bounds all positions + 1."""
-        return cls(tokens, SequenceLayout.decoding(positions, cache, length))
 
 
 @dataclass
@@ -86,7 +61,9 @@ class StageConfig(TransformerConfig):
 class Norm:
     """LayerNorm or RMSNorm whose parameters tell megatron that sequence parallelism shards their input."""
 
-    def __new__(cls, config: StageConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+    def __new__(  # type: ignore[misc]
+        cls, config: StageConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
         kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
@@ -103,7 +80,11 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
     fused_gelu = on_gpu and model.activation == "gelu_tanh" and model.bias
     gelu = partial(F.gelu, approximate="tanh" if model.activation == "gelu_tanh" else "none")
     layers = model.recompute_layers or model.num_layers
-    full_recompute = {"recompute_method": "block", "recompute_num_layers": layers} if model.recompute == "full" else {}
+    full_recompute = (
+        {"recompute_method": "block", "recompute_num_layers": layers}
+        if model.recompute == "full"
+        else {}
+    )
     return StageConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -139,7 +120,8 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_gradients,
         deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=on_gpu
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         use_cpu_initialization=True,  # allocate on torch's default device, which the builder sets
         perform_initialization=False,  # initialize_weights does it, the same for every layout
     )
@@ -184,7 +166,9 @@ class GPT(LanguageModule):
     whole on every tensor-parallel rank; on the others what megatron passes to the next stage.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, vocab_size: int, head: Literal["lm", "scalar"]) -> None:
+    def __init__(
+        self, model: ModelConfig, mesh: Mesh, vocab_size: int, head: Literal["lm", "scalar"]
+    ) -> None:
         config = stage_config(model, mesh)
         super().__init__(config=config, pg_collection=mesh.groups)
         self.model_config = model
@@ -201,7 +185,9 @@ class GPT(LanguageModule):
                 config=config,
                 vocab_size=padded_vocab,
                 max_sequence_length=model.max_positions,
-                position_embedding_type="learned_absolute" if model.position == "learned" else "none",
+                position_embedding_type="learned_absolute"
+                if model.position == "learned"
+                else "none",
                 tp_group=mesh.tensor_group,
             )
             self.embedding.embedding_dropout.p = config.embedding_dropout
@@ -222,7 +208,8 @@ class GPT(LanguageModule):
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
-                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                skip_weight_param_allocation=self.pre_process
+                and self.share_embeddings_and_output_weights,
                 tp_group=mesh.tensor_group,
             )
         if head == "lm" and (self.pre_process or self.post_process):
@@ -233,8 +220,8 @@ class GPT(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0])
 
     def forward(self, batch: PackedInput | CachedInput) -> Tensor:
-        if self._written_out:
-            return direct.forward(self, batch, self.decoder.input_tensor)
+        if self._use_eager_forward:
+            return eager_forward.forward(self, batch, self.decoder.input_tensor)
         layout = self.layout(batch)
         hidden = None
         if self.pre_process:
@@ -246,11 +233,13 @@ class GPT(LanguageModule):
             return hidden
         if self.mesh.sequence_parallel:
             # Heads return the whole gradient of the hidden states on every rank, so the backward only takes its slice.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False
+            )
         return hidden[: layout.num_tokens, 0]
 
     @property
-    def _written_out(self) -> bool:
+    def _use_eager_forward(self) -> bool:
         """On a CPU the forward pass without megatron's modules, wherever it computes the same: their Python and the
         passes over memory that they do not fuse took a third of a PPO iteration.
         """
@@ -261,7 +250,14 @@ class GPT(LanguageModule):
 
     @property
     def _drops(self) -> bool:
-        return max(self.config.hidden_dropout, self.config.embedding_dropout, self.config.attention_dropout) > 0
+        return (
+            max(
+                self.config.hidden_dropout,
+                self.config.embedding_dropout,
+                self.config.attention_dropout,
+            )
+            > 0
+        )
 
     @property
     def _multiple(self) -> int:
@@ -271,7 +267,9 @@ class GPT(LanguageModule):
         """Where the tokens of a micro-batch stand, with rotary tables if this model rotates."""
         layout = batch.layout if isinstance(batch, CachedInput) else SequenceLayout.of(batch)
         if self.model_config.position == "rope":
-            layout.rope = rope_tables(layout.positions, self.config.kv_channels, self.model_config.rope_theta)
+            layout.rope = rope_tables(
+                layout.positions, self.config.kv_channels, self.model_config.rope_theta
+            )
         return layout
 
     def lm_head(self) -> dict[str, Any]:
@@ -285,11 +283,36 @@ class GPT(LanguageModule):
         )
         return {"weight": weight, "vocab_size": self.vocab_size, "group": self.mesh.vocab_group}
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def parameter_boxes(self) -> Iterator[tuple[str, torch.nn.Parameter, list[ParameterBox]]]:
+        """Yield each parameter's local name, its tensor, and the boxes that the tensor holds one after another.
+
+        A gated projection holds two boxes of the whole parameter: its part of the gate above its part of the up matrix.
+        """
+        parameters = dict(self.named_parameters())
+        for name, entry in self.sharded_state_dict(metadata={}).items():
+            parameter = parameters.pop(name, None)
+            if parameter is not None:  # anything else is megatron's empty "_extra_state"
+                tensors = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+                yield name, parameter, [_parameter_box(tensor) for tensor in tensors]
+        assert not parameters, f"megatron's sharded state lacks {sorted(parameters)}"
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         if self.head_kind == "lm":
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # LanguageModule would look for an output layer.
         return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def _parameter_box(tensor: ShardedTensor) -> ParameterBox:
+    box = Box(
+        tuple(tensor.global_shape),
+        tuple(tensor.global_offset),
+        (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape),
+    )
+    # The last number says which data-parallel replica this is.
+    return ParameterBox(tensor.key, box, any(tensor.replica_id[:-1]), tensor.allow_shape_mismatch)
 
 
 def build_model(
@@ -322,7 +345,9 @@ def _mark_shards(stage: GPT) -> None:
     megatron sets them only where it also initialises the weights, which `initialize_weights` does here.
     """
     for module in stage.modules():
-        if isinstance(module, (tensor_parallel.ColumnParallelLinear, tensor_parallel.VocabParallelEmbedding)):
+        if isinstance(
+            module, (tensor_parallel.ColumnParallelLinear, tensor_parallel.VocabParallelEmbedding)
+        ):
             dim = 0
         elif isinstance(module, tensor_parallel.RowParallelLinear):
             dim = 1
@@ -371,7 +396,9 @@ def initialize_weights(stage: GPT, seed: int, prefix: str = "") -> None:
             parameter.copy_(_draw_shard(stage, name, parameter, std, seed))
 
 
-def _draw_shard(stage: GPT, name: str, parameter: torch.nn.Parameter, std: float, seed: int) -> Tensor:
+def _draw_shard(
+    stage: GPT, name: str, parameter: torch.nn.Parameter, std: float, seed: int
+) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     tensor_size, tensor_rank = stage.mesh.tensor_size, stage.mesh.tensor_rank
@@ -388,7 +415,9 @@ def _draw_shard(stage: GPT, name: str, parameter: torch.nn.Parameter, std: float
         return whole
     if stage.model_config.activation == "swiglu" and "linear_fc1" in name:
         # Gate and up projections stand one above the other; each rank holds its part of both.
-        return torch.cat([half.chunk(tensor_size, dim)[tensor_rank] for half in whole.chunk(2, dim)], dim)
+        return torch.cat(
+            [half.chunk(tensor_size, dim)[tensor_rank] for half in whole.chunk(2, dim)], dim
+        )
     return whole.chunk(tensor_size, dim)[tensor_rank]
 
 

@@ -1,26 +1,32 @@
-"""The model at a path, in the shape it was saved in: a run, a checkpoint, a model folder, or a Hugging Face model.
+"""Find, check and load the model at a path, in the shape it was saved in.
 
-Left out on purpose: models whose shape the configuration gives (`launch.Parts.stage`), and training state.
+A path is a run, a checkpoint, a model folder, or a Hugging Face model. Out of scope: models whose shape the
+configuration gives (`RunBuilder.model`), and training state.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from fastrlhf.config import ModelConfig
+from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
+from fastrlhf.config import Config, ModelConfig
 from fastrlhf.data.tokenize import conflicting_id
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model, initialize_weights
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.checkpoint import SavedModel, describe_model, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def is_hugging_face(path: str | Path) -> bool:
     """Whether `path` is a Hugging Face folder or a .gguf file, and none of our own folders."""
     path = Path(path)
-    return path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / "model.json").is_file())
+    return path.suffix == ".gguf" or (
+        (path / "config.json").is_file() and not (path / "model.json").is_file()
+    )
 
 
 def find_model(path: str | Path) -> SavedModel:
@@ -35,18 +41,26 @@ def find_model(path: str | Path) -> SavedModel:
     model = model_config_from_hf(path)
     assert model.vocab_size is not None
     tokenizer = str(path) if (path / "tokenizer_config.json").is_file() else ""
-    return SavedModel(path=path, model=model, vocab_size=model.vocab_size, head=head_from_hf(path), tokenizer=tokenizer)
+    return SavedModel(
+        path=path,
+        model=model,
+        vocab_size=model.vocab_size,
+        head=head_from_hf(path),
+        tokenizer=tokenizer,
+    )
 
 
 def find_reward_model(path: str, key: str) -> SavedModel:
     """The reward model saved at `path`, the value of the setting `key`. Raises `UserError` if there is none."""
     saved = find_model(path)
     if saved.head != "scalar":
-        raise UserError(f"{key} {saved.path} is a language model, not a reward model; give a run of the rm command")
+        raise UserError(
+            f"{key} {saved.path} is a language model, not a reward model; give a run of the rm command"
+        )
     return saved
 
 
-def check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
+def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
     """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not, or as `check_meaning`."""
     if saved.vocab_size < len(tokenizer):
         raise UserError(
@@ -56,14 +70,66 @@ def check_vocabulary(saved: SavedModel, tokenizer: Any, folder: str) -> None:
     check_meaning(saved, tokenizer, folder)
 
 
-def check_meaning(saved: SavedModel, tokenizer: Any, folder: str) -> None:
+def check_meaning(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
     """Raises `UserError` if an id is another token in the tokenizer of `folder` than in the one that the model was
     saved with.
     """
-    if folder != saved.tokenizer and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None:
+    if (
+        folder != saved.tokenizer
+        and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None
+    ):
         raise UserError(
             f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, where token {number} is not "
             f"what it is in {folder}; set data.tokenizer={saved.tokenizer}"
+        )
+
+
+_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_size",
+    "max_positions",
+    "position",
+)
+
+
+def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> None:
+    """Check that the configured shape is the one that was saved. Raises UserError naming the first difference."""
+    for name in _SHAPE:
+        configured, found = getattr(model, name), getattr(saved.model, name)
+        if configured != found:
+            raise UserError(
+                f"model.{name} is {configured}, but the model in {saved.path} has {found}; set model.{name}={found}"
+            )
+    if vocab_size != saved.vocab_size:
+        raise UserError(
+            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has {saved.vocab_size}; "
+            f"set data.tokenizer={saved.tokenizer}"
+        )
+
+
+def check_reads_policy(
+    saved: SavedModel, path: str, config: Config, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Check that a reward or value model can read every sequence that the policy can produce.
+
+    Raises UserError if it lacks tokens of the policy's tokenizer, reads ids differently, or has too few positions.
+    """
+    data, positions = config.data, saved.model.max_positions
+    if saved.vocab_size < len(tokenizer):
+        raise UserError(
+            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer {data.tokenizer} "
+            f"{len(tokenizer)} tokens; train it with the policy's tokenizer"
+        )
+    check_meaning(saved, tokenizer, data.tokenizer)
+    longest = data.max_prompt_tokens + config.generation.max_new_tokens
+    if positions < longest:
+        raise UserError(
+            f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + generation.max_new_tokens "
+            f"are {longest}; lower one of them, or give a model with more positions"
         )
 
 

@@ -7,7 +7,11 @@ from fastrlhf.ops.dispatch import backends
 from fastrlhf.ops.kl import logits_kl, token_kl
 from fastrlhf.ops.linear import linear_logprobs
 from fastrlhf.ops.linear_loss import linear_cross_entropy, linear_ppo_loss
-from fastrlhf.ops.linear_modules import FusedLinearCrossEntropy, FusedLinearLogprobs, FusedLinearPPOLoss
+from fastrlhf.ops.linear_modules import (
+    FusedLinearCrossEntropy,
+    FusedLinearLogprobs,
+    FusedLinearPPOLoss,
+)
 from fastrlhf.ops.logprob import TokenLogprobs, logprobs
 from fastrlhf.ops.masked import masked_mean, masked_whiten
 from fastrlhf.ops.ppo import PPOLoss, ppo_loss

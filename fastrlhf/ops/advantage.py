@@ -61,7 +61,9 @@ def shaped_rewards(
         return torch.where(mask, score - kl_coef * penalty, 0.0), kl
 
 
-def _gae_torch(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def _gae_torch(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one position of all rows at a time, backwards."""
     dtype = checks.compute_dtype(rewards)
     advantages = torch.zeros(rewards.shape, dtype=dtype, device=rewards.device)
@@ -69,7 +71,9 @@ def _gae_torch(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
     next_advantage = next_value = advantages.new_zeros(rewards.shape[0])
     for t in range(rewards.shape[1] - 1, -1, -1):
         here, value = mask[:, t], values[:, t].to(dtype)
-        advantage = rewards[:, t].to(dtype) + gamma * next_value - value + gamma * lam * next_advantage
+        advantage = (
+            rewards[:, t].to(dtype) + gamma * next_value - value + gamma * lam * next_advantage
+        )
         advantages[:, t] = torch.where(here, advantage, 0.0)
         returns[:, t] = torch.where(here, advantage + value, 0.0)
         next_advantage = torch.where(here, advantage, next_advantage)
@@ -114,7 +118,13 @@ def _(rewards, values, mask, gamma, lam, backend):  # type: ignore[no-untyped-de
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95, *, backend: str = "auto"
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, equation 16): (advantages, returns), fp32 [B, T].
 
@@ -153,13 +163,19 @@ def _(scores, logprobs, *_):  # type: ignore[no-untyped-def]
     return *per_token, logprobs.new_empty((logprobs.shape[0], 3), dtype=dtype)
 
 
-def _whiten(advantages: Tensor, mask: Tensor, moments: Tensor, eps: float, group: ProcessGroup | None) -> Tensor:
+def _whiten(
+    advantages: Tensor, mask: Tensor, moments: Tensor, eps: float, group: ProcessGroup | None
+) -> Tensor:
     """(A - mean) / sqrt(var + eps) from each row's count, mean and squared deviations (Chan et al. 1979)."""
     count, mean, spread = moments.unbind(1)
-    total, weighted = all_reduce_sum(torch.stack([count.sum(), (count * mean).sum()]), group).unbind()
+    total, weighted = all_reduce_sum(
+        torch.stack([count.sum(), (count * mean).sum()]), group
+    ).unbind()
     centre = weighted / total.clamp(min=1)
     deviations = all_reduce_sum((spread + count * (mean - centre).square()).sum(), group)
-    return torch.where(mask, (advantages - centre) * torch.rsqrt(deviations / total.clamp(min=1) + eps), 0.0)
+    return torch.where(
+        mask, (advantages - centre) * torch.rsqrt(deviations / total.clamp(min=1) + eps), 0.0
+    )
 
 
 def rollout_targets(

@@ -33,10 +33,17 @@ def require(holds: bool, argument: str, got: object, expected: str) -> None:
 
 
 def floating(argument: str, x: object) -> None:
-    require(isinstance(x, Tensor) and x.dtype in FLOATS, argument, x, "a float32, bfloat16, float16 or float64 tensor")
+    require(
+        isinstance(x, Tensor) and x.dtype in FLOATS,
+        argument,
+        x,
+        "a float32, bfloat16, float16 or float64 tensor",
+    )
 
 
-def like(argument: str, x: object, shape: torch.Size, device: torch.device, kind: str = "float") -> None:
+def like(
+    argument: str, x: object, shape: torch.Size, device: torch.device, kind: str = "float"
+) -> None:
     """Check that `x` is a tensor of `shape` on `device` whose dtype is of `kind`: "float", "integer" or "bool"."""
     dtypes = {"float": FLOATS, "integer": INTEGERS, "bool": (torch.bool,)}[kind]
     words = {"float": "a float", "integer": "an integer", "bool": "a bool"}[kind]
@@ -64,7 +71,12 @@ def choice(argument: str, x: object, options: tuple[object, ...]) -> None:
 def denominator(x: float | Tensor | None, device: torch.device) -> None:
     """A float above 0, a 0-dim tensor (not read here), or None."""
     if isinstance(x, Tensor):
-        require(x.dim() == 0 and x.device == device, "denominator", x, f"a float or a 0-dim tensor on {device}")
+        require(
+            x.dim() == 0 and x.device == device,
+            "denominator",
+            x,
+            f"a float or a 0-dim tensor on {device}",
+        )
     elif x is not None:
         positive("denominator", x)
 

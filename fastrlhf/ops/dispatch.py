@@ -91,7 +91,10 @@ def _cpu_problem(device: torch.device | None = None) -> str | None:
 
 def has_cpu_body(name: str, tensor: Tensor) -> bool:
     """Whether torch.ops.fastrlhf_cpu.<name>, which has no body on a GPU, runs on `tensor`."""
-    if os.environ.get("FASTRLHF_BACKEND", "auto") not in ("", "auto", "cpu") or tensor.dtype == torch.float64:
+    if (
+        os.environ.get("FASTRLHF_BACKEND", "auto") not in ("", "auto", "cpu")
+        or tensor.dtype == torch.float64
+    ):
         return False
     return _cpu_problem(tensor.device) is None and hasattr(torch.ops.fastrlhf_cpu, name)
 
@@ -103,13 +106,19 @@ class Kernel:
     """
 
     def __init__(
-        self, name: str, torch_body: Callable[..., Any], triton_module: str, cuda_body: Callable[..., Any] | None = None
+        self,
+        name: str,
+        torch_body: Callable[..., Any],
+        triton_module: str,
+        cuda_body: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self._torch_body, self._triton_module = name, torch_body, triton_module
         self._cuda_body = cuda_body
         KERNELS[name] = self
 
-    def problem(self, backend: str, tensor: Tensor | None = None, sharded: bool = False) -> str | None:
+    def problem(
+        self, backend: str, tensor: Tensor | None = None, sharded: bool = False
+    ) -> str | None:
         """Why `backend` cannot run this kernel (on `tensor`, if given), with the cure; None when it can."""
         if backend == "torch":
             return None
@@ -129,7 +138,9 @@ class Kernel:
         """Resolve `backend` for `tensor` to one that can run it; RuntimeError when the one asked for cannot."""
         forced = os.environ.get("FASTRLHF_BACKEND", "")
         if forced not in ("", *BACKENDS):
-            raise RuntimeError(f"FASTRLHF_BACKEND={forced!r}: expected one of {', '.join(BACKENDS)}")
+            raise RuntimeError(
+                f"FASTRLHF_BACKEND={forced!r}: expected one of {', '.join(BACKENDS)}"
+            )
         if forced == "cuda" and self._cuda_body is None:
             forced = "auto"
         asked = forced or backend
@@ -153,7 +164,9 @@ class Kernel:
         if backend == "cuda":
             assert self._cuda_body is not None
             return functools.partial(self._cuda_body, torch.ops.fastrlhf_cuda)
-        return functools.partial(_beside, getattr(importlib.import_module(self._triton_module), name or self.name))
+        return functools.partial(
+            _beside, getattr(importlib.import_module(self._triton_module), name or self.name)
+        )
 
 
 def _beside(function: Callable[..., Any], tensor: Tensor, *rest: Any) -> Any:
@@ -169,11 +182,24 @@ def backends() -> dict[str, dict[str, Any]]:
     "cuda" also has "note": when it is used. "forced" holds FASTRLHF_BACKEND when it is set.
     """
     report: dict[str, dict[str, Any]] = {}
-    found = {"torch": None, "cpu": _cpu_problem(), "triton": _triton_problem(), "cuda": _cuda_problem()}
+    found = {
+        "torch": None,
+        "cpu": _cpu_problem(),
+        "triton": _triton_problem(),
+        "cuda": _cuda_problem(),
+    }
     for backend, why in found.items():
-        can = [] if why else [name for name, kernel in sorted(KERNELS.items()) if kernel.problem(backend) is None]
+        can = (
+            []
+            if why
+            else [
+                name for name, kernel in sorted(KERNELS.items()) if kernel.problem(backend) is None
+            ]
+        )
         report[backend] = {"available": why is None, "why_not": why, "kernels": can}
-    report["cuda"]["note"] = "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
+    report["cuda"]["note"] = (
+        "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
+    )
     if os.environ.get("FASTRLHF_BACKEND"):
         report["forced"] = {"backend": os.environ["FASTRLHF_BACKEND"]}
     return report

@@ -41,7 +41,9 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> T
     return torch.expm1(-d) + d
 
 
-def logits_kl_ref(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+def logits_kl_ref(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
     """Plain torch: sum_j p_j (log p_j - log q_j), through autograd, holding several [..., V] tensors."""
     dtype = checks.compute_dtype(logits)
     x, y = logits.to(dtype), ref_logits.to(dtype)
@@ -56,7 +58,9 @@ def logits_kl_ref(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
 # --- raw bodies: rows are [B, L, V] views, per-token tensors are flat [N], N = B * L ---------------------------------
 
 
-def _statistics_torch(rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: float, columns: int) -> Tensor:
+def _statistics_torch(
+    rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: float, columns: int
+) -> Tensor:
     """Per token (max x, sum e, max y, sum f, sum e (x - y) / T), e = exp((x - max x) / T), f likewise: [5, N]."""
     dtype = checks.compute_dtype(rows)
     stats = rows.new_zeros(5, *rows.shape[:2], dtype=dtype)
@@ -110,7 +114,9 @@ STATISTICS = Kernel("logits_kl_statistics", _statistics_torch, "fastrlhf.kernels
 BACKWARD = Kernel("logits_kl_backward", _backward_torch, "fastrlhf.kernels.logits_kl")
 
 
-def _finish(stats: Tensor, mask: Tensor | None, temperature: float, group_name: str) -> tuple[Tensor, Tensor]:
+def _finish(
+    stats: Tensor, mask: Tensor | None, temperature: float, group_name: str
+) -> tuple[Tensor, Tensor]:
     """Combine the ranks' statistics in rank order; KL = E_p[(x - y) / T] - lse(x / T) + lse(y / T)."""
     if group_name:
         stats = _combine(collectives.gather_stack(stats, group_name), temperature)
@@ -125,7 +131,9 @@ def _combine(stats: Tensor, temperature: float) -> Tensor:
     scale = torch.where(stats[:, 1] == 0, 0.0, torch.exp((stats[:, 0] - max_x) / temperature))
     ref_scale = torch.where(stats[:, 3] == 0, 0.0, torch.exp((stats[:, 2] - max_y) / temperature))
     cross = torch.where(scale == 0, 0.0, scale * stats[:, 4])
-    return torch.stack([max_x, (scale * stats[:, 1]).sum(0), max_y, (ref_scale * stats[:, 3]).sum(0), cross.sum(0)])
+    return torch.stack(
+        [max_x, (scale * stats[:, 1]).sum(0), max_y, (ref_scale * stats[:, 3]).sum(0), cross.sum(0)]
+    )
 
 
 @custom_op(
@@ -163,7 +171,9 @@ def _logits_kl_backward(
     out = torch.empty_like(rows) if needs_logits else None
     ref_out = torch.empty_like(ref_rows) if needs_ref else None
     body = BACKWARD.on(rows, backend)
-    body(rows, ref_rows, flat(mask), stats, flat(kl), flat(grad), temperature, columns, out, ref_out)
+    body(
+        rows, ref_rows, flat(mask), stats, flat(kl), flat(grad), temperature, columns, out, ref_out
+    )
     nothing = logits.new_empty(0)
     return (
         nothing if out is None else out.view(logits.shape),
@@ -172,7 +182,19 @@ def _logits_kl_backward(
 
 
 @register_fake(_logits_kl_backward)
-def _(logits, ref_logits, mask, stats, kl, grad, temperature, columns, backend, needs_logits, needs_ref):  # type: ignore[no-untyped-def]
+def _(
+    logits,
+    ref_logits,
+    mask,
+    stats,
+    kl,
+    grad,
+    temperature,
+    columns,
+    backend,
+    needs_logits,
+    needs_ref,
+):  # type: ignore[no-untyped-def]
     def like(x: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(as_rows(x)).view(x.shape) if needed else x.new_empty(0)
 
@@ -192,7 +214,16 @@ def _logits_kl_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:2]
     logits, ref_logits, mask, stats, kl = ctx.saved_tensors
     d, ref_d = _logits_kl_backward(
-        logits, ref_logits, mask, stats, kl, grad.contiguous(), temperature, columns, backend, *needs
+        logits,
+        ref_logits,
+        mask,
+        stats,
+        kl,
+        grad.contiguous(),
+        temperature,
+        columns,
+        backend,
+        *needs,
     )
     return (d if needs[0] else None, ref_d if needs[1] else None, *(None,) * 5)
 
@@ -212,9 +243,23 @@ def logits_kl(
     as in `logprobs`; one all-gather of five floats a token. Raises ValueError on wrong shapes and dtypes.
     """
     checks.floating("logits", logits)
-    checks.require(logits.dim() >= 1 and logits.shape[-1] > 0, "logits", logits, "shape [..., V] with V above 0")
-    fits = isinstance(ref_logits, Tensor) and ref_logits.shape == logits.shape and ref_logits.dtype == logits.dtype
-    checks.require(fits and ref_logits.device == logits.device, "ref_logits", ref_logits, checks.describe(logits))
+    checks.require(
+        logits.dim() >= 1 and logits.shape[-1] > 0,
+        "logits",
+        logits,
+        "shape [..., V] with V above 0",
+    )
+    fits = (
+        isinstance(ref_logits, Tensor)
+        and ref_logits.shape == logits.shape
+        and ref_logits.dtype == logits.dtype
+    )
+    checks.require(
+        fits and ref_logits.device == logits.device,
+        "ref_logits",
+        ref_logits,
+        checks.describe(logits),
+    )
     if mask is not None:
         checks.like("mask", mask, logits.shape[:-1], logits.device, "bool")
     checks.positive("temperature", temperature)

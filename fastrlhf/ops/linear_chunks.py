@@ -36,7 +36,9 @@ def budget_override() -> int | None:
     except ValueError:
         megabytes = float("nan")
     if not 0 < megabytes < float("inf"):
-        raise ValueError(f"{BUDGET_VARIABLE}: got {text!r}, expected a number of MiB above 0, such as 512")
+        raise ValueError(
+            f"{BUDGET_VARIABLE}: got {text!r}, expected a number of MiB above 0, such as 512"
+        )
     return max(1, int(megabytes * MIB))
 
 
@@ -63,7 +65,11 @@ def chunk_rows(hidden: Tensor, tokens: int, width: int, shared: bool = False) ->
     if budget is not None and width:
         rows = budget // row_bytes
     elif on_gpu:
-        rows = most if shared or not width else min(most, free_memory(hidden.device) // 16 // row_bytes)
+        rows = (
+            most
+            if shared or not width
+            else min(most, free_memory(hidden.device) // 16 // row_bytes)
+        )
     else:
         rows = min(most, CPU_BUDGET // row_bytes) if width else most
     parts = -(-tokens // max(1, rows))
@@ -93,22 +99,35 @@ class CountedRows:
     """The rows of hidden [N, H] that `mask` [N] counts, in chunks.
 
     Those that do not count are never touched, where their number is known without waiting: on a CPU always, on a GPU
-    when the caller says how many count (`counted`, or a number above). On a GPU that is not told, all rows go through,
-    those masked out as zeros.
+    when the caller says how many count (`num_counted`, or a number above). Otherwise all rows of a
+    GPU go through, those
+    masked out as zeros.
     """
 
     def __init__(
-        self, hidden_NH: Tensor, mask_N: Tensor | None, width: int, shared: bool = False, counted: int | None = None
+        self,
+        hidden_NH: Tensor,
+        mask_N: Tensor | None,
+        width: int,
+        shared: bool = False,
+        num_counted: int | None = None,
     ) -> None:
         self.hidden, self.mask, self.index = hidden_NH, mask_N, None
         if mask_N is not None and readable(mask_N):
             self.mask = None
             self.index = None if bool(mask_N.all()) else true_places(mask_N, None)
-        elif mask_N is not None and counted is not None and counted < len(hidden_NH):
-            self.index = true_places(mask_N, counted)  # the mask stays, since `counted` may be more than there are
+        elif mask_N is not None and num_counted is not None and num_counted < len(hidden_NH):
+            self.index = true_places(
+                mask_N, num_counted
+            )  # the mask stays, since `num_counted` may be more than there are
         self.count = len(hidden_NH if self.index is None else self.index)
         expected = f"no less than the mask's True positions ({self.count})"
-        checks.require(counted is None or self.mask is not None or self.count <= counted, "counted", counted, expected)
+        checks.require(
+            num_counted is None or self.mask is not None or self.count <= num_counted,
+            "num_counted",
+            num_counted,
+            expected,
+        )
         self.step = chunk_rows(hidden_NH, self.count, width, shared)
 
     def __iter__(self) -> Iterator[slice]:
@@ -213,8 +232,12 @@ class Gradients:
         if self.needs[1]:
             # the first chunk's product is written, not added: no pass to zero it
             shape = weight_VH.shape
-            self.weight = reused(self.weight, *shape) if rows.count else self.weight.new_zeros(shape)
-        self.bias = torch.zeros(weight_VH.shape[0] if self.needs[2] else 0, dtype=dtype, device=weight_VH.device)
+            self.weight = (
+                reused(self.weight, *shape) if rows.count else self.weight.new_zeros(shape)
+            )
+        self.bias = torch.zeros(
+            weight_VH.shape[0] if self.needs[2] else 0, dtype=dtype, device=weight_VH.device
+        )
 
     def add(self, at: slice, d_logits: Tensor, hidden_chunk: Tensor, weight_VH: Tensor) -> None:
         if self.needs[0]:

@@ -28,7 +28,13 @@ from fastrlhf.ops.linear_chunks import (
     scaled,
     unit_of,
 )
-from fastrlhf.ops.logprob import BACKWARD, STATISTICS, check_tokens, combine_statistics, finish_statistics
+from fastrlhf.ops.logprob import (
+    BACKWARD,
+    STATISTICS,
+    check_tokens,
+    combine_statistics,
+    finish_statistics,
+)
 from fastrlhf.ops.ppo import PPOLoss
 from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
 from fastrlhf.ops.rows import flat, local_columns
@@ -41,8 +47,12 @@ def linear_cross_entropy_ref(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, bias: Tensor | None = None,
     denominator: float | Tensor | None = None, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    tokens = linear_logprobs_ref(hidden, weight, labels, bias=bias, mask=mask, temperature=temperature)
-    return -tokens.logprobs.sum() / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    tokens = linear_logprobs_ref(
+        hidden, weight, labels, bias=bias, mask=mask, temperature=temperature
+    )
+    return -tokens.logprobs.sum() / (
+        mask.sum().clamp(min=1) if denominator is None else denominator
+    )
 
 
 def linear_ppo_loss_ref(
@@ -50,7 +60,9 @@ def linear_ppo_loss_ref(
     clip: float = 0.2, entropy_coef: float = 0.0, temperature: float = 1.0, bias: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> PPOLoss:  # fmt: skip
-    tokens = linear_logprobs_ref(hidden, weight, labels, bias=bias, mask=mask, temperature=temperature)
+    tokens = linear_logprobs_ref(
+        hidden, weight, labels, bias=bias, mask=mask, temperature=temperature
+    )
     return ppo.ppo_loss_ref(
         tokens.logprobs, old_logprobs, advantages, mask, clip=clip, entropy=tokens.entropy, entropy_coef=entropy_coef,
         denominator=denominator,
@@ -96,7 +108,9 @@ def _chunk_logits(
         formed = chosen == "cuda" and d_logp is not None
         if formed:
             both = torch.ops.fastrlhf_cuda.logprob_forward_backward
-            stats = both(logits[None], labels, mask, rows.take(d_logp, at), None, None, *where, logits[None])
+            stats = both(
+                logits[None], labels, mask, rows.take(d_logp, at), None, None, *where, logits[None]
+            )
         else:
             stats = STATISTICS.on(logits, chosen)(logits[None], labels, mask, *where)
         yield _Chunk(at, chunk, labels, mask, logits, _whole(stats, where[0], group_name), formed)
@@ -120,23 +134,27 @@ def _chunk_loss(
         sums[0] = -logp.sum()
         return sums, -counted.to(logp.dtype), None
     one = torch.ones((), dtype=logp.dtype, device=logp.device)
-    body = ppo.KERNEL.on(logp, "auto" if backend == "cuda" else backend)  # which has kernels for the logits alone
+    body = ppo.KERNEL.on(
+        logp, "auto" if backend == "cuda" else backend
+    )  # which has kernels for the logits alone
     options = (clip, clip, 1.0, entropy_coef)
-    sums, d_logp, _ = body(logp, old_logprobs, advantages, counted, None, None, None, entropy, one, *options)
+    sums, d_logp, _ = body(
+        logp, old_logprobs, advantages, counted, None, None, None, entropy, one, *options
+    )
     return sums, d_logp, -entropy_coef * counted.to(logp.dtype) if entropy_coef else None
 
 
 @custom_op(
     "linear_loss",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor? old_logprobs,"
-    " Tensor? advantages, Tensor? denominator, float clip, float entropy_coef, float temperature, int? counted,"
+    " Tensor? advantages, Tensor? denominator, float clip, float entropy_coef, float temperature, int? num_counted,"
     " int vocab_start, int columns, int chunk_width, str group_name, str backend, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor, old_logprobs: Tensor | None,
     advantages: Tensor | None, denominator: Tensor | None, clip: float, entropy_coef: float, temperature: float,
-    counted: int | None, vocab_start: int, columns: int, chunk_width: int, group_name: str, backend: str,
+    num_counted: int | None, vocab_start: int, columns: int, chunk_width: int, group_name: str, backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, metrics [10], dh, dW, db): metrics as ppo_loss's, but for the last: what the gradients are still to be
@@ -144,8 +162,13 @@ def _linear_loss(
 
     Half-precision ones are of the sum / unit (see `unit_of`); the others of the loss, so that nothing is left to do.
     """
-    keep, old, adv, dtype = flat(mask), flat(old_logprobs), flat(advantages), checks.compute_dtype(hidden)
-    rows = CountedRows(as_matrix(hidden), keep, chunk_width, bool(group_name), counted)
+    keep, old, adv, dtype = (
+        flat(mask),
+        flat(old_logprobs),
+        flat(advantages),
+        checks.compute_dtype(hidden),
+    )
+    rows = CountedRows(as_matrix(hidden), keep, chunk_width, bool(group_name), num_counted)
     unit = unit_of(rows, adv, at_least=entropy_coef)
     count = keep.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype)
     metrics = torch.zeros(10, dtype=dtype, device=hidden.device)
@@ -153,7 +176,9 @@ def _linear_loss(
     where = (temperature, vocab_start, columns)
     known = -1.0 / (count if unit is None else unit) if old is None and any(needs) else None
     d_logp_N = None if known is None else torch.where(keep, known, 0.0)
-    for chunk in _chunks(rows, weight, bias, flat(labels).long(), where, group_name, backend, d_logp_N):
+    for chunk in _chunks(
+        rows, weight, bias, flat(labels).long(), where, group_name, backend, d_logp_N
+    ):
         stats = chunk.statistics()
         logp, entropy, _ = finish_statistics(stats, chunk.mask, temperature)
         constants = (rows.take(old, chunk.at), rows.take(adv, chunk.at))
@@ -164,7 +189,15 @@ def _linear_loss(
         metrics[8] = ratio_max
         if any(needs) and not chunk.formed:
             d_logp, d_entropy = (divided(t, count if unit is None else unit) for t in upstream)
-            saved = (chunk.mask, stats[0], stats[1], None if d_entropy is None else entropy, d_logp, d_entropy, None)
+            saved = (
+                chunk.mask,
+                stats[0],
+                stats[1],
+                None if d_entropy is None else entropy,
+                d_logp,
+                d_entropy,
+                None,
+            )
             body = BACKWARD.on(chunk.logits, backend)
             body(chunk.logits[None], chunk.labels, *saved, *where, chunk.logits[None])
         if any(needs):
@@ -172,7 +205,13 @@ def _linear_loss(
     metrics[:8] /= count
     metrics[9] = 1.0 if unit is None else unit / count
     d_hidden, d_weight, d_bias = gradients.reduced(group_name)
-    return metrics[0].clone(), metrics, d_hidden.view(hidden.shape) if needs[0] else d_hidden, d_weight, d_bias
+    return (
+        metrics[0].clone(),
+        metrics,
+        d_hidden.view(hidden.shape) if needs[0] else d_hidden,
+        d_weight,
+        d_bias,
+    )
 
 
 @register_fake(_linear_loss)
@@ -199,7 +238,9 @@ def _loss_grad(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     metrics, *gradients = ctx.saved_tensors
     upstream, spare = grad_loss * metrics[9], saved_are_spare()
     needed = zip(gradients, ctx.needs_input_grad[:3], ctx.dtypes, strict=True)
-    return *(scaled(g, upstream, dtype, spare) if needs else None for g, needs, dtype in needed), *(None,) * 15
+    return *(scaled(g, upstream, dtype, spare) if needs else None for g, needs, dtype in needed), *(
+        None,
+    ) * 15
 
 
 register_autograd(_linear_loss, _loss_grad, _loss_setup)
@@ -208,14 +249,14 @@ register_autograd(_linear_loss, _loss_grad, _loss_setup)
 def _run_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mask: Tensor, old_logprobs: Tensor | None,
     advantages: Tensor | None, denominator: float | Tensor | None, clip: float, entropy_coef: float,
-    temperature: float, counted: int | None, vocab_start: int | None, vocab_size: int | None,
+    temperature: float, num_counted: int | None, vocab_start: int | None, vocab_size: int | None,
     group: ProcessGroup | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     hidden, weight, bias = linear_inputs(hidden, weight, bias)
     check_tokens(hidden.shape[:-1], hidden.device, labels, None, None, temperature, backend)
     checks.like("mask", mask, hidden.shape[:-1], hidden.device, "bool")
     checks.denominator(denominator, hidden.device)
-    check_counted(counted, mask)
+    check_counted(num_counted, mask)
     start, columns = local_columns(weight.shape[0], vocab_start, vocab_size, group)
     # Sharded, all ranks must cut the same chunks, and only the true size tells a rank how wide the others are.
     chunk_width = weight.shape[0] if group is None else -(-(vocab_size or 0) // group.size())
@@ -223,7 +264,7 @@ def _run_loss(
     needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, metrics, _, _, _ = _linear_loss(
         hidden, weight, bias, labels, mask, old_logprobs, advantages, ppo.as_denominator(denominator, hidden),
-        float(clip), float(entropy_coef), float(temperature), counted, start, columns, chunk_width,
+        float(clip), float(entropy_coef), float(temperature), num_counted, start, columns, chunk_width,
         collectives.name_of(group), backend, needs,
     )  # fmt: skip
     return loss, metrics
@@ -231,18 +272,19 @@ def _run_loss(
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, *, bias: Tensor | None = None,
-    denominator: float | Tensor | None = None, temperature: float = 1.0, counted: int | None = None,
+    denominator: float | Tensor | None = None, temperature: float = 1.0, num_counted: int | None = None,
     vocab_start: int | None = None, vocab_size: int | None = None, group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """-sum over True positions of log softmax((hidden @ weight.T + bias) / T)[label], / denominator; 0-dim fp32.
 
-    The denominator (a float or a 0-dim tensor) defaults to the number of True positions. Shapes, dtypes, `counted` and
-    `group` as in `linear_logprobs`. Three GEMMs in the forward, none in the backward; logits are never held whole. dW
+    The denominator (a float or a 0-dim tensor) defaults to the number of True positions. Shapes, dtypes,
+    `num_counted` and `group` as in `linear_logprobs`. Three GEMMs in the forward, none in the
+    backward; logits are never held whole. dW
     waits for the backward in fp32: [V, H] of it.
     """
     loss, _ = _run_loss(
-        hidden, weight, bias, labels, mask, None, None, denominator, 0.2, 0.0, temperature, counted, vocab_start,
+        hidden, weight, bias, labels, mask, None, None, denominator, 0.2, 0.0, temperature, num_counted, vocab_start,
         vocab_size, group, backend,
     )  # fmt: skip
     return loss
@@ -251,7 +293,7 @@ def linear_cross_entropy(
 def linear_ppo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip: float = 0.2, entropy_coef: float = 0.0, temperature: float = 1.0, bias: Tensor | None = None,
-    denominator: float | Tensor | None = None, counted: int | None = None, vocab_start: int | None = None,
+    denominator: float | Tensor | None = None, num_counted: int | None = None, vocab_start: int | None = None,
     vocab_size: int | None = None, group: ProcessGroup | None = None, backend: str = "auto",
 ) -> PPOLoss:  # fmt: skip
     """`ppo_loss` of the log-probs and entropy of (hidden @ weight.T + bias) / T, without holding the logits.
@@ -265,6 +307,6 @@ def linear_ppo_loss(
     checks.positive("clip", clip)
     loss, metrics = _run_loss(
         hidden, weight, bias, labels, mask, old_logprobs, advantages, denominator, clip, entropy_coef, temperature,
-        counted, vocab_start, vocab_size, group, backend,
+        num_counted, vocab_start, vocab_size, group, backend,
     )  # fmt: skip
     return PPOLoss(loss, *metrics.detach()[1:9].unbind())

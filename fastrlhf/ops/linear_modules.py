@@ -5,7 +5,7 @@ They hold options, never parameters: the weight comes with each call, so a tied 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -37,7 +37,11 @@ class _FusedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Every option held, the group by its name: what a model's printout needs to tell two losses apart."""
-        held = {name: value for name, value in vars(self).items() if name != "training" and not name.startswith("_")}
+        held = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "training" and not name.startswith("_")
+        }
         held["group"] = None if self.group is None else self.group.group_name
         return ", ".join(f"{name}={value!r}" for name, value in held.items())
 
@@ -45,7 +49,9 @@ class _FusedLinear(nn.Module):
 class FusedLinearLogprobs(_FusedLinear):
     """`linear_logprobs` with its options held; `forward` takes its tensors."""
 
-    def __init__(self, *, recompute: bool | str = "auto", with_entropy: bool = False, **options: object) -> None:
+    def __init__(
+        self, *, recompute: bool | str = "auto", with_entropy: bool = False, **options: object
+    ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         checks.choice("recompute", recompute, ("auto", True, False))
         self.recompute, self.with_entropy = recompute, with_entropy
@@ -72,8 +78,10 @@ class FusedLinearCrossEntropy(_FusedLinear):
         bias: Tensor | None = None, denominator: float | Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         mask = labels != self.ignore_index if mask is None else mask
-        options = self._options()
-        return linear_cross_entropy(hidden, weight, labels, mask, bias=bias, denominator=denominator, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = self._options()
+        return linear_cross_entropy(
+            hidden, weight, labels, mask, bias=bias, denominator=denominator, **options
+        )
 
 
 class FusedLinearPPOLoss(_FusedLinear):

@@ -42,10 +42,16 @@ def logprobs_ref(
     logp = torch.log_softmax(torch.where(keep[..., None], x, 0.0) / temperature, -1)
     lse = torch.logsumexp(torch.where(keep[..., None], x, 0.0) / temperature, -1)
     p = logp.exp()
-    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(-1)  # the where inside: 0 * -inf has no gradient
+    entropy = -(p * torch.where(p > 0, logp, 0.0)).sum(
+        -1
+    )  # the where inside: 0 * -inf has no gradient
     chosen = logp.gather(-1, torch.where(keep, labels, 0).long()[..., None]).squeeze(-1)
     chosen, entropy, lse = (torch.where(keep, t, 0.0) for t in (chosen, entropy, lse))
-    kl = None if ref_logprobs is None else torch.where(keep, chosen - ref_logprobs.to(chosen.dtype), 0.0)
+    kl = (
+        None
+        if ref_logprobs is None
+        else torch.where(keep, chosen - ref_logprobs.to(chosen.dtype), 0.0)
+    )
     return TokenLogprobs(chosen, entropy, lse, kl)
 
 
@@ -53,7 +59,12 @@ def logprobs_ref(
 
 
 def _statistics_torch(
-    rows: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, vocab_start: int, columns: int
+    rows: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    vocab_start: int,
+    columns: int,
 ) -> Tensor:
     """Per token (M = max x, sum e, sum e (x - M) / T, x[label]) with e = exp((x - M) / T), over this shard: [4, N].
 
@@ -95,15 +106,21 @@ def _backward_torch(
     """Write d/dx_j = (g_lp (1[j = label] - p_j) + g_lse p_j - g_H p_j (log p_j + H)) / T into `out` (may be `rows`)."""
     dtype, lead = checks.compute_dtype(rows), rows.shape[:2]
     zero = torch.zeros_like(row_max)
-    g_lp, g_h, g_lse = (zero if g is None else g.to(dtype) for g in (grad_logprobs, grad_entropy, grad_logsumexp))
+    g_lp, g_h, g_lse = (
+        zero if g is None else g.to(dtype) for g in (grad_logprobs, grad_entropy, grad_logsumexp)
+    )
     if mask is not None:
         g_lp, g_h, g_lse = (torch.where(mask, g, 0.0) for g in (g_lp, g_h, g_lse))
     log_sum = row_sum.log()
     through_p = g_lse - g_lp
-    h_minus_log_sum = zero if entropy is None else entropy - log_sum  # log p_j + H = (x_j - M) / T - log sum + H
+    h_minus_log_sum = (
+        zero if entropy is None else entropy - log_sum
+    )  # log p_j + H = (x_j - M) / T - log sum + H
     local = (labels - vocab_start).view(lead)
     owned = ((local >= 0) & (local < columns)).view(lead)
-    views = [t.view(lead)[..., None] for t in (row_max, row_sum, g_lp, g_h, through_p, h_minus_log_sum)]
+    views = [
+        t.view(lead)[..., None] for t in (row_max, row_sum, g_lp, g_h, through_p, h_minus_log_sum)
+    ]
     for at in row_blocks(rows, columns):
         top, total, to_label, to_h, to_p, shift = (t[at] for t in views)
         u = (rows[at][..., :columns].to(dtype) - top) / temperature
@@ -115,7 +132,9 @@ def _backward_torch(
             label = local[at].clamp(0, columns - 1)[..., None]
             d.scatter_add_(-1, label, torch.where(owned[at][..., None], to_label, 0.0))
         d = d / temperature
-        out[at][..., :columns] = d if mask is None else torch.where(mask.view(lead)[at][..., None], d, 0.0)
+        out[at][..., :columns] = (
+            d if mask is None else torch.where(mask.view(lead)[at][..., None], d, 0.0)
+        )
         out[at][..., columns:] = 0
 
 
@@ -131,7 +150,9 @@ def _backward_cuda(
     library.logprob_forward_backward(rows, labels, mask, *upstream_and_rest)
 
 
-STATISTICS = Kernel("logprob_statistics", _statistics_torch, "fastrlhf.kernels.logprob", _statistics_cuda)
+STATISTICS = Kernel(
+    "logprob_statistics", _statistics_torch, "fastrlhf.kernels.logprob", _statistics_cuda
+)
 BACKWARD = Kernel("logprob_backward", _backward_torch, "fastrlhf.kernels.logprob", _backward_cuda)
 
 
@@ -141,10 +162,14 @@ def combine_statistics(stats: Tensor, temperature: float) -> Tensor:
     shift = (stats[:, 0] - row_max) / temperature
     scale = torch.where(stats[:, 1] == 0, 0.0, shift.exp())
     weighted = torch.where(scale == 0, 0.0, scale * (stats[:, 2] + shift * stats[:, 1]))
-    return torch.stack([row_max, (scale * stats[:, 1]).sum(0), weighted.sum(0), stats[:, 3].amax(0)])
+    return torch.stack(
+        [row_max, (scale * stats[:, 1]).sum(0), weighted.sum(0), stats[:, 3].amax(0)]
+    )
 
 
-def finish_statistics(stats: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def finish_statistics(
+    stats: Tensor, mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, logsumexp) [N] from whole-vocabulary statistics [4, N]."""
     row_max, row_sum, weighted, target = stats
     log_sum = row_sum.log()
@@ -163,7 +188,9 @@ def forward_rows(
     """(logprobs, entropy, logsumexp, kl, row_max, row_sum), each [N]; entropy and kl are empty when not asked for."""
     if not group_name and STATISTICS.choose(rows, backend) == "triton":  # one launch does it all
         forward = STATISTICS.body("triton", "logprob_forward")
-        return forward(rows, labels, mask, ref_logprobs, temperature, with_entropy, vocab_start, columns)
+        return forward(
+            rows, labels, mask, ref_logprobs, temperature, with_entropy, vocab_start, columns
+        )
     body = STATISTICS.on(rows, backend, sharded=bool(group_name))
     stats = body(rows, labels, mask, temperature, vocab_start, columns)
     if group_name:
@@ -172,7 +199,11 @@ def forward_rows(
 
 
 def outputs_from(
-    stats: Tensor, mask: Tensor | None, ref_logprobs: Tensor | None, temperature: float, with_entropy: bool
+    stats: Tensor,
+    mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logp, entropy, lse = finish_statistics(stats, mask, temperature)
     kl = stats.new_empty(0)
@@ -180,7 +211,14 @@ def outputs_from(
         kl = logp - ref_logprobs
         kl = kl if mask is None else torch.where(mask, kl, 0.0)
     # clones: the outputs of a custom op may not share memory
-    return logp, entropy if with_entropy else stats.new_empty(0), lse, kl, stats[0].clone(), stats[1].clone()
+    return (
+        logp,
+        entropy if with_entropy else stats.new_empty(0),
+        lse,
+        kl,
+        stats[0].clone(),
+        stats[1].clone(),
+    )
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -223,7 +261,9 @@ _BACKWARD_ARGUMENTS = (
 )
 
 
-def _backward_into(out: Tensor, rows: Tensor, per_token: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> None:
+def _backward_into(
+    out: Tensor, rows: Tensor, per_token: tuple[Tensor | None, ...], options: tuple[Any, ...]
+) -> None:
     temperature, vocab_start, columns, backend = options
     labels, *rest = (flat(t) for t in per_token)
     assert labels is not None
@@ -241,7 +281,16 @@ def _token_logprobs_backward(
 ) -> Tensor:  # fmt: skip
     rows = as_rows(logits)
     out = torch.empty_like(rows)
-    per_token = (labels, mask, row_max, row_sum, entropy, grad_logprobs, grad_entropy, grad_logsumexp)
+    per_token = (
+        labels,
+        mask,
+        row_max,
+        row_sum,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        grad_logsumexp,
+    )
     _backward_into(out, rows, per_token, (temperature, vocab_start, columns, backend))
     return out.view(logits.shape)
 
@@ -261,14 +310,37 @@ def _token_logprobs_backward_inplace(
     vocab_start: int, columns: int, backend: str,
 ) -> None:  # fmt: skip
     rows = as_rows(logits)
-    assert rows.data_ptr() == logits.data_ptr(), "in-place backward is only asked for on logits viewed without a copy"
-    per_token = (labels, mask, row_max, row_sum, entropy, grad_logprobs, grad_entropy, grad_logsumexp)
+    assert rows.data_ptr() == logits.data_ptr(), (
+        "in-place backward is only asked for on logits viewed without a copy"
+    )
+    per_token = (
+        labels,
+        mask,
+        row_max,
+        row_sum,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        grad_logsumexp,
+    )
     _backward_into(rows, rows, per_token, (temperature, vocab_start, columns, backend))
     torch.autograd.graph.increment_version(logits)  # so that a second backward raises
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, mask, _ref, temperature, with_entropy, start, columns, _group, ctx.inplace, backend = inputs
+    (
+        logits,
+        labels,
+        mask,
+        _ref,
+        temperature,
+        with_entropy,
+        start,
+        columns,
+        _group,
+        ctx.inplace,
+        backend,
+    ) = inputs
     ctx.set_materialize_grads(False)
     ctx.options = (temperature, start, columns, backend)
     _logp, entropy, _lse, _kl, row_max, row_sum = output
@@ -348,7 +420,12 @@ def logprobs(
     Raises ValueError on wrong shapes, dtypes or devices; RuntimeError when `backend` cannot run.
     """
     checks.floating("logits", logits)
-    checks.require(logits.dim() >= 1 and logits.shape[-1] > 0, "logits", logits, "shape [..., V] with V above 0")
+    checks.require(
+        logits.dim() >= 1 and logits.shape[-1] > 0,
+        "logits",
+        logits,
+        "shape [..., V] with V above 0",
+    )
     check_tokens(logits.shape[:-1], logits.device, labels, mask, ref_logprobs, temperature, backend)
     start, columns = local_columns(logits.shape[-1], vocab_start, vocab_size, group)
     inplace = inplace_backward and _may_overwrite(logits)
@@ -356,4 +433,6 @@ def logprobs(
         logits, labels, mask, ref_logprobs, float(temperature), with_entropy, start, columns,
         collectives.name_of(group), inplace, backend,
     )  # fmt: skip
-    return TokenLogprobs(logp, entropy if with_entropy else None, lse, None if ref_logprobs is None else kl)
+    return TokenLogprobs(
+        logp, entropy if with_entropy else None, lse, None if ref_logprobs is None else kl
+    )

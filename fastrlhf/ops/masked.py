@@ -41,7 +41,11 @@ def masked_mean(x: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> T
 
 
 def masked_whiten(
-    x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8, group: ProcessGroup | None = None
+    x: Tensor,
+    mask: Tensor,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the True positions, 0 elsewhere; fp32, shape of `x` [...].
 
@@ -51,7 +55,9 @@ def masked_whiten(
     """
     _check(x, mask)
     mean = masked_mean(x, mask, group)
-    x = x.to(mean.dtype)  # or half-precision elements less a 0-dim mean would be formed in half precision
+    x = x.to(
+        mean.dtype
+    )  # or half-precision elements less a 0-dim mean would be formed in half precision
     centred = _zero_where_false(x - mean, mask)
     var = masked_mean(centred.square(), mask, group)
     white = centred * torch.rsqrt(var + eps)

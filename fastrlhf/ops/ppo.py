@@ -89,12 +89,18 @@ def _ppo_loss_torch(
     def clean(x: Tensor) -> Tensor:
         return torch.where(mask, x.to(dtype), 0.0)
 
-    scale = 1.0 / (mask.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype))
+    scale = 1.0 / (
+        mask.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype)
+    )
     log_ratio = clean(logprobs) - clean(old_logprobs)
     ratio, advantage = log_ratio.exp(), clean(advantages)
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     grad_logprobs = torch.where(clipped > plain, 0.0, plain)
-    sums = [torch.maximum(plain, clipped).sum()] + [scale.new_zeros(())] * 2 + [(clipped > plain).sum(dtype=dtype)]
+    sums = (
+        [torch.maximum(plain, clipped).sum()]
+        + [scale.new_zeros(())] * 2
+        + [(clipped > plain).sum(dtype=dtype)]
+    )
     value_clipped, grad_values = scale.new_zeros(()), logprobs.new_empty(0, dtype=dtype)
     if values is not None and old_values is not None and returns is not None:
         v, old, target = clean(values), clean(old_values), clean(returns)
@@ -108,7 +114,9 @@ def _ppo_loss_torch(
     if entropy is not None:
         sums[2] = clean(entropy).sum()
     approx_kl = (torch.expm1(log_ratio) - log_ratio).sum()
-    means = torch.stack([*sums, value_clipped, approx_kl, torch.where(mask, ratio, 0.0).sum()]) * scale
+    means = (
+        torch.stack([*sums, value_clipped, approx_kl, torch.where(mask, ratio, 0.0).sum()]) * scale
+    )
     loss = means[0] + value_coef * means[1] - entropy_coef * means[2]
     ratio_max = torch.where(mask, ratio, 0.0).max() if mask.numel() else torch.zeros_like(loss)
     return torch.cat([loss[None], means, ratio_max[None], scale[None]]), grad_logprobs, grad_values
@@ -141,7 +149,12 @@ def _(logprobs, old_logprobs, advantages, mask, values, *_):  # type: ignore[no-
     def empty(*shape: int) -> Tensor:
         return logprobs.new_empty(shape, dtype=checks.compute_dtype(logprobs))
 
-    return empty(), empty(10), empty(*logprobs.shape), empty(0) if values is None else empty(*values.shape)
+    return (
+        empty(),
+        empty(10),
+        empty(*logprobs.shape),
+        empty(0) if values is None else empty(*values.shape),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -201,7 +214,12 @@ def ppo_loss(
     checks.like("mask", mask, shape, device, "bool")
     for name in ("values", "old_values", "returns"):
         together = (optional[name] is None) == (values is None)
-        checks.require(together, name, optional[name], "values, old_values and returns together, or none of them")
+        checks.require(
+            together,
+            name,
+            optional[name],
+            "values, old_values and returns together, or none of them",
+        )
     checks.positive("clip", clip)
     checks.positive("value_clip", value_clip)
     checks.denominator(denominator, device)

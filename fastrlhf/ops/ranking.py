@@ -33,7 +33,9 @@ class RankingLoss(NamedTuple):
 def _pairs(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor) -> tuple[Tensor, Tensor]:
     """(the prompt of each response [N], whether response i is strictly better than j of the same prompt [N, N])."""
     position = torch.arange(scores.shape[0], device=scores.device)
-    prompt = torch.searchsorted(prompt_offsets[1:].contiguous(), position.to(prompt_offsets.dtype), right=True)
+    prompt = torch.searchsorted(
+        prompt_offsets[1:].contiguous(), position.to(prompt_offsets.dtype), right=True
+    )
     return prompt, (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])
 
 
@@ -72,7 +74,9 @@ def _ranking_loss_torch(
     pairs = better.sum(dtype=x.dtype)
     weight, denominator = torch.ones_like(x), pairs
     if per_prompt:
-        counts = x.new_zeros(prompt_offsets.shape[0] - 1).index_add(0, prompt, better.sum(1, dtype=x.dtype))
+        counts = x.new_zeros(prompt_offsets.shape[0] - 1).index_add(
+            0, prompt, better.sum(1, dtype=x.dtype)
+        )
         weight, denominator = 1 / counts.clamp(min=1)[prompt], (counts > 0).sum(dtype=x.dtype)
     scale = 1 / denominator.clamp(min=1)
     losses = torch.where(better, -F.logsigmoid(margin), 0.0) * weight[:, None]
@@ -80,7 +84,9 @@ def _ranking_loss_torch(
     per_pair = 1 / pairs.clamp(min=1)
     accuracy = (better & (margin > 0)).sum(dtype=x.dtype) * per_pair
     mean_margin = torch.where(better, margin, 0.0).sum() * per_pair
-    return torch.stack([losses.sum() * scale, accuracy, pairs, mean_margin, scale]), slope.sum(1) - slope.sum(0)
+    return torch.stack([losses.sum() * scale, accuracy, pairs, mean_margin, scale]), slope.sum(
+        1
+    ) - slope.sum(0)
 
 
 KERNEL = Kernel("ranking_loss", _ranking_loss_torch, "fastrlhf.kernels.ranking")
@@ -94,7 +100,9 @@ def _ranking_loss(
     scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     body = KERNEL.on(scores, backend)
-    metrics, grad = body(scores.contiguous(), ranks.contiguous(), prompt_offsets.contiguous(), per_prompt)
+    metrics, grad = body(
+        scores.contiguous(), ranks.contiguous(), prompt_offsets.contiguous(), per_prompt
+    )
     return metrics[0].clone(), metrics, grad
 
 
@@ -123,7 +131,12 @@ register_autograd(_ranking_loss, _grad, _setup)
 
 
 def pairwise_ranking_loss(
-    scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, *, reduction: str = "prompts", backend: str = "auto"
+    scores: Tensor,
+    ranks: Tensor,
+    prompt_offsets: Tensor,
+    *,
+    reduction: str = "prompts",
+    backend: str = "auto",
 ) -> RankingLoss:
     """-log sigmoid(s_better - s_worse) over every pair of responses to one prompt, all prompts in one pass.
 

@@ -47,7 +47,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name} has no second derivative: use its plain torch formula for gradient penalties")
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative: use its plain torch formula for gradient penalties"
+        )
 
 
 def register_autograd(

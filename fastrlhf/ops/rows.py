@@ -19,7 +19,9 @@ BLOCK_ELEMENTS = 1 << 22
 
 def as_rows(x: Tensor) -> Tensor:
     """View x [..., V] as [B, L, V] with unit stride in V; copies only what no such view can express."""
-    overlapping = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    overlapping = any(
+        stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)
+    )
     if overlapping or (x.stride(-1) != 1 and x.shape[-1] > 1):
         x = x.contiguous()
     if x.dim() <= 3:

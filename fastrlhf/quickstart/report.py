@@ -24,7 +24,9 @@ STAGES = {
     "Reward model": "A second model learns from all ranked pairs to score a summary.",
     "PPO-ptx": "The policy learns to write what the reward model likes, held back by two ties to where it came from.",
 }
-_PRETRAINED_STAGE = "A pretrained model is converted; its logits are compared with those of transformers."
+_PRETRAINED_STAGE = (
+    "A pretrained model is converted; its logits are compared with those of transformers."
+)
 # Run -> (heading, what happened in it, what to look for), in the order of the page.
 RUNS = {
     "pretrain": (
@@ -106,7 +108,9 @@ def outcomes(summary: Mapping[str, Any]) -> dict[str, bool]:
         and summary["winrate_ppo_ptx_vs_sft_ci95"][0] > 0.5,
     }
     if "ppo" in loss:
-        reached["pretrain_loss"] = abs(loss["ppo_ptx"] - loss["sft"]) < abs(loss["ppo"] - loss["sft"])
+        reached["pretrain_loss"] = abs(loss["ppo_ptx"] - loss["sft"]) < abs(
+            loss["ppo"] - loss["sft"]
+        )
     return reached
 
 
@@ -120,7 +124,11 @@ def write_quickstart_report(out: str | Path, results: Results) -> Path:
     )
     _headlines(report, results)
     report.section("What happened", "Five stages, each starting from the one before:")
-    report.stages(STAGES if "pretrain" in results.runs else {"Pretrained": _PRETRAINED_STAGE, **_without_first(STAGES)})
+    report.stages(
+        STAGES
+        if "pretrain" in results.runs
+        else {"Pretrained": _PRETRAINED_STAGE, **_without_first(STAGES)}
+    )
     report.table(["the data", "amount"], [[name, count] for name, count in results.counts.items()])
     _outcome(report, results)
     _samples(report, results.samples, is_tiny="pretrain" in results.runs)
@@ -129,7 +137,9 @@ def write_quickstart_report(out: str | Path, results: Results) -> Path:
         heading, what, look = RUNS[key]
         report.section(f"{i}. {heading}", what, f"What to look for: {look}")
         report.charts(metric_charts(read_metrics(results.runs[key] / "metrics.jsonl"), SHOWN))
-        report.note(f"Everything this stage recorded: {results.runs[key].name}/report.html beside this page.")
+        report.note(
+            f"Everything this stage recorded: {results.runs[key].name}/report.html beside this page."
+        )
     _timing(report, results.summary["seconds"])
     return report.write(Path(out) / "report.html")
 
@@ -170,7 +180,11 @@ def _headlines(report: Report, results: Results) -> None:
                 else f"before {loss['base']:.3f}, SFT {loss['sft']:.3f}",
                 reached.get("pretrain_loss"),
             ),
-            Figure("KL of PPO-ptx from SFT", f"{summary['kl_ppo_ptx']:.2f}", "nats a response: how far it moved"),
+            Figure(
+                "KL of PPO-ptx from SFT",
+                f"{summary['kl_ppo_ptx']:.2f}",
+                "nats a response: how far it moved",
+            ),
             Figure("Time", _minutes(summary["seconds"]["total"]), "all stages"),
         ]
     )
@@ -186,11 +200,19 @@ def _outcome(report: Report, results: Results) -> None:
     wins = [Bar(name, w.rate, w.low, w.high, COLORS[name]) for name, w in results.win_rates.items()]
     loss = results.summary["pretrain_loss"]
     names = {"base": "base", "sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx"}
-    losses = [Bar(name, loss[key], color=COLORS[name]) for key, name in names.items() if key in loss]
-    scores = [Bar(name, terms["utility"], color=COLORS[name]) for name, terms in results.terms.items()]
+    losses = [
+        Bar(name, loss[key], color=COLORS[name]) for key, name in names.items() if key in loss
+    ]
+    scores = [
+        Bar(name, terms["utility"], color=COLORS[name]) for name, terms in results.terms.items()
+    ]
     report.charts(
         [
-            framed("Preferred to SFT", bar_chart(wins, reference=(0.5, "as good as SFT")), "Higher is better."),
+            framed(
+                "Preferred to SFT",
+                bar_chart(wins, reference=(0.5, "as good as SFT")),
+                "Higher is better.",
+            ),
             framed(
                 "Loss on held-out pretraining text",
                 bar_chart(losses, from_zero=False),
@@ -198,14 +220,21 @@ def _outcome(report: Report, results: Results) -> None:
                 "pretraining gradients of PPO-ptx limit that loss.",
             ),
             framed(
-                "Mean score by the labelers' rule", bar_chart(scores), "Without noise, from 0 to 1; higher is better."
+                "Mean score by the labelers' rule",
+                bar_chart(scores),
+                "Without noise, from 0 to 1; higher is better.",
             ),
             _score_against_kl(results.runs),
         ]
     )
     header = ["model", *(name.replace("_", " ") for name in TERMS), "utility"]
-    rows = [[model, *(terms[name] for name in TERMS), terms["utility"]] for model, terms in results.terms.items()]
-    report.note("What changed in the responses, by the terms of the labelers' rule (0 to 1, higher is better):")
+    rows = [
+        [model, *(terms[name] for name in TERMS), terms["utility"]]
+        for model, terms in results.terms.items()
+    ]
+    report.note(
+        "What changed in the responses, by the terms of the labelers' rule (0 to 1, higher is better):"
+    )
     report.table(header, rows)
 
 
@@ -256,7 +285,10 @@ def _labelers(report: Report, calibration: Calibration) -> None:
     }
     report.table(
         ["term of the rule", "what it asks", "weight"],
-        [[name.replace("_", " "), text, WEIGHTS.get(name, "factor")] for name, text in meaning.items()],
+        [
+            [name.replace("_", " "), text, WEIGHTS.get(name, "factor")]
+            for name, text in meaning.items()
+        ],
     )
     report.note(
         f"Measured on the sampled responses: two labelers agree on {calibration.agreement:.1%} of the pairs that "
@@ -267,8 +299,18 @@ def _labelers(report: Report, calibration: Calibration) -> None:
 
 def _timing(report: Report, seconds: Mapping[str, float]) -> None:
     report.section("Where the time went")
-    bars = [Bar(name.replace("_", " "), value) for name, value in seconds.items() if name != "total"]
-    report.charts([framed("Seconds a stage", bar_chart(bars, digits=1), f"{_minutes(seconds['total'])} in all.")])
+    bars = [
+        Bar(name.replace("_", " "), value) for name, value in seconds.items() if name != "total"
+    ]
+    report.charts(
+        [
+            framed(
+                "Seconds a stage",
+                bar_chart(bars, digits=1),
+                f"{_minutes(seconds['total'])} in all.",
+            )
+        ]
+    )
 
 
 def _minutes(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The whole InstructGPT loop on a laptop: data, pretraining, SFT, rankings, reward model, PPO and PPO-ptx, evaluation.
 
 With a pretrained model its conversion takes the place of pretraining, and PPO without ptx is left out to save time.
-Every stage is an ordinary run of `launch.train` with a configuration of its own; only the data, the labelers and the
+Every stage is an ordinary run of `train.train` with a configuration of its own; only the data, the labelers and the
 comparison at the end are made here. A run that was interrupted goes on where it stopped. Everything lands under `out`:
 data/, tokenizer/, one folder a stage, summary.json and report.html.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastrlhf import launch
 from fastrlhf.algorithms.sft import evaluate_loss
+from fastrlhf.commands.sample import sample
 from fastrlhf.config import Config
 from fastrlhf.data.batches import pack_windows
 from fastrlhf.data.files import make_folder, raw_rows
@@ -32,14 +32,23 @@ from fastrlhf.data.tokenize import encode_prompts, train_bpe
 from fastrlhf.evaluation.report import Answer
 from fastrlhf.evaluation.winrate import WinRate, win_rate
 from fastrlhf.generation import SamplingParams
-from fastrlhf.generation.sample import respond, sample
+from fastrlhf.generation.responses import respond
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.quickstart import corpus as corpora
 from fastrlhf.quickstart import pretrained
 from fastrlhf.quickstart.configs import PRETRAINED, Scale, data_path, model_section, stage_config
-from fastrlhf.quickstart.labeler import Calibration, Rule, calibrate, known_words, majority, mean_terms, panel
+from fastrlhf.quickstart.labeler import (
+    Calibration,
+    Rule,
+    calibrate,
+    known_words,
+    majority,
+    mean_terms,
+    panel,
+)
 from fastrlhf.quickstart.report import Results, Sample, write_quickstart_report
+from fastrlhf.run import builder, train
 
 MODELS = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
 
@@ -61,16 +70,27 @@ def run(
     make_folder(out)
     if tensor * pipeline > 1 and "RANK" not in os.environ:
         sizes = ["--tensor", str(tensor), "--pipeline", str(pipeline)]
-        _under_torchrun(tensor * pipeline, ["--out", str(out), *sizes, "--seed", str(seed), "--model", model])
+        _under_torchrun(
+            tensor * pipeline, ["--out", str(out), *sizes, "--seed", str(seed), "--model", model]
+        )
         return
     if source is None:
         # Matrices this small gain nothing from more threads.
         torch.set_num_threads(min(torch.get_num_threads(), 4))
-    _Loop(out, tensor, pipeline, seed, scale or (PRETRAINED if source else Scale()), source, model).run()
+    _Loop(
+        out, tensor, pipeline, seed, scale or (PRETRAINED if source else Scale()), source, model
+    ).run()
 
 
 def _under_torchrun(processes: int, options: list[str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     finished = subprocess.run([*launcher, "-m", "fastrlhf", "quickstart", *options], check=False)
     if finished.returncode:
         raise SystemExit(finished.returncode)
@@ -78,7 +98,14 @@ def _under_torchrun(processes: int, options: list[str]) -> None:
 
 class _Loop:
     def __init__(
-        self, out: Path, tensor: int, pipeline: int, seed: int, scale: Scale, source: Path | None, name: str
+        self,
+        out: Path,
+        tensor: int,
+        pipeline: int,
+        seed: int,
+        scale: Scale,
+        source: Path | None,
+        name: str,
     ) -> None:
         self.out = out
         self.source = source
@@ -90,7 +117,9 @@ class _Loop:
         self.seconds: dict[str, float] = {}
         self.mesh = meshes.initialize(self.config("sft").parallel, seed)
         self.is_main = self.mesh.rank == 0
-        self.models = {name: run for name, run in MODELS.items() if run in ("pretrain", "sft", *scale.ppo_runs)}
+        self.models = {
+            name: run for name, run in MODELS.items() if run in ("pretrain", "sft", *scale.ppo_runs)
+        }
 
     def run(self) -> None:
         """All stages in order; rank 0 writes files, all ranks train and sample."""
@@ -99,18 +128,20 @@ class _Loop:
             corpus = self.prepare()
         with self.timed("pretrain"):
             if self.source is None:
-                launch.train("pretrain", self.config("pretrain"))
+                train.train("pretrain", self.config("pretrain"))
             else:
-                pretrained.save_base(self.source, self.out / "pretrain", self.out / "tokenizer", self.mesh)
+                pretrained.save_base(
+                    self.source, self.out / "pretrain", self.out / "tokenizer", self.mesh
+                )
         with self.timed("sft"):
-            launch.train("sft", self.config("sft"))
+            train.train("sft", self.config("sft"))
         with self.timed("ranking"):
             labels = self.rank(corpus)
         with self.timed("rm"):
-            launch.train("rm", self.config("rm"))
+            train.train("rm", self.config("rm"))
         for run in self.scale.ppo_runs:
             with self.timed(run):
-                launch.train("ppo", self.config(run))
+                train.train("ppo", self.config(run))
         with self.timed("evaluation"):
             answers, losses = self.answers(), self.pretraining_losses()
         if self.is_main:
@@ -170,7 +201,10 @@ class _Loop:
 
     def rank(self, corpus: corpora.Corpus | None) -> tuple[Rule, Calibration] | None:
         """Samples K = 4..9 responses to each ranking prompt; rank 0 has a panel of labelers rank them."""
-        asked = [Prompt(r["prompt"], r["user_id"]) for r in self.records("ranking", self.scale.ranking_prompts)]
+        asked = [
+            Prompt(r["prompt"], r["user_id"])
+            for r in self.records("ranking", self.scale.ranking_prompts)
+        ]
         parts, stage = self.load("sft")
         params = SamplingParams(max_new_tokens=self.scale.new_tokens, seed=self.seed)
         out = self.path("samples")
@@ -180,7 +214,9 @@ class _Loop:
         assert corpus is not None
         sampled = self.records("samples", self.scale.ranking_prompts)
         rule = Rule(known_words(corpus.train_text))
-        calibration = calibrate([rule.utilities(row["prompt"], row["responses"]) for row in sampled])
+        calibration = calibrate(
+            [rule.utilities(row["prompt"], row["responses"]) for row in sampled]
+        )
         labelers = panel(rule, calibration.noise, self.scale.labelers, self.seed)
         rankings: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
         draw = random.Random(self.seed)
@@ -206,20 +242,22 @@ class _Loop:
         # An empty response cannot be ranked; labelers see what a reader would.
         return [response.text.strip() or "(nothing)" for (response,) in responses]
 
-    def load(self, run: str) -> tuple[launch.Parts, GPT]:
+    def load(self, run: str) -> tuple[builder.RunBuilder, GPT]:
         """The policy that a run ended with, its average where there is one."""
         config = self.config(run)
         mesh = meshes.initialize(config.parallel, self.seed)
-        parts = launch.Parts(config, mesh)
+        parts = builder.RunBuilder(config, mesh)
         model = config.model.model_copy(update={"load": str(self.out / run)})
-        return parts, parts.stage(model, "lm")
+        return parts, parts.model(model, "lm")
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     def answers(self) -> dict[str, list[str]]:
         """Model -> its response to each held-out prompt, sampled at temperature 1 like the rollouts."""
         prompts = self.eval_prompts()
-        return {name: self.answer(run, prompts, seed=self.seed + 1) for name, run in self.models.items()}
+        return {
+            name: self.answer(run, prompts, seed=self.seed + 1) for name, run in self.models.items()
+        }
 
     def pretraining_losses(self) -> dict[str, float]:
         """Run -> cross-entropy per token on held-out text, "base" for the pretrained model."""
@@ -249,14 +287,18 @@ class _Loop:
             return win_rate([majority(judges, prompt, ours, sft) for prompt, ours, sft in pairs])
 
         rates = {model: against_sft(model) for model in self.models if model != "SFT"}
-        trained = {run: rates[model] for model, run in self.models.items() if run in self.scale.ppo_runs}
+        trained = {
+            run: rates[model] for model, run in self.models.items() if run in self.scale.ppo_runs
+        }
         last = {run: self.last_metrics(run) for run in ("rm", *trained)}
         summary = {
             "model": self.name,
             "dtype": self.model["dtype"],
             "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
             **{f"winrate_{run}_vs_sft": rate.rate for run, rate in trained.items()},
-            **{f"winrate_{run}_vs_sft_ci95": [rate.low, rate.high] for run, rate in trained.items()},
+            **{
+                f"winrate_{run}_vs_sft_ci95": [rate.low, rate.high] for run, rate in trained.items()
+            },
             **{f"kl_{run}": last[run]["kl"] for run in trained},
             "labeler_agreement": calibration.agreement,
             "labeler_ceiling": calibration.ceiling,
@@ -294,5 +336,7 @@ class _Loop:
 
 def compare(rule: Rule, prompt: str, answers: dict[str, list[str]], i: int) -> Sample:
     """What each model answered to held-out prompt i, with the rule's noiseless opinion."""
-    shown = [Answer(model, texts[i], rule.utility(prompt, texts[i])) for model, texts in answers.items()]
+    shown = [
+        Answer(model, texts[i], rule.utility(prompt, texts[i])) for model, texts in answers.items()
+    ]
     return Sample(prompt, shown)

@@ -38,7 +38,16 @@ _INLINE = [  # (pattern, replacement), applied in this order
     (re.compile(r"\*\*?(\w[^*]*?)\*\*?"), r"\1"),  # emphasis
     (re.compile(r"\s+"), " "),
 ]
-_TYPOGRAPHY = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-", 0x2026: "...", 0xA0: " "}
+_TYPOGRAPHY = {
+    0x2018: "'",
+    0x2019: "'",
+    0x201C: '"',
+    0x201D: '"',
+    0x2013: "-",
+    0x2014: "-",
+    0x2026: "...",
+    0xA0: " ",
+}
 
 
 def words(text: str) -> list[str]:
@@ -65,7 +74,10 @@ def plain(text: str) -> str:
 def first_sentence(text: str) -> str:
     """The first sentence of a docstring as plain text; "" where its first paragraph is not prose."""
     paragraph = inspect.cleandoc(text).split("\n\n", 1)[0]
-    if any(_FIELD.match(line) or _UNDERLINE.match(line) or ">>>" in line for line in paragraph.splitlines()):
+    if any(
+        _FIELD.match(line) or _UNDERLINE.match(line) or ">>>" in line
+        for line in paragraph.splitlines()
+    ):
         return ""
     sentence = plain(paragraph)
     end = _SENTENCE_END.search(sentence)
@@ -82,8 +94,16 @@ def prose_paragraphs(text: str) -> list[str]:
     for block in re.split(r"\n\s*\n", text):
         if ">>>" in block:
             block = block[: block.index(">>>")]
-        lines = [line for line in block.splitlines() if not (_FIELD.match(line) or _UNDERLINE.match(line))]
-        if lines and all(line.startswith("    ") for line in lines) and not block.rstrip().endswith("."):
+        lines = [
+            line
+            for line in block.splitlines()
+            if not (_FIELD.match(line) or _UNDERLINE.match(line))
+        ]
+        if (
+            lines
+            and all(line.startswith("    ") for line in lines)
+            and not block.rstrip().endswith(".")
+        ):
             continue  # an indented block without a full stop is code or a table far more often than prose
         paragraph = plain("\n".join(lines))
         if is_prose(paragraph):

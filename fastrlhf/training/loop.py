@@ -9,22 +9,19 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
 from fastrlhf.parallel.watchdog import phase
-from fastrlhf.training.checkpoint import Checkpointer
 from fastrlhf.training.metrics import MetricsLog
 from fastrlhf.training.stopping import INTERRUPT, StopRequest
 
 
-class Algorithm(Protocol):
+class Algorithm(Checkpointable, Protocol):
     """What the loop is handed. `models` and `learners` say what a checkpoint holds, `state_dict` what is not a
     tensor.
     """
 
     def step(self, batch: Any) -> dict[str, float]: ...
-    def models(self) -> dict[str, Any]: ...
-    def learners(self) -> dict[str, Any]: ...
-    def statistics(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -47,12 +44,17 @@ class Stop(NamedTuple):
     """By Ctrl-C: commands that would follow should not start."""
 
 
-def resume(config: Config, algorithm: Algorithm, batches: Batches, checkpointer: Checkpointer) -> int:
+def resume(
+    config: Config, algorithm: Algorithm, batches: Batches, checkpointer: Checkpointer
+) -> int:
     """Restores the newest whole checkpoint if there is one and `checkpoint.resume` allows it; returns the steps already
     done. A process that torchrun has restarted always goes on from its own checkpoints.
     """
     with phase("resume"):
-        if config.checkpoint.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if (
+            config.checkpoint.resume == "never"
+            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        ):
             checkpointer.set_all_aside()
         if config.checkpoint.save:
             checkpointer.prepare()
@@ -105,9 +107,13 @@ def run(
                 log.record(step, metrics)
             reason = None if last else stop.reason()
             with phase("checkpoint"):
-                if config.checkpoint.save and (last or reason or _due(step, config.checkpoint.interval)):
+                if config.checkpoint.save and (
+                    last or reason or _due(step, config.checkpoint.interval)
+                ):
                     data, own = batches.state_dict(), algorithm.state_dict()
-                    checkpointer.save(step, algorithm, {"step": step, "data": data, "algorithm": own}, metrics)
+                    checkpointer.save(
+                        step, algorithm, {"step": step, "data": data, "algorithm": own}, metrics
+                    )
                 else:
                     checkpointer.poll()
             if last or reason:
@@ -116,8 +122,14 @@ def run(
             checkpointer.finish()
     if reason is None:
         return None
-    saved = "saved, and the same command goes on from there" if config.checkpoint.save else "checkpoint.save is off"
-    return Stop(f"stopped by {reason} after step {step} of {total_steps}: {saved}", reason == INTERRUPT)
+    saved = (
+        "saved, and the same command goes on from there"
+        if config.checkpoint.save
+        else "checkpoint.save is off"
+    )
+    return Stop(
+        f"stopped by {reason} after step {step} of {total_steps}: {saved}", reason == INTERRUPT
+    )
 
 
 def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:

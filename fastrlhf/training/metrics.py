@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 import yaml
 
+from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.config import LogConfig
 from fastrlhf.progress import Meter
-from fastrlhf.training.integrity import replace_text
 
 _SHOWN = ("loss", "accuracy", "reward", "kl", "grad_norm", "lr")
 
@@ -27,7 +27,14 @@ class MetricsLog:
     """Records one dict of numbers a step. On ranks other than 0 it does nothing."""
 
     def __init__(
-        self, folder: Path, log: LogConfig, *, title: str, total_steps: int, start_step: int, is_main: bool
+        self,
+        folder: Path,
+        log: LogConfig,
+        *,
+        title: str,
+        total_steps: int,
+        start_step: int,
+        is_main: bool,
     ) -> None:
         self._folder = folder
         self._profile_step = log.profile_step
@@ -79,7 +86,9 @@ class MetricsLog:
             return
         assert self._file is not None
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n")
+        self._file.write(
+            json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n"
+        )
         if self._writer is not None:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
@@ -100,7 +109,12 @@ def _wandb_run(folder: Path, project: str, resumed: bool) -> Any:
     settings = folder / "config.yaml"
     config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None
     return wandb.init(
-        project=project, name=folder.name, dir=str(folder), id=path.read_text(), resume="allow", config=config
+        project=project,
+        name=folder.name,
+        dir=str(folder),
+        id=path.read_text(),
+        resume="allow",
+        config=config,
     )
 
 
@@ -117,7 +131,9 @@ class SampleLog:
             _forget_after(self._path, iteration - 1, "iteration")
             self._started = True
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"iteration": iteration, **record}) + "\n" for record in records)
+            file.writelines(
+                json.dumps({"iteration": iteration, **record}) + "\n" for record in records
+            )
 
 
 def _forget_after(path: Path, step: int, key: str = "step") -> None:

@@ -35,7 +35,9 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._tell) for number in _TOLD}
         return self
 
-    def __exit__(self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
 

@@ -33,7 +33,10 @@ PAIRS = {"2,1,1": {"parallel": {"tensor": 2}}, "1,2,1": {"parallel": {"pipeline"
 WHOLE = {
     "2,1,2": {"parallel": {"tensor": 2}},
     "2,2,1": {"parallel": {"tensor": 2, "pipeline": 2}},
-    "2,1,2-sequence": {"parallel": {"tensor": 2, "sequence": True}, "optimizer": {"distributed": False}},
+    "2,1,2-sequence": {
+        "parallel": {"tensor": 2, "sequence": True},
+        "optimizer": {"distributed": False},
+    },
     # Shares of unequal numbers of episodes and micro-batches; the gradient buffers hold whole sums.
     "2,1,2-budget": {
         "parallel": {"tensor": 2},
@@ -75,13 +78,15 @@ def _record(learner: Any, into: list[Any]) -> None:
     step = learner.step
 
     def recorded() -> Any:
-        into.append({name: p.main_grad.clone() for name, p in global_names(learner.stage)})
+        into.append({name: p.main_grad.clone() for name, p in global_names(learner.model)})
         return step()
 
     learner.step = recorded
 
 
-def differences(got: dict[str, Any], expected: dict[str, Any], mesh: meshes.Mesh) -> dict[str, float]:
+def differences(
+    got: dict[str, Any], expected: dict[str, Any], mesh: meshes.Mesh
+) -> dict[str, float]:
     """Largest differences: weights absolute, gradients relative to the largest entry of their model."""
     found: dict[str, float] = {}
     for model, weights in got["after"].items():
@@ -92,7 +97,9 @@ def differences(got: dict[str, Any], expected: dict[str, Any], mesh: meshes.Mesh
             wanted = update["grads"][model]
             scale = max(g.abs().max().item() for g in wanted.values())
             named = got["after"][model]
-            apart = [_apart(named[name], g, wanted[name], mesh) / scale for name, g in grads.items()]
+            apart = [
+                _apart(named[name], g, wanted[name], mesh) / scale for name, g in grads.items()
+            ]
             found[f"{model}.grads.{i}"] = max(apart)
     return found
 
@@ -108,17 +115,34 @@ def _apart(parameter: Any, mine: torch.Tensor, whole: torch.Tensor, mesh: meshes
     return (mine.detach().double() - whole).abs().max().item()
 
 
-def check(folder: Path, name: str, extra: dict[str, Any], stored: dict[str, Any], rank: int) -> None:
+def check(
+    folder: Path, name: str, extra: dict[str, Any], stored: dict[str, Any], rank: int
+) -> None:
     ppo, prompts = build(folder, extra)
-    draws = {"noise": torch.rand(4).tolist(), "data_rank": ppo.mesh.data_rank, "tensor_rank": ppo.mesh.tensor_rank}
+    draws = {
+        "noise": torch.rand(4).tolist(),
+        "data_rank": ppo.mesh.data_rank,
+        "tensor_rank": ppo.mesh.tensor_rank,
+    }
     draws["sampled"] = [answer.tokens for _, answer in ppo.sample([[5, 6, 7]] * 4)]
     got = iteration(ppo, [golden.Episode(**e) for e in stored["episodes"]])
-    result = {"metrics": got["metrics"], "apart": differences(got, stored["expected"], ppo.mesh), "draws": draws}
-    result["ratio_deviation"] = ppo.step(prompts)["ratio_deviation"]  # its own rollouts, on the updated weights
+    result = {
+        "metrics": got["metrics"],
+        "apart": differences(got, stored["expected"], ppo.mesh),
+        "draws": draws,
+    }
+    result["ratio_deviation"] = ppo.step(prompts)[
+        "ratio_deviation"
+    ]  # its own rollouts, on the updated weights
     ppo.config = ppo.config.model_copy(update={"target_kl": 0.5})
-    result["too_far"] = ppo._too_far(0.4 + 0.2 * ppo.mesh.rank)  # as if the ranks had measured something else
+    result["too_far"] = ppo._too_far(
+        0.4 + 0.2 * ppo.mesh.rank
+    )  # as if the ranks had measured something else
     # A reward function that no two ranks agree on: who called it?
-    ppo.rewards.models, ppo.rewards.function = (), lambda prompts, responses: [float(os.getpid())] * len(responses)
+    ppo.rewards.models, ppo.rewards.function = (
+        (),
+        lambda prompts, responses: [float(os.getpid())] * len(responses),
+    )
     result["scores"] = ppo.score(gather(ppo.mesh, ppo.sample([[5, 6, 7]] * 4))).scores.tolist()
     (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
     meshes.finalize()
@@ -130,7 +154,9 @@ def main(folder: Path) -> None:
     pair = rank // 2
     whole = {"RANK": str(rank), "WORLD_SIZE": "4"}
     os.environ |= {"RANK": str(rank % 2), "WORLD_SIZE": "2"}
-    meshes._joined = itertools.count(100 * (pair + 1))  # worlds that share torchrun's store need names of their own
+    meshes._joined = itertools.count(
+        100 * (pair + 1)
+    )  # worlds that share torchrun's store need names of their own
     name = list(PAIRS)[pair]
     check(folder, name, PAIRS[name], stored, rank)
     os.environ |= whole

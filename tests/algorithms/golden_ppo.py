@@ -38,7 +38,10 @@ def gelu(x: Tensor) -> Tensor:
 def hidden_states(state: State, tokens: list[int], heads: int) -> Tensor:
     """[T, H] after the final norm. The fused projection holds (query, key, value) head by head."""
     T = len(tokens)
-    x = state["embedding.word_embeddings.weight"][tokens] + state["embedding.position_embeddings.weight"][:T]
+    x = (
+        state["embedding.word_embeddings.weight"][tokens]
+        + state["embedding.position_embeddings.weight"][:T]
+    )
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     for i in range(sum(name.endswith("input_layernorm.weight") for name in state)):
         layer = f"decoder.layers.{i}."
@@ -48,7 +51,11 @@ def hidden_states(state: State, tokens: list[int], heads: int) -> Tensor:
 
         qkv = linear(layer_norm(x, state, f"{layer}input_layernorm"), "self_attention.linear_qkv")
         q, k, v = qkv.view(T, heads, 3, -1).permute(2, 1, 0, 3)  # each [heads, T, d]
-        weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf).softmax(-1)
+        weights = (
+            (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]))
+            .masked_fill(future, -math.inf)
+            .softmax(-1)
+        )
         x = x + linear((weights @ v).transpose(0, 1).reshape(T, -1), "self_attention.linear_proj")
         up = linear(layer_norm(x, state, f"{layer}pre_mlp_layernorm"), "mlp.linear_fc1")
         x = x + linear(gelu(up), "mlp.linear_fc2")
@@ -56,7 +63,9 @@ def hidden_states(state: State, tokens: list[int], heads: int) -> Tensor:
 
 
 def log_softmax(state: State, hidden: Tensor, vocab: int, temperature: float) -> Tensor:
-    return ((hidden @ state["embedding.word_embeddings.weight"][:vocab].T) / temperature).log_softmax(-1)
+    return (
+        (hidden @ state["embedding.word_embeddings.weight"][:vocab].T) / temperature
+    ).log_softmax(-1)
 
 
 def response_logprobs(state: State, episode: Episode, c: dict[str, Any]) -> Tensor:
@@ -76,12 +85,16 @@ def response_values(state: State, episode: Episode, c: dict[str, Any]) -> Tensor
     return scalars(state, episode, c)[len(episode.prompt) - 1 : -1]
 
 
-def advantages_and_returns(episodes: list[Episode], states: dict[str, State], c: dict[str, Any]) -> Any:
+def advantages_and_returns(
+    episodes: list[Episode], states: dict[str, State], c: dict[str, Any]
+) -> Any:
     """Per episode: values, advantages (whitened over all tokens) and returns."""
     values, advantages, returns = [], [], []
     for e in episodes:
         score = scalars(states["reward"], e, c)[-1].item() if e.stopped else c["no_stop_penalty"]
-        kl = torch.tensor(e.logprobs, dtype=torch.float64) - response_logprobs(states["reference"], e, c)  # k1
+        kl = torch.tensor(e.logprobs, dtype=torch.float64) - response_logprobs(
+            states["reference"], e, c
+        )  # k1
         rewards = -c["kl_coef"] * kl
         rewards[-1] += score
         v = response_values(states["value"], e, c)
@@ -121,20 +134,29 @@ class Adam:
 
 def gradients(loss: Tensor, state: State) -> State:
     found = torch.autograd.grad(loss, list(state.values()), allow_unused=True)
-    return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(state.items(), found, strict=True)}
+    return {
+        n: torch.zeros_like(w) if g is None else g
+        for (n, w), g in zip(state.items(), found, strict=True)
+    }
 
 
-def policy_losses(state: State, rows: list[int], episodes: list[Episode], A: list[Tensor], c: dict[str, Any]) -> Tensor:
+def policy_losses(
+    state: State, rows: list[int], episodes: list[Episode], A: list[Tensor], c: dict[str, Any]
+) -> Tensor:
     """Mean over the minibatch's tokens of max(-A r, -A clip(r))."""
     terms = []
     for i in rows:
         old = torch.tensor(episodes[i].logprobs, dtype=torch.float64)
         ratio = torch.exp(response_logprobs(state, episodes[i], c) - old)
-        terms.append(torch.maximum(-A[i] * ratio, -A[i] * ratio.clamp(1 - c["clip"], 1 + c["clip"])))
+        terms.append(
+            torch.maximum(-A[i] * ratio, -A[i] * ratio.clamp(1 - c["clip"], 1 + c["clip"]))
+        )
     return torch.cat(terms).mean()
 
 
-def value_losses(state: State, rows: list[int], episodes: list[Episode], old: Any, R: Any, c: dict[str, Any]) -> Tensor:
+def value_losses(
+    state: State, rows: list[int], episodes: list[Episode], old: Any, R: Any, c: dict[str, Any]
+) -> Tensor:
     """Mean over the minibatch's tokens of 0.5 max((v - R)^2, (v clipped - R)^2)."""
     terms = []
     for i in rows:
@@ -174,12 +196,21 @@ def iteration(
         ppo, ptx = policy_losses(policy, rows, episodes, A, c), ptx_loss(policy, text, c)
         v_loss = value_losses(value, rows, episodes, values, R, c)
         g_ppo, g_ptx = gradients(ppo, policy), gradients(c["gamma_ptx"] * ptx, policy)
-        grads = {"policy": {n: g_ppo[n] + g_ptx[n] for n in g_ppo}, "value": gradients(v_loss, value)}
+        grads = {
+            "policy": {n: g_ppo[n] + g_ptx[n] for n in g_ppo},
+            "value": gradients(v_loss, value),
+        }
         norms = {name: adams[name].step(grads[name]) for name in adams}
-        parts = [torch.sqrt(sum(g.square().sum() for g in part.values())).item() for part in (g_ppo, g_ptx)]  # type: ignore[arg-type]
+        parts = [
+            torch.sqrt(sum(g.square().sum() for g in part.values())).item()
+            for part in (g_ppo, g_ptx)
+        ]  # type: ignore[arg-type]
         losses = {"policy_loss": ppo.item(), "ptx_loss": ptx.item(), "value_loss": v_loss.item()}
         updates.append({"losses": losses, "grads": grads, "norms": norms, "parts": parts})
     decay = c["ema_decay"]
     average = {n: decay * w + (1 - decay) * policy[n].detach() for n, w in states["policy"].items()}
     after = {"policy": policy, "value": value, "ema": average}
-    return {"after": {m: {n: w.detach() for n, w in s.items()} for m, s in after.items()}, "updates": updates}
+    return {
+        "after": {m: {n: w.detach() for n, w in s.items()} for m, s in after.items()},
+        "updates": updates,
+    }

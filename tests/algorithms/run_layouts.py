@@ -11,9 +11,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastrlhf import evalrm, launch
-from fastrlhf.config import load_config
+from fastrlhf.commands import eval_reward
+from fastrlhf.config import load_config, training_command
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.run import jobs, train
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "debug"
@@ -32,7 +33,12 @@ SHORT = {
     "ppo": ["generation.max_new_tokens=8"],
 }
 # SFT with micro-batches cut by tokens: data-parallel ranks get different numbers of them. "unpacked": the same batches.
-MIXED = ["train.steps=3", "train.global_batch_size=15", "data.pretrain_fraction=0.3", "data.sequence_length=24"]
+MIXED = [
+    "train.steps=3",
+    "train.global_batch_size=15",
+    "data.pretrain_fraction=0.3",
+    "data.sequence_length=24",
+]
 BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
 PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
 # Serially, the same global batch in other micro-batches.
@@ -48,7 +54,12 @@ REWARD_PARALLEL = {
     "dp4": [],
     "2x1-dp2-budget": ["parallel.tensor=2", GROUPS],
     "1x2-dp2-budget": ["parallel.pipeline=2", GROUPS],
-    "2x2-sequence-budget": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", GROUPS],
+    "2x2-sequence-budget": [
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.sequence=true",
+        GROUPS,
+    ],
 }
 JUDGED = {"separate", "dp4", "1x2-dp2-budget"}
 
@@ -59,7 +70,11 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
     common = [f"data.tokenizer={data / 'tokenizer'}", "log.progress=false", "log.tensorboard=false"]
     return {
         "pretrain": [*common, f"data.train={data / 'text.jsonl'}"],
-        "sft": [*common, f"data.train={data / 'demonstrations.jsonl'}", f"model.load={loaded / 'pretrain'}"],
+        "sft": [
+            *common,
+            f"data.train={data / 'demonstrations.jsonl'}",
+            f"model.load={loaded / 'pretrain'}",
+        ],
         "rm": [
             *common,
             f"data.train={data / 'rankings.jsonl'}",
@@ -80,10 +95,13 @@ def run(workspace: Path, command: str, name: str, extra: list[str]) -> None:
     paths = data_overrides(workspace)[command]
     output = f"output_dir={workspace / name / command}"
     config = load_config(CONFIGS / f"{command}.yaml", [*paths, output, *extra])
-    job = launch.train_job(command, config, launch._JOBS[command])
+    row = training_command(command)
+    job = train.train_job(row, config, jobs.job_builder(row))
     assert job is not None
     if os.environ.get("RANK", "0") == "0":
-        (workspace / name / command / "statistics.json").write_text(json.dumps(job.algorithm.statistics()))
+        (workspace / name / command / "statistics.json").write_text(
+            json.dumps(job.algorithm.statistics())
+        )
     meshes.finalize()  # every layout's groups keep threads, a thousand a rank in the end
 
 
@@ -110,10 +128,18 @@ def learn(workspace: Path) -> None:
     """Long enough to see learning: SFT, then a reward model, then PPO from the one against the other."""
     run(workspace, "sft", "learn", ["train.steps=60", "optimizer.lr=3e-3"])
     run(workspace, "rm", "learn", ["train.steps=30"])
-    models = [f"model.load={workspace / 'learn' / 'sft'}", f"ppo.reward_model={workspace / 'learn' / 'rm'}"]
+    models = [
+        f"model.load={workspace / 'learn' / 'sft'}",
+        f"ppo.reward_model={workspace / 'learn' / 'rm'}",
+    ]
     size = ["train.steps=16", "ppo.batch_size=32", "ppo.minibatch_size=16", "checkpoint.save=false"]
     # The reward model's score alone, so that what PPO should find is known: higher scores.
-    rates = ["optimizer.lr=1e-3", "ppo.value_lr=1e-3", "ppo.kl_coef=0.01", "ppo.no_stop_penalty=null"]
+    rates = [
+        "optimizer.lr=1e-3",
+        "ppo.value_lr=1e-3",
+        "ppo.kl_coef=0.01",
+        "ppo.no_stop_penalty=null",
+    ]
     run(workspace, "ppo", "learn", [*models, *size, *rates])
 
 
@@ -133,8 +159,14 @@ def reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
 def judge(workspace: Path, name: str, layout: list[str]) -> None:
     """`fastrlhf eval rm` of the reward model that the others start from, on 41 prompts."""
     valid = workspace / "data" / "valid.jsonl"
-    overrides = [f"data.valid={valid}", f"model.load={workspace / 'start' / 'rm'}", f"output_dir={workspace / name}"]
-    evalrm.evaluate(load_config(CONFIGS / "rm.yaml", [*data_overrides(workspace)["rm"], *overrides, *layout]))
+    overrides = [
+        f"data.valid={valid}",
+        f"model.load={workspace / 'start' / 'rm'}",
+        f"output_dir={workspace / name}",
+    ]
+    eval_reward.evaluate(
+        load_config(CONFIGS / "rm.yaml", [*data_overrides(workspace)["rm"], *overrides, *layout])
+    )
     meshes.finalize()
 
 

@@ -13,7 +13,16 @@ LAYOUTS = ("2x2", "4x1", "1x4", "2x1-sequence-dp2")
 COMPARED = {
     "sft": ("loss", "grad_norm"),
     "rm": ("loss", "grad_norm", "accuracy", "margin"),
-    "ppo": ("loss", "grad_norm", "value_loss", "value_grad_norm", "entropy", "ptx_loss", "score", "response_length"),
+    "ppo": (
+        "loss",
+        "grad_norm",
+        "value_loss",
+        "value_grad_norm",
+        "entropy",
+        "ptx_loss",
+        "score",
+        "response_length",
+    ),
 }
 
 
@@ -28,7 +37,10 @@ def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
     assert len(serial) == len(other) == run_layouts.STEPS[command]
     for expected, got in zip(serial, other, strict=True):
         for key in COMPARED[command]:
-            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (expected["step"], key)
+            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (
+                expected["step"],
+                key,
+            )
 
 
 @pytest.mark.parametrize("name", ["packed", "dp4-packed", "1x2-dp2-packed"])

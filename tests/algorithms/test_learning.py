@@ -12,7 +12,10 @@ import pytest
 @pytest.fixture(scope="module")
 def metrics(workspace: Path) -> dict[str, list[dict[str, float]]]:
     def read(command: str) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (workspace / "learn" / command / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (workspace / "learn" / command / "metrics.jsonl").read_text().splitlines()
+        ]
 
     return {command: read(command) for command in ("sft", "rm", "ppo")}
 

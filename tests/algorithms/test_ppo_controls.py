@@ -13,15 +13,15 @@ import pytest
 import tiny_ppo
 import torch
 
-from fastrlhf import launch
 from fastrlhf.algorithms import offload
-from fastrlhf.algorithms.ppo_warnings import WINDOW, Watch
+from fastrlhf.algorithms.ppo_warnings import WINDOW, RunMonitor
 from fastrlhf.algorithms.rewards import load_reward_function
 from fastrlhf.algorithms.rollouts import gather, texts
+from fastrlhf.checkpoint.model_folder import describe_model
 from fastrlhf.config import require
 from fastrlhf.data.tokenize import train_bpe
 from fastrlhf.errors import UserError
-from fastrlhf.training.checkpoint import describe_model
+from fastrlhf.run import train
 
 Make = Callable[..., Any]
 MODULE = """
@@ -57,7 +57,7 @@ def build(build: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def scores(ppo: Any) -> torch.Tensor:
-    return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.stage.vocab_size))).scores
+    return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.model.vocab_size))).scores
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------
@@ -70,8 +70,14 @@ def test_reward_models_and_function_add_up(build: Make, tiny: Path) -> None:
     one, two = (scores(build(ppo={"reward_model": path})) for path in (first, second))
     by_rule = scores(build(ppo={"reward_model": None, "reward_function": "tiny_rewards:length"}))
     assert by_rule.min() >= 1
-    both = {"reward_model": [first, second], "reward_weights": [0.5, -2.0], "reward_function": "tiny_rewards:length"}
-    torch.testing.assert_close(scores(build(ppo=both)), 0.5 * one - 2.0 * two + by_rule, atol=1e-4, rtol=0)
+    both = {
+        "reward_model": [first, second],
+        "reward_weights": [0.5, -2.0],
+        "reward_function": "tiny_rewards:length",
+    }
+    torch.testing.assert_close(
+        scores(build(ppo=both)), 0.5 * one - 2.0 * two + by_rule, atol=1e-4, rtol=0
+    )
     unweighted = scores(build(ppo={"reward_model": [first, second]}))
     torch.testing.assert_close(unweighted, one + two, atol=1e-4, rtol=0)
 
@@ -79,8 +85,8 @@ def test_reward_models_and_function_add_up(build: Make, tiny: Path) -> None:
 def test_a_rule_alone_needs_no_reward_model_and_sees_plain_text(build: Make, tiny: Path) -> None:
     """The value function then starts from the policy with a fresh head."""
     ppo = build(ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"})
-    body = dict(ppo.policy.stage.named_parameters())
-    for name, weights in ppo.value.stage.named_parameters():
+    body = dict(ppo.policy.model.named_parameters())
+    for name, weights in ppo.value.model.named_parameters():
         assert name.startswith("score.") or torch.equal(weights, body[name]), name
     episodes = ppo.sample(ppo.first_prompts)
     eos = ppo.tokenizer.eos_token_id
@@ -90,12 +96,18 @@ def test_a_rule_alone_needs_no_reward_model_and_sees_plain_text(build: Make, tin
     assert prompts[0].startswith("What is ")
     assert (prompts, responses) == texts(rollouts, torch.arange(16), ppo.tokenizer)
     assert ppo.tokenizer.decode([eos]) not in responses[0]
-    require(tiny_ppo.config(tiny, ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"}), "ppo")
+    require(
+        tiny_ppo.config(tiny, ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"}),
+        "ppo",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("tiny_rewards:short", "returned 1 scores for 16 responses"), ("tiny_rewards:infinite", "scored inf for the")],
+    [
+        ("tiny_rewards:short", "returned 1 scores for 16 responses"),
+        ("tiny_rewards:infinite", "scored inf for the"),
+    ],
 )
 def test_a_broken_reward_function_is_named(build: Make, name: str, expected: str) -> None:
     ppo = build(ppo={"reward_model": None, "reward_function": name})
@@ -105,7 +117,10 @@ def test_a_broken_reward_function_is_named(build: Make, name: str, expected: str
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [("no_such_module:f", "no module no_such_module"), ("tiny_rewards:nothing", "defines no function nothing")],
+    [
+        ("no_such_module:f", "no module no_such_module"),
+        ("tiny_rewards:nothing", "defines no function nothing"),
+    ],
 )
 @pytest.mark.usefixtures("build")
 def test_a_missing_reward_function_is_named(spec: str, expected: str) -> None:
@@ -133,7 +148,10 @@ def test_something_must_score(tiny: Path, ppo: dict[str, Any], expected: str) ->
 @pytest.mark.parametrize(
     ("ppo", "expected"),
     [
-        ({"reward_model": ["a", "b"], "reward_weights": [1.0]}, "has 1 entries for 2 reward models"),
+        (
+            {"reward_model": ["a", "b"], "reward_weights": [1.0]},
+            "has 1 entries for 2 reward models",
+        ),
         ({"reward_function": "module"}, "expected module:function"),
     ],
 )
@@ -143,7 +161,9 @@ def test_mistaken_rewards_are_refused(tiny: Path, ppo: dict[str, Any], expected:
 
 
 def test_a_budget_must_hold_the_longest_episode(tiny: Path) -> None:
-    with pytest.raises(UserError, match=r"data.max_prompt_tokens 32 \+ .* is above train.max_tokens"):
+    with pytest.raises(
+        UserError, match=r"data.max_prompt_tokens 32 \+ .* is above train.max_tokens"
+    ):
         require(tiny_ppo.config(tiny, train={"max_tokens_per_micro_batch": 41}), "ppo")
 
 
@@ -151,8 +171,16 @@ def test_a_budget_must_hold_the_longest_episode(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [
-        ("generation", {"max_new_tokens": 33}, "reads 64 tokens, .* generation.max_new_tokens are 65"),
-        ("data", {"tokenizer": "larger"}, "has a vocabulary of .* train it with the policy's tokenizer"),
+        (
+            "generation",
+            {"max_new_tokens": 33},
+            "reads 64 tokens, .* generation.max_new_tokens are 65",
+        ),
+        (
+            "data",
+            {"tokenizer": "larger"},
+            "has a vocabulary of .* train it with the policy's tokenizer",
+        ),
     ],
 )
 def test_what_scores_must_read_what_the_policy_writes(
@@ -162,7 +190,12 @@ def test_what_scores_must_read_what_the_policy_writes(
     if "tokenizer" in change:
         train_bpe([(tiny / "data" / "text.jsonl").read_text()], 400, tiny / "larger")
         change = {"tokenizer": str(tiny / "larger")}
-    ppo = {"reward_model": None, "value_model": None, "reward_function": "tiny_rewards:length", key: str(tiny / "rm")}
+    ppo = {
+        "reward_model": None,
+        "value_model": None,
+        "reward_function": "tiny_rewards:length",
+        key: str(tiny / "rm"),
+    }
     with pytest.raises(UserError, match=expected):
         build(ppo=ppo, model={"max_positions": 128}, **{section: change})
 
@@ -190,11 +223,17 @@ def test_a_nan_loss_stops_the_run_and_updates_nothing(build: Make, broken: str) 
     ppo = build()
     rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
     getattr(rollouts, broken)[3, 0] = math.nan
-    before = [p.detach().clone() for learner in ppo.learners().values() for p in learner.stage.parameters()]
+    before = [
+        p.detach().clone()
+        for learner in ppo.learners().values()
+        for p in learner.model.parameters()
+    ]
     ppo.iteration = 4
-    with pytest.raises(UserError, match="iteration 5: policy_loss is nan; stopped before this update"):
+    with pytest.raises(
+        UserError, match="iteration 5: policy_loss is nan; stopped before this update"
+    ):
         ppo.learn(rollouts)
-    after = [p for learner in ppo.learners().values() for p in learner.stage.parameters()]
+    after = [p for learner in ppo.learners().values() for p in learner.model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -202,24 +241,28 @@ def test_a_nan_loss_stops_the_run_and_updates_nothing(build: Make, broken: str) 
 def test_a_run_that_breaks_keeps_its_last_checkpoint(tiny: Path) -> None:
     rule = {"reward_model": None, "reward_function": "tiny_rewards:broken_later", "gamma_ptx": 0.0}
     out, saved = tiny / "breaks", {"interval": 1, "asynchronous": False}
-    chosen = tiny_ppo.config(tiny, ppo=rule, checkpoint=saved).model_copy(update={"output_dir": str(out)})
+    chosen = tiny_ppo.config(tiny, ppo=rule, checkpoint=saved).model_copy(
+        update={"output_dir": str(out)}
+    )
     with pytest.raises(UserError, match="broken_later scored nan for the response"):
-        launch.train("ppo", chosen)
+        train.train("ppo", chosen)
     assert describe_model(out).path.parent.name == "step_00000001"
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [
+        json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()
+    ] == [1]
 
 
 def test_a_nan_gradient_of_a_finite_loss_stops_the_run(build: Make) -> None:
     ppo = build()
     rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
-    accumulate = ppo.policy.accumulate_apart
+    accumulate = ppo.policy.accumulate_with_norms
 
     def overflow(*arguments: Any) -> Any:
         found = accumulate(*arguments)
-        next(ppo.policy.stage.parameters()).main_grad.fill_(math.nan)
+        next(ppo.policy.model.parameters()).main_grad.fill_(math.nan)
         return found
 
-    ppo.policy.accumulate_apart = overflow
+    ppo.policy.accumulate_with_norms = overflow
     with pytest.raises(UserError, match="the gradient norm is nan; stopped"):
         ppo.learn(rollouts)
 
@@ -230,10 +273,13 @@ def test_gradient_norms_do_not_depend_on_the_loss_scale(build: Make, dtype: str)
 
     def norms(**sections: dict[str, Any]) -> list[float]:
         ppo = build(**sections)
-        episodes = tiny_ppo.episodes(16, ppo.policy.stage.vocab_size)
+        episodes = tiny_ppo.episodes(16, ppo.policy.model.vocab_size)
         metrics = ppo.learn(ppo.score(gather(ppo.mesh, episodes)))
         assert not metrics.get("skipped")
-        return [metrics[name] for name in ("ppo_grad_norm", "ptx_grad_norm", "grad_norm", "value_grad_norm")]
+        return [
+            metrics[name]
+            for name in ("ppo_grad_norm", "ptx_grad_norm", "grad_norm", "value_grad_norm")
+        ]
 
     half = norms(model={"dtype": dtype}, optimizer={"lr": 1e-3, "initial_loss_scale": 256.0})
     assert half == pytest.approx(norms(), rel=0.1)
@@ -251,24 +297,34 @@ def test_the_pretraining_term_may_come_with_a_resumed_run(build: Make) -> None:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_offloaded_models_are_on_the_device_while_they_are_used(build: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_models_are_on_the_device_while_they_are_used(
+    build: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moves: list[tuple[str, str]] = []
     names: dict[int, str] = {}
     real = offload.move
 
     def fake(stage: Any, device: torch.device) -> None:
-        moves.append((names.get(id(stage), "start"), "host" if device is offload.HOST else "device"))
+        moves.append(
+            (names.get(id(stage), "start"), "host" if device is offload.HOST else "device")
+        )
         real(stage, device)
 
     monkeypatch.setattr(offload.Offload.__init__, "__defaults__", (fake,))
     plain, ppo = build(), build(ppo={"offload": True})
     assert [where for _, where in moves] == ["host"] * 3
-    names |= {id(ppo.reference): "reference", id(ppo.rewards.models[0][1]): "reward", id(ppo.average.stage): "average"}
+    names |= {
+        id(ppo.reference): "reference",
+        id(ppo.rewards.models[0][1]): "reward",
+        id(ppo.average.model): "average",
+    }
     device = torch.device("cpu", 0)  # tells the fake device from the host
     ppo._on_device._device = device
     moves.clear()
     metrics = ppo.step([ppo.first_prompts])
-    assert moves == [(name, where) for name in ("reference", "reward", "average") for where in ("device", "host")]
+    assert moves == [
+        (name, where) for name in ("reference", "reward", "average") for where in ("device", "host")
+    ]
     expected = plain.step([plain.first_prompts])
     assert metrics["loss"] == expected["loss"]
     assert metrics["grad_norm"] == expected["grad_norm"]
@@ -286,17 +342,31 @@ def test_move_keeps_the_parameters_and_their_marks() -> None:
 
 # ---- what a run says ------------------------------------------------------------------------------------------------
 
-HEALTHY = {"kl": 1.0, "score": 0.0, "explained_variance": 0.5, "no_stop": 0.1, "ratio_deviation": 1e-6, "loss": 1.0}
+HEALTHY = {
+    "kl": 1.0,
+    "score": 0.0,
+    "explained_variance": 0.5,
+    "no_stop": 0.1,
+    "ratio_deviation": 1e-6,
+    "loss": 1.0,
+}
 
 
-def names(watch: Watch, *iterations: dict[str, float]) -> list[str]:
-    lines = [line for i, metrics in enumerate(iterations, 1) for line in watch.check(i, {**HEALTHY, **metrics})]
+def names(watch: RunMonitor, *iterations: dict[str, float]) -> list[str]:
+    lines = [
+        line
+        for i, metrics in enumerate(iterations, 1)
+        for line in watch.check(i, {**HEALTHY, **metrics})
+    ]
     return [line.split(":")[0] for line in lines]
 
 
 def test_a_healthy_run_is_silent() -> None:
-    rising = [{"kl": 0.5 * i, "score": 0.1 * i, "explained_variance": -0.5 if i < 9 else 0.3} for i in range(30)]
-    assert names(Watch("fp32"), *rising) == []
+    rising = [
+        {"kl": 0.5 * i, "score": 0.1 * i, "explained_variance": -0.5 if i < 9 else 0.3}
+        for i in range(30)
+    ]
+    assert names(RunMonitor("fp32"), *rising) == []
 
 
 @pytest.mark.parametrize(
@@ -313,20 +383,22 @@ def test_a_healthy_run_is_silent() -> None:
     ],
 )
 def test_each_trouble_has_a_name(expected: str, iterations: list[dict[str, float]]) -> None:
-    assert names(Watch("fp32"), *iterations) == [expected]
+    assert names(RunMonitor("fp32"), *iterations) == [expected]
 
 
 def test_a_warning_is_given_once_in_a_while() -> None:
-    assert names(Watch("fp32"), *[{"no_stop": 1.0}] * (WINDOW + 1)) == ["no-stop", "no-stop"]
+    assert names(RunMonitor("fp32"), *[{"no_stop": 1.0}] * (WINDOW + 1)) == ["no-stop", "no-stop"]
 
 
 def test_limits_follow_the_dtype_and_the_kl_target() -> None:
-    assert names(Watch("bf16"), {"ratio_deviation": 0.1}) == []
-    assert names(Watch("fp32", kl_target=6.0), {"kl": 23.0}) == []
-    assert names(Watch("fp32", kl_target=6.0), {"kl": 25.0, "score": -1.0}) == ["kl-runaway"]
+    assert names(RunMonitor("bf16"), {"ratio_deviation": 0.1}) == []
+    assert names(RunMonitor("fp32", kl_target=6.0), {"kl": 23.0}) == []
+    assert names(RunMonitor("fp32", kl_target=6.0), {"kl": 25.0, "score": -1.0}) == ["kl-runaway"]
 
 
-def test_a_run_logs_samples_metrics_and_warnings(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_logs_samples_metrics_and_warnings(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     chosen = tiny_ppo.config(
         tiny,
         generation={"max_new_tokens": 2},
@@ -334,10 +406,12 @@ def test_a_run_logs_samples_metrics_and_warnings(tiny: Path, caplog: pytest.LogC
         checkpoint={"save": False},
     ).model_copy(update={"output_dir": str(tiny / "logged")})
     with caplog.at_level(logging.WARNING, "fastrlhf"):
-        launch.train("ppo", chosen)
-        launch.train("ppo", chosen)  # starts over: earlier samples are not kept beside the new ones
+        train.train("ppo", chosen)
+        train.train("ppo", chosen)  # starts over: earlier samples are not kept beside the new ones
     assert any(message.startswith("warning: no-stop: iteration 1: ") for message in caplog.messages)
-    rows = [json.loads(line) for line in (tiny / "logged" / "samples.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tiny / "logged" / "samples.jsonl").read_text().splitlines()
+    ]
     assert [row["iteration"] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert set(rows[0]) == {"iteration", "prompt", "response", "score", "kl", "stopped"}
     assert rows[0]["prompt"].startswith("What is")
@@ -345,14 +419,40 @@ def test_a_run_logs_samples_metrics_and_warnings(tiny: Path, caplog: pytest.LogC
     page = (tiny / "logged" / "report.html").read_text()
     assert "Responses of iteration 1" in page
     assert "Responses of iteration 2" in page
-    metrics = [json.loads(line) for line in (tiny / "logged" / "metrics.jsonl").read_text().splitlines()][-1]
-    assert {"reward", "score", "kl", "kl_k3", "entropy", "response_length", "no_stop", "clip_fraction"} <= set(metrics)
-    assert {"value_clip_fraction", "approx_kl", "explained_variance", "ratio_deviation", "ptx_loss"} <= set(metrics)
-    assert {"grad_norm", "ppo_grad_norm", "ptx_grad_norm", "value_grad_norm", "kl_coef", "updates"} <= set(metrics)
+    metrics = [
+        json.loads(line) for line in (tiny / "logged" / "metrics.jsonl").read_text().splitlines()
+    ][-1]
+    assert {
+        "reward",
+        "score",
+        "kl",
+        "kl_k3",
+        "entropy",
+        "response_length",
+        "no_stop",
+        "clip_fraction",
+    } <= set(metrics)
+    assert {
+        "value_clip_fraction",
+        "approx_kl",
+        "explained_variance",
+        "ratio_deviation",
+        "ptx_loss",
+    } <= set(metrics)
+    assert {
+        "grad_norm",
+        "ppo_grad_norm",
+        "ptx_grad_norm",
+        "value_grad_norm",
+        "kl_coef",
+        "updates",
+    } <= set(metrics)
     phases = ("rollout", "scoring", "update")
     assert sum(metrics[f"share_{name}"] for name in phases) == pytest.approx(1.0)
     lengths = metrics["response_length"] * 16
-    assert metrics["rollout_tokens_per_second"] == pytest.approx(lengths / metrics["seconds_rollout"])
+    assert metrics["rollout_tokens_per_second"] == pytest.approx(
+        lengths / metrics["seconds_rollout"]
+    )
     assert (
         metrics["train_tokens_per_second"] * metrics["seconds_update"] > lengths + 16 * 24
     )  # with the windows' tokens

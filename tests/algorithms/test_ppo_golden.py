@@ -30,16 +30,23 @@ def run(tiny: Path, four_ranks: Callable[..., None]) -> dict[str, Any]:
     """The same iteration by the golden implementation, by one process and by four."""
     folder, chosen = tiny, golden_layouts.settings(tiny, {})
     ppo, _ = golden_layouts.build(folder, {})
-    states = {name: whole_state(learner.stage) for name, learner in ppo.learners().items()}
-    states |= {"reference": whole_state(ppo.reference), "reward": whole_state(ppo.rewards.models[0][1])}
+    states = {name: whole_state(learner.model) for name, learner in ppo.learners().items()}
+    states |= {
+        "reference": whole_state(ppo.reference),
+        "reward": whole_state(ppo.rewards.models[0][1]),
+    }
     optimizer, section = chosen.optimizer, chosen.ppo
     c = {
         "heads": 4,
-        "vocab": ppo.policy.stage.vocab_size,
+        "vocab": ppo.policy.model.vocab_size,
         "temperature": chosen.generation.temperature,
         "lr": optimizer.lr,
     }
-    c |= {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps, "clip_grad": optimizer.clip_grad}
+    c |= {
+        "betas": (optimizer.beta1, optimizer.beta2),
+        "eps": optimizer.eps,
+        "clip_grad": optimizer.clip_grad,
+    }
     c |= section.model_dump()
     episodes = made_episodes(states["policy"], c)
     windows = [[window for batch in next(ppo._windows) for window in cut(batch)] for _ in range(2)]
@@ -52,14 +59,22 @@ def run(tiny: Path, four_ranks: Callable[..., None]) -> dict[str, Any]:
     torch.save(stored, folder / "golden.pt")
     meshes.finalize()
     four_ranks(golden_layouts.__file__, str(folder))
-    ranks = {n: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{n}.?.json"))] for n in LAYOUTS}
-    return {"expected": expected, "ranks": {"1,1,1": [{"metrics": one["metrics"], "apart": apart}], **ranks}}
+    ranks = {
+        n: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{n}.?.json"))]
+        for n in LAYOUTS
+    }
+    return {
+        "expected": expected,
+        "ranks": {"1,1,1": [{"metrics": one["metrics"], "apart": apart}], **ranks},
+    }
 
 
 def cut(batch: Any) -> list[list[int]]:
     """The windows of a packed batch, each with its last label."""
     ends = batch.cu_seqlens.tolist()
-    return [[*batch.tokens[s:e].tolist(), int(batch.labels[e - 1])] for s, e in itertools.pairwise(ends)]
+    return [
+        [*batch.tokens[s:e].tolist(), int(batch.labels[e - 1])] for s, e in itertools.pairwise(ends)
+    ]
 
 
 def made_episodes(policy: golden.State, c: dict[str, Any]) -> list[golden.Episode]:
@@ -69,7 +84,9 @@ def made_episodes(policy: golden.State, c: dict[str, Any]) -> list[golden.Episod
     for prompt, answer in tiny_ppo.episodes(golden_layouts.B, c["vocab"]):
         episode = golden.Episode(prompt, answer.tokens, [], answer.stopped)
         now = golden.response_logprobs(policy, episode, c)
-        episode.logprobs = (now + 0.3 * torch.randn(now.shape, generator=generator, dtype=torch.float64)).tolist()
+        episode.logprobs = (
+            now + 0.3 * torch.randn(now.shape, generator=generator, dtype=torch.float64)
+        ).tolist()
         episodes.append(episode)
     return episodes
 
@@ -123,7 +140,9 @@ def test_the_iteration_exercises_every_term(run: dict[str, Any]) -> None:
     assert 0.05 < metrics["clip_fraction"] < 0.6
     assert 0.01 < metrics["value_clip_fraction"] < 0.9
     updates = run["expected"]["updates"]
-    assert all(norm > 1.0 for update in updates for norm in update["norms"].values())  # the gradients are clipped
+    assert all(
+        norm > 1.0 for update in updates for norm in update["norms"].values()
+    )  # the gradients are clipped
     assert metrics["updates"] == 2
 
 
@@ -154,7 +173,9 @@ def test_ranks_stop_an_iteration_together(run: dict[str, Any], layout: str) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_reward_function_is_called_once_in_a_model_parallel_group(run: dict[str, Any], layout: str) -> None:
+def test_a_reward_function_is_called_once_in_a_model_parallel_group(
+    run: dict[str, Any], layout: str
+) -> None:
     scores = [rank["scores"] for rank in run["ranks"][layout]]
     assert all(other == scores[0] for other in scores)
     assert len(set(scores[0])) == int(layout.split(",")[2][0])  # the data-parallel size

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny_ppo
 
-from fastrlhf import launch
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.run import train
 
 # Shares of a response's characters: at most 1. Responses have no stop token to find, so none is penalised.
 RULES = """
@@ -49,10 +49,14 @@ def learn(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def run(steps: int, **sections: dict[str, Any]) -> list[dict[str, float]]:
         """The metrics of `steps` iterations of the task."""
-        merged = {name: {**TASK.get(name, {}), **sections.get(name, {})} for name in TASK | sections}
+        merged = {
+            name: {**TASK.get(name, {}), **sections.get(name, {})} for name in TASK | sections
+        }
         merged["train"] = {"steps": steps, "micro_batch_size": 16, "seed": 3}
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        launch.train("ppo", tiny_ppo.config(tiny, **merged).model_copy(update={"output_dir": str(out)}))
+        train.train(
+            "ppo", tiny_ppo.config(tiny, **merged).model_copy(update={"output_dir": str(out)})
+        )
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     yield run
@@ -77,11 +81,16 @@ def test_ptx_keeps_the_pretraining_loss_down(learn: Learn, tiny: Path) -> None:
     shared = {"model": {**tiny_ppo.MODEL, **TASK["model"]}, "optimizer": {"lr": 1e-2}}
     text = {"train": str(tiny / "data" / "text.jsonl")}
     length = {"steps": 80, "micro_batch_size": 16, "global_batch_size": 16}
-    chosen = tiny_ppo.config(tiny, **shared, data=text, train=length).model_copy(update={"output_dir": str(out)})
-    launch.train("pretrain", chosen)
+    chosen = tiny_ppo.config(tiny, **shared, data=text, train=length).model_copy(
+        update={"output_dir": str(out)}
+    )
+    train.train("pretrain", chosen)
     start = {"model": {**TASK["model"], "load": str(out)}, "optimizer": {"lr": 2e-3, "eps": 1e-5}}
     rule = "tiny_rules:share_of_digits"
-    without, mixed = (learn(15, **start, ppo={"gamma_ptx": gamma, "reward_function": rule}) for gamma in (1e-6, 1.0))
+    without, mixed = (
+        learn(15, **start, ppo={"gamma_ptx": gamma, "reward_function": rule})
+        for gamma in (1e-6, 1.0)
+    )
     before = without[0]["ptx_loss"]
     assert without[-1]["ptx_loss"] > before + 0.5
     assert mixed[-1]["ptx_loss"] < (before + without[-1]["ptx_loss"]) / 2

@@ -13,22 +13,22 @@ import pytest
 import tiny_ppo
 import torch
 
-from fastrlhf import launch
 from fastrlhf.algorithms.ppo import KLController
 from fastrlhf.algorithms.rollouts import Rollouts, gather, own_rows, training_batch
+from fastrlhf.checkpoint.model_folder import describe_model, load_model
 from fastrlhf.config import ModelConfig, PPOConfig, load_config, require
 from fastrlhf.data.batches import pack
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import build_model
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.training.checkpoint import describe_model, load_model
+from fastrlhf.run import train
 
 Build = Callable[..., Any]
 
 
 def made_rollouts(ppo: Any) -> Rollouts:
     """Scored made-up episodes of unequal lengths."""
-    return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.stage.vocab_size)))
+    return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.model.vocab_size)))
 
 
 def alone(stage: Any, sequence: list[int]) -> torch.Tensor:
@@ -50,12 +50,14 @@ def flat(rollouts: Rollouts, per_token: torch.Tensor) -> np.ndarray:
 def test_01_reward_and_value_read_prompt_and_response_up_to_the_last_token(build: Build) -> None:
     ppo = build()
     rollouts = made_rollouts(ppo)
-    reward, value = ppo.rewards.models[0][1], ppo.value.stage
+    reward, value = ppo.rewards.models[0][1], ppo.value.model
     for i, sequence in enumerate(rollouts.sequences(torch.arange(16))):
         prompt, response = int(rollouts.prompt_lengths[i]), int(rollouts.response_lengths[i])
         expected = reward.score(alone(reward, sequence)[-1])
         assert rollouts.scores[i].item() == pytest.approx(expected.item(), abs=1e-5)
-        states = value.score(alone(value, sequence))[prompt - 1 : -1]  # the value of the state before each token
+        states = value.score(alone(value, sequence))[
+            prompt - 1 : -1
+        ]  # the value of the state before each token
         torch.testing.assert_close(rollouts.values[i, :response], states, atol=1e-5, rtol=0)
     episodes = tiny_ppo.episodes(16, value.vocab_size)
     changed = [([prompt[0] % 100 + 1, *prompt[1:]], answer) for prompt, answer in episodes]
@@ -70,7 +72,7 @@ def test_02_no_padding_reaches_a_model(build: Build) -> None:
     """
     ppo = build()
     rollouts = made_rollouts(ppo)
-    batch = rollouts.packed(torch.arange(16))
+    batch = rollouts.pack(torch.arange(16))
     assert batch.tokens.numel() == rollouts.lengths.sum()
     assert (batch.positions[batch.cu_seqlens[:-1].long()] == 0).all()
     assert batch.loss_mask.sum() == rollouts.response_lengths.sum()
@@ -79,10 +81,15 @@ def test_02_no_padding_reaches_a_model(build: Build) -> None:
     filled = replace(rollouts, tokens=torch.where(garbage, 99, rollouts.tokens))
     one_by_one = build(train={"micro_batch_size": 1}).score(replace(filled))
     for name in ("scores", "values", "ref_logprobs"):
-        torch.testing.assert_close(getattr(one_by_one, name), getattr(rollouts, name), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            getattr(one_by_one, name), getattr(rollouts, name), atol=1e-5, rtol=0
+        )
     eos = ppo.tokenizer.eos_token_id
     ended = replace(
-        rollouts, tokens=rollouts.tokens.index_put((torch.tensor(0), rollouts.lengths[0] - 1), torch.tensor(eos))
+        rollouts,
+        tokens=rollouts.tokens.index_put(
+            (torch.tensor(0), rollouts.lengths[0] - 1), torch.tensor(eos)
+        ),
     )
     rescored = ppo.score(replace(ended))
     reward = ppo.rewards.models[0][1]
@@ -95,8 +102,13 @@ def test_03_one_temperature_and_no_truncation(build: Build, tiny: Path) -> None:
     rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
     for i, sequence in enumerate(rollouts.sequences(torch.arange(16))):
         R = int(rollouts.response_lengths[i])
-        for stage, got in ((ppo.policy.stage, rollouts.logprobs), (ppo.reference, rollouts.ref_logprobs)):
-            torch.testing.assert_close(got[i, :R], own_logprobs(stage, sequence, 0.7)[-R:], atol=1e-5, rtol=0)
+        for stage, got in (
+            (ppo.policy.model, rollouts.logprobs),
+            (ppo.reference, rollouts.ref_logprobs),
+        ):
+            torch.testing.assert_close(
+                got[i, :R], own_logprobs(stage, sequence, 0.7)[-R:], atol=1e-5, rtol=0
+            )
     assert ppo.learn(rollouts)["ratio_deviation"] < 1e-5  # so the training pass divides by it too
     assert not ppo.sampling.truncated
     for truncation in ({"top_k": 5}, {"top_p": 0.9}):
@@ -110,21 +122,24 @@ def test_04_responses_end_at_the_first_stop_then_are_scored(build: Build) -> Non
     assert {answer.stopped for _, answer in episodes} == {True, False}
     for _, answer in episodes:
         text = [
-            ppo.tokenizer.decode(answer.tokens[:n], skip_special_tokens=True) for n in range(len(answer.tokens) + 1)
+            ppo.tokenizer.decode(answer.tokens[:n], skip_special_tokens=True)
+            for n in range(len(answer.tokens) + 1)
         ]
         ended = "1" in text[-1] or answer.tokens[-1] == ppo.tokenizer.eos_token_id
         assert ended == answer.stopped
         assert "1" not in text[-2]  # nothing was kept behind the stop
         assert ppo.tokenizer.eos_token_id not in answer.tokens[:-1]
     rollouts = ppo.score(gather(ppo.mesh, episodes))
-    scores = ppo.penalised(rollouts)
+    scores = ppo.apply_no_stop_penalty(rollouts)
     assert (scores[~rollouts.stopped] == -3.0).all()
     assert torch.equal(scores[rollouts.stopped], rollouts.scores[rollouts.stopped])
     last = rollouts.response_lengths - 1
     rewards = ppo.targets(rollouts, scores).rewards[torch.arange(32), last]
-    torch.testing.assert_close(rewards, scores, atol=1e-4, rtol=0)  # the KL from the reference is 0 before an update
+    torch.testing.assert_close(
+        rewards, scores, atol=1e-4, rtol=0
+    )  # the KL from the reference is 0 before an update
     own = build(ppo={"no_stop_penalty": None})
-    assert torch.equal(own.penalised(rollouts), rollouts.scores)
+    assert torch.equal(own.apply_no_stop_penalty(rollouts), rollouts.scores)
 
 
 def test_05_dropout_is_off_in_all_models(build: Build, tiny: Path) -> None:
@@ -132,8 +147,8 @@ def test_05_dropout_is_off_in_all_models(build: Build, tiny: Path) -> None:
     mesh = tiny_ppo.mesh_of(tiny_ppo.config(tiny))
     tiny_ppo.save_reward_model(tiny, mesh, "rm_dropout", **dropout)
     ppo = build(model=dropout, ppo={"reward_model": str(tiny / "rm_dropout")})
-    average = ppo.average.stage
-    stages = [ppo.policy.stage, ppo.value.stage, ppo.reference, ppo.rewards.models[0][1], average]
+    average = ppo.average.model
+    stages = [ppo.policy.model, ppo.value.model, ppo.reference, ppo.rewards.models[0][1], average]
     batch = pack([list(range(1, 20))], [3])
     dropping = build_model(ModelConfig(**tiny_ppo.MODEL, **dropout), mesh, 300, seed=1)
     with torch.no_grad():
@@ -156,7 +171,7 @@ def test_07_whitening_is_masked_biased_and_over_the_whole_batch(build: Build) ->
     """Rewards without a mean shift, advantages with one."""
     ppo = build(ppo={"whiten_rewards": True, "lam": 0.9, "gamma": 0.97})
     rollouts = made_rollouts(ppo)
-    scores = ppo.penalised(rollouts)
+    scores = ppo.apply_no_stop_penalty(rollouts)
     targets = ppo.targets(rollouts, scores)
     rewards = flat(rollouts, targets.rewards)
     scaled = (rewards - rewards.mean()) / np.sqrt(rewards.var(ddof=0) + 1e-8) + rewards.mean()
@@ -172,7 +187,9 @@ def test_07_whitening_is_masked_biased_and_over_the_whole_batch(build: Build) ->
     white = (advantages - advantages.mean()) / np.sqrt(advantages.var(ddof=0) + 1e-8)
     np.testing.assert_allclose(flat(rollouts, targets.advantages), white, atol=1e-4)
     assert (targets.advantages[~rollouts.mask] == 0).all()
-    plain = build(ppo={"whiten_rewards": False, "lam": 0.9, "gamma": 0.97}).targets(rollouts, scores)
+    plain = build(ppo={"whiten_rewards": False, "lam": 0.9, "gamma": 0.97}).targets(
+        rollouts, scores
+    )
     assert np.abs(flat(rollouts, plain.advantages)).mean() == pytest.approx(0.8, abs=0.3)
     assert flat(rollouts, plain.advantages).mean() == pytest.approx(0.0, abs=1e-5)
     assert flat(rollouts, plain.advantages).var() == pytest.approx(1.0, abs=1e-4)
@@ -184,15 +201,21 @@ def test_08_the_value_is_clipped_around_its_rollout_value(build: Build) -> None:
     rollouts = made_rollouts(ppo)
     now = flat(rollouts, rollouts.values)
     generator = torch.Generator().manual_seed(0)
-    rollouts.values = rollouts.values + 0.4 * torch.randn(rollouts.values.shape, generator=generator)
+    rollouts.values = rollouts.values + 0.4 * torch.randn(
+        rollouts.values.shape, generator=generator
+    )
     returns = rollouts.values + torch.randn(rollouts.values.shape, generator=generator)
-    batches = [training_batch(rollouts, returns, returns, rows) for rows in torch.arange(16).split(5)]
+    batches = [
+        training_batch(rollouts, returns, returns, rows) for rows in torch.arange(16).split(5)
+    ]
     old, target = flat(rollouts, rollouts.values), flat(rollouts, returns)
     clipped = old + np.clip(now - old, -0.2, 0.2)
     expected = 0.5 * np.maximum((now - target) ** 2, (clipped - target) ** 2)
     metrics = ppo.value_gradient(batches)
     assert metrics["value_loss"] == pytest.approx(expected.mean(), rel=1e-4)
-    assert metrics["value_clip_fraction"] == pytest.approx(((clipped - target) ** 2 > (now - target) ** 2).mean())
+    assert metrics["value_clip_fraction"] == pytest.approx(
+        ((clipped - target) ** 2 > (now - target) ** 2).mean()
+    )
     assert abs(0.5 * ((now - target) ** 2).mean() - expected.mean()) > 0.01
 
 
@@ -200,7 +223,9 @@ def test_09_adams_epsilon_is_the_configured_one(build: Build) -> None:
     ppo = build(optimizer={"lr": 1e-3, "eps": 3e-5})
     for learner in ppo.learners().values():
         assert {
-            group["eps"] for part in learner.optimizer.chained_optimizers for group in part.optimizer.param_groups
+            group["eps"]
+            for part in learner.optimizer.chained_optimizers
+            for group in part.optimizer.param_groups
         } == {3e-5}
     for path in (Path(__file__).parents[2] / "configs").rglob("ppo*.yaml"):
         assert load_config(path).optimizer.eps == 1e-5, path
@@ -226,7 +251,9 @@ def test_10_every_inner_epoch_is_a_fresh_shuffle(build: Build) -> None:
     assert len(epochs) == 6
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert torch.equal(torch.cat(list(ppo.minibatches(16))), torch.cat(orders[1]))  # the same on every rank
+    assert torch.equal(
+        torch.cat(list(ppo.minibatches(16))), torch.cat(orders[1])
+    )  # the same on every rank
     other = build(ppo={"inner_epochs": 3}, train={"seed": 12})  # the seed after this one
     others = {tuple(epoch.tolist()) for epoch in torch.cat(list(other.minibatches(16))).split(16)}
     assert not others & {tuple(epoch) for epoch in epochs}
@@ -249,11 +276,13 @@ def test_11_seeds_differ_by_data_rank_and_agree_inside_a_tensor_group(build: Bui
 def test_12_the_reward_holds_k1_and_the_controller_is_optional(build: Build) -> None:
     ppo = build(ppo={"kl_coef": 0.3})
     rollouts = made_rollouts(ppo)
-    scores = ppo.penalised(rollouts)
+    scores = ppo.apply_no_stop_penalty(rollouts)
     expected = -0.3 * (rollouts.logprobs - rollouts.ref_logprobs)
     expected[torch.arange(16), rollouts.response_lengths - 1] += scores
     rewards = ppo.targets(rollouts, scores).rewards
-    torch.testing.assert_close(rewards, torch.where(rollouts.mask, expected, 0.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        rewards, torch.where(rollouts.mask, expected, 0.0), atol=1e-5, rtol=1e-5
+    )
     metrics = ppo.learn(rollouts)
     k1 = ((rollouts.logprobs - rollouts.ref_logprobs) * rollouts.mask).sum(1).mean().item()
     assert metrics["kl"] == pytest.approx(k1, rel=1e-5)
@@ -269,8 +298,10 @@ def test_12_the_reward_holds_k1_and_the_controller_is_optional(build: Build) -> 
 
 
 def test_13_the_average_is_what_is_evaluated_and_exported(tiny: Path) -> None:
-    chosen = tiny_ppo.config(tiny, ppo={"ema_decay": 0.5}).model_copy(update={"output_dir": str(tiny / "averaged")})
-    launch.train("ppo", chosen)
+    chosen = tiny_ppo.config(tiny, ppo={"ema_decay": 0.5}).model_copy(
+        update={"output_dir": str(tiny / "averaged")}
+    )
+    train.train("ppo", chosen)
     saved = describe_model(chosen.output_dir)  # what eval, sample and export read
     assert saved.path.name == "ema"
     mesh = tiny_ppo.mesh_of(chosen)
@@ -280,7 +311,9 @@ def test_13_the_average_is_what_is_evaluated_and_exported(tiny: Path) -> None:
         stage = build_model(found.model, mesh, found.vocab_size)
         load_model(found, stage)
         weights[name] = dict(stage.named_parameters())
-    start = dict(build_model(chosen.model, mesh, saved.vocab_size, seed=chosen.train.seed).named_parameters())
+    start = dict(
+        build_model(chosen.model, mesh, saved.vocab_size, seed=chosen.train.seed).named_parameters()
+    )
     for name, average in weights["ema"].items():
         moved = (weights["policy"][name] - start[name]).abs().max()
         lag = (weights["policy"][name] - average).abs().max()
@@ -290,15 +323,28 @@ def test_13_the_average_is_what_is_evaluated_and_exported(tiny: Path) -> None:
 def test_14_losses_are_divided_by_the_global_token_count(build: Build) -> None:
     """Any micro-batch size and any token budget give the same losses and gradients of unequal sequences."""
     found = []
-    settings = ({"micro_batch_size": 8}, {"micro_batch_size": 1}, {"max_tokens_per_micro_batch": 45})
-    for train in settings:
-        ppo = build(train=train)
+    settings = (
+        {"micro_batch_size": 8},
+        {"micro_batch_size": 1},
+        {"max_tokens_per_micro_batch": 45},
+    )
+    for section in settings:
+        ppo = build(train=section)
         rollouts = made_rollouts(ppo)
-        assert len(own_rows(ppo.mesh, torch.arange(8), rollouts.lengths, ppo.train)) == {8: 1, 1: 8}.get(
-            train.get("micro_batch_size", 0), 3
-        )
+        assert len(own_rows(ppo.mesh, torch.arange(8), rollouts.lengths, ppo.train)) == {
+            8: 1,
+            1: 8,
+        }.get(train.get("micro_batch_size", 0), 3)
         metrics = ppo.learn(rollouts)
-        names = ("policy_loss", "value_loss", "ptx_loss", "grad_norm", "value_grad_norm", "ppo_grad_norm", "approx_kl")
+        names = (
+            "policy_loss",
+            "value_loss",
+            "ptx_loss",
+            "grad_norm",
+            "value_grad_norm",
+            "ppo_grad_norm",
+            "approx_kl",
+        )
         found.append([metrics[name] for name in names])
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-4, abs=1e-6)

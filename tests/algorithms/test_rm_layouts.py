@@ -12,7 +12,10 @@ PARALLEL = ("dp4", "2x1-dp2-budget", "1x2-dp2-budget", "2x2-sequence-budget")
 
 
 def metrics(workspace: Path, name: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workspace / name / "rm" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (workspace / name / "rm" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("name", [*SERIAL, *PARALLEL])
@@ -21,7 +24,10 @@ def test_same_as_one_process(workspace: Path, name: str) -> None:
     assert len(serial) == len(other) == 3
     for expected, got in zip(serial, other, strict=True):
         for key in ("loss", "grad_norm", "accuracy", "margin", "pairs", "tokens_unshared"):
-            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (expected["step"], key)
+            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (
+                expected["step"],
+                key,
+            )
 
 
 def test_tokens_are_counted(workspace: Path) -> None:
@@ -31,7 +37,9 @@ def test_tokens_are_counted(workspace: Path) -> None:
         assert other["tokens"] == other["tokens_unshared"] == one["tokens_unshared"]
         assert one["tokens_unshared"] / 3 < one["tokens"] < 0.75 * one["tokens_unshared"]
     for name in PARALLEL:
-        assert [line["tokens"] for line in metrics(workspace, name)] == [line["tokens"] for line in shared]
+        assert [line["tokens"] for line in metrics(workspace, name)] == [
+            line["tokens"] for line in shared
+        ]
 
 
 @pytest.mark.parametrize("name", [*SERIAL, *PARALLEL])
@@ -47,7 +55,9 @@ def test_demonstrations_score_the_same(workspace: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dp4", "1x2-dp2-budget"])
 def test_judged_the_same_by_every_layout(workspace: Path, name: str) -> None:
-    serial, other = (json.loads((workspace / which / "eval_rm.json").read_text()) for which in ("separate", name))
+    serial, other = (
+        json.loads((workspace / which / "eval_rm.json").read_text()) for which in ("separate", name)
+    )
     assert serial["prompts"] == other["prompts"] == 41 and serial["pairs"] == 3 * 41
     for key in ("accuracy", "length_rule", "accuracy_by_distance"):
         assert other[key] == serial[key]

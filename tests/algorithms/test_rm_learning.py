@@ -17,7 +17,13 @@ from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.optimizer import Learner
 
 VOCAB, K, GOOD = 40, 4, 7
-MODEL: dict[str, Any] = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 24}
+MODEL: dict[str, Any] = {
+    "family": "gpt",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "max_positions": 24,
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +37,26 @@ def rankings(count: int, rng: random.Random, *, shuffled: bool) -> list[Tokenize
     groups = []
     for _ in range(count):
         counts = rng.sample(range(K + 1), K)
-        responses = [rng.sample([GOOD] * n + [rng.randrange(GOOD + 1, VOCAB) for _ in range(6 - n)], 6) for n in counts]
+        responses = [
+            rng.sample([GOOD] * n + [rng.randrange(GOOD + 1, VOCAB) for _ in range(6 - n)], 6)
+            for n in counts
+        ]
         ranks = rng.sample(range(K), K) if shuffled else [-n for n in counts]
-        groups.append(TokenizedRanking([rng.randrange(1, GOOD) for _ in range(rng.randint(1, 12))], responses, ranks))
+        groups.append(
+            TokenizedRanking(
+                [rng.randrange(1, GOOD) for _ in range(rng.randint(1, 12))], responses, ranks
+            )
+        )
     return groups
 
 
 def train(mesh: Mesh, groups: list[TokenizedRanking], steps: int, batch: int) -> Any:
-    stage = build_model(ModelConfig(**MODEL, dtype="fp32"), mesh, VOCAB, head="scalar", seed=1).train()
-    learner = Learner(mesh, stage, OptimizerConfig(lr=3e-3), ScheduleConfig(decay="constant"), total_steps=steps)
+    stage = build_model(
+        ModelConfig(**MODEL, dtype="fp32"), mesh, VOCAB, head="scalar", seed=1
+    ).train()
+    learner = Learner(
+        mesh, stage, OptimizerConfig(lr=3e-3), ScheduleConfig(decay="constant"), total_steps=steps
+    )
     algorithm = RewardModelling(mesh, learner)
     for step in range(steps):
         start = step * batch % len(groups)

@@ -43,13 +43,17 @@ def test_refused_with_file_and_line(line: str, reason: str, tmp_path: Path, toke
     with pytest.raises(UserError) as error:
         load_rankings(path, tokenizer, **LIMITS)  # type: ignore[arg-type]
     message = str(error.value)
-    assert message.startswith(f"{path}:2: {reason}") and "\n" not in message and "on_error" in message
+    assert (
+        message.startswith(f"{path}:2: {reason}") and "\n" not in message and "on_error" in message
+    )
 
 
 def test_set_aside_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     path, rejected = tmp_path / "rankings.jsonl", tmp_path / "rejected.jsonl"
     path.write_text("\n".join([GOOD, *BAD, GOOD]) + "\n")
-    loaded, counts = load_rankings(path, tokenizer, **LIMITS, on_error="quarantine", rejected=rejected)  # type: ignore[arg-type]
+    loaded, counts = load_rankings(
+        path, tokenizer, **LIMITS, on_error="quarantine", rejected=rejected
+    )  # type: ignore[arg-type]
     assert counts == Counts(read=len(BAD) + 2, kept=2, rejected=len(BAD))
     assert [ranking.ranks for ranking in loaded] == [(1, 2.5, 1)] * 2
     assert (loaded[0].labeler_id, loaded[0].user_id) == ("7", "u")
@@ -59,7 +63,9 @@ def test_set_aside_and_counted(tmp_path: Path, tokenizer: Any) -> None:
         assert row["reason"].startswith(reason)
 
 
-def test_a_group_above_the_token_budget_is_refused_before_training(tmp_path: Path, tokenizer: Any, caplog: Any) -> None:
+def test_a_group_above_the_token_budget_is_refused_before_training(
+    tmp_path: Path, tokenizer: Any, caplog: Any
+) -> None:
     path = tmp_path / "rankings.jsonl"
     path.write_text(GOOD + "\n" + '{"prompt": "pp", "responses": ["aaa", "b"], "ranks": [1, 2]}\n')
     loaded, _ = load_rankings(path, tokenizer, **LIMITS)  # type: ignore[arg-type]
@@ -73,5 +79,8 @@ def test_a_group_above_the_token_budget_is_refused_before_training(tmp_path: Pat
         check_groups(loaded, cost, None)
     assert "longest prompt with its responses: 10 tokens (K = 2) of 10" in caplog.messages
     assert "longest prompt with its responses: 10 tokens (K = 2)" in caplog.messages
-    with pytest.raises(UserError, match=r"2 responses has 10 tokens, .*max_tokens_per_micro_batch 9: raise that to 10"):
+    with pytest.raises(
+        UserError,
+        match=r"2 responses has 10 tokens, .*max_tokens_per_micro_batch 9: raise that to 10",
+    ):
         check_groups(loaded, cost, 9)

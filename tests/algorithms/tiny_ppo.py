@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from fastrlhf import launch
+from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import Config, ModelConfig
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.generation.engine import Generated
 from fastrlhf.models.gpt import build_model
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.checkpoint import save_model
+from fastrlhf.run import builder, jobs
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 # Large initial weights, so that no term of an equation is too small to be seen.
@@ -38,7 +38,9 @@ def make_data(folder: Path) -> None:
     debug.main(folder / "data")
 
 
-def save_reward_model(folder: Path, mesh: Mesh, name: str = "rm", seed: int = 7, **model: Any) -> None:
+def save_reward_model(
+    folder: Path, mesh: Mesh, name: str = "rm", seed: int = 7, **model: Any
+) -> None:
     """A random reward model in folder/name; `model` are fields of its configuration."""
     vocab_size = len(load_tokenizer(folder / "data" / "tokenizer"))
     stage = build_model(ModelConfig(**MODEL, **model), mesh, vocab_size, head="scalar", seed=seed)
@@ -82,7 +84,7 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
 
 def build(mesh: Mesh, chosen: Config) -> tuple[Any, list[list[list[int]]]]:
     """(the PPO object, this rank's prompts of the first iteration) of a run."""
-    job = launch._ppo(launch.Parts(chosen, mesh))
+    job = jobs.ppo_job(builder.RunBuilder(chosen, mesh))
     return job.algorithm, next(iter(job.batches))
 
 

@@ -12,16 +12,18 @@ from bench.end_to_end import StepRow
 from bench.machine import Limits
 from bench.sides import Side, guarded
 from bench.trainers import RandomParts, Steps, Trainers, draw_weights, make_task
-from fastrlhf import launch
 from fastrlhf.algorithms.rollouts import gather
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.run import jobs
 
 SIZES = {"layers": 1, "hidden": 32, "heads": 2, "vocab": 200, "prompt": 8, "response": 6, "episodes": 4, "minibatch": 2,
          "sft-batch": 3, "rankings": 2, "micro-tokens": 150, "steps": 2, "iterations": 1, "warmup": 1}  # fmt: skip
-ABOUT = dict.fromkeys(("device", "torch", "triton", "python", "commit", "dirty", "time"), "here") | {"threads": 1}
+ABOUT = dict.fromkeys(
+    ("device", "torch", "triton", "python", "commit", "dirty", "time"), "here"
+) | {"threads": 1}
 
 
 def options(**changes) -> list[str]:
@@ -32,7 +34,9 @@ def options(**changes) -> list[str]:
 def session():
     args = end_to_end.arguments(options())
     mesh = meshes.initialize(ParallelConfig(), seed=1)
-    yield sides.Session(args, RandomParts(make_task(args), mesh), Limits(2.0, {torch.float32: 0.5}), dict(ABOUT))
+    yield sides.Session(
+        args, RandomParts(make_task(args), mesh), Limits(2.0, {torch.float32: 0.5}), dict(ABOUT)
+    )
     meshes.finalize()
 
 
@@ -52,8 +56,15 @@ def test_the_command(tmp_path, capsys):
         "rm": ["prompts repeated"],
         "ppo": ["iteration", "rollout", "scoring", "update", "prefill"],
     }
-    expected = {(op, m, p) for op, names in modes.items() for m in names for p in ("fastrlhf", "transformers")}
-    found = {(r.op, r.mode, r.provider) for r in rows if r.mode != "decode"}  # which may take no time beyond a prefill
+    expected = {
+        (op, m, p)
+        for op, names in modes.items()
+        for m in names
+        for p in ("fastrlhf", "transformers")
+    }
+    found = {
+        (r.op, r.mode, r.provider) for r in rows if r.mode != "decode"
+    }  # which may take no time beyond a prefill
     assert found == expected | {("rm", "prompts shared", "fastrlhf")}
     sft = next(r for r in rows if (r.op, r.provider) == ("sft", "fastrlhf"))
     assert (sft.samples, sft.versus, sft.limit) == (2, "transformers", "matmul") and sft.ratio > 0
@@ -62,10 +73,16 @@ def test_the_command(tmp_path, capsys):
     assert shared.versus == "prompts repeated" and shared.rankings_per_s == pytest.approx(
         2e3 / shared.median_ms, rel=1e-4
     )
-    shares = [r.share_pct for r in rows if r.op == "ppo" and r.provider == "fastrlhf" and r.share_pct]
+    shares = [
+        r.share_pct for r in rows if r.op == "ppo" and r.provider == "fastrlhf" and r.share_pct
+    ]
     assert len(shares) == 3 and 90 < sum(shares) <= 100.5
     printed = capsys.readouterr().out
-    assert "limits here: copy" in printed and "times faster than" in printed and "ppo update" in printed
+    assert (
+        "limits here: copy" in printed
+        and "times faster than" in printed
+        and "ppo update" in printed
+    )
 
 
 @pytest.mark.parametrize("part", ["sft", "rm"])
@@ -82,7 +99,7 @@ def test_both_sides_take_the_same_steps(session, part):
 
 def test_both_sides_update_alike_from_the_same_rollouts(session, monkeypatch):
     """PPO: the plain side is given our sampled tokens; the weights after an iteration are the same."""
-    job = launch._JOBS["ppo"](session.parts)
+    job = jobs.ppo_job(session.parts)
     algorithm, batches = job.algorithm, iter(job.batches)
     theirs = plain.PPO(session.parts)
     episodes = algorithm.sample([prompt for micro in next(batches) for prompt in micro])
@@ -97,7 +114,10 @@ def test_both_sides_update_alike_from_the_same_rollouts(session, monkeypatch):
     metrics = algorithm.learn(rollouts)
     theirs.update(ids, *scored)
     assert metrics["updates"] == 2
-    for stage, model in ((algorithm.policy.stage, theirs.policy.model), (algorithm.value.stage, theirs.value.model)):
+    for stage, model in (
+        (algorithm.policy.model, theirs.policy.model),
+        (algorithm.value.model, theirs.value.model),
+    ):
         expected = dict(plain.hf_tensors(stage, dict(plain.global_names(stage))))
         for name, tensor in model.state_dict().items():
             if name in expected:
@@ -115,12 +135,16 @@ def test_what_does_not_fit_is_listed_and_the_rest_goes_on(session, monkeypatch):
     assert theirs.note == "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"
     monkeypatch.setattr(Trainers, "rm", full)
     rows = end_to_end.run_part("rm", session)
-    assert [(r.provider, r.status) for r in rows] == [("fastrlhf", "out of memory")] * 2 + [("transformers", "ok")]
+    assert [(r.provider, r.status) for r in rows] == [("fastrlhf", "out of memory")] * 2 + [
+        ("transformers", "ok")
+    ]
 
 
 def test_a_step_that_fails_later_keeps_its_times(session):
     steps = iter([{}, {}, {}])
-    failing = Side("step", "fastrlhf", lambda: Steps(lambda: next(steps)))  # two steps after the warm-up
+    failing = Side(
+        "step", "fastrlhf", lambda: Steps(lambda: next(steps))
+    )  # two steps after the warm-up
     other = Side("step", "transformers", lambda: Steps(dict))
     sides.begin([failing, other], session, 1, same=False)
     with pytest.raises(StopIteration):  # not something that a library fails with: it is not hidden
@@ -132,7 +156,10 @@ def test_a_step_that_fails_later_keeps_its_times(session):
 
     failing.steps = Steps(fails)
     sides.time_others(failing, {"prefill": fails}, session)
-    assert failing.failures["prefill"] == ("failed", "UserError: half of the GPU's free memory holds no sequence")
+    assert failing.failures["prefill"] == (
+        "failed",
+        "UserError: half of the GPU's free memory holds no sequence",
+    )
     sides.race([failing, other], session, 4)
     assert (failing.status, len(failing.times), failing.steps) == ("failed", 2, None)
     assert len(other.times) == 2 + 4  # from before and now
@@ -160,16 +187,20 @@ def test_past_the_deadline_nothing_is_begun(session):
 
 def test_memory_of_the_host_that_is_full():
     def full():
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"
+        )
 
     assert guarded("x", full)[1] == "out of memory"
 
 
 def test_weights_do_not_depend_on_who_asks(session):
     parts = session.parts
-    first, second = (parts.stage(parts.config.model, "lm") for _ in range(2))
+    first, second = (parts.model(parts.config.model, "lm") for _ in range(2))
     draw_weights(second)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert first.embedding.word_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 

@@ -23,7 +23,9 @@ SHAPES = {
 
 
 def model(family: str) -> ModelConfig:
-    return ModelConfig(**SHAPES[family], num_layers=2, hidden_size=64, num_heads=4, max_positions=32, dtype="fp32")
+    return ModelConfig(
+        **SHAPES[family], num_layers=2, hidden_size=64, num_heads=4, max_positions=32, dtype="fp32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,19 @@ def test_a_training_step_as_torch_counts_it(mesh, family):
         (hidden[batch.loss_mask] @ stage.lm_head()["weight"].T).sum().backward()
     work = flops.work_of(batch)
     assert work == Work(B * T, B * T * (T + 1) // 2, B * (T - prompt))
-    whole = Work(work.tokens, B * T * T, work.counted)  # torch's product of scores makes the masked ones too
+    whole = Work(
+        work.tokens, B * T * T, work.counted
+    )  # torch's product of scores makes the masked ones too
     assert forward == flops.forward_flops(model(family), Work(whole.tokens, whole.pairs), V)
     assert counter.get_total_flops() == flops.training_flops(model(family), whole, V)
 
 
 def test_decoding_reads_the_weights_and_the_cache(mesh):
     stage = build_model(model("llama"), mesh, V, seed=1)
-    weights = sum(p.numel() for p in stage.decoder.parameters() if p.dim() == 2) + stage.lm_head()["weight"].numel()
+    weights = (
+        sum(p.numel() for p in stage.decoder.parameters() if p.dim() == 2)
+        + stage.lm_head()["weight"].numel()
+    )
     assert flops.matrix_entries(model("llama")) + 64 * V == weights
     prompts, response = [3, 7], 4
     cache = sum(row_bytes(stage, P + step) for P in prompts for step in range(1, response))
@@ -70,6 +77,10 @@ def test_a_prompt_that_is_shared_counts_once():
         TokenizedRanking([1] * 5, [[2] * 3, [3] * 4], [0, 1]),
         TokenizedRanking([1], [[2], [3], [4] * 2], [0, 1, 2]),
     ]
-    shared, repeated = (flops.work_of(pack_rankings(rankings, shared_prompt=s)) for s in (True, False))
-    assert shared == Work(5 + 3 + 4 + 1 + 1 + 1 + 2, 15 + (15 + 6) + (20 + 10) + 1 + 2 + 2 + (2 + 3))
+    shared, repeated = (
+        flops.work_of(pack_rankings(rankings, shared_prompt=s)) for s in (True, False)
+    )
+    assert shared == Work(
+        5 + 3 + 4 + 1 + 1 + 1 + 2, 15 + (15 + 6) + (20 + 10) + 1 + 2 + 2 + (2 + 3)
+    )
     assert repeated == Work(8 + 9 + 2 + 2 + 3, 36 + 45 + 3 + 3 + 6)

@@ -29,11 +29,32 @@ def rival(**changes) -> Row:
 def test_columns_name_everything_that_a_time_depends_on(tmp_path):
     path = tmp_path / "new/kernels.csv"
     results.append_csv(path, [ROW])
-    results.append_csv(path, [rival(status="not installed", note="No module, alas", median_ms=None, samples=0)])
+    results.append_csv(
+        path, [rival(status="not installed", note="No module, alas", median_ms=None, samples=0)]
+    )
     header, first, second = csv.reader(path.open())
     assert tuple(header) == COLUMNS
-    keys = {"op", "provider", "provider_version", "shape", "dtype", "device", "threads", "torch", "triton", "commit"}
-    assert keys | {"median_ms", "p20_ms", "p80_ms", "pct_sol", "peak_extra_mb", "load", "clock"} <= set(header)
+    keys = {
+        "op",
+        "provider",
+        "provider_version",
+        "shape",
+        "dtype",
+        "device",
+        "threads",
+        "torch",
+        "triton",
+        "commit",
+    }
+    assert keys | {
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "pct_sol",
+        "peak_extra_mb",
+        "load",
+        "clock",
+    } <= set(header)
     assert first[header.index("median_ms")] == "1.5" and second[header.index("median_ms")] == ""
     assert results.read_csv(path)[0] == ROW
     assert results.read_csv(path)[1].note == "No module, alas"
@@ -61,7 +82,9 @@ def test_numbers_as_text():
 
 def test_table_and_plot(tmp_path):
     out = io.StringIO()
-    gone = dataclasses.replace(rival(), provider="quack", status="not installed", note="no quack", median_ms=None)
+    gone = dataclasses.replace(
+        rival(), provider="quack", status="not installed", note="no quack", median_ms=None
+    )
     results.print_table([rival(median_ms=3.0), ROW, gone], Console(file=out, width=150))
     text = out.getvalue()
     assert text.index("fastrlhf[cpu]") < text.index("eager")  # the fastest first
@@ -88,13 +111,23 @@ def test_targets_are_held_against_the_fastest():
     rows = [ROW, rival(median_ms=15.0, p20_ms=12.5, p80_ms=30.0)]
     rows += [dataclasses.replace(rows[1], provider="x", median_ms=9.0)]
     eager, other = cpu_targets.judge(target(at_least=8), rows)
-    assert (eager.versus, eager.ratio, eager.low, eager.high, eager.reached) == ("eager", 10.0, 6.25, 24.0, "")
+    assert (eager.versus, eager.ratio, eager.low, eager.high, eager.reached) == (
+        "eager",
+        10.0,
+        6.25,
+        24.0,
+        "",
+    )
     assert (other.versus, other.ratio, other.target, other.reached) == ("x", 6.0, ">= 8x", "no")
     (eager,) = cpu_targets.judge(target(at_least=8), rows[:2])
     assert eager.reached == "yes"
-    (gemms,) = cpu_targets.judge(target(at_most=1.10, against=("eager",)), [ROW, rival(median_ms=1.4)])
+    (gemms,) = cpu_targets.judge(
+        target(at_most=1.10, against=("eager",)), [ROW, rival(median_ms=1.4)]
+    )
     assert gemms.ratio == pytest.approx(1.5 / 1.4) and gemms.reached == "yes"
-    (gemms,) = cpu_targets.judge(target(at_most=1.10, against=("eager",)), [ROW, rival(median_ms=1.3)])
+    (gemms,) = cpu_targets.judge(
+        target(at_most=1.10, against=("eager",)), [ROW, rival(median_ms=1.3)]
+    )
     assert gemms.reached == "no"
 
 
@@ -102,7 +135,9 @@ def test_memory_target_allows_one_buffer():
     buffer_mb = 2048 * 50257 * 4 / 1e6
     for extra, reached in ((buffer_mb, "yes"), (buffer_mb * 1.01, "no")):
         ours = dataclasses.replace(ROW, shape="2048x50257", peak_extra_mb=extra)
-        memory = cpu_targets.judge(target(at_least=8, memory=True), [ours, rival(median_ms=20.0)])[-1]
+        memory = cpu_targets.judge(target(at_least=8, memory=True), [ours, rival(median_ms=20.0)])[
+            -1
+        ]
         assert (memory.measured, memory.reached) == ("fastrlhf[cpu], peak extra memory", reached)
 
 
@@ -114,13 +149,21 @@ def test_nothing_of_ours_is_not_reached():
 
 def test_the_commands(tmp_path, capsys):
     out = ["--out", str(tmp_path)]
-    assert command.main(["gae", "--quick", "--device", "cpu", "--providers", "fastrlhf[torch]", *out]) == 0
+    assert (
+        command.main(["gae", "--quick", "--device", "cpu", "--providers", "fastrlhf[torch]", *out])
+        == 0
+    )
     assert command.main(["report", "--device", "cpu", *out]) == 0
     assert command.main(["cpu-targets", "pairwise_ranking_loss", "--quick", *out]) == 0
     printed = capsys.readouterr().out
     assert "limits here: copy" in printed and "| pairwise_ranking_loss | 8x9 | float32 |" in printed
-    assert {"kernels.csv", "kernels.svg", "targets.csv", "targets.md"} <= {p.name for p in tmp_path.iterdir()}
-    assert {r.op for r in results.read_csv(tmp_path / "kernels.csv")} == {"gae", "pairwise_ranking_loss"}
+    assert {"kernels.csv", "kernels.svg", "targets.csv", "targets.md"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert {r.op for r in results.read_csv(tmp_path / "kernels.csv")} == {
+        "gae",
+        "pairwise_ranking_loss",
+    }
 
 
 @pytest.mark.parametrize("words", [["gea"], ["cpu-targets", "gea"], ["gae", "--shapes", "3x"]])

@@ -15,7 +15,9 @@ from bench.run import Session, run_case
 from bench.timing import Candidate, Effort, interleaved, peak_extra_bytes
 
 CPU = torch.device("cpu")
-ABOUT = dict.fromkeys(("device", "torch", "triton", "python", "commit", "dirty", "time"), "here") | {"threads": 1}
+ABOUT = dict.fromkeys(
+    ("device", "torch", "triton", "python", "commit", "dirty", "time"), "here"
+) | {"threads": 1}
 TINY = Effort(0.0, min_rounds=3, max_rounds=3, warmup=1)
 
 
@@ -37,8 +39,21 @@ def test_every_op_has_ours_and_something_to_compare_with():
 
 def test_the_libraries_that_are_compared_with():
     named = {p.name for providers in PROVIDERS.values() for p in providers}
-    assert {"Liger", "quack", "flash-attn", "cut-cross-entropy", "TRL", "F.linear_cross_entropy"} <= named
-    assert {"eager", "torch.compile", "Python loop over time", "Python loop over pairs", "3 bare GEMMs"} <= named
+    assert {
+        "Liger",
+        "quack",
+        "flash-attn",
+        "cut-cross-entropy",
+        "TRL",
+        "F.linear_cross_entropy",
+    } <= named
+    assert {
+        "eager",
+        "torch.compile",
+        "Python loop over time",
+        "Python loop over pairs",
+        "3 bare GEMMs",
+    } <= named
 
 
 @pytest.mark.parametrize("name", list(OPS))
@@ -46,7 +61,9 @@ def test_a_case_of_every_op(name):
     op = OPS[name]
     mode = "fwd+bwd" if op.leaves else "fwd"
     shape = op.shapes["quick"][0]
-    rows = by_provider(run_case(session("fastrlhf", "eager", "loop", "GEMMs"), op, mode, shape, torch.float32))
+    rows = by_provider(
+        run_case(session("fastrlhf", "eager", "loop", "GEMMs"), op, mode, shape, torch.float32)
+    )
     ours = rows["fastrlhf[torch]"]
     assert ours.status == "ok" and ours.samples == 3
     assert 0 < ours.p20_ms <= ours.median_ms <= ours.p80_ms
@@ -91,11 +108,17 @@ def test_what_cannot_be_measured_is_listed_with_the_reason(extra_provider):
     here = session("absent", "half", "breaks", "never")
     here.patience_s = 0.2
     rows = by_provider(run_case(here, OPS["gae"], "fwd", (4, 8), torch.float32))
-    assert rows["absent"].status == "not installed" and "a_library_that_is_not_there" in rows["absent"].note
     assert (
-        rows["half a percent off"].status == "wrong" and "advantages off by 5.0e-03" in rows["half a percent off"].note
+        rows["absent"].status == "not installed"
+        and "a_library_that_is_not_there" in rows["absent"].note
     )
-    assert rows["breaks"].status == "failed" and rows["breaks"].note == "RuntimeError: no such kernel"
+    assert (
+        rows["half a percent off"].status == "wrong"
+        and "advantages off by 5.0e-03" in rows["half a percent off"].note
+    )
+    assert (
+        rows["breaks"].status == "failed" and rows["breaks"].note == "RuntimeError: no such kernel"
+    )
     assert rows["never ready"].status == "failed" and "TimeoutError" in rows["never ready"].note
     assert all(r.median_ms is None for r in rows.values())
 
@@ -109,7 +132,9 @@ def test_a_wrong_gradient_is_caught():
         (logp,) = EAGER["logprobs"](x)
         return (logp.detach() + 0.5 * (logp - logp.detach()),)
 
-    assert run.check(OPS["logprobs"], detached, (8, 130), torch.float32, CPU).startswith("gradient of logits off by 5")
+    assert run.check(OPS["logprobs"], detached, (8, 130), torch.float32, CPU).startswith(
+        "gradient of logits off by 5"
+    )
     assert run.check(OPS["logprobs"], EAGER["logprobs"], (8, 130), torch.float32, CPU) == ""
 
 
@@ -166,7 +191,9 @@ def test_shapes():
             parse_shape(text)
 
 
-@pytest.mark.parametrize(("vocab", "small"), [(128256, 1024), (50257, 1024 + 50257 % 128), (100, 100)])
+@pytest.mark.parametrize(
+    ("vocab", "small"), [(128256, 1024), (50257, 1024 + 50257 % 128), (100, 100)]
+)
 def test_the_check_keeps_the_alignment_of_rows(vocab, small):
     assert OPS["logprobs"].check_shape((8192, vocab)) == (64, small)
     assert OPS["linear_ppo_loss"].check_shape((8192, 4096, vocab)) == (64, 64, small)

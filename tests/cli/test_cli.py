@@ -54,11 +54,11 @@ def tiny_tokenizer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Stands in for `fastrlhf.launch`, whose import costs seconds; collects what `train` is called with."""
+    """Stands in for `fastrlhf.run.train`, whose import costs seconds; collects what `train` is called with."""
     calls: list = []
-    module = type(sys)("fastrlhf.launch")
+    module = type(sys)("fastrlhf.run.train")
     monkeypatch.setattr(module, "train", lambda *arguments: calls.append(arguments), raising=False)
-    monkeypatch.setitem(sys.modules, "fastrlhf.launch", module)
+    monkeypatch.setitem(sys.modules, "fastrlhf.run.train", module)
     return calls
 
 
@@ -73,9 +73,21 @@ except SystemExit as error:
 heavy = {"torch", "transformers", "megatron", "numpy", "triton", "matplotlib", "yaml"} & set(sys.modules)
 assert not heavy, heavy
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr
-    for command in ("pretrain", "sft", "rm", "ppo", "sample", "quickstart", "data", "convert", "doctor"):
+    for command in (
+        "pretrain",
+        "sft",
+        "rm",
+        "ppo",
+        "sample",
+        "quickstart",
+        "data",
+        "convert",
+        "doctor",
+    ):
         assert f"  {command} " in result.stdout
 
 
@@ -89,9 +101,14 @@ try:
 finally:
     assert "torch" not in sys.modules
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 2
-    assert result.stderr == "error: override 'trian.seed=1': unknown key trian.seed; did you mean train.seed?\n"
+    assert (
+        result.stderr
+        == "error: override 'trian.seed=1': unknown key trian.seed; did you mean train.seed?\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["pretrain", "sft", "rm"])
@@ -115,15 +132,27 @@ def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config
     [
         ([], "error: Missing command; see fastrlhf --help\n"),
         (["sft"], "error: Missing argument 'CONFIG'; see fastrlhf sft --help\n"),
-        (["convert", "to-hf"], "error: Missing argument 'checkpoint'; see fastrlhf convert to-hf --help\n"),
+        (
+            ["convert", "to-hf"],
+            "error: Missing argument 'checkpoint'; see fastrlhf convert to-hf --help\n",
+        ),
         (["bogus"], "error: No such command 'bogus'; see fastrlhf --help\n"),
         (["pp"], "error: No such command 'pp'. Did you mean 'ppo'?; see fastrlhf --help\n"),
         (["sft", "no.yaml"], "error: no.yaml: no such configuration file\n"),
         (["doctor", "--yaml"], "error: No such option: --yaml; see fastrlhf doctor --help"),
-        (["sft", "a.yaml", "--train.steps=1"], "error: No such option: --train.steps; settings have no dashes (train."),
+        (
+            ["sft", "a.yaml", "--train.steps=1"],
+            "error: No such option: --train.steps; settings have no dashes (train.",
+        ),
         (["sft", "."], "error: .: a folder, expected a YAML file\n"),
-        (["data", "prepare", "x.jsonl"], "error: expected CONFIG.yaml, or record files and --out FOLDER"),
-        (["data", "prepare", "no.jsonl", "--out", "o", "max_per_user=0"], "error: override 'max_per_user=0': max_per"),
+        (
+            ["data", "prepare", "x.jsonl"],
+            "error: expected CONFIG.yaml, or record files and --out FOLDER",
+        ),
+        (
+            ["data", "prepare", "no.jsonl", "--out", "o", "max_per_user=0"],
+            "error: override 'max_per_user=0': max_per",
+        ),
         (["data", "convert", "x", "--from", "pears"], "error: "),
         (["data", "show", "x.jsonl", "--tokenizer", "no"], "error: no: no such tokenizer folder"),
         (["quickstart", "--tensor", "0"], "error: Invalid value for '--tensor': "),
@@ -154,7 +183,7 @@ def test_user_error_stays_on_one_line(run, monkeypatch, launched, config):
     def fail(*_: object) -> None:
         raise UserError("data.jsonl:3: bad\n   record")
 
-    monkeypatch.setattr(sys.modules["fastrlhf.launch"], "train", fail)
+    monkeypatch.setattr(sys.modules["fastrlhf.run.train"], "train", fail)
     assert run("sft", config) == (2, "", "error: data.jsonl:3: bad record\n")
 
 
@@ -162,7 +191,7 @@ def test_interrupt_is_130_and_says_nothing(run, monkeypatch, launched, config):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastrlhf.launch"], "train", interrupt)
+    monkeypatch.setattr(sys.modules["fastrlhf.run.train"], "train", interrupt)
     assert run("sft", config) == (130, "", "")
 
 
@@ -170,24 +199,36 @@ def test_a_defect_keeps_its_traceback_and_is_status_1(config):
     code = f"""
 import sys
 from fastrlhf import cli
-module = type(sys)("fastrlhf.launch")
+module = type(sys)("fastrlhf.run.train")
 module.train = lambda *_: 1 / 0
-sys.modules["fastrlhf.launch"] = module
+sys.modules["fastrlhf.run.train"] = module
 sys.argv = ["fastrlhf", "sft", {str(config)!r}]
 cli.main()
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
 def test_data_prepare_convert_and_show(run, tmp_path, tiny_tokenizer, caplog):
-    rows = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(40)]
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(40)
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rankings = tmp_path / "rankings.jsonl"
     status, _, error = run(
-        "data", "convert", tmp_path / "pairs.jsonl", "--from", "pairs", "--kind", "rankings", "--out", rankings
+        "data",
+        "convert",
+        tmp_path / "pairs.jsonl",
+        "--from",
+        "pairs",
+        "--kind",
+        "rankings",
+        "--out",
+        rankings,
     )
     assert status == 0, error
     assert "40 rankings from 40 rows" in caplog.text, "what was done is said on stderr"
@@ -200,15 +241,29 @@ def test_data_prepare_convert_and_show(run, tmp_path, tiny_tokenizer, caplog):
     manifest = json.loads((out / "manifest.json").read_text())
     settings = manifest["settings"]
     assert manifest["kind"] == "rankings"
-    assert (settings["valid_fraction"], settings["test_fraction"], settings["seed"]) == (0.25, 0.25, 3)
-    assert sum(len((out / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "valid", "test")) == 40
+    assert (settings["valid_fraction"], settings["test_fraction"], settings["seed"]) == (
+        0.25,
+        0.25,
+        3,
+    )
+    assert (
+        sum(
+            len((out / f"{split}.jsonl").read_text().splitlines())
+            for split in ("train", "valid", "test")
+        )
+        == 40
+    )
 
-    status, shown, _ = run("data", "show", out / "train.jsonl", "--tokenizer", tiny_tokenizer, "-n", "2")
+    status, shown, _ = run(
+        "data", "show", out / "train.jsonl", "--tokenizer", tiny_tokenizer, "-n", "2"
+    )
     assert (status, shown.count("train.jsonl: ranking")) == (0, 2)
     assert "Question" in shown
 
     back = tmp_path / "back.jsonl"
-    status, _, error = run("data", "convert", rankings, "--to", "pairs", "--kind", "rankings", "--out", back)
+    status, _, error = run(
+        "data", "convert", rankings, "--to", "pairs", "--kind", "rankings", "--out", back
+    )
     assert status == 0, error
     assert [json.loads(line) for line in back.read_text().splitlines()] == rows
     status, _, error = run("data", "convert", rankings, "--kind", "rankings", "--out", back)
@@ -216,17 +271,21 @@ def test_data_prepare_convert_and_show(run, tmp_path, tiny_tokenizer, caplog):
 
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": row["chosen"]}) + "\n" for row in rows))
-    status, _, error = run("data", "tokenize", text, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "corpus")
+    status, _, error = run(
+        "data", "tokenize", text, "--tokenizer", tiny_tokenizer, "--out", tmp_path / "corpus"
+    )
     assert status == 0, error
     assert (tmp_path / "corpus.idx").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("direction", "function"), [("from-hf", "convert_from_hf"), ("to-hf", "convert_to_hf")])
+@pytest.mark.parametrize(
+    ("direction", "function"), [("from-hf", "convert_from_hf"), ("to-hf", "convert_to_hf")]
+)
 def test_convert_passes_folders_and_layout(run, monkeypatch, direction, function):
     calls: list = []
-    module = type(sys)("fastrlhf.convert")
+    module = type(sys)("fastrlhf.commands.convert")
     monkeypatch.setattr(module, function, lambda *arguments: calls.append(arguments), raising=False)
-    monkeypatch.setitem(sys.modules, "fastrlhf.convert", module)
+    monkeypatch.setitem(sys.modules, "fastrlhf.commands.convert", module)
     assert run("convert", direction, "a", "b", "--tensor", 2, "--pipeline", 3)[0] == 0
     [(source, target, parallel)] = calls
     assert (source, target, parallel.tensor, parallel.pipeline) == (Path("a"), Path("b"), 2, 3)
@@ -238,10 +297,24 @@ def test_only_rank_0_prints(run, monkeypatch):
 
 
 def test_under_torchrun_the_line_is_said_once(tmp_path):
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastrlhf", "sft", "no.yaml"]
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fastrlhf",
+        "sft",
+        "no.yaml",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 1, "torchrun has one status for all failures"
     # by rank 0, unless torchrun stopped it first for another rank's failure: then it is in torchrun's summary
@@ -260,7 +333,12 @@ def test_what_only_another_rank_knows_reaches_torchruns_summary(tmp_path):
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 1
     assert "no.yaml: no such configuration file" in result.stderr

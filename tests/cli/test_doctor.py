@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fastrlhf import doctor
+from fastrlhf.commands import doctor
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,15 @@ def checks():
 
 
 def test_what_the_tests_themselves_need_works_here(checks):
-    for name in ("Python", "torch", "disk", "gloo", "megatron-core", "transformers", "ops on torch"):
+    for name in (
+        "Python",
+        "torch",
+        "disk",
+        "gloo",
+        "megatron-core",
+        "transformers",
+        "ops on torch",
+    ):
         assert checks[name].status == "ok", checks[name]
 
 
@@ -31,15 +39,28 @@ def test_whatever_is_off_or_broken_says_why(checks):
 
 
 def test_json_and_table_tell_the_same(monkeypatch, capsys):
-    some = [doctor.Check("a", "ok", "1.2"), doctor.Check("b", "off", "[brackets] are kept", "install it")]
+    some = [
+        doctor.Check("a", "ok", "1.2"),
+        doctor.Check("b", "off", "[brackets] are kept", "install it"),
+    ]
     monkeypatch.setattr(doctor, "CHECKS", [lambda: some])
     assert doctor.report(as_json=True) is True
     told = json.loads(capsys.readouterr().out)
     assert told["healthy"] is True
-    assert told["checks"][1] == {"name": "b", "status": "off", "detail": "[brackets] are kept", "cure": "install it"}
+    assert told["checks"][1] == {
+        "name": "b",
+        "status": "off",
+        "detail": "[brackets] are kept",
+        "cure": "install it",
+    }
     assert doctor.report() is True
     table = capsys.readouterr().out
-    for text in ("1.2", "[brackets] are kept", "install it", "Everything that fastrlhf needs works here."):
+    for text in (
+        "1.2",
+        "[brackets] are kept",
+        "install it",
+        "Everything that fastrlhf needs works here.",
+    ):
         assert text in table
 
 
@@ -148,4 +169,6 @@ def test_gpu_line_names_the_card(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
-    assert doctor._gpus() == [doctor.Check("GPU 0", "ok", "NVIDIA H200, 139 GiB, sm_90, driver 580.1")]
+    assert doctor._gpus() == [
+        doctor.Check("GPU 0", "ok", "NVIDIA H200, 139 GiB, sm_90, driver 580.1")
+    ]

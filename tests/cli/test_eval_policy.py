@@ -13,16 +13,30 @@ from typing import Any
 import pytest
 import transformers
 
+from fastrlhf.checkpoint.model_folder import describe_model, save_model
+from fastrlhf.commands.eval_policy import select, winrate
 from fastrlhf.config import Config, ModelConfig, ParallelConfig
 from fastrlhf.data.tokenize import train_bpe
 from fastrlhf.errors import UserError
-from fastrlhf.evalpolicy import select, winrate
 from fastrlhf.models.gpt import build_model
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.training.checkpoint import describe_model, save_model
 
-SHAPE = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "dtype": "fp32"}
-PROMPTS = ["the cat", "a dog ran", [{"role": "user", "content": "hello"}], "on the mat. ", "the dog " * 30, "hello"]
+SHAPE = {
+    "family": "gpt",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "max_positions": 64,
+    "dtype": "fp32",
+}
+PROMPTS = [
+    "the cat",
+    "a dog ran",
+    [{"role": "user", "content": "hello"}],
+    "on the mat. ",
+    "the dog " * 30,
+    "hello",
+]
 VOCAB = 290
 
 
@@ -31,12 +45,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, policies, a reward model, a Hugging Face model, prompts and a judge in Python."""
     folder = tmp_path_factory.mktemp("models")
     train_bpe(
-        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4, VOCAB, folder / "hf"
+        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4,
+        VOCAB,
+        folder / "hf",
     )
     train_bpe(
-        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4, VOCAB, folder / "tok"
+        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4,
+        VOCAB,
+        folder / "tok",
     )
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
+    )
     (folder / "tiny_judge.py").write_text(
         "def length(prompts, responses):\n    return [len(response) for response in responses]\n"
         "def broken(prompts, responses):\n    return [1.0]\n"
@@ -54,7 +74,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(folder / name, stage, tokenizer=str(folder / "tok"))
     for step in (5, 10, 15):
         stage = build_model(shape, mesh, VOCAB, seed=step)
-        save_model(folder / "run" / "checkpoints" / f"step_{step:08d}" / "policy", stage, tokenizer=str(folder / "tok"))
+        save_model(
+            folder / "run" / "checkpoints" / f"step_{step:08d}" / "policy",
+            stage,
+            tokenizer=str(folder / "tok"),
+        )
     (folder / "run" / "metrics.jsonl").write_text('{"step": 10, "valid_loss": 2.5}\n')
     meshes.finalize()
     return folder
@@ -63,10 +87,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(models: Path, out: Path, **sections: Any) -> Config:
     values: dict[str, Any] = {
         "model": {**SHAPE, "load": str(models / "policy")},
-        "data": {"tokenizer": str(models / "tok"), "prompts": str(models / "prompts.jsonl"), "max_prompt_tokens": 20},
+        "data": {
+            "tokenizer": str(models / "tok"),
+            "prompts": str(models / "prompts.jsonl"),
+            "max_prompt_tokens": 20,
+        },
         "optimizer": {"lr": 1e-3},
         "generation": {"max_new_tokens": 8},
-        "eval": {"baseline": str(models / "other"), "reward_model": str(models / "rm"), "responses": 2},
+        "eval": {
+            "baseline": str(models / "other"),
+            "reward_model": str(models / "rm"),
+            "responses": 2,
+        },
         "output_dir": str(out),
     }
     for name, section in sections.items():
@@ -93,9 +125,14 @@ def compared(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files(models: Path, compared: Path) -> None:
-    results, pairs = json.loads((compared / "winrate.json").read_text()), rows(compared / "pairs.jsonl")
+    results, pairs = (
+        json.loads((compared / "winrate.json").read_text()),
+        rows(compared / "pairs.jsonl"),
+    )
     assert results["prompts_too_long"] == 1
-    assert [pair["prompt"] for pair in pairs] == [p for p in PROMPTS if len(p) < 100 for _ in range(2)]
+    assert [pair["prompt"] for pair in pairs] == [
+        p for p in PROMPTS if len(p) < 100 for _ in range(2)
+    ]
     won = sum(pair["policy_score"] > pair["baseline_score"] for pair in pairs)
     lost = sum(pair["policy_score"] < pair["baseline_score"] for pair in pairs)
     assert (results["won"], results["lost"]) == (won, lost) and results["tied"] == 10 - won - lost
@@ -108,7 +145,9 @@ def test_files(models: Path, compared: Path) -> None:
 def test_a_policy_ties_with_itself_and_a_prefix_changes_it(models: Path, tmp_path: Path) -> None:
     same = {"baseline": str(models / "policy")}
     assert winrate(settings(models, tmp_path, eval=same))["tied"] == 10
-    prompted = winrate(settings(models, tmp_path, eval={**same, "baseline_prefix": str(models / "prefix.txt")}))
+    prompted = winrate(
+        settings(models, tmp_path, eval={**same, "baseline_prefix": str(models / "prefix.txt")})
+    )
     assert prompted["tied"] < 10
 
 
@@ -130,7 +169,9 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = models / "run"
     results = select(settings(models, run))
     scores = {row["step"]: row["score"] for row in results["checkpoints"]}
-    assert list(scores) == [5, 10, 15] and results["best"] == max(scores, key=lambda step: scores[step])
+    assert list(scores) == [5, 10, 15] and results["best"] == max(
+        scores, key=lambda step: scores[step]
+    )
     assert [row.get("valid_loss") for row in results["checkpoints"]] == [None, 2.5, None]
     best = run / "checkpoints" / "best"
     assert best.read_text() == f"step_{results['best']:08d}"
@@ -140,9 +181,15 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((run / "select.json").read_text()) == results
     # The same judge and prompts: one of the checkpoints against another agrees.
     low = min(scores, key=lambda step: scores[step])
-    sides = {"model": {"load": str(best)}, "eval": {"baseline": str(run / "checkpoints" / f"step_{low:08d}")}}
+    sides = {
+        "model": {"load": str(best)},
+        "eval": {"baseline": str(run / "checkpoints" / f"step_{low:08d}")},
+    }
     pair = winrate(settings(models, models / "pair", **sides))
-    assert pair["policy"]["score"] == scores[results["best"]] and pair["baseline"]["score"] == scores[low]
+    assert (
+        pair["policy"]["score"] == scores[results["best"]]
+        and pair["baseline"]["score"] == scores[low]
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +207,10 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_mistakes(models: Path, tmp_path: Path, sections: dict, says: str) -> None:
     named = {
-        section: {key: str(models / value) if value is not None else None for key, value in changes.items()}
+        section: {
+            key: str(models / value) if value is not None else None
+            for key, value in changes.items()
+        }
         for section, changes in sections.items()
     }
     with pytest.raises(UserError, match=says):
@@ -176,7 +226,7 @@ LAYOUTS = """
 import json, sys
 from pathlib import Path
 from fastrlhf.config import Config
-from fastrlhf.evalpolicy import winrate
+from fastrlhf.commands.eval_policy import winrate
 from fastrlhf.parallel import mesh as meshes
 
 if __name__ == "__main__":
@@ -190,7 +240,14 @@ if __name__ == "__main__":
 def test_layouts_give_the_same(models: Path, compared: Path, tmp_path: Path) -> None:
     (tmp_path / "layouts.py").write_text(LAYOUTS)
     (tmp_path / "config.json").write_text(settings(models, tmp_path).model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*command, str(tmp_path / "layouts.py"), str(tmp_path / "config.json"), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -206,5 +263,8 @@ def test_layouts_give_the_same(models: Path, compared: Path, tmp_path: Path) -> 
         for pair, other in zip(pairs, expected, strict=True):
             assert pair["policy"] == other["policy"] and pair["baseline"] == other["baseline"]
             assert pair["policy_score"] == pytest.approx(other["policy_score"], abs=1e-4)
-        rate, other = (json.loads((f / "winrate.json").read_text())["win_rate"] for f in (tmp_path / layout, compared))
+        rate, other = (
+            json.loads((f / "winrate.json").read_text())["win_rate"]
+            for f in (tmp_path / layout, compared)
+        )
         assert rate == other

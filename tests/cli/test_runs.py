@@ -50,8 +50,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("runs")
     train_bpe(["the cat sat on the mat"] * 4, 270, folder / "tokenizer")
     train_bpe(["a dog ran"] * 4, 262, folder / "other_tokenizer")
-    write(folder / "demonstrations.jsonl", *({"prompt": f"cat {i}", "response": f"mat {i}"} for i in range(4)))
-    write(folder / "rankings.jsonl", *({"prompt": "a", "chosen": f"{i}", "rejected": "mat"} for i in range(4)))
+    write(
+        folder / "demonstrations.jsonl",
+        *({"prompt": f"cat {i}", "response": f"mat {i}"} for i in range(4)),
+    )
+    write(
+        folder / "rankings.jsonl",
+        *({"prompt": "a", "chosen": f"{i}", "rejected": "mat"} for i in range(4)),
+    )
     write(folder / "prompts.jsonl", {"prompt": "the cat"})
     (folder / "t.txt").write_text("the cat sat")
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
@@ -67,21 +73,28 @@ def refused(folder: Path, capfd: pytest.CaptureFixture[str]):
     def call(command: str, *settings: str) -> str:
         capfd.readouterr()
         assert fastrlhf(*command.split(), folder / "run.yaml", *settings) == 2
-        [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        [line] = [
+            line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")
+        ]
         return line
 
     return call
 
 
 def test_a_run_says_where_its_report_is(folder, capfd):
-    assert fastrlhf("sft", folder / "run.yaml", f"output_dir={folder}/again", "checkpoint.save=false") == 0
+    assert (
+        fastrlhf("sft", folder / "run.yaml", f"output_dir={folder}/again", "checkpoint.save=false")
+        == 0
+    )
     assert capfd.readouterr().out == f"{folder}/again/report.html: sft finished after step 1\n"
 
 
 def test_another_commands_run_is_left_as_it_was(folder, refused):
     before = (folder / "sft" / "config.yaml").read_text()
     line = refused("rm", f"data.train={folder}/rankings.jsonl")
-    assert line.endswith("has no reward, so it is of another command's run; give another output_dir")
+    assert line.endswith(
+        "has no reward, so it is of another command's run; give another output_dir"
+    )
     line = refused("sft", "train.seed=5", "train.steps=2")
     assert "cannot resume the data order" in line
     assert (folder / "sft" / "config.yaml").read_text() == before
@@ -93,19 +106,28 @@ def test_one_run_a_folder_at_a_time(folder, refused):
 
 
 @pytest.mark.parametrize("command", ["sft", "pretrain", "sample", "eval winrate"])
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(folder, refused, command):
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
+    folder, refused, command
+):
     models = [f"model.load={folder}/sft", f"eval.baseline={folder}/sft", "eval.judge=math:prod"]
-    line = refused(command, f"output_dir={folder}/prompts.jsonl/x", "data.sequence_length=8", *models)
+    line = refused(
+        command, f"output_dir={folder}/prompts.jsonl/x", "data.sequence_length=8", *models
+    )
     assert f"{folder}/prompts.jsonl" in line
     assert "cannot be written" in line
 
 
 @pytest.mark.parametrize(
-    ("setting", "package"), [("log.wandb_project=x", "wandb"), ("model.attention=flash", "flash_attn")]
+    ("setting", "package"),
+    [("log.wandb_project=x", "wandb"), ("model.attention=flash", "flash_attn")],
 )
 def test_a_package_that_is_not_there(folder, refused, monkeypatch, setting, package):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == package else find(name, *rest),
+    )
     line = refused("sft", setting, "model.dtype=bf16", f"output_dir={folder}/new")
     assert f"needs the package {package.replace('_', '-')}, which is not installed" in line
 
@@ -118,14 +140,30 @@ def test_converting_into_a_folder_that_cannot_be_written(folder, capfd):
 def test_data_commands_into_a_folder_that_cannot_be_written(folder, capfd):
     out, prompts = folder / "prompts.jsonl" / "x", folder / "prompts.jsonl"
     assert fastrlhf("data", "prepare", prompts, "--out", out) == 2
-    assert fastrlhf("data", "tokenize", folder / "t.txt", "--tokenizer", folder / "tokenizer", "--out", out / "t") == 2
+    assert (
+        fastrlhf(
+            "data",
+            "tokenize",
+            folder / "t.txt",
+            "--tokenizer",
+            folder / "tokenizer",
+            "--out",
+            out / "t",
+        )
+        == 2
+    )
     assert capfd.readouterr().err.count("x: cannot be written") == 2
 
 
 def test_models_are_looked_for_before_the_data(folder, refused):
     start = [f"output_dir={folder}/new", "data.train=missing.jsonl"]
     assert "nothing: no model here" in refused("sft", "model.load=nothing", *start)
-    ppo = ["ppo.gamma_ptx=0", "ppo.batch_size=8", "ppo.minibatch_size=8", "data.prompts=missing.jsonl"]
+    ppo = [
+        "ppo.gamma_ptx=0",
+        "ppo.batch_size=8",
+        "ppo.minibatch_size=8",
+        "data.prompts=missing.jsonl",
+    ]
     assert "nothing: no model here" in refused("ppo", "ppo.reward_model=nothing", *start, *ppo)
     shape = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     GPT2LMHeadModel(shape).save_pretrained(folder / "hf")
@@ -138,13 +176,20 @@ def test_a_tokenizer_that_does_not_fit(folder, refused, command):
     settings = [f"data.tokenizer={folder}/other_tokenizer", f"model.load={folder}/sft"]
     judge = [f"eval.baseline={folder}/sft", "eval.judge=math:prod"]
     line = refused(command, *settings, *judge, f"output_dir={folder}/new")
-    assert "was trained with the tokenizer" in line and line.endswith(f"set data.tokenizer={folder}/tokenizer")
+    assert "was trained with the tokenizer" in line and line.endswith(
+        f"set data.tokenizer={folder}/tokenizer"
+    )
 
 
 def test_a_reward_model_of_another_tokenizer(folder, refused):
     other = [f"data.tokenizer={folder}/other_tokenizer", f"output_dir={folder}/other_rm"]
     assert fastrlhf("rm", folder / "run.yaml", *other, f"data.train={folder}/rankings.jsonl") == 0
-    ppo = ["ppo.gamma_ptx=0", "ppo.batch_size=1", "ppo.minibatch_size=1", f"ppo.reward_model={folder}/other_rm"]
+    ppo = [
+        "ppo.gamma_ptx=0",
+        "ppo.batch_size=1",
+        "ppo.minibatch_size=1",
+        f"ppo.reward_model={folder}/other_rm",
+    ]
     line = refused("ppo", f"model.load={folder}/sft", f"output_dir={folder}/new", *ppo)
     assert f"was trained with the tokenizer {folder}/other_tokenizer" in line
 
@@ -153,7 +198,11 @@ def test_sample_overwrites_nothing(folder):
     samples = folder / "samples" / "samples.jsonl"
     contents = []
     for seed in (3, 4):
-        settings = [f"model.load={folder}/sft", f"output_dir={folder}/samples", f"train.seed={seed}"]
+        settings = [
+            f"model.load={folder}/sft",
+            f"output_dir={folder}/samples",
+            f"train.seed={seed}",
+        ]
         assert fastrlhf("sample", folder / "run.yaml", *settings) == 0
         contents.append(samples.read_bytes())
     assert contents[0] != contents[1]

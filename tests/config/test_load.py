@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.config import Config, load_config
 from fastrlhf.config import dump_config as dump
-from fastrlhf.configfile import known_keys
+from fastrlhf.config.yaml_file import known_keys
 from fastrlhf.errors import UserError
 
 
@@ -30,7 +30,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_exponent_without_a_dot_is_a_float(minimal):
-    assert yaml.safe_load("9e-6") == "9e-6", "YAML 1.1 reads it as a string: the reason for this test"
+    assert yaml.safe_load("9e-6") == "9e-6", (
+        "YAML 1.1 reads it as a string: the reason for this test"
+    )
     lr = load_config(minimal).optimizer.lr
     assert isinstance(lr, float) and lr == 9e-6
     assert load_config(minimal, ["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
@@ -42,9 +44,20 @@ def test_one_path_is_a_list_of_one(minimal):
 
 
 def test_overrides_win_in_order_and_reach_the_top_level(minimal):
-    overrides = ["train.seed=1", "train.seed=2", "output_dir=out", "parallel.sequence=true", "data.valid=null"]
+    overrides = [
+        "train.seed=1",
+        "train.seed=2",
+        "output_dir=out",
+        "parallel.sequence=true",
+        "data.valid=null",
+    ]
     config = load_config(minimal, overrides)
-    assert (config.train.seed, config.output_dir, config.parallel.sequence, config.data.valid) == (2, "out", True, None)
+    assert (config.train.seed, config.output_dir, config.parallel.sequence, config.data.valid) == (
+        2,
+        "out",
+        True,
+        None,
+    )
 
 
 def test_override_may_hold_an_equals_sign(minimal):
@@ -57,7 +70,9 @@ def test_empty_section_takes_defaults(minimal):
 
 
 def test_dump_loads_back_equal(minimal, tmp_path):
-    config = load_config(minimal, ["ppo.no_stop_penalty=null", "generation.stop=['\\n', 'Ü']", "train.epochs=0.5"])
+    config = load_config(
+        minimal, ["ppo.no_stop_penalty=null", "generation.stop=['\\n', 'Ü']", "train.epochs=0.5"]
+    )
     again = load_config(write(tmp_path, dump(config)))
     assert again == config
     assert dump(again) == dump(config)
@@ -70,9 +85,16 @@ def test_dump_loads_back_equal(minimal, tmp_path):
     seed=st.integers(0, 2**63),
     stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=3),
 )
+@example(lr=1.0, seed=0, stop=["a\x85b", "\u2028", " \u2029 ", "\ufeff"])
 def test_any_value_survives_a_dump(lr, seed, stop, tmp_path_factory):
     base = {
-        "model": {"family": "gpt", "num_layers": 1, "hidden_size": 4, "num_heads": 1, "max_positions": 8},
+        "model": {
+            "family": "gpt",
+            "num_layers": 1,
+            "hidden_size": 4,
+            "num_heads": 1,
+            "max_positions": 8,
+        },
         "data": {"tokenizer": "t"},
         "optimizer": {"lr": lr},
         "train": {"seed": seed},
@@ -88,7 +110,9 @@ def test_any_value_survives_a_dump(lr, seed, stop, tmp_path_factory):
 def test_unknown_key_names_file_line_and_nearest(tmp_path, minimal):
     path = write(tmp_path, minimal.read_text().replace("  lr:", "  lrr:"))
     # The missing lr is a consequence: the misspelt key is shown first.
-    expected = f"{path}:11: unknown key optimizer.lrr; did you mean optimizer.lr? (and 1 more mistake)"
+    expected = (
+        f"{path}:11: unknown key optimizer.lrr; did you mean optimizer.lr? (and 1 more mistake)"
+    )
     assert message(path) == expected
 
 
@@ -97,9 +121,15 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path, minimal):
     [
         ("trian.seed=1", "unknown key trian.seed; did you mean train.seed?"),
         ("train.sed=1", "unknown key train.sed; did you mean train.seed?"),
-        ("optimizer.warmup_steps=3", "unknown key optimizer.warmup_steps; did you mean schedule.warmup_steps?"),
+        (
+            "optimizer.warmup_steps=3",
+            "unknown key optimizer.warmup_steps; did you mean schedule.warmup_steps?",
+        ),
         ("lr=1", "unknown key lr; did you mean optimizer.lr?"),
-        ("parallel.zzz=1", "unknown key parallel.zzz; the keys of parallel are tensor, pipeline, context, sequence"),
+        (
+            "parallel.zzz=1",
+            "unknown key parallel.zzz; the keys of parallel are tensor, pipeline, context, sequence",
+        ),
         ("zzz=1", "unknown key zzz; the keys are model, parallel, data,"),
         ("train.seed.x=1", "unknown key train.seed.x; the keys are model, parallel"),
     ],
@@ -116,7 +146,10 @@ def test_unknown_override_names_the_nearest(minimal, override, expected):
         ("train.steps=true", "train.steps is True, expected a number"),
         ("optimizer.lr=true", "optimizer.lr is True, expected a number"),
         ("model.rope_theta=no", "model.rope_theta is False, expected a number"),
-        ("train.steps=1.5", "train.steps is 1.5, expected an integer, got a number with a fractional part"),
+        (
+            "train.steps=1.5",
+            "train.steps is 1.5, expected an integer, got a number with a fractional part",
+        ),
         ("optimizer.lr=0", "optimizer.lr is 0, expected a number greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr is nan, expected a finite number"),
         ("model.family=gtp", "model.family is 'gtp', expected 'gpt' or 'llama'"),
@@ -142,7 +175,10 @@ def test_wrong_value_in_the_file_has_its_line(tmp_path, minimal):
 
 def test_missing_key_points_at_its_section(tmp_path, minimal):
     path = write(tmp_path, minimal.read_text().replace("  tokenizer: tok\n", ""))
-    assert message(path) == f"{path}:7: missing required key data.tokenizer; add it, or pass data.tokenizer=VALUE"
+    assert (
+        message(path)
+        == f"{path}:7: missing required key data.tokenizer; add it, or pass data.tokenizer=VALUE"
+    )
 
 
 def test_missing_section_names_the_file(tmp_path):
@@ -157,7 +193,9 @@ def test_key_given_twice(tmp_path, minimal):
 
 def test_conflict_points_at_its_line(tmp_path, minimal):
     path = write(tmp_path, minimal.read_text() + "parallel:\n  tensor: 3\n")
-    assert message(path).startswith(f"{path}:14: parallel.tensor 3 does not divide model.num_heads 4; ")
+    assert message(path).startswith(
+        f"{path}:14: parallel.tensor 3 does not divide model.num_heads 4; "
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,6 +245,8 @@ def test_every_key_can_be_overridden_with_its_own_value(make):
     overrides = []
     for key in leaves:
         section, name = key.split(".")
-        overrides.append(f"{key}={yaml.safe_dump(values[section][name], default_flow_style=True, width=10**6)}")
+        overrides.append(
+            f"{key}={yaml.safe_dump(values[section][name], default_flow_style=True, width=10**6)}"
+        )
     overrides = [override.removesuffix("\n...\n") for override in overrides]
     assert make(*overrides) == config

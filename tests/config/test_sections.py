@@ -26,7 +26,9 @@ def test_llama_fills_its_own_architecture():
 
 
 def test_what_is_set_wins_over_the_family():
-    model = ModelConfig(**{**LLAMA, "tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 2, "head_dim": 32})
+    model = ModelConfig(
+        **{**LLAMA, "tie_embeddings": True, "qkv_bias": True, "num_kv_heads": 2, "head_dim": 32}
+    )
     assert (model.tie_embeddings, model.bias, model.qkv_bias) == (True, False, True)
     assert (model.num_kv_heads, model.head_dim) == (2, 32)
 
@@ -55,7 +57,11 @@ def test_values_cannot_change(make):
 
 def test_every_field_is_documented():
     def undocumented(model: type[BaseModel]) -> list[str]:
-        names = [f"{model.__name__}.{name}" for name, field in model.model_fields.items() if not field.description]
+        names = [
+            f"{model.__name__}.{name}"
+            for name, field in model.model_fields.items()
+            if not field.description
+        ]
         for field in model.model_fields.values():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 names += undocumented(field.annotation)
@@ -67,19 +73,34 @@ def test_every_field_is_documented():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["parallel.tensor=3"], "parallel.tensor 3 does not divide model.num_heads 4; use a divisor of 4"),
+        (
+            ["parallel.tensor=3"],
+            "parallel.tensor 3 does not divide model.num_heads 4; use a divisor of 4",
+        ),
         (
             ["parallel.tensor=4", "model.num_kv_heads=2"],
             "parallel.tensor 4 does not divide model.num_kv_heads 2; use a divisor of 2",
         ),
-        (["parallel.tensor=2", "model.ffn_size=255"], "parallel.tensor 2 does not divide model.ffn_size 255"),
-        (["parallel.pipeline=3"], "parallel.pipeline 3 does not divide model.num_layers 4; use a divisor of 4"),
+        (
+            ["parallel.tensor=2", "model.ffn_size=255"],
+            "parallel.tensor 2 does not divide model.ffn_size 255",
+        ),
+        (
+            ["parallel.pipeline=3"],
+            "parallel.pipeline 3 does not divide model.num_layers 4; use a divisor of 4",
+        ),
         (["parallel.context=2"], "parallel.context 2 is not supported yet; use 1"),
-        (["model.hidden_size=65"], "model.hidden_size 65 is not a multiple of num_heads 4; set head_dim"),
+        (
+            ["model.hidden_size=65"],
+            "model.hidden_size 65 is not a multiple of num_heads 4; set head_dim",
+        ),
         (["model.num_kv_heads=3"], "model.num_kv_heads 3 does not divide num_heads 4"),
         (["model.family=llama"], "model.ffn_size is required for family llama"),
         (["model.ffn_size=-1"], "model.ffn_size is -1, expected above 0"),
-        (["model.attention=flash", "model.dtype=fp32"], "model.attention flash needs dtype bf16 or fp16"),
+        (
+            ["model.attention=flash", "model.dtype=fp32"],
+            "model.attention flash needs dtype bf16 or fp16",
+        ),
         (["model.recompute_layers=2"], "model.recompute_layers is for recompute full, not none"),
         (
             ["model.load=a", "model.hf=b"],
@@ -93,8 +114,14 @@ def test_every_field_is_documented():
             ["train.global_batch_size=10", "train.micro_batch_size=4"],
             "train.global_batch_size 10 is not a multiple of micro_batch_size 4",
         ),
-        (["ppo.batch_size=10", "ppo.minibatch_size=4"], "ppo.minibatch_size 4 does not divide batch_size 10"),
-        (["generation.max_new_tokens=4", "generation.min_new_tokens=5"], "generation.min_new_tokens 5 is above"),
+        (
+            ["ppo.batch_size=10", "ppo.minibatch_size=4"],
+            "ppo.minibatch_size 4 does not divide batch_size 10",
+        ),
+        (
+            ["generation.max_new_tokens=4", "generation.min_new_tokens=5"],
+            "generation.min_new_tokens 5 is above",
+        ),
     ],
 )
 def test_conflicts_say_what_and_how_to_fix(make, overrides, expected):
@@ -118,7 +145,12 @@ def test_allowed(make, overrides):
 
 
 def test_batch_divides_exactly(make):
-    config = make("train.global_batch_size=48", "train.micro_batch_size=4", "ppo.batch_size=32", "ppo.minibatch_size=8")
+    config = make(
+        "train.global_batch_size=48",
+        "train.micro_batch_size=4",
+        "ppo.batch_size=32",
+        "ppo.minibatch_size=8",
+    )
     assert check_batch(config, 1) == 12
     assert check_batch(config, 3) == 4
     assert check_batch(config, 2, "ppo.batch_size") == 4
@@ -141,14 +173,22 @@ def test_pretraining_text_is_a_list_or_a_blend(make):
     assert make("data.pretrain=a").data.pretrain == ["a"]
     blend = make("data.pretrain={corpus/a: 1, b.jsonl: 2.5}")
     assert blend.data.pretrain == {"corpus/a": 1.0, "b.jsonl": 2.5}
-    with pytest.raises(UserError, match=r"data\.pretrain\.b is 0, expected a number greater than 0"):
+    with pytest.raises(
+        UserError, match=r"data\.pretrain\.b is 0, expected a number greater than 0"
+    ):
         make("data.pretrain={a: 1, b: 0}")
     with pytest.raises(UserError, match=r"data\.pretrain is 3, expected a list"):
         make("data.pretrain=3")
 
 
 def test_a_token_budget_needs_no_divisor(make):
-    config = make("train.global_batch_size=7", "train.micro_batch_size=4", "train.max_tokens_per_micro_batch=512")
+    config = make(
+        "train.global_batch_size=7",
+        "train.micro_batch_size=4",
+        "train.max_tokens_per_micro_batch=512",
+    )
     assert check_batch(config, 3) == 1
-    with pytest.raises(UserError, match=r"train.global_batch_size 7 is below the data-parallel size 8; every rank"):
+    with pytest.raises(
+        UserError, match=r"train.global_batch_size 7 is below the data-parallel size 8; every rank"
+    ):
         check_batch(config, 8)

@@ -23,7 +23,9 @@ def shipped(name: str) -> Config:
 
 def test_all_are_here():
     names = {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in SHIPPED}
-    instructgpt = {f"instructgpt/{size}/{run}" for size in SIZES for run in ("sft", "rl_init", "rm", "ppo_ptx")}
+    instructgpt = {
+        f"instructgpt/{size}/{run}" for size in SIZES for run in ("sft", "rl_init", "rm", "ppo_ptx")
+    }
     assert instructgpt | {f"debug/{run}" for run in ("pretrain", "sft", "rm", "ppo")} <= names
 
 
@@ -39,24 +41,45 @@ def test_shapes_are_gpt3s(size, shape):
     for run in ("sft", "rl_init", "ppo_ptx"):
         model = shipped(f"instructgpt/{size}/{run}").model
         assert (model.num_layers, model.hidden_size, model.num_heads) == shape
-        assert (model.head_dim, model.ffn_size, model.vocab_size) == (128, 4 * model.hidden_size, 50257)
-        assert (model.max_positions, model.position, model.norm, model.bias) == (2048, "learned", "layernorm", True)
+        assert (model.head_dim, model.ffn_size, model.vocab_size) == (
+            128,
+            4 * model.hidden_size,
+            50257,
+        )
+        assert (model.max_positions, model.position, model.norm, model.bias) == (
+            2048,
+            "learned",
+            "layernorm",
+            True,
+        )
 
 
 @pytest.mark.parametrize(
     ("size", "lr", "batch", "rl_lr", "value_lr"),
-    [("1.3b", 9.65e-6, 32, 5e-6, 9e-6), ("6b", 9.65e-6, 32, 1.04e-5, 9e-6), ("175b", 5.03e-6, 8, 2.45e-6, 5e-6)],
+    [
+        ("1.3b", 9.65e-6, 32, 5e-6, 9e-6),
+        ("6b", 9.65e-6, 32, 1.04e-5, 9e-6),
+        ("175b", 5.03e-6, 8, 2.45e-6, 5e-6),
+    ],
 )
 def test_figures_are_the_papers(size, lr, batch, rl_lr, value_lr):
     sft, init, ppo = (shipped(f"instructgpt/{size}/{run}") for run in ("sft", "rl_init", "ppo_ptx"))
     assert (sft.optimizer.lr, sft.train.global_batch_size, sft.train.epochs) == (lr, batch, 16)
-    assert (sft.model.residual_dropout, sft.schedule.decay, sft.schedule.min_lr_ratio) == (0.2, "cosine", 0.1)
+    assert (sft.model.residual_dropout, sft.schedule.decay, sft.schedule.min_lr_ratio) == (
+        0.2,
+        "cosine",
+        0.1,
+    )
     assert (init.optimizer.lr, init.train.epochs, init.data.pretrain_fraction) == (rl_lr, 2, 0.1)
     assert (ppo.train.steps or 0) * ppo.ppo.batch_size == 256_000
     assert (ppo.ppo.minibatch_size, ppo.ppo.inner_epochs, ppo.ppo.clip) == (64, 1, 0.2)
     assert (ppo.ppo.kl_coef, ppo.ppo.gamma_ptx, ppo.ppo.ptx_per_episode) == (0.02, 27.8, 8)
     assert (ppo.ppo.ema_decay, ppo.ppo.gamma, ppo.ppo.value_lr) == (0.992, 1.0, value_lr)
-    assert (ppo.schedule.decay, ppo.schedule.warmup_steps, ppo.schedule.warmup_start) == ("constant", 10, 0.1)
+    assert (ppo.schedule.decay, ppo.schedule.warmup_steps, ppo.schedule.warmup_start) == (
+        "constant",
+        10,
+        0.1,
+    )
     for config in (sft, init, ppo):
         assert (config.optimizer.beta1, config.optimizer.beta2) == (0.9, 0.95)
         assert (config.data.max_prompt_tokens, config.data.max_response_tokens) == (1024, 1024)
@@ -93,8 +116,14 @@ def test_layouts_fit_the_gpus_they_name(name, gpus, key):
 
 
 def test_the_four_stages_read_what_the_others_write():
-    pretrain, sft, rm, ppo = (shipped(f"debug/{stage}") for stage in ("pretrain", "sft", "rm", "ppo"))
-    assert (sft.model.load, rm.model.load, ppo.model.load) == (pretrain.output_dir, sft.output_dir, sft.output_dir)
+    pretrain, sft, rm, ppo = (
+        shipped(f"debug/{stage}") for stage in ("pretrain", "sft", "rm", "ppo")
+    )
+    assert (sft.model.load, rm.model.load, ppo.model.load) == (
+        pretrain.output_dir,
+        sft.output_dir,
+        sft.output_dir,
+    )
     assert ppo.ppo.reward_model == rm.output_dir
     for size in SIZES:
         init, ppo = shipped(f"instructgpt/{size}/rl_init"), shipped(f"instructgpt/{size}/ppo_ptx")
@@ -104,7 +133,9 @@ def test_the_four_stages_read_what_the_others_write():
 
 def test_debug_data_are_what_the_debug_configurations_read(tmp_path):
     out = tmp_path / "runs" / "debug" / "data"
-    subprocess.run([sys.executable, ROOT / "configs" / "debug" / "make_data.py", out], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, ROOT / "configs" / "debug" / "make_data.py", out], check=True, timeout=120
+    )
     kinds = {"pretrain": "text", "sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}
     for stage, kind in kinds.items():
         data = shipped(f"debug/{stage}").data

@@ -24,9 +24,13 @@ def build(root: Path, folder: Path, **environment: str) -> subprocess.CompletedP
         str(folder / "temp"),
     ]
     known = {
-        k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "FASTRLHF_SKIP_EXT", "FASTRLHF_FORCE_CUDA")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("CXX", "NVCC", "FASTRLHF_SKIP_EXT", "FASTRLHF_FORCE_CUDA")
     }
-    return subprocess.run(command, cwd=root, env={**known, **environment}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=root, env={**known, **environment}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,11 +57,24 @@ def test_cuda_kernels_compile_for_sm_90_without_spills(root: Path, tmp_path: Pat
     sources = sorted((root / "csrc/cuda").glob("*.cu"))
     assert sources
     for source in sources:
-        flags = ["-std=c++20", "-O3", "-arch=sm_90", "-Xptxas=-v", "-cubin", "-o", str(tmp_path / "out.cubin")]
-        done = subprocess.run([nvcc, *flags, str(source)], capture_output=True, text=True, check=False)
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "-arch=sm_90",
+            "-Xptxas=-v",
+            "-cubin",
+            "-o",
+            str(tmp_path / "out.cubin"),
+        ]
+        done = subprocess.run(
+            [nvcc, *flags, str(source)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         kernels = re.findall(r"Compiling entry function", done.stderr)
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        spills = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+            done.stderr,
+        )
         assert len(kernels) == len(spills) == 6  # three formats, with and without the gradient
         assert all(int(size) == 0 for kernel in spills for size in kernel), done.stderr
         # Two blocks of 512 threads fit the 65,536 registers of a multiprocessor.

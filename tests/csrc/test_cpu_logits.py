@@ -21,7 +21,9 @@ VOCABULARIES = (1, 3, 123, 252, 507, 511, 513, 2047, 2049, 4100, 50257)
 EPS = torch.finfo(torch.float32).eps
 
 
-def make(n: int, v: int, dtype: torch.dtype, shift: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make(
+    n: int, v: int, dtype: torch.dtype, shift: float = 0.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     rows = (torch.randn(1, n, v, generator=g) * 3 + shift).to(dtype)
     return rows, torch.randint(0, v, (n,), generator=g)
@@ -35,26 +37,36 @@ def exact(rows: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tenso
     return logp.gather(-1, labels[:, None])[:, 0], entropy, torch.logsumexp(x, -1)
 
 
-def finish(cpu: SimpleNamespace, rows: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, ...]:
+def finish(
+    cpu: SimpleNamespace, rows: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, ...]:
     stats = cpu.logprob_statistics(rows, labels, None, temperature, 0, rows.shape[-1])
     return logprob_op.finish_statistics(stats, None, temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v", VOCABULARIES)
-def test_statistics_are_as_close_to_float64_as_torch(cpu: SimpleNamespace, v: int, dtype: torch.dtype) -> None:
+def test_statistics_are_as_close_to_float64_as_torch(
+    cpu: SimpleNamespace, v: int, dtype: torch.dtype
+) -> None:
     rows, labels = make(5, v, dtype)
     want = exact(rows, labels)
     x = rows[0].float()
     logp = torch.log_softmax(x, -1)
-    theirs = (logp.gather(-1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1), torch.logsumexp(x, -1))
+    theirs = (
+        logp.gather(-1, labels[:, None])[:, 0],
+        -(logp.exp() * logp).sum(-1),
+        torch.logsumexp(x, -1),
+    )
     for ours, torchs, truth in zip(finish(cpu, rows, labels), theirs, want, strict=True):
         error, their_error = (ours - truth).abs().max(), (torchs - truth).abs().max()
         assert error <= their_error + 4 * EPS * truth.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shift", "temperature"), [(1e3, 1.0), (-1e3, 1.0), (0.0, 0.7), (1e3, 2.5), (0.0, 1e-3)])
+@pytest.mark.parametrize(
+    ("shift", "temperature"), [(1e3, 1.0), (-1e3, 1.0), (0.0, 0.7), (1e3, 2.5), (0.0, 1e-3)]
+)
 def test_statistics_far_from_zero_and_at_other_temperatures(
     cpu: SimpleNamespace, shift: float, temperature: float, dtype: torch.dtype
 ) -> None:
@@ -64,7 +76,9 @@ def test_statistics_far_from_zero_and_at_other_temperatures(
         assert ((ours - truth).abs() <= 4 * EPS * (truth.abs() + want[1] + 1)).all()
 
 
-def gradient(rows: Tensor, labels: Tensor, grads: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor]:
+def gradient(
+    rows: Tensor, labels: Tensor, grads: tuple[Tensor, ...], temperature: float
+) -> tuple[Tensor, Tensor]:
     """The gradient in float64, and how large an error of fp32 arithmetic may be, per element."""
     g_lp, g_h, g_lse = (g.double()[:, None] for g in grads)
     logp = torch.log_softmax(rows[0].double() / temperature, -1)
@@ -73,7 +87,9 @@ def gradient(rows: Tensor, labels: Tensor, grads: tuple[Tensor, ...], temperatur
     hit = torch.zeros_like(p).scatter_(1, labels[:, None], 1.0)
     inner = torch.where(p > 0, p * (logp + entropy), 0.0)
     d = (g_lp * (hit - p) + g_lse * p - g_h * inner) / temperature
-    size = p * (g_lp.abs() + g_lse.abs() + g_h.abs() * (1 + entropy + torch.where(p > 0, logp.abs(), 0.0)))
+    size = p * (
+        g_lp.abs() + g_lse.abs() + g_h.abs() * (1 + entropy + torch.where(p > 0, logp.abs(), 0.0))
+    )
     steps = 4 + torch.where(p > 0, logp.abs(), 0.0)
     return d, (size * steps + hit * g_lp.abs()) * EPS / temperature
 
@@ -90,7 +106,17 @@ def test_backward_against_float64_out_of_place_and_in_place(
     stats = cpu.logprob_statistics(rows, labels, None, temperature, 0, v)
     _, entropy, _ = logprob_op.finish_statistics(stats, None, temperature)
     out = torch.full_like(rows, torch.nan)
-    arguments = (labels, None, stats[0].clone(), stats[1].clone(), entropy, *grads, temperature, 0, v)
+    arguments = (
+        labels,
+        None,
+        stats[0].clone(),
+        stats[1].clone(),
+        entropy,
+        *grads,
+        temperature,
+        0,
+        v,
+    )
     cpu.logprob_backward(rows, *arguments, out)
     want, bound = gradient(rows, labels, grads, temperature)
     ulp = torch.finfo(dtype).eps
@@ -108,7 +134,19 @@ def test_large_outputs_are_the_same_in_place(cpu: SimpleNamespace) -> None:
         rows, labels = make(100, 50257, dtype)
         stats = cpu.logprob_statistics(rows, labels, None, 1.0, 0, 50257)
         ones = torch.ones(100)
-        arguments = (labels, None, stats[0].clone(), stats[1].clone(), None, ones, None, None, 1.0, 0, 50257)
+        arguments = (
+            labels,
+            None,
+            stats[0].clone(),
+            stats[1].clone(),
+            None,
+            ones,
+            None,
+            None,
+            1.0,
+            0,
+            50257,
+        )
         out = torch.empty_like(rows)
         cpu.logprob_backward(rows, *arguments, out)
         cpu.logprob_backward(rows, *arguments, rows)
@@ -176,19 +214,37 @@ def test_shards_padding_and_labels_elsewhere(cpu: SimpleNamespace, dtype: torch.
     assert stats[3].isinf().tolist() == [True, False, False, True]
     out, g = torch.full_like(rows, 7.0), torch.ones(4)
     cpu.logprob_backward(
-        rows, labels, None, stats[0].clone(), stats[1].clone(), None, g, None, None, 1.0, 1000, 100, out
+        rows,
+        labels,
+        None,
+        stats[0].clone(),
+        stats[1].clone(),
+        None,
+        g,
+        None,
+        None,
+        1.0,
+        1000,
+        100,
+        out,
     )
     assert (out[..., 100:] == 0).all()
     hits = (out[0, :, :100] > 0).nonzero().tolist()
     assert hits == [[1, 40], [2, 99]]
 
     empty = cpu.logprob_statistics(rows, labels, None, 1.0, 1000, 0)
-    assert empty[0].tolist() == [-torch.inf] * 4 and empty[1:3].eq(0).all() and empty[3].tolist() == [-torch.inf] * 4
+    assert (
+        empty[0].tolist() == [-torch.inf] * 4
+        and empty[1:3].eq(0).all()
+        and empty[3].tolist() == [-torch.inf] * 4
+    )
     assert cpu.logprob_statistics(rows[:, :0], labels[:0], None, 1.0, 0, 100).shape == (4, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_rows_are_read_and_written_where_they_lie(cpu: SimpleNamespace, dtype: torch.dtype) -> None:
+def test_strided_rows_are_read_and_written_where_they_lie(
+    cpu: SimpleNamespace, dtype: torch.dtype
+) -> None:
     whole = make(3 * 8, 140, dtype)[0].view(3, 8, 140)
     view = whole[:, 1:, 3:126]
     labels = torch.randint(0, 123, (21,), generator=torch.Generator().manual_seed(1))
@@ -207,7 +263,9 @@ def test_strided_rows_are_read_and_written_where_they_lie(cpu: SimpleNamespace, 
 
 def test_offsets_past_two_to_the_31_elements(cpu: SimpleNamespace) -> None:
     far = 2**31 + 11
-    store = torch.empty(far + 64, dtype=torch.bfloat16)  # never touched but at its ends, so never in memory
+    store = torch.empty(
+        far + 64, dtype=torch.bfloat16
+    )  # never touched but at its ends, so never in memory
     rows = store.as_strided((1, 2, 64), (0, far, 1))
     rows.copy_(make(2, 64, torch.bfloat16)[0])
     labels = torch.tensor([3, 60])
@@ -217,7 +275,9 @@ def test_offsets_past_two_to_the_31_elements(cpu: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("v", "shift", "temperature"), [(1, 0, 1.0), (252, 0, 1.0), (513, 1e3, 1.0), (4100, 0, 0.7)])
+@pytest.mark.parametrize(
+    ("v", "shift", "temperature"), [(1, 0, 1.0), (252, 0, 1.0), (513, 1e3, 1.0), (4100, 0, 0.7)]
+)
 def test_kl_and_its_gradients_against_float64(
     cpu: SimpleNamespace, v: int, shift: float, temperature: float, dtype: torch.dtype
 ) -> None:
@@ -259,13 +319,20 @@ def test_kl_masks_padding_and_strides(cpu: SimpleNamespace) -> None:
     x[..., 80:] = torch.nan
     stats = cpu.logits_kl_statistics(x, y, mask, 1.0, 80)
     _, kl = kl_op._finish(stats, mask, 1.0, "")
-    want = kl_op.logits_kl_ref(x[..., :80].double(), y[..., :80].double(), mask.view(2, 5)).flatten()
+    want = kl_op.logits_kl_ref(
+        x[..., :80].double(), y[..., :80].double(), mask.view(2, 5)
+    ).flatten()
     torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-5)
     out, ref_out = torch.full_like(x, 7.0), torch.full_like(y, 7.0)
     g = torch.where(mask, 1.0, torch.nan)
     cpu.logits_kl_backward(x, y, mask, stats, kl, g, 1.0, 80, out, ref_out)
     for t in (out, ref_out):
-        assert t.isfinite().all() and (t[..., 80:] == 0).all() and (t.reshape(10, 90)[~mask] == 0).all() and t.any()
+        assert (
+            t.isfinite().all()
+            and (t[..., 80:] == 0).all()
+            and (t.reshape(10, 90)[~mask] == 0).all()
+            and t.any()
+        )
 
 
 def test_one_thread_and_two_give_the_same_bits(cpu: SimpleNamespace, two_threads: None) -> None:
@@ -276,7 +343,9 @@ def test_one_thread_and_two_give_the_same_bits(cpu: SimpleNamespace, two_threads
         stats = cpu.logprob_statistics(rows, labels, mask, 1.0, 0, 5003)
         kl_stats = cpu.logits_kl_statistics(rows, ref, mask, 1.0, 5003)
         g, out, kl_out = torch.ones(64), torch.empty_like(rows), torch.empty_like(rows)
-        cpu.logprob_backward(rows, labels, mask, stats[0].clone(), stats[1].clone(), g, g, g, g, 1.0, 0, 5003, out)
+        cpu.logprob_backward(
+            rows, labels, mask, stats[0].clone(), stats[1].clone(), g, g, g, g, 1.0, 0, 5003, out
+        )
         cpu.logits_kl_backward(rows, ref, mask, kl_stats, g, g, 1.0, 5003, kl_out, None)
         return [stats, kl_stats, out, kl_out]
 
@@ -294,12 +363,24 @@ def test_through_the_public_ops(isa: str, dtype: torch.dtype) -> None:
     for backend in ("cpu", "torch"):
         leaf = base.clone().requires_grad_()
         out = logprobs(
-            leaf[:, :-1], labels, mask=mask, temperature=0.8, with_entropy=True, vocab_size=500, backend=backend
+            leaf[:, :-1],
+            labels,
+            mask=mask,
+            temperature=0.8,
+            with_entropy=True,
+            vocab_size=500,
+            backend=backend,
         )
         assert out.entropy is not None
         kl = logits_kl(leaf[:, :-1], base[:, :-1] * 0.5, mask=mask, vocab_size=500, backend=backend)
         (out.logprobs.sum() + 2 * out.entropy.sum() - out.logsumexp.sum() + kl.sum()).backward()
-        results[backend] = [out.logprobs.detach(), out.entropy.detach(), out.logsumexp.detach(), kl.detach(), leaf.grad]
+        results[backend] = [
+            out.logprobs.detach(),
+            out.entropy.detach(),
+            out.logsumexp.detach(),
+            kl.detach(),
+            leaf.grad,
+        ]
     tolerance = max(3 * torch.finfo(dtype).eps, 64 * EPS)
     for ours, theirs in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -308,13 +389,19 @@ def test_through_the_public_ops(isa: str, dtype: torch.dtype) -> None:
 
 def test_unknown_instruction_set_is_refused(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTRLHF_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match=r"FASTRLHF_CPU_ISA=mmx: this build on this CPU has .*default"):
+    with pytest.raises(
+        RuntimeError, match=r"FASTRLHF_CPU_ISA=mmx: this build on this CPU has .*default"
+    ):
         torch.ops.fastrlhf_cpu.isa()
 
 
 def test_a_bad_call_is_refused(built: None) -> None:
     rows = torch.zeros(1, 2, 8)
     with pytest.raises(RuntimeError, match="contiguous per-token tensor of 2"):
-        torch.ops.fastrlhf_cpu.logprob_statistics(rows, torch.zeros(3, dtype=torch.long), None, 1.0, 0, 8)
+        torch.ops.fastrlhf_cpu.logprob_statistics(
+            rows, torch.zeros(3, dtype=torch.long), None, 1.0, 0, 8
+        )
     with pytest.raises(RuntimeError, match="fp32, bf16 or fp16"):
-        torch.ops.fastrlhf_cpu.logprob_statistics(rows.double(), torch.zeros(2, dtype=torch.long), None, 1.0, 0, 8)
+        torch.ops.fastrlhf_cpu.logprob_statistics(
+            rows.double(), torch.zeros(2, dtype=torch.long), None, 1.0, 0, 8
+        )

@@ -34,13 +34,21 @@ def widened(*tensors: Tensor | None) -> list[Tensor | None]:
 # --- gae -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rewards_dtype", "values_dtype"), [*zip(DTYPES, DTYPES, strict=True), (DTYPES[0], DTYPES[1])])
+@pytest.mark.parametrize(
+    ("rewards_dtype", "values_dtype"), [*zip(DTYPES, DTYPES, strict=True), (DTYPES[0], DTYPES[1])]
+)
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (9, 513), (3, 1100)])
 def test_gae(
-    cpu: SimpleNamespace, shape: tuple[int, int], rewards_dtype: torch.dtype, values_dtype: torch.dtype
+    cpu: SimpleNamespace,
+    shape: tuple[int, int],
+    rewards_dtype: torch.dtype,
+    values_dtype: torch.dtype,
 ) -> None:
     g = generator()
-    rewards, values = torch.randn(shape, generator=g).to(rewards_dtype), torch.randn(shape, generator=g)
+    rewards, values = (
+        torch.randn(shape, generator=g).to(rewards_dtype),
+        torch.randn(shape, generator=g),
+    )
     values = values.to(values_dtype)
     mask = torch.rand(shape, generator=g) < 0.7
     mask[0] = shape[1] % 2 == 0  # an empty row, or a full one
@@ -49,7 +57,11 @@ def test_gae(
     # errors decay by gamma lam a step: a geometric sum of a few roundings of the largest advantage
     bound = 8 * EPS / (1 - 0.99 * 0.95) * (1 + want[0].abs().max())
     for ours, truth in zip(cpu.gae(rewards, values, mask, 0.99, 0.95), want, strict=True):
-        assert ours.dtype == torch.float32 and ((ours - truth).abs() <= bound).all() and (ours[~mask] == 0).all()
+        assert (
+            ours.dtype == torch.float32
+            and ((ours - truth).abs() <= bound).all()
+            and (ours[~mask] == 0).all()
+        )
 
 
 def test_gae_by_hand(cpu: SimpleNamespace) -> None:
@@ -64,12 +76,16 @@ def test_gae_by_hand(cpu: SimpleNamespace) -> None:
 
 def test_gae_without_rows_or_columns(cpu: SimpleNamespace) -> None:
     for shape in ((0, 5), (5, 0)):
-        advantages, returns = cpu.gae(torch.ones(shape), torch.ones(shape), torch.ones(shape, dtype=torch.bool), 1, 1)
+        advantages, returns = cpu.gae(
+            torch.ones(shape), torch.ones(shape), torch.ones(shape, dtype=torch.bool), 1, 1
+        )
         assert advantages.shape == returns.shape == shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("estimator", "clip"), [("k1", None), ("k1", 0.1), ("abs", None), ("k2", 0.1), ("k3", None)])
+@pytest.mark.parametrize(
+    ("estimator", "clip"), [("k1", None), ("k1", 0.1), ("abs", None), ("k2", 0.1), ("k3", None)]
+)
 def test_shaped_rewards_gae_and_moments(
     cpu: SimpleNamespace, estimator: str, clip: float | None, dtype: torch.dtype
 ) -> None:
@@ -97,7 +113,12 @@ def ppo_inputs(n: int, dtype: torch.dtype, full: bool = True) -> list[Tensor | N
     g = generator(n)
     old = -3 * torch.rand(n, generator=g)
     near = old + 0.3 * torch.randn(n, generator=g)
-    tensors = [near, old, *(torch.randn(n, generator=g) for _ in range(4)), torch.rand(n, generator=g)]
+    tensors = [
+        near,
+        old,
+        *(torch.randn(n, generator=g) for _ in range(4)),
+        torch.rand(n, generator=g),
+    ]
     logprobs, old, advantages, values, old_values, returns, entropy = (t.to(dtype) for t in tensors)
     mask = torch.rand(n, generator=g) < 0.8
     logprobs, values = (t.masked_fill(~mask, torch.nan) for t in (logprobs, values))
@@ -139,7 +160,9 @@ def test_approx_kl_does_not_cancel_for_tiny_steps(cpu: SimpleNamespace) -> None:
     step = 2.0**-14
     logprobs, old = torch.full((64,), -step), torch.full((64,), -2 * step)
     mask = torch.ones(64, dtype=torch.bool)
-    metrics, _, _ = cpu.ppo_loss(logprobs, old, mask.float(), mask, None, None, None, None, None, 0.2, 0.2, 1.0, 0.0)
+    metrics, _, _ = cpu.ppo_loss(
+        logprobs, old, mask.float(), mask, None, None, None, None, None, 0.2, 0.2, 1.0, 0.0
+    )
     assert math.isclose(metrics[6].item(), step**2 / 2 + step**3 / 6, rel_tol=1e-6)
 
 
@@ -149,7 +172,9 @@ def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace
     inputs[0] = torch.nan_to_num(inputs[0])
     inputs[0][1500] = torch.nan
     metrics, d_logprobs, _ = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
-    assert metrics[[0, 1, 6, 7, 8]].isnan().all() and d_logprobs.isnan().nonzero().tolist() == [[1500]]
+    assert metrics[[0, 1, 6, 7, 8]].isnan().all() and d_logprobs.isnan().nonzero().tolist() == [
+        [1500]
+    ]
 
 
 # --- ranking ---------------------------------------------------------------------------------------------------------
@@ -160,7 +185,11 @@ def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace
 @pytest.mark.parametrize("per_prompt", [True, False])
 @pytest.mark.parametrize("sizes", [(2,), (9,) * 7, (4, 0, 1, 9, 64, 17, 300)])
 def test_ranking_loss(
-    cpu: SimpleNamespace, sizes: tuple[int, ...], per_prompt: bool, rank_dtype: torch.dtype, dtype: torch.dtype
+    cpu: SimpleNamespace,
+    sizes: tuple[int, ...],
+    per_prompt: bool,
+    rank_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> None:
     g, n = generator(sum(sizes)), sum(sizes)
     scores = (4 * torch.randn(n, generator=g)).to(dtype)
@@ -183,11 +212,15 @@ def test_ranking_loss_at_its_edges(cpu: SimpleNamespace) -> None:
         assert math.isclose(metrics[0].item(), loss, rel_tol=1e-6, abs_tol=1e-30)
         assert grad.tolist() == pytest.approx([slope, -slope], abs=1e-30)
         assert metrics[1:].tolist() == [float(gap > 0), 1.0, gap, 1.0]
-    tied, grad = cpu.ranking_loss(torch.tensor([1.0, torch.nan]), torch.tensor([3, 3]), offsets, True)
+    tied, grad = cpu.ranking_loss(
+        torch.tensor([1.0, torch.nan]), torch.tensor([3, 3]), offsets, True
+    )
     assert tied.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0] and grad.tolist() == [0.0, 0.0]
     huge = torch.tensor([2**62, 2**62 + 1])  # equal as floats
     assert cpu.ranking_loss(torch.zeros(2), huge, offsets, True)[0][2] == 1
-    with pytest.raises(RuntimeError, match="prompt_offsets must rise from 0 to the number of scores, 2"):
+    with pytest.raises(
+        RuntimeError, match="prompt_offsets must rise from 0 to the number of scores, 2"
+    ):
         cpu.ranking_loss(torch.zeros(2), ranks, torch.tensor([0, 3]), True)
 
 
@@ -222,10 +255,14 @@ def test_through_the_public_ops(isa: str) -> None:
             leaves[0], old, advantages, mask, values=leaves[1], old_values=old_values, returns=returns,
             entropy=leaves[2], entropy_coef=0.1, backend=backend,
         )  # fmt: skip
-        ranking = pairwise_ranking_loss(leaves[3], ranks, torch.tensor([0, 9, 9, 27]), backend=backend)
+        ranking = pairwise_ranking_loss(
+            leaves[3], ranks, torch.tensor([0, 9, 9, 27]), backend=backend
+        )
         (3 * loss.loss + ranking.loss).backward()
         found = [*loss, *ranking, *gae(rewards, rewards + 1, rewards < 1, backend=backend)]
-        results[backend] = [t.detach() for t in found] + [leaf.grad for leaf in leaves if leaf.grad is not None]
+        results[backend] = [t.detach() for t in found] + [
+            leaf.grad for leaf in leaves if leaf.grad is not None
+        ]
     assert len(results["cpu"]) == 9 + 4 + 2 + 4
     for ours, theirs in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -256,7 +293,9 @@ def test_freed_outputs_are_used_again_and_live_ones_never(built: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(built: None, dtype: torch.dtype) -> None:
+def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(
+    built: None, dtype: torch.dtype
+) -> None:
     """The weight's gradient is 1 MiB in fp32, and so are the logits of 256 rows."""
     hidden, weight = torch.randn(256, 256).to(dtype), torch.randn(1024, 256).to(dtype)
     labels, mask = torch.arange(256), torch.ones(256, dtype=torch.bool)
@@ -283,5 +322,7 @@ def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(built: 
 def test_a_bad_size_of_the_pool_is_named(built: None, root: Path) -> None:
     code = "import torch, fastrlhf.ops as o; x = torch.ones(512, 512); o.gae(x, x, x > 0, backend='cpu')"
     environment = {**os.environ, "FASTRLHF_POOL_MB": "12MB", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert "FASTRLHF_POOL_MB=12MB: expected a whole number of MiB, 0 to keep nothing" in done.stderr

@@ -22,7 +22,9 @@ def cuda() -> ModuleType:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("v", "columns"), [(1, 1), (7, 7), (252, 252), (513, 507), (50257, 50257), (128256, 128000)])
+@pytest.mark.parametrize(
+    ("v", "columns"), [(1, 1), (7, 7), (252, 252), (513, 507), (50257, 50257), (128256, 128000)]
+)
 @pytest.mark.parametrize("inplace", [True, False])
 def test_one_pass_gives_the_statistics_and_the_gradient(
     cuda: ModuleType, v: int, columns: int, inplace: bool, dtype: torch.dtype
@@ -41,7 +43,17 @@ def test_one_pass_gives_the_statistics_and_the_gradient(
     want = logprob_op._statistics_torch(wide, labels, mask, temperature, 0, columns)
     _, entropy, _ = logprob_op.finish_statistics(want, mask, temperature)
     truth = torch.empty_like(wide)
-    arguments = (labels, mask, want[0], want[1], entropy, *(t.double() for t in grads), temperature, 0, columns)
+    arguments = (
+        labels,
+        mask,
+        want[0],
+        want[1],
+        entropy,
+        *(t.double() for t in grads),
+        temperature,
+        0,
+        columns,
+    )
     logprob_op._backward_torch(wide, *arguments, truth)
 
     device_rows = whole.cuda()[:, 1:]
@@ -53,5 +65,7 @@ def test_one_pass_gives_the_statistics_and_the_gradient(
     stats = stats.double().cpu()
     torch.testing.assert_close(stats[:, mask], want[:, mask], rtol=16 * EPS, atol=64 * EPS)
     error = (out.double().cpu() - truth).abs()
-    assert (error <= torch.finfo(dtype).eps * truth.abs() + 256 * EPS + torch.finfo(dtype).tiny).all()
+    assert (
+        error <= torch.finfo(dtype).eps * truth.abs() + 256 * EPS + torch.finfo(dtype).tiny
+    ).all()
     assert (out.reshape(6, v)[3] == 0).all() and (out[..., columns:] == 0).all()

@@ -11,7 +11,11 @@ import pytest
 
 from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 
-CORPUS = ["the cat sat on the mat. ", "a dog ran after the cat.\n", "user: hello\nassistant: hi there\n"] * 4
+CORPUS = [
+    "the cat sat on the mat. ",
+    "a dog ran after the cat.\n",
+    "user: hello\nassistant: hi there\n",
+] * 4
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +36,9 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 
     def write(*rows: Any, name: str = "data.jsonl") -> Path:
         path = tmp_path / name
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        path.write_text(
+            "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        )
         return path
 
     return write

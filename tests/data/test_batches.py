@@ -18,7 +18,9 @@ from fastrlhf.data.batches import (
 
 
 def test_two_demonstrations() -> None:
-    batch = pack_demonstrations([DemonstrationTokens([5, 6, 7, 8, 9], 3), DemonstrationTokens([1, 2], 1)])
+    batch = pack_demonstrations(
+        [DemonstrationTokens([5, 6, 7, 8, 9], 3), DemonstrationTokens([1, 2], 1)]
+    )
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 5, 7]
@@ -26,7 +28,13 @@ def test_two_demonstrations() -> None:
     assert batch.loss_mask.tolist() == [False, False, True, True, False, True, False]
     assert (batch.num_sequences, batch.max_seqlen) == (2, 5)
     dtypes = [batch.tokens, batch.positions, batch.labels, batch.cu_seqlens, batch.loss_mask]
-    assert [t.dtype for t in dtypes] == [torch.int64, torch.int64, torch.int64, torch.int32, torch.bool]
+    assert [t.dtype for t in dtypes] == [
+        torch.int64,
+        torch.int64,
+        torch.int64,
+        torch.int32,
+        torch.bool,
+    ]
 
 
 def test_a_prompt_of_no_tokens_counts_every_label() -> None:
@@ -35,7 +43,10 @@ def test_a_prompt_of_no_tokens_counts_every_label() -> None:
 
 def test_rankings_keep_the_responses_of_a_prompt_together() -> None:
     batch = pack_rankings(
-        [TokenizedRanking([1, 2], [[3, 0], [4, 5, 0], [6]], (2, 1, 2)), TokenizedRanking([7], [[8, 0], [9, 0]], (1, 2))]
+        [
+            TokenizedRanking([1, 2], [[3, 0], [4, 5, 0], [6]], (2, 1, 2)),
+            TokenizedRanking([7], [[8, 0], [9, 0]], (1, 2)),
+        ]
     )
     assert batch.tokens.tolist() == [1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 2, 6, 7, 8, 0, 7, 9, 0]
     assert batch.cu_seqlens.tolist() == [0, 4, 9, 12, 15, 18]
@@ -43,7 +54,9 @@ def test_rankings_keep_the_responses_of_a_prompt_together() -> None:
     assert batch.ranks.tolist() == [2, 1, 2, 1, 2]
     assert batch.prompt_offsets.tolist() == [0, 3, 5]
     assert batch.loss_mask[:4].tolist() == [False, True, True, False]
-    assert [t.dtype for t in (batch.ranks, batch.prompt_offsets, batch.last_index)] == [torch.int64] * 3
+    assert [t.dtype for t in (batch.ranks, batch.prompt_offsets, batch.last_index)] == [
+        torch.int64
+    ] * 3
     assert pack_rankings([TokenizedRanking([1], [[2], [3]], (1, 1.5))]).ranks.dtype == torch.float32
 
 
@@ -78,7 +91,11 @@ def test_what_cannot_be_packed_says_so() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(0, 9)), min_size=1, max_size=6)
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(0, 9)),
+        min_size=1,
+        max_size=6,
+    )
 )
 def test_every_sequence_is_as_if_packed_alone(rows: list[tuple[list[int], int]]) -> None:
     sequences, prompts = [row[0] for row in rows], [row[1] for row in rows]

@@ -34,7 +34,11 @@ def test_preference_rows_of_trl_and_openrlhf(jsonl: Callable[..., Path]) -> None
     path = jsonl(
         {"prompt": "p", "chosen": "good", "rejected": "bad", "margin": 2, "labeler_id": "l"},
         {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
-        {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")], "user_id": "u"},
+        {
+            "chosen": [user("q"), assistant("good")],
+            "rejected": [user("q"), assistant("bad")],
+            "user_id": "u",
+        },
     )
     assert converted(path, "pairs", "rankings") == [
         Ranking("p", ("good", "bad"), (1, 2), None, "l"),
@@ -61,14 +65,19 @@ def test_instruction_rows(jsonl: Callable[..., Path]) -> None:
         Demonstration("sing", "la"),
         Demonstration([user("q")], "good"),
     ]
-    assert converted(path, "pairs", "prompts")[2:4] == [Prompt([user("q")]), Prompt("add\n\n1 and 2")]
+    assert converted(path, "pairs", "prompts")[2:4] == [
+        Prompt([user("q")]),
+        Prompt("add\n\n1 and 2"),
+    ]
 
 
 def test_transcripts(jsonl: Callable[..., Path]) -> None:
     start = "\n\nHuman: hi there\n\nHuman: me again\n\nAssistant: hello\n\nHuman: why?\n\nbecause\n\nAssistant:"
     path = jsonl({"chosen": start + " so", "rejected": start + " no\n\nreally"})
     prompt = [user("hi there\n\nme again"), assistant("hello"), user("why?\n\nbecause")]
-    assert converted(path, "transcripts", "rankings") == [Ranking(prompt, ("so", "no\n\nreally"), (1, 2))]
+    assert converted(path, "transcripts", "rankings") == [
+        Ranking(prompt, ("so", "no\n\nreally"), (1, 2))
+    ]
     assert converted(path, "transcripts", "demonstrations") == [Demonstration(prompt, "so")]
     assert converted(path, "transcripts", "prompts") == [Prompt(prompt)]
 
@@ -98,12 +107,25 @@ def test_trees(jsonl: Callable[..., Path]) -> None:
         Demonstration([user("root")], "first", "u-root"),
         Demonstration(follow_up, "only", "u-more"),
     ]
-    assert converted(path, "trees", "prompts") == [Prompt([user("root")], "u-root"), Prompt(follow_up, "u-more")]
+    assert converted(path, "trees", "prompts") == [
+        Prompt([user("root")], "u-root"),
+        Prompt(follow_up, "u-more"),
+    ]
 
 
 BAD_ROWS: list[tuple[Source, Kind, Any, str]] = [
-    ("pairs", "rankings", {"prompt": "p", "chosen": "a"}, '"rejected" is missing or neither text nor turns'),
-    ("pairs", "rankings", {"chosen": "a", "rejected": "b"}, 'there is no "prompt"; add one, or use source transcripts'),
+    (
+        "pairs",
+        "rankings",
+        {"prompt": "p", "chosen": "a"},
+        '"rejected" is missing or neither text nor turns',
+    ),
+    (
+        "pairs",
+        "rankings",
+        {"chosen": "a", "rejected": "b"},
+        'there is no "prompt"; add one, or use source transcripts',
+    ),
     (
         "pairs",
         "rankings",
@@ -111,47 +133,92 @@ BAD_ROWS: list[tuple[Source, Kind, Any, str]] = [
         "differ before their last message",
     ),
     ("pairs", "rankings", {"prompt": "p", "chosen": "", "rejected": "b"}, '"chosen" is empty'),
-    ("pairs", "rankings", {"prompt": "p", "chosen": [user("a")], "rejected": "b"}, "other than one assistant message"),
-    ("pairs", "demonstrations", {"text": "t"}, r"no example in it \(keys text\); expected messages"),
+    (
+        "pairs",
+        "rankings",
+        {"prompt": "p", "chosen": [user("a")], "rejected": "b"},
+        "other than one assistant message",
+    ),
+    (
+        "pairs",
+        "demonstrations",
+        {"text": "t"},
+        r"no example in it \(keys text\); expected messages",
+    ),
     ("pairs", "demonstrations", {"messages": [user("a")]}, '"messages" has fewer than two entries'),
-    ("transcripts", "rankings", {"chosen": "plain", "rejected": "text"}, "not a transcript; expected text beginning"),
-    ("transcripts", "demonstrations", {"chosen": "\n\nHuman: alone"}, "does not end in an assistant's reply"),
-    ("trees", "rankings", {"prompt": "text"}, '"prompt" is no message with "replies"; expected one OpenAssistant tree'),
+    (
+        "transcripts",
+        "rankings",
+        {"chosen": "plain", "rejected": "text"},
+        "not a transcript; expected text beginning",
+    ),
+    (
+        "transcripts",
+        "demonstrations",
+        {"chosen": "\n\nHuman: alone"},
+        "does not end in an assistant's reply",
+    ),
+    (
+        "trees",
+        "rankings",
+        {"prompt": "text"},
+        '"prompt" is no message with "replies"; expected one OpenAssistant tree',
+    ),
     ("trees", "prompts", {"prompt": {"text": "x"}}, 'a message lacks "text" or a "role"'),
 ]
 
 
 @pytest.mark.parametrize(("source", "kind", "row", "reason"), BAD_ROWS)
-def test_rows_that_do_not_fit(jsonl: Callable[..., Path], source: Source, kind: Kind, row: Any, reason: str) -> None:
+def test_rows_that_do_not_fit(
+    jsonl: Callable[..., Path], source: Source, kind: Kind, row: Any, reason: str
+) -> None:
     path = jsonl(row)
     with pytest.raises(UserError, match=rf"data\.jsonl:1: .*{reason}") as error:
         converted(path, source, kind)
     assert "\n" not in str(error.value)
-    convert(path, source, kind, path.parent / "out.jsonl", on_error="quarantine", rejected=path.parent / "aside.jsonl")
+    convert(
+        path,
+        source,
+        kind,
+        path.parent / "out.jsonl",
+        on_error="quarantine",
+        rejected=path.parent / "aside.jsonl",
+    )
     assert (path.parent / "out.jsonl").read_bytes() == b""
     assert json.loads((path.parent / "aside.jsonl").read_text())["source"] == f"{path}:1"
 
 
-def test_gzipped_output_is_the_same_bytes_each_time(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_gzipped_output_is_the_same_bytes_each_time(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     path = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"})
     counts = convert(path, "pairs", "rankings", tmp_path / "one.jsonl.gz")
     convert(path, "pairs", "rankings", tmp_path / "two.jsonl.gz")
     assert (counts.read, counts.kept) == (1, 1)
     assert (tmp_path / "one.jsonl.gz").read_bytes() == (tmp_path / "two.jsonl.gz").read_bytes()
-    assert json.loads(gzip.decompress((tmp_path / "one.jsonl.gz").read_bytes()))["responses"] == ["a", "b"]
+    assert json.loads(gzip.decompress((tmp_path / "one.jsonl.gz").read_bytes()))["responses"] == [
+        "a",
+        "b",
+    ]
 
 
 def test_wrong_output_name_and_kind(jsonl: Callable[..., Path], tmp_path: Path) -> None:
     path = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=r"expected an output name ending in \.jsonl"):
         convert(path, "pairs", "rankings", tmp_path / "out.csv")
-    with pytest.raises(UserError, match=r"missing/out\.jsonl: cannot be written \(No such file or directory\)"):
+    with pytest.raises(
+        UserError, match=r"missing/out\.jsonl: cannot be written \(No such file or directory\)"
+    ):
         convert(path, "pairs", "rankings", tmp_path / "missing" / "out.jsonl")
-    with pytest.raises(UserError, match="trees hold no text; choose one of rankings, demonstrations, prompts"):
+    with pytest.raises(
+        UserError, match="trees hold no text; choose one of rankings, demonstrations, prompts"
+    ):
         convert(path, "trees", "text", tmp_path / "out.jsonl")
 
 
-def test_neither_the_input_nor_an_earlier_output_is_lost(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_neither_the_input_nor_an_earlier_output_is_lost(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     path = jsonl({"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p"})
     before, out = path.read_bytes(), tmp_path / "out.jsonl"
     out.write_text("earlier")
@@ -174,7 +241,13 @@ CHAT = [user("q"), assistant("a"), user("more")]
 
 def test_records_as_rows_of_trl(jsonl: Callable[..., Path]) -> None:
     path = jsonl(
-        {"prompt": "p", "responses": ["worst", "good", "fine"], "ranks": [3, 1, 1], "user_id": 7, "labeler_id": "l"},
+        {
+            "prompt": "p",
+            "responses": ["worst", "good", "fine"],
+            "ranks": [3, 1, 1],
+            "user_id": 7,
+            "labeler_id": "l",
+        },
         {"prompt": CHAT, "chosen": "yes", "rejected": "no"},
     )
     assert exported(path, "pairs", "rankings") == [
@@ -187,7 +260,9 @@ def test_records_as_rows_of_trl(jsonl: Callable[..., Path]) -> None:
         {"prompt": "p", "completion": "r"},
         {"prompt": CHAT, "completion": [assistant("r")], "user_id": "u"},
     ]
-    assert exported(jsonl({"prompt": "p", "user_id": "u"}), "pairs", "prompts") == [{"prompt": "p", "user_id": "u"}]
+    assert exported(jsonl({"prompt": "p", "user_id": "u"}), "pairs", "prompts") == [
+        {"prompt": "p", "user_id": "u"}
+    ]
 
 
 @pytest.mark.parametrize("layout", ["pairs", "transcripts", "trees"])
@@ -196,7 +271,9 @@ def test_what_is_exported_is_converted_back(jsonl: Callable[..., Path], layout: 
         Ranking(CHAT, ("one", "two\n\nlines"), (1, 2), "u"),
         Ranking([user("other")], ("b", "a"), (1, 2), "v"),
     ]
-    path = jsonl(*[{key: value for key, value in vars(r).items() if value is not None} for r in rankings])
+    path = jsonl(
+        *[{key: value for key, value in vars(r).items() if value is not None} for r in rankings]
+    )
     export(path, layout, "rankings", path.parent / "there.jsonl")
     assert converted(path.parent / "there.jsonl", layout, "rankings") == rankings
     if layout != "transcripts":
@@ -220,13 +297,31 @@ def test_a_tree_holds_a_whole_ranking(jsonl: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("target", "prompt", "reason"),
     [
-        ("transcripts", [{"role": "system", "content": "s"}, user("q")], 'a transcript has no turns of "system"'),
-        ("transcripts", "say\n\nHuman: hi", "begins with Human: or Assistant:, which would split it"),
-        ("trees", [{"role": "system", "content": "s"}, user("q")], 'a tree has no messages of "system"'),
-        ("trees", [user("q"), assistant("a")], "a tree begins with a user's message, and is answered below one"),
+        (
+            "transcripts",
+            [{"role": "system", "content": "s"}, user("q")],
+            'a transcript has no turns of "system"',
+        ),
+        (
+            "transcripts",
+            "say\n\nHuman: hi",
+            "begins with Human: or Assistant:, which would split it",
+        ),
+        (
+            "trees",
+            [{"role": "system", "content": "s"}, user("q")],
+            'a tree has no messages of "system"',
+        ),
+        (
+            "trees",
+            [user("q"), assistant("a")],
+            "a tree begins with a user's message, and is answered below one",
+        ),
     ],
 )
-def test_what_a_layout_cannot_hold(jsonl: Callable[..., Path], target: Source, prompt: Any, reason: str) -> None:
+def test_what_a_layout_cannot_hold(
+    jsonl: Callable[..., Path], target: Source, prompt: Any, reason: str
+) -> None:
     path = jsonl({"prompt": prompt, "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=rf"data\.jsonl:1: .*{reason}"):
         exported(path, target, "rankings")

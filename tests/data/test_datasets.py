@@ -24,7 +24,9 @@ def test_demonstrations_are_prompt_response_eos(jsonl: Callable[..., Path], toke
         {"prompt": LONG, "response": "dropped"},
         {"prompt": "hello", "response": LONG},
     )
-    loaded, counts = load_demonstrations(path, tokenizer, max_prompt_tokens=20, max_response_tokens=20)
+    loaded, counts = load_demonstrations(
+        path, tokenizer, max_prompt_tokens=20, max_response_tokens=20
+    )
     prompt, response = encode_prompt(tokenizer, "hello"), encode_response(tokenizer, "hi there")
     assert loaded[0].tokens == prompt + response
     assert loaded[0].prompt_length == len(prompt)
@@ -33,14 +35,21 @@ def test_demonstrations_are_prompt_response_eos(jsonl: Callable[..., Path], toke
     assert counts == Counts(read=3, kept=2, long_prompts=1, cut_responses=1)
 
 
-def test_a_response_that_just_fits_keeps_its_eos(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_a_response_that_just_fits_keeps_its_eos(
+    jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     path = jsonl({"prompt": "hello", "response": "hi there"})
     whole = encode_response(tokenizer, "hi there")
     for limit, expected in ((len(whole), whole), (len(whole) - 1, whole[:-1])):
-        (loaded,), _ = load_demonstrations(path, tokenizer, max_prompt_tokens=20, max_response_tokens=limit)
+        (loaded,), _ = load_demonstrations(
+            path, tokenizer, max_prompt_tokens=20, max_response_tokens=limit
+        )
         assert loaded.tokens[loaded.prompt_length :] == expected
     prompt = encode_prompt(tokenizer, "hello")
-    assert len(load_prompts(jsonl({"prompt": "hello"}), tokenizer, max_prompt_tokens=len(prompt))[0]) == 1
+    assert (
+        len(load_prompts(jsonl({"prompt": "hello"}), tokenizer, max_prompt_tokens=len(prompt))[0])
+        == 1
+    )
 
 
 def test_rankings_keep_each_prompts_responses(jsonl: Callable[..., Path], tokenizer: Any) -> None:
@@ -50,9 +59,17 @@ def test_rankings_keep_each_prompts_responses(jsonl: Callable[..., Path], tokeni
         {"prompt": "a dog", "chosen": "ran", "rejected": "sat"},
     )
     loaded, counts = load_rankings(path, tokenizer, max_prompt_tokens=20, max_response_tokens=9)
-    assert [ranking.prompt_tokens for ranking in loaded] == [encode_prompt(tokenizer, p) for p in ("hello", "a dog")]
-    assert loaded[0].responses == [encode_response(tokenizer, "hi"), encode_response(tokenizer, LONG)[:9]]
-    assert loaded[1].responses == [encode_response(tokenizer, "ran"), encode_response(tokenizer, "sat")]
+    assert [ranking.prompt_tokens for ranking in loaded] == [
+        encode_prompt(tokenizer, p) for p in ("hello", "a dog")
+    ]
+    assert loaded[0].responses == [
+        encode_response(tokenizer, "hi"),
+        encode_response(tokenizer, LONG)[:9],
+    ]
+    assert loaded[1].responses == [
+        encode_response(tokenizer, "ran"),
+        encode_response(tokenizer, "sat"),
+    ]
     assert [ranking.ranks for ranking in loaded] == [(2, 1), (1, 2)]
     assert counts == Counts(read=3, kept=2, long_prompts=1, cut_responses=1)
 
@@ -70,7 +87,9 @@ def test_counts_are_logged_and_rejected_records_counted(
 
 
 def test_no_usable_record_is_an_error(jsonl: Callable[..., Path], tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"no usable record \(kept 0 of 1 records \(1 dropped for a long prompt\)"):
+    with pytest.raises(
+        UserError, match=r"no usable record \(kept 0 of 1 records \(1 dropped for a long prompt\)"
+    ):
         load_prompts(jsonl({"prompt": LONG}), tokenizer, max_prompt_tokens=20)
     with pytest.raises(UserError, match=r"data\.jsonl:1: the file holds no record"):
         load_prompts(jsonl(), tokenizer, max_prompt_tokens=20)
@@ -120,7 +139,8 @@ def test_a_template_that_rewrites_turns_is_refused_for_loss_on_all(
     options: dict[str, Any] = {"max_prompt_tokens": 200, "max_response_tokens": 20}
     assert len(load_demonstrations(path, tokenizer, **options)[0]) == 1
     with pytest.raises(
-        UserError, match=r"writes turn 2 of a prompt otherwise when more turns follow; use data.loss_on"
+        UserError,
+        match=r"writes turn 2 of a prompt otherwise when more turns follow; use data.loss_on",
     ):
         load_demonstrations(path, tokenizer, loss_on="all", **options)
 
@@ -132,7 +152,10 @@ def test_a_prefix_stands_before_each_prompt_and_counts(
     prefix = read_prefix(tmp_path / "prefix.txt")
     path = jsonl({"prompt": "a dog"}, {"prompt": "the mat"})
     prompts, _ = load_prompts(path, tokenizer, max_prompt_tokens=50, prefix=prefix)
-    assert [tokenizer.decode(ids) for ids in prompts] == ["the cat sat.\n\na dog", "the cat sat.\n\nthe mat"]
+    assert [tokenizer.decode(ids) for ids in prompts] == [
+        "the cat sat.\n\na dog",
+        "the cat sat.\n\nthe mat",
+    ]
     with pytest.raises(UserError, match="2 dropped for a long prompt"):
         load_prompts(path, tokenizer, max_prompt_tokens=len(prompts[0]) - 2, prefix=prefix)
     assert read_prefix(None) == ""

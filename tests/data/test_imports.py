@@ -12,7 +12,9 @@ BLOCKED = ["megatron", "triton", "transformers", "tokenizers", "pyarrow", "duckd
 
 
 def test_every_module_imports_without_the_heavy_packages() -> None:
-    modules = [module.name for module in pkgutil.iter_modules(fastrlhf.data.__path__, "fastrlhf.data.")]
+    modules = [
+        module.name for module in pkgutil.iter_modules(fastrlhf.data.__path__, "fastrlhf.data.")
+    ]
     assert "fastrlhf.data.loader" in modules
     blocks = "".join(f"sys.modules[{name!r}] = None; " for name in BLOCKED)
     program = f"import sys, importlib; {blocks}[importlib.import_module(m) for m in {modules!r}]"

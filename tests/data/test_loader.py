@@ -18,17 +18,26 @@ GOLDEN = [
 ]
 
 
-def loader(samples: int, G: int, micro: int, rank: int = 0, size: int = 1, **options: Any) -> Loader[int, list[int]]:
+def loader(
+    samples: int, G: int, micro: int, rank: int = 0, size: int = 1, **options: Any
+) -> Loader[int, list[int]]:
     arguments: dict[str, Any] = {"seed": 7, "collate": list, **options}
     return Loader(
-        range(samples), global_batch_size=G, micro_batch_size=micro, data_rank=rank, data_size=size, **arguments
+        range(samples),
+        global_batch_size=G,
+        micro_batch_size=micro,
+        data_rank=rank,
+        data_size=size,
+        **arguments,
     )
 
 
 def all_ranks(samples: int, G: int, micro: int, size: int, **options: Any) -> list[list[list[int]]]:
     """Steps of micro-batches, the ranks' blocks joined in rank order."""
     ranks = [list(loader(samples, G, micro, rank, size, **options)) for rank in range(size)]
-    return [[micro_batch for own in step for micro_batch in own] for step in zip(*ranks, strict=True)]
+    return [
+        [micro_batch for own in step for micro_batch in own] for step in zip(*ranks, strict=True)
+    ]
 
 
 def test_golden_order() -> None:
@@ -43,12 +52,19 @@ def test_ranks_take_contiguous_blocks_of_the_global_batch() -> None:
     assert steps == [[[4, 5], [6, 7]]]
 
 
-@given(extra=st.integers(0, 11), steps=st.integers(1, 4), micro=st.sampled_from([1, 2]), seed=st.integers(-3, 2**63))
+@given(
+    extra=st.integers(0, 11),
+    steps=st.integers(1, 4),
+    micro=st.sampled_from([1, 2]),
+    seed=st.integers(-3, 2**63),
+)
 def test_any_layout_gives_the_same_micro_batches_and_sees_each_sample_once(
     extra: int, steps: int, micro: int, seed: int
 ) -> None:
     G = 12
-    layouts = [all_ranks(steps * G + extra, G, micro, size, seed=seed, epochs=2) for size in (1, 2, 3)]
+    layouts = [
+        all_ranks(steps * G + extra, G, micro, size, seed=seed, epochs=2) for size in (1, 2, 3)
+    ]
     assert layouts[0] == layouts[1] == layouts[2]
     assert len(layouts[0]) == 2 * steps
     for epoch in (layouts[0][:steps], layouts[0][steps:]):
@@ -61,7 +77,9 @@ def test_any_layout_gives_the_same_micro_batches_and_sees_each_sample_once(
 
 
 def test_epochs_are_shuffled_anew_and_seeds_differ() -> None:
-    first, second = ([s for step in epoch for micro in step for s in micro] for epoch in _epochs(seed=1))
+    first, second = (
+        [s for step in epoch for micro in step for s in micro] for epoch in _epochs(seed=1)
+    )
     other = [s for step in next(iter(_epochs(seed=2))) for micro in step for s in micro]
     assert sorted(first) == sorted(second) == sorted(other) == list(range(24))
     assert first != second
@@ -74,7 +92,9 @@ def _epochs(seed: int) -> list[list[list[list[int]]]]:
 
 
 @given(done=st.integers(0, 6), before=st.sampled_from([1, 2, 3]), after=st.sampled_from([1, 2, 3]))
-def test_resuming_continues_at_the_exact_sample_under_any_layout(done: int, before: int, after: int) -> None:
+def test_resuming_continues_at_the_exact_sample_under_any_layout(
+    done: int, before: int, after: int
+) -> None:
     everything = all_ranks(41, 12, 2, 1, epochs=2)
     started = loader(41, 12, 1, rank=before - 1, size=before, epochs=2)
     for _ in islice(started, done):
@@ -110,7 +130,9 @@ def test_resuming_with_another_global_batch_goes_on_after_the_samples_already_se
 
 def test_a_state_of_other_data_is_refused() -> None:
     state = loader(24, 6, 1).state_dict()
-    with pytest.raises(UserError, match="the checkpoint has samples 24, this run 30; use the same data"):
+    with pytest.raises(
+        UserError, match="the checkpoint has samples 24, this run 30; use the same data"
+    ):
         loader(30, 6, 1).load_state_dict(state)
     with pytest.raises(UserError, match="the checkpoint has seed 7, this run 8"):
         loader(24, 6, 1, seed=8).load_state_dict(state)
@@ -122,7 +144,9 @@ def test_sizes_that_do_not_divide_name_the_numbers() -> None:
         loader(100, 30, 4, size=2)
     with pytest.raises(UserError, match="= 8; use 8"):
         loader(100, 4, 4, size=2)
-    with pytest.raises(UserError, match="has 10 samples, fewer than the global batch size 32; add data, or set"):
+    with pytest.raises(
+        UserError, match="has 10 samples, fewer than the global batch size 32; add data, or set"
+    ):
         loader(10, 32, 4)
     with pytest.raises(UserError, match="the data set is empty"):
         loader(0, 4, 4, drop_last=False)
@@ -135,7 +159,10 @@ def packed(samples: int, G: int, size: int, **options: Any) -> list[list[list[li
     """Steps of ranks of micro-batches, at most 20 tokens each, sample i having 1 + i % 9 of them."""
     arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost, **options}
     return [
-        list(step) for step in zip(*(loader(samples, G, 1, r, size, **arguments) for r in range(size)), strict=True)
+        list(step)
+        for step in zip(
+            *(loader(samples, G, 1, r, size, **arguments) for r in range(size)), strict=True
+        )
     ]
 
 
@@ -144,7 +171,9 @@ def _cost(sample: int) -> int:
 
 
 @given(size=st.sampled_from([1, 2, 3]), drop_last=st.booleans(), seed=st.integers(0, 2**32))
-def test_packed_steps_have_the_samples_of_unpacked_ones(size: int, drop_last: bool, seed: int) -> None:
+def test_packed_steps_have_the_samples_of_unpacked_ones(
+    size: int, drop_last: bool, seed: int
+) -> None:
     options: dict[str, Any] = {"seed": seed, "epochs": 2, "drop_last": drop_last}
     steps = packed(41, 13, size, **options)
     plain = all_ranks(41, 13, 1, 1, **options)
@@ -168,15 +197,21 @@ def test_a_packed_epoch_goes_on_under_another_layout(done: int, before: int, aft
         resumed = loader(41, 11, 1, rank, after, **arguments)
         resumed.load_state_dict(started[0].state_dict())
         rest.append(list(resumed))
-    assert sorted(s for steps in first + rest for step in steps for micro in step for s in micro) == list(range(41))
+    assert sorted(
+        s for steps in first + rest for step in steps for micro in step for s in micro
+    ) == list(range(41))
 
 
 def test_a_token_budget_needs_a_sample_a_rank_and_a_cost() -> None:
     arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost}
     assert len(loader(100, 7, 4, size=3, **arguments)) == 14
-    with pytest.raises(UserError, match="the global batch size 2 is smaller than the data-parallel size 3"):
+    with pytest.raises(
+        UserError, match="the global batch size 2 is smaller than the data-parallel size 3"
+    ):
         loader(100, 2, 1, size=3, **arguments)
-    with pytest.raises(UserError, match=r"a sample has 9 tokens, above train.max_tokens_per_micro_batch 8"):
+    with pytest.raises(
+        UserError, match=r"a sample has 9 tokens, above train.max_tokens_per_micro_batch 8"
+    ):
         list(loader(9, 9, 1, max_tokens=8, cost=_cost))
     with pytest.raises(ValueError, match="go together"):
         loader(9, 9, 1, max_tokens=8)
@@ -196,4 +231,6 @@ def test_the_efficiency_of_packing_is_reported(caplog: pytest.LogCaptureFixture)
     ]
     halves = loader(10, 4, 1)
     steps = iter(halves)
-    assert [halves.metrics() for _ in (next(steps), next(steps), next(steps))] == [{"epoch": 1.4}] * 3
+    assert [halves.metrics() for _ in (next(steps), next(steps), next(steps))] == [
+        {"epoch": 1.4}
+    ] * 3

@@ -16,20 +16,51 @@ from typing import Any
 import pytest
 
 from fastrlhf.data.convert import convert
-from fastrlhf.data.prepare import prepare
+from fastrlhf.data.prepare.prepare import prepare
 from fastrlhf.data.records import Counts, Kind, read_records
 from fastrlhf.errors import UserError
 
 GOOD: dict[Kind, dict[str, Any]] = {
     "demonstrations": {"prompt": "p", "response": "r", "user_id": "u"},
-    "rankings": {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 2.5], "user_id": "u", "labeler_id": "l"},
+    "rankings": {
+        "prompt": "p",
+        "responses": ["a", "b", "c"],
+        "ranks": [1, 2, 2.5],
+        "user_id": "u",
+        "labeler_id": "l",
+    },
     "prompts": {"prompt": [{"role": "user", "content": "q"}], "user_id": 7},
     "text": {"text": "a document"},
 }
 WRONG: dict[str, list[Any]] = {
     "text": [None, 3, 2.5, True, [], ["a"], {}, "", " \n\t", "\u2003"],
-    "list": [None, 3, "ab", {}, [], ["a"], ["a", 3], ["a", None], ["a", ""], ["a", ["b"]], ["a", {"b": 1}]],
-    "ranks": [None, 3, "12", {}, [], [1], [1, 2], [1, 2, 3, 4], [1, 2, "3"], [1, 2, None], [1, 2, True], [1, 2, [3]]],
+    "list": [
+        None,
+        3,
+        "ab",
+        {},
+        [],
+        ["a"],
+        ["a", 3],
+        ["a", None],
+        ["a", ""],
+        ["a", ["b"]],
+        ["a", {"b": 1}],
+    ],
+    "ranks": [
+        None,
+        3,
+        "12",
+        {},
+        [],
+        [1],
+        [1, 2],
+        [1, 2, 3, 4],
+        [1, 2, "3"],
+        [1, 2, None],
+        [1, 2, True],
+        [1, 2, [3]],
+    ],
     "id": [2.5, True, [], ["u"], {}, {"id": "u"}, "", "  "],
     "turns": [[{}], [{"role": "user"}], [{"content": "q"}], ["q"], [None], [3], [["user", "q"]]],
 }
@@ -115,11 +146,17 @@ def json_cases() -> Iterator[Any]:
     for kind, field, wrong in FIELDS:
         good = GOOD[kind]
         if "id" not in field:
-            yield pytest.param(kind, _line({k: v for k, v in good.items() if k != field}), id=f"{kind}-{field}-missing")
+            yield pytest.param(
+                kind,
+                _line({k: v for k, v in good.items() if k != field}),
+                id=f"{kind}-{field}-missing",
+            )
         for i, value in enumerate(WRONG[wrong]):
             yield pytest.param(kind, _line(good | {field: value}), id=f"{kind}-{field}-{i}")
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    for field, value in itertools.product(("chosen", "rejected"), (None, 3, "", ["a"], {"content": "a"})):
+    for field, value in itertools.product(
+        ("chosen", "rejected"), (None, 3, "", ["a"], {"content": "a"})
+    ):
         yield pytest.param("rankings", _line(pair | {field: value}), id=f"pair-{field}-{value}")
     for name, line in LINES.items():
         yield pytest.param("prompts", line, id=name)
@@ -188,7 +225,13 @@ def file_cases() -> Iterator[tuple[str, str, bytes, int, int]]:
     yield "parquet of nulls", "a.parquet", table({"prompt": [None]}), 1, 0
     yield "parquet of bytes", "a.parquet", table({"prompt": [b"p"]}), 1, 0
     yield "parquet of lists", "a.parquet", table({"prompt": [["p"]]}), 1, 0
-    yield "parquet with an id of NaN", "a.parquet", table({"prompt": ["p"], "user_id": [float("nan")]}), 1, 0
+    yield (
+        "parquet with an id of NaN",
+        "a.parquet",
+        table({"prompt": ["p"], "user_id": [float("nan")]}),
+        1,
+        0,
+    )
     yield "empty arrow file", "a.arrow", b"", 1, 0
     yield "no arrow", "a.arrow", line, 1, 0
     yield "arrow magic only", "a.arrow", b"ARROW1\0\0", 1, 0
@@ -230,7 +273,11 @@ def test_preparing_and_converting_set_all_of_them_aside(tmp_path: Path) -> None:
     manifest = prepare(path, tmp_path / "out", "prompts", on_error="quarantine")
     assert manifest["read"] == len(lines) + 1
     aside = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    assert len(aside) == manifest["dropped"]["malformed"] > 100  # rankings that are bad as such hold good prompts
-    for source, kind in itertools.product(("pairs", "transcripts", "trees"), ("rankings", "demonstrations", "prompts")):
+    assert (
+        len(aside) == manifest["dropped"]["malformed"] > 100
+    )  # rankings that are bad as such hold good prompts
+    for source, kind in itertools.product(
+        ("pairs", "transcripts", "trees"), ("rankings", "demonstrations", "prompts")
+    ):
         counts = convert(path, source, kind, tmp_path / "converted.jsonl", "quarantine")  # type: ignore[arg-type]
         assert counts.rejected > 100

@@ -33,7 +33,9 @@ def test_first_fit_is_the_textbook_algorithm(lengths: list[int], max_tokens: int
 
 
 @given(lengths=LENGTHS, ranks=st.integers(1, 7), max_tokens=st.integers(100, 300))
-def test_shares_hold_each_sample_once_within_the_budget(lengths: list[int], ranks: int, max_tokens: int) -> None:
+def test_shares_hold_each_sample_once_within_the_budget(
+    lengths: list[int], ranks: int, max_tokens: int
+) -> None:
     shares = share(lengths, ranks, max_tokens)
     assert len(shares) == ranks
     assert sorted(i for own in shares for micro in own for i in micro) == list(range(len(lengths)))
@@ -65,5 +67,8 @@ def test_real_lengths_pack_tightly_and_evenly() -> None:
 
 
 def test_a_sample_above_the_budget_names_its_length_and_the_key() -> None:
-    with pytest.raises(UserError, match=r"a sample has 9 tokens, above train.max_tokens_per_micro_batch 8; raise it"):
+    with pytest.raises(
+        UserError,
+        match=r"a sample has 9 tokens, above train.max_tokens_per_micro_batch 8; raise it",
+    ):
         share([3, 9, 4], 2, 8)

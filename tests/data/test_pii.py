@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastrlhf.data.pii import find_pii, redact
+from fastrlhf.data.prepare.pii import find_pii, redact
 
 # Secret-shaped strings are put together here, so that no scanner takes this file for a leak.
 FOUND = [

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastrlhf.configfile import load
-from fastrlhf.data.prepare import prepare, prepare_all, run
+from fastrlhf.config.yaml_file import load
+from fastrlhf.data.prepare.prepare import prepare, prepare_all, run
+from fastrlhf.data.prepare.rules import SPLITS, PrepareConfig, Rules
+from fastrlhf.data.prepare.work_files import WorkFiles
 from fastrlhf.data.records import read_records
-from fastrlhf.data.rules import SPLITS, PrepareConfig, Rules
-from fastrlhf.data.spool import Spool
 from fastrlhf.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench/ is a folder of the repository
@@ -31,11 +31,15 @@ OPEN = Rules(valid_fraction=0.0, test_fraction=0.0)
 
 def kept(out: Path, *splits: str) -> list[dict[str, Any]]:
     return [
-        json.loads(line) for split in splits or SPLITS for line in (out / f"{split}.jsonl").read_text().splitlines()
+        json.loads(line)
+        for split in splits or SPLITS
+        for line in (out / f"{split}.jsonl").read_text().splitlines()
     ]
 
 
-def test_prompts_that_share_a_long_prefix_are_one(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_prompts_that_share_a_long_prefix_are_one(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     long = "Translate the following sentence to French, and keep names: "
     path = jsonl(
         {"prompt": long + "one"},
@@ -45,22 +49,32 @@ def test_prompts_that_share_a_long_prefix_are_one(jsonl: Callable[..., Path], tm
         {"prompt": long[:21]},
         {"prompt": " " + long[:20].upper()},
     )
-    manifest = prepare(path, tmp_path / "out", "prompts", Rules(prefix=40, valid_fraction=0.0, test_fraction=0.0))
-    prompts = sorted(" ".join(row["prompt"].casefold().split())[:40] for row in kept(tmp_path / "out"))
+    manifest = prepare(
+        path, tmp_path / "out", "prompts", Rules(prefix=40, valid_fraction=0.0, test_fraction=0.0)
+    )
+    prompts = sorted(
+        " ".join(row["prompt"].casefold().split())[:40] for row in kept(tmp_path / "out")
+    )
     assert prompts == sorted(
         [" ".join(long.casefold().split())[:40], long[:20].casefold().strip(), long[:21].casefold()]
     )
     assert manifest["dropped"]["duplicates"] == 3
 
 
-def test_a_shared_system_turn_makes_no_duplicates(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_shared_system_turn_makes_no_duplicates(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     system = {"role": "system", "content": "You are a kind assistant. " * 20}
     rows = [{"prompt": [system, {"role": "user", "content": f"question {i}"}]} for i in range(3)]
     assert prepare(jsonl(*rows, rows[0]), tmp_path / "out", "prompts", OPEN)["kept"] == 3
 
 
-def test_a_user_keeps_at_most_the_cap_whoever_comes_first(jsonl: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [{"prompt": f"{user} asks {i}", "user_id": user} for user in ("a", "b") for i in range(10)]
+def test_a_user_keeps_at_most_the_cap_whoever_comes_first(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"{user} asks {i}", "user_id": user} for user in ("a", "b") for i in range(10)
+    ]
     rows += [{"prompt": f"nobody asks {i}"} for i in range(10)]
     capped = Rules(max_per_user=4, valid_fraction=0.0, test_fraction=0.0)
     manifest = prepare(jsonl(*rows), tmp_path / "out", "prompts", capped)
@@ -68,12 +82,17 @@ def test_a_user_keeps_at_most_the_cap_whoever_comes_first(jsonl: Callable[..., P
     assert users == {"a": 4, "b": 4, None: 10}
     assert manifest["dropped"]["over_user_cap"] == 12
     other = prepare(
-        jsonl(*rows), tmp_path / "other", "prompts", Rules(seed=5, max_per_user=4, valid_fraction=0, test_fraction=0)
+        jsonl(*rows),
+        tmp_path / "other",
+        "prompts",
+        Rules(seed=5, max_per_user=4, valid_fraction=0, test_fraction=0),
     )
     assert other["outputs"] != manifest["outputs"]
 
 
-def test_personal_data_are_dropped_counted_and_written_nowhere(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_personal_data_are_dropped_counted_and_written_nowhere(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     secrets = ["jane@corp.com", "415-555-0132", "4111 1111 1111 1111"]
     path = jsonl(
         {"prompt": f"mail {secrets[0]} or call {secrets[1]}"},
@@ -84,7 +103,9 @@ def test_personal_data_are_dropped_counted_and_written_nowhere(jsonl: Callable[.
     manifest = prepare(path, tmp_path / "out", "prompts", OPEN)
     assert manifest["dropped"]["personal_data"] == 3
     assert manifest["personal_data"] == {"card": 1, "email": 2, "phone": 1}
-    report = [json.loads(line) for line in (tmp_path / "out" / "pii.jsonl").read_text().splitlines()]
+    report = [
+        json.loads(line) for line in (tmp_path / "out" / "pii.jsonl").read_text().splitlines()
+    ]
     assert [(hit["kind"], hit["source"], hit["split"], hit["action"]) for hit in report] == [
         (kind, f"{path}:{line}", "train", "dropped")
         for kind, line in (("email", 1), ("phone", 1), ("email", 3), ("card", 4))
@@ -103,18 +124,37 @@ def test_personal_data_are_dropped_counted_and_written_nowhere(jsonl: Callable[.
 
 
 def test_responses_are_searched_too(jsonl: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{i}", "response": reply} for i, reply in enumerate(["fine", "I am at 8.8.8.8"])]
+    rows = [
+        {"prompt": f"p{i}", "response": reply}
+        for i, reply in enumerate(["fine", "I am at 8.8.8.8"])
+    ]
     prepare(jsonl(*rows), tmp_path / "out", "demonstrations", OPEN)
     assert kept(tmp_path / "out") == [rows[0]]
-    ranking = {"prompt": "p", "responses": ["a", "b", "jane@corp.com"], "ranks": [1, 2, 3], "labeler_id": "l"}
+    ranking = {
+        "prompt": "p",
+        "responses": ["a", "b", "jane@corp.com"],
+        "ranks": [1, 2, 3],
+        "labeler_id": "l",
+    }
     clean = {**ranking, "prompt": "q", "responses": ["a", "b", "c"]}
     prepare(jsonl(ranking, clean), tmp_path / "out", "rankings", OPEN)
     assert kept(tmp_path / "out") == [clean]
 
 
-def test_counts_add_up_and_the_manifest_tells_what_was_written(jsonl: Callable[..., Path], tmp_path: Path) -> None:
-    rows: list[Any] = [{"prompt": f"question {i}", "user_id": f"u{i % 40}", "extra": i} for i in range(300)]
-    rows += [{"prompt": "x" * 99}, {"prompt": "?"}, {"prompt": 3}, "{", rows[0], {"prompt": "me@corp.com"}]
+def test_counts_add_up_and_the_manifest_tells_what_was_written(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows: list[Any] = [
+        {"prompt": f"question {i}", "user_id": f"u{i % 40}", "extra": i} for i in range(300)
+    ]
+    rows += [
+        {"prompt": "x" * 99},
+        {"prompt": "?"},
+        {"prompt": 3},
+        "{",
+        rows[0],
+        {"prompt": "me@corp.com"},
+    ]
     path = jsonl(*rows)
     limits = Rules(min_chars=2, max_chars=98, max_per_user=7, valid_fraction=0.2, test_fraction=0.2)
     with pytest.raises(UserError, match=r"data\.jsonl:303: "):
@@ -142,24 +182,38 @@ def test_counts_add_up_and_the_manifest_tells_what_was_written(jsonl: Callable[.
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
         assert manifest["users"][split] == len(users[split]) > 0
-    assert not users["train"] & users["valid"] | users["train"] & users["test"] | users["valid"] & users["test"]
+    assert (
+        not users["train"] & users["valid"]
+        | users["train"] & users["test"]
+        | users["valid"] & users["test"]
+    )
     assert "| train |" in (tmp_path / "out" / "DATA_CARD.md").read_text()
 
 
-def test_a_user_stays_in_its_split_when_data_are_added(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_user_stays_in_its_split_when_data_are_added(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     rows = [{"prompt": f"question {i}", "user_id": f"u{i % 50}"} for i in range(200)]
     thirds = Rules(valid_fraction=0.3, test_fraction=0.3)
     prepare(jsonl(*rows[:100]), tmp_path / "few", "prompts", thirds)
     prepare(jsonl(*rows), tmp_path / "all", "prompts", thirds)
     for split in SPLITS:
-        few, everything = ({row["user_id"] for row in kept(tmp_path / out, split)} for out in ("few", "all"))
+        few, everything = (
+            {row["user_id"] for row in kept(tmp_path / out, split)} for out in ("few", "all")
+        )
         assert few == everything
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(seed=st.integers(0, 2**32), files=st.integers(1, 3))
-def test_the_result_does_not_depend_on_the_order_of_the_input(tmp_path: Path, seed: int, files: int) -> None:
-    rows = [{"prompt": f"ask {i % 60} " + "x" * (i % 3), "user_id": f"u{i % 7}"} for i in range(150)]
+def test_the_result_does_not_depend_on_the_order_of_the_input(
+    tmp_path: Path, seed: int, files: int
+) -> None:
+    rows = [
+        {"prompt": f"ask {i % 60} " + "x" * (i % 3), "user_id": f"u{i % 7}"} for i in range(150)
+    ]
     options = Rules(prefix=6, max_per_user=5, valid_fraction=0.3, test_fraction=0.2)
 
     def run(name: str, rows: list[dict[str, str]], files: int) -> dict[str, bytes]:
@@ -179,7 +233,9 @@ def test_the_result_does_not_depend_on_the_order_of_the_input(tmp_path: Path, se
 def test_what_makes_no_sense_and_empty_splits(
     jsonl: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UserError, match=r"train\.jsonl: the input would be overwritten by the output"):
+    with pytest.raises(
+        UserError, match=r"train\.jsonl: the input would be overwritten by the output"
+    ):
         prepare(jsonl({"prompt": "p"}, name="train.jsonl"), tmp_path)
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
         prepare(tmp_path / "none.jsonl", tmp_path / "out")
@@ -214,31 +270,60 @@ def test_only_the_splits_asked_for_are_searched(jsonl: Callable[..., Path], tmp_
     thirds: dict[str, float] = {"valid_fraction": 0.3, "test_fraction": 0.3}
     prepare(jsonl(*rows), tmp_path / "out", "prompts", Rules(**thirds))
     assert [len(kept(tmp_path / "out", split)) > 5 for split in SPLITS] == [False, True, True]
-    manifest = prepare(jsonl(*rows), tmp_path / "all", "prompts", Rules(**thirds, pii_splits=list(SPLITS)))
+    manifest = prepare(
+        jsonl(*rows), tmp_path / "all", "prompts", Rules(**thirds, pii_splits=list(SPLITS))
+    )
     assert manifest["kept"] == 0
-    assert prepare(jsonl(*rows), tmp_path / "kept", "prompts", Rules(**thirds, pii="keep"))["kept"] == 60
+    assert (
+        prepare(jsonl(*rows), tmp_path / "kept", "prompts", Rules(**thirds, pii="keep"))["kept"]
+        == 60
+    )
 
 
-def test_tokens_as_the_unit(jsonl: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path, tokenizer: Any) -> None:
+def test_tokens_as_the_unit(
+    jsonl: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path, tokenizer: Any
+) -> None:
     start = "the cat sat on the mat. a dog ran after"
     rows = [{"prompt": f"{start} {i}"} for i in range(3)] + [{"prompt": "number " * 40}]
     length = len(tokenizer(start)["input_ids"])
-    options: dict[str, Any] = {"tokenizer": str(tokenizer_folder), "valid_fraction": 0, "test_fraction": 0}
+    options: dict[str, Any] = {
+        "tokenizer": str(tokenizer_folder),
+        "valid_fraction": 0,
+        "test_fraction": 0,
+    }
     options |= {"prefix_unit": "tokens", "max_prompt_tokens": 40}
     manifest = prepare(jsonl(*rows), tmp_path / "out", "prompts", Rules(prefix=length, **options))
-    assert (manifest["dropped"]["too_long"], manifest["dropped"]["duplicates"], manifest["kept"]) == (1, 2, 1)
+    assert (
+        manifest["dropped"]["too_long"],
+        manifest["dropped"]["duplicates"],
+        manifest["kept"],
+    ) == (1, 2, 1)
     assert manifest["prompt_length"]["train"][0] == length + 2
     longer = prepare(jsonl(*rows), tmp_path / "out", "prompts", Rules(prefix=length + 2, **options))
     assert longer["kept"] == 3
 
 
 def test_the_card_counts_by_split_source_and_k(jsonl: Callable[..., Path], tmp_path: Path) -> None:
-    one = jsonl(*[{"prompt": f"p{i}", "responses": ["a", "bbb", "c"], "ranks": [1, 2, 2]} for i in range(40)])
-    two = jsonl(*[{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(20)], name="two.jsonl")
-    manifest = prepare(
-        {"a": [one], "b": [two]}, tmp_path / "out", "rankings", Rules(valid_fraction=0.3, test_fraction=0.3)
+    one = jsonl(
+        *[
+            {"prompt": f"p{i}", "responses": ["a", "bbb", "c"], "ranks": [1, 2, 2]}
+            for i in range(40)
+        ]
     )
-    assert sum(manifest["sources"]["a"][split] for split in SPLITS) == manifest["sources"]["a"]["read"] == 40
+    two = jsonl(
+        *[{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(20)], name="two.jsonl"
+    )
+    manifest = prepare(
+        {"a": [one], "b": [two]},
+        tmp_path / "out",
+        "rankings",
+        Rules(valid_fraction=0.3, test_fraction=0.3),
+    )
+    assert (
+        sum(manifest["sources"]["a"][split] for split in SPLITS)
+        == manifest["sources"]["a"]["read"]
+        == 40
+    )
     assert sum(manifest["sources"]["b"][split] for split in SPLITS) == 20
     for split in SPLITS:
         rows = kept(tmp_path / "out", split)
@@ -256,15 +341,22 @@ def test_a_configuration_prepares_every_kind_with_users_in_one_split(
     jsonl: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     demonstrations = jsonl(
-        *[{"prompt": f"d{i}", "response": "r", "user_id": str(i)} for i in range(60)], name="d.jsonl"
+        *[{"prompt": f"d{i}", "response": "r", "user_id": str(i)} for i in range(60)],
+        name="d.jsonl",
     )
     prompts = jsonl(*[{"prompt": f"p{i}", "user_id": str(i)} for i in range(60)], name="p.jsonl")
     path = tmp_path / "prepare.yaml"
-    lines = [f"inputs:\n  demonstrations: {demonstrations}\n  prompts: [{prompts}]", "valid_fraction: 0.3"]
+    lines = [
+        f"inputs:\n  demonstrations: {demonstrations}\n  prompts: [{prompts}]",
+        "valid_fraction: 0.3",
+    ]
     path.write_text("\n".join([f"out: {tmp_path / 'out'}", *lines]))
     run([str(path), "test_fraction=0.3"], None, "prompts")
     owners = [
-        {split: {row["user_id"] for row in kept(tmp_path / "out" / kind, split)} for split in SPLITS}
+        {
+            split: {row["user_id"] for row in kept(tmp_path / "out" / kind, split)}
+            for split in SPLITS
+        }
         for kind in ("demonstrations", "prompts")
     ]
     assert owners[0] == owners[1]
@@ -281,21 +373,43 @@ def test_a_configuration_prepares_every_kind_with_users_in_one_split(
             [],
             r"prepare\.yaml:3: unknown key prefx; did you mean prefix?",
         ),
-        ("inputs: {prompts: p.jsonl}\nout: o\nprefix: 0", [], r"prepare\.yaml:3: prefix is 0, expected "),
-        ("inputs: {prompts: p.jsonl}\nout: o", ["pii=hide"], r"override 'pii=hide': pii is 'hide', expected 'drop'"),
-        ("inputs: {}\nout: o", [], r"prepare\.yaml:1: inputs names no files; give demonstrations, rankings, prompts"),
+        (
+            "inputs: {prompts: p.jsonl}\nout: o\nprefix: 0",
+            [],
+            r"prepare\.yaml:3: prefix is 0, expected ",
+        ),
+        (
+            "inputs: {prompts: p.jsonl}\nout: o",
+            ["pii=hide"],
+            r"override 'pii=hide': pii is 'hide', expected 'drop'",
+        ),
+        (
+            "inputs: {}\nout: o",
+            [],
+            r"prepare\.yaml:1: inputs names no files; give demonstrations, rankings, prompts",
+        ),
         ("inputs: {prompts: []}\nout: o", [], r"prepare\.yaml:1: inputs.prompts is \[\], expected"),
         ("out: o", [], "missing section inputs"),
-        ("inputs: {prompts: p}\nout: o\nprefix_unit: tokens", [], r"yaml:3: prefix_unit counts tokens; set tokenizer"),
+        (
+            "inputs: {prompts: p}\nout: o\nprefix_unit: tokens",
+            [],
+            r"yaml:3: prefix_unit counts tokens; set tokenizer",
+        ),
         (
             "inputs: {prompts: p}\nout: o\ntest_fraction: 0.95",
             [],
             r"yaml:3: test_fraction and valid_fraction add up to",
         ),
-        ("inputs: {prompts: p}\nout: o\nmin_chars: 30000", [], r"yaml:3: min_chars 30000 is above max_chars 20000"),
+        (
+            "inputs: {prompts: p}\nout: o\nmin_chars: 30000",
+            [],
+            r"yaml:3: min_chars 30000 is above max_chars 20000",
+        ),
     ],
 )
-def test_a_wrong_configuration_is_one_line(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+def test_a_wrong_configuration_is_one_line(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
     path = tmp_path / "prepare.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
@@ -307,8 +421,14 @@ def test_the_configuration_of_the_documentation_is_valid(tmp_path: Path) -> None
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     (tmp_path / "prepare.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
     config = load(PrepareConfig, tmp_path / "prepare.yaml")
-    assert config.inputs.rankings == {"oasst": ["raw/oasst.jsonl"], "summaries": ["raw/s1.jsonl", "raw/s2.jsonl"]}
-    assert config.inputs.demonstrations == {"written": ["raw/written.jsonl.gz"], "chat": ["raw/chat.parquet"]}
+    assert config.inputs.rankings == {
+        "oasst": ["raw/oasst.jsonl"],
+        "summaries": ["raw/s1.jsonl", "raw/s2.jsonl"],
+    }
+    assert config.inputs.demonstrations == {
+        "written": ["raw/written.jsonl.gz"],
+        "chat": ["raw/chat.parquet"],
+    }
 
 
 def test_files_without_a_folder_for_them(jsonl: Callable[..., Path]) -> None:
@@ -317,50 +437,62 @@ def test_files_without_a_folder_for_them(jsonl: Callable[..., Path]) -> None:
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rows: list[Any] = [
-        {"prompt": f"q {i % 90} {'me@corp.com' * (i % 9 == 0)}", "user_id": f"{i % 5}"} for i in range(150)
+        {"prompt": f"q {i % 90} {'me@corp.com' * (i % 9 == 0)}", "user_id": f"{i % 5}"}
+        for i in range(150)
     ]
     rows[3], rows[77] = "{", {"prompt": ""}
     files = [jsonl(*rows[:70], name="a.jsonl"), jsonl(*rows[70:], name="b.jsonl")]
     rules = Rules(valid_fraction=0.3, test_fraction=0.3, max_per_user=7)
     expected = prepare(files, tmp_path / "whole", "prompts", rules, "quarantine")
-    monkeypatch.setattr("fastrlhf.data.prepare._CHUNK", 20)
-    monkeypatch.setattr("fastrlhf.data.prepare._SAVE_EVERY", 30)
+    monkeypatch.setattr("fastrlhf.data.prepare.prepare._CHUNK", 20)
+    monkeypatch.setattr("fastrlhf.data.prepare.prepare._SAVE_EVERY", 30)
     caplog.set_level("INFO", logger="fastrlhf")
-    add = Spool.add
+    add = WorkFiles.add
     for stop_at in (10, 60, 40):  # appends; the second is past a place that was saved
         left = iter(range(stop_at))
 
-        def stop(self: Spool, *arguments: Any, left: Any = left, **row: int) -> None:
+        def stop(self: WorkFiles, *arguments: Any, left: Any = left, **row: int) -> None:
             if next(left, None) is None:
                 raise KeyboardInterrupt
             add(self, *arguments, **row)
 
-        monkeypatch.setattr(Spool, "add", stop)
+        monkeypatch.setattr(WorkFiles, "add", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(files, tmp_path / "out", "prompts", rules, "quarantine")
         assert not (tmp_path / "out" / "manifest.json").exists()
-    monkeypatch.setattr(Spool, "add", add)
+    monkeypatch.setattr(WorkFiles, "add", add)
     caplog.clear()
     assert prepare(files, tmp_path / "out", "prompts", rules, "quarantine") == expected
     assert caplog.messages[0].startswith("going on after ")
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert "rejected.jsonl" in names
-    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        for name in names
+    )
 
 
 def test_work_of_other_settings_or_inputs_is_not_taken_up(
-    jsonl: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    jsonl: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("fastrlhf.data.prepare._CHUNK", 5)
-    monkeypatch.setattr("fastrlhf.data.prepare._SAVE_EVERY", 5)
+    monkeypatch.setattr("fastrlhf.data.prepare.prepare._CHUNK", 5)
+    monkeypatch.setattr("fastrlhf.data.prepare.prepare._SAVE_EVERY", 5)
     path = jsonl(*[{"prompt": f"question {i}"} for i in range(30)], "{")
     with pytest.raises(UserError, match=r"data\.jsonl:31: malformed JSON"):
         prepare(path, tmp_path / "out", "prompts", OPEN)
-    assert json.loads((tmp_path / "out" / ".work" / "state.json").read_text())["state"]["after"] == [0, 30]
+    assert json.loads((tmp_path / "out" / ".work" / "state.json").read_text())["state"][
+        "after"
+    ] == [0, 30]
     caplog.set_level("INFO", logger="fastrlhf")
     manifest = prepare(path, tmp_path / "out", "prompts", OPEN, "quarantine")
     assert not any("going on" in message for message in caplog.messages)
@@ -380,14 +512,23 @@ PROMPTS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(st.one_of(PROMPTS, st.just({"prompt": 3})), min_size=1, max_size=60), seed=st.integers(0, 99))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(st.one_of(PROMPTS, st.just({"prompt": 3})), min_size=1, max_size=60),
+    seed=st.integers(0, 99),
+)
 @pytest.mark.parametrize("pii", ["drop", "redact"])
-def test_the_rules_hold_for_any_records(tmp_path: Path, rows: list[dict[str, Any]], seed: int, pii: Any) -> None:
+def test_the_rules_hold_for_any_records(
+    tmp_path: Path, rows: list[dict[str, Any]], seed: int, pii: Any
+) -> None:
     """No user in two splits; no two kept prompts with a long common prefix; the cap; each record kept or counted."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rules = Rules(seed=seed, prefix=10, max_per_user=4, valid_fraction=0.3, test_fraction=0.3, pii=pii)
+    rules = Rules(
+        seed=seed, prefix=10, max_per_user=4, valid_fraction=0.3, test_fraction=0.3, pii=pii
+    )
     manifest = prepare(path, tmp_path / "out", "prompts", rules, "quarantine")
     splits = {split: kept(tmp_path / "out", split) for split in SPLITS}
     everyone = [row for rows in splits.values() for row in rows]
@@ -396,7 +537,10 @@ def test_the_rules_hold_for_any_records(tmp_path: Path, rows: list[dict[str, Any
     starts = sorted(" ".join(row["prompt"].casefold().split()) for row in everyone)
     for one, other in itertools.pairwise(starts):
         assert one[:10] != other[:10]
-    assert max(Counter(row["user_id"] for row in everyone if "user_id" in row).values(), default=0) <= 4
+    assert (
+        max(Counter(row["user_id"] for row in everyone if "user_id" in row).values(), default=0)
+        <= 4
+    )
     assert not any("@" in row["prompt"] for row in splits["train"])
     assert manifest["read"] == len(rows) == len(everyone) + sum(manifest["dropped"].values())
     assert manifest["dropped"]["malformed"] == sum(row["prompt"] == 3 for row in rows)

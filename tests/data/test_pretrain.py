@@ -21,7 +21,9 @@ from fastrlhf.data.pretrain import PretrainWindows, TokenStream, apportion
 from fastrlhf.data.tokenize import encode_plain
 from fastrlhf.errors import UserError
 
-indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="streams need megatron-core")
+indexed_dataset = pytest.importorskip(
+    "megatron.core.datasets.indexed_dataset", reason="streams need megatron-core"
+)
 
 
 def write_indexed(prefix: Path, documents: list[list[int]], dtype: Any = np.uint16) -> None:
@@ -32,7 +34,9 @@ def write_indexed(prefix: Path, documents: list[list[int]], dtype: Any = np.uint
     builder.finalize(f"{prefix}.idx")
 
 
-def test_documents_are_joined_by_eos(tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_documents_are_joined_by_eos(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a dog ran <|endoftext|>"))
     rows = jsonl({"text": "the cat"}, {"text": "sat on"})
     stream = TokenStream.open([rows, tmp_path / "a.txt.gz"], tokenizer, tmp_path / "cache")
@@ -71,14 +75,22 @@ def test_text_is_tokenized_once_until_it_or_the_tokenizer_changes(
     assert TokenStream.open(path, tokenizer, cache).parts[0].tolist() == first
     assert calls == []
     path.write_text("a dog ran after")
-    assert tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist()) == "a dog ran after"
+    assert (
+        tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist())
+        == "a dog ran after"
+    )
     assert calls == [path]
     path.write_text("a cat ran after")  # as long as before: the time tells
     os.utime(path, ns=(0, 0))
-    assert tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist()) == "a cat ran after"
+    assert (
+        tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist())
+        == "a cat ran after"
+    )
 
 
-def test_a_failed_tokenization_leaves_no_cache(tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_a_failed_tokenization_leaves_no_cache(
+    tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     path = jsonl({"text": "fine"}, {"text": 3})
     with pytest.raises(UserError, match=r"data\.jsonl:2: "):
         TokenStream.open(path, tokenizer, tmp_path / "cache")
@@ -105,8 +117,14 @@ def test_unusable_streams_are_one_line_each(tmp_path: Path, tokenizer: Any) -> N
     write_indexed(tmp_path / "cut", [[5, 6, 0]])
     (tmp_path / "cut.idx").write_bytes((tmp_path / "cut.idx").read_bytes()[:12])
     for name, message in (
-        ("other", "holds token 3000, but the tokenizer has 297 tokens; use the tokenizer it was made with"),
-        ("no_eos", r"documents do not end in the tokenizer's eos \(0\); preprocess with --append-eod"),
+        (
+            "other",
+            "holds token 3000, but the tokenizer has 297 tokens; use the tokenizer it was made with",
+        ),
+        (
+            "no_eos",
+            r"documents do not end in the tokenizer's eos \(0\); preprocess with --append-eod",
+        ),
         ("short", "has 2 tokens, its index tells 3; preprocess the text again"),
         ("alone.bin", "expected both .*alone.bin and .*alone.idx"),
         ("junk", r"not a readable megatron index \(40 bytes\); preprocess the text again"),
@@ -129,7 +147,9 @@ def test_windows_share_one_token_and_stay_inside_a_part() -> None:
     ]
     with pytest.raises(IndexError):
         windows[5]
-    with pytest.raises(UserError, match=r"has 3 tokens, fewer than one window of data.sequence_length \+ 1 = 4"):
+    with pytest.raises(
+        UserError, match=r"has 3 tokens, fewer than one window of data.sequence_length \+ 1 = 4"
+    ):
         PretrainWindows(TokenStream([np.arange(3)]), 3)
 
 
@@ -159,15 +179,23 @@ def test_the_mixture_has_the_fraction_asked_for_and_repeats_itself() -> None:
     assert rows[:90] == demonstrations
     assert len(rows) == 100
     starts = [row.tokens[0] for row in rows[90:]]
-    assert all(row.tokens == list(range(s, s + 4)) for row, s in zip(rows[90:], starts, strict=True))
+    assert all(
+        row.tokens == list(range(s, s + 4)) for row, s in zip(rows[90:], starts, strict=True)
+    )
     assert len(set(starts)) == 10
-    assert [mixture[i] for i in range(100)] == [Mixture(demonstrations, windows, 0.1, seed=3)[i] for i in range(100)]
-    assert starts != [Mixture(demonstrations, windows, 0.1, seed=4)[i].tokens[0] for i in range(90, 100)]
+    assert [mixture[i] for i in range(100)] == [
+        Mixture(demonstrations, windows, 0.1, seed=3)[i] for i in range(100)
+    ]
+    assert starts != [
+        Mixture(demonstrations, windows, 0.1, seed=4)[i].tokens[0] for i in range(90, 100)
+    ]
     assert pack_demonstrations(rows[90:91]).loss_mask.tolist() == [True, True, True, False]
     assert len(Mixture(demonstrations, windows, 0.0, seed=3)) == 90
 
 
-def test_a_mixture_short_of_windows_repeats_them_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mixture_short_of_windows_repeats_them_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     windows = PretrainWindows(TokenStream([np.arange(9)]), 4)
     mixture = Mixture([DemonstrationTokens([1], 0)] * 5, windows, 0.5, seed=0)
     assert [mixture[5].tokens, mixture[6].tokens] == [mixture[7].tokens, mixture[8].tokens]
@@ -176,7 +204,9 @@ def test_a_mixture_short_of_windows_repeats_them_and_says_so(caplog: pytest.LogC
         Mixture([DemonstrationTokens([1], 0)], windows, 1.0, seed=0)
 
 
-def blend(epochs: int, weights: list[float], parts: tuple[int, ...] = (40, 10), shuffle: bool = True) -> list[Any]:
+def blend(
+    epochs: int, weights: list[float], parts: tuple[int, ...] = (40, 10), shuffle: bool = True
+) -> list[Any]:
     """The orders of some epochs over windows of one token each."""
     stream = TokenStream([np.arange(size + 1) for size in parts])
     windows = PretrainWindows(stream, 1, weights)
@@ -225,7 +255,9 @@ def test_a_blend_is_the_same_under_every_layout_and_resumes() -> None:
     whole = [[window for micro in step for window in micro] for step in loader()]
     assert all(sum(window[0] >= 100 for window in step) == 6 for step in whole)
     shares = [list(loader(rank, 3)) for rank in range(3)]
-    joined = [[w for own in step for micro in own for w in micro] for step in zip(*shares, strict=True)]
+    joined = [
+        [w for own in step for micro in own for w in micro] for step in zip(*shares, strict=True)
+    ]
     assert joined == whole
     started = loader()
     for _ in zip(started, range(5), strict=False):
@@ -243,7 +275,9 @@ def test_a_blend_is_the_same_under_every_layout_and_resumes() -> None:
 
 def test_a_source_too_small_for_a_window_cannot_be_blended() -> None:
     stream = TokenStream([np.arange(10), np.arange(3)])
-    with pytest.raises(UserError, match=r"source 2 of data.pretrain has 3 tokens, fewer than one window"):
+    with pytest.raises(
+        UserError, match=r"source 2 of data.pretrain has 3 tokens, fewer than one window"
+    ):
         PretrainWindows(stream, 4, [0.5, 0.5])
 
 
@@ -254,16 +288,24 @@ def test_processes_write_the_bytes_of_one(
     texts = [f"the cat {i} <|endoftext|> sat on the mat.\n" * (1 + i % 12) for i in range(60)]
     path = jsonl(*[{"text": text} for text in texts])
     for workers in (1, 2):
-        told = indexed.write_indexed([path, path], tokenizer, tmp_path / str(workers) / "corpus", workers=workers)
+        told = indexed.write_indexed(
+            [path, path], tokenizer, tmp_path / str(workers) / "corpus", workers=workers
+        )
         assert told["documents"] == 120
     for name in ("corpus.bin", "corpus.idx"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert sorted(file.name for file in (tmp_path / "2").iterdir()) == ["corpus.bin", "corpus.idx"]
     (part,) = TokenStream.open(tmp_path / "2" / "corpus", tokenizer, tmp_path / "cache").parts
     assert len(part) == told["tokens"]
-    assert tokenizer.decode(part[: np.flatnonzero(part == tokenizer.eos_token_id)[0]].tolist()) == texts[0]
+    assert (
+        tokenizer.decode(part[: np.flatnonzero(part == tokenizer.eos_token_id)[0]].tolist())
+        == texts[0]
+    )
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
         indexed.write_indexed(tmp_path / "none.jsonl", tokenizer, tmp_path / "none", workers=2)
     bad = jsonl({"text": 3}, {"text": "fine"}, name="bad.jsonl")
-    assert indexed.write_indexed(bad, tokenizer, tmp_path / "bad", on_error="quarantine")["rejected"] == 1
+    assert (
+        indexed.write_indexed(bad, tokenizer, tmp_path / "bad", on_error="quarantine")["rejected"]
+        == 1
+    )
     assert '"source"' in (tmp_path / "bad.rejected.jsonl").read_text()

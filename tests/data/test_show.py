@@ -18,12 +18,16 @@ from fastrlhf.errors import UserError
 
 def shown(path: Path, tokenizer: Any, colour: bool = False, n: int = 3, limit: int = 50) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=100, force_terminal=colour, color_system="standard" if colour else None)
+    console = Console(
+        file=out, width=100, force_terminal=colour, color_system="standard" if colour else None
+    )
     show(path, tokenizer, n=n, max_prompt_tokens=limit, max_response_tokens=limit, console=console)
     return out.getvalue()
 
 
-def test_a_demonstration_marks_its_response_and_eos(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_a_demonstration_marks_its_response_and_eos(
+    jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     path = jsonl({"prompt": [{"role": "user", "content": "hello"}], "response": "hi [bold]there"})
     text = shown(path, tokenizer)
     assert "data.jsonl: demonstration 1" in text
@@ -35,11 +39,20 @@ def test_a_demonstration_marks_its_response_and_eos(jsonl: Callable[..., Path], 
 
 
 def test_rankings_come_best_first(jsonl: Callable[..., Path], tokenizer: Any) -> None:
-    text = shown(jsonl({"prompt": "a dog", "responses": ["sat", "ran"], "ranks": [2, 1]}), tokenizer)
-    assert text.index("rank 1") < text.index("⟦ran<|endoftext|>⟧") < text.index("rank 2") < text.index("⟦sat")
+    text = shown(
+        jsonl({"prompt": "a dog", "responses": ["sat", "ran"], "ranks": [2, 1]}), tokenizer
+    )
+    assert (
+        text.index("rank 1")
+        < text.index("⟦ran<|endoftext|>⟧")
+        < text.index("rank 2")
+        < text.index("⟦sat")
+    )
 
 
-def test_prompts_have_no_loss_and_documents_only_loss(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_prompts_have_no_loss_and_documents_only_loss(
+    jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     legend, _, prompts = shown(jsonl({"prompt": "the cat"}), tokenizer).partition("\n")
     assert "⟦counted by the loss⟧" in legend
     assert "the cat" in prompts
@@ -62,17 +75,24 @@ def test_a_book_is_not_printed_whole(tmp_path: Path, tokenizer: Any) -> None:
     assert re.search(r"tokens: 500 of \d{4,} of text", text)
 
 
-def test_control_characters_are_shown_as_escapes(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_control_characters_are_shown_as_escapes(
+    jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     text = shown(jsonl({"prompt": "a\x1b[31mb\x07c\r"}), tokenizer)
     assert "a\\x1b[31mb\\x07c\\x0d" in text
 
 
-def test_n_records_are_shown_and_unknown_kinds_refused(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_n_records_are_shown_and_unknown_kinds_refused(
+    jsonl: Callable[..., Path], tokenizer: Any
+) -> None:
     path = jsonl(*[{"prompt": f"number {i}"} for i in range(5)])
     text = shown(path, tokenizer, n=2)
     assert "number 1" in text
     assert "number 2" not in text
-    with pytest.raises(UserError, match=r"data\.jsonl:1: no known key \(it has question\); expected one of responses"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.jsonl:1: no known key \(it has question\); expected one of responses",
+    ):
         shown(jsonl({"question": "?"}), tokenizer)
     with pytest.raises(UserError, match="the file holds no record"):
         shown(jsonl(), tokenizer)
@@ -81,7 +101,11 @@ def test_n_records_are_shown_and_unknown_kinds_refused(jsonl: Callable[..., Path
 def test_a_configuration_shows_its_files_under_its_settings(
     jsonl: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     train = jsonl({"prompt": chat, "response": "hi there"}, name="train.jsonl")
     prompts = jsonl({"prompt": "the cat"}, {"prompt": "the mat"}, name="prompts.jsonl")
     (tmp_path / "prefix.txt").write_text("a dog ran. ")
@@ -102,11 +126,17 @@ def test_a_configuration_shows_its_files_under_its_settings(
     assert not re.search("⟦ ?b", plain)
     assert plain.index("data.train") < plain.index("data.prompts") < plain.index("the cat")
     assert "the mat" not in plain
-    text = shown("data.loss_on=all", f"data.prompt_prefix={tmp_path / 'prefix.txt'}", "data.max_response_tokens=1")
+    text = shown(
+        "data.loss_on=all",
+        f"data.prompt_prefix={tmp_path / 'prefix.txt'}",
+        "data.max_response_tokens=1",
+    )
     assert re.search("⟦ ?b", text)
     assert "a dog ran. the cat" in text
     assert "cut from" in text
     with pytest.raises(UserError, match="the data section names no records; set"):
         shown("data.train=null", "data.prompts=null")
-    with pytest.raises(UserError, match=r"expected CONFIG.yaml, or record files and --tokenizer FOLDER"):
+    with pytest.raises(
+        UserError, match=r"expected CONFIG.yaml, or record files and --tokenizer FOLDER"
+    ):
         run([str(train)], None, 1)

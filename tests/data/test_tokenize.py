@@ -26,7 +26,11 @@ from fastrlhf.errors import UserError
 TURNS: list[Turn] = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
 
 
-CORPUS = ["the cat sat on the mat. ", "a dog ran after the cat.\n", "user: hello\nassistant: hi there\n"] * 4
+CORPUS = [
+    "the cat sat on the mat. ",
+    "a dog ran after the cat.\n",
+    "user: hello\nassistant: hi there\n",
+] * 4
 
 
 def test_trained_bpe_counts_its_tokens_and_repeats_itself(
@@ -36,7 +40,9 @@ def test_trained_bpe_counts_its_tokens_and_repeats_itself(
     train_bpe(CORPUS, 270, tmp_path / "merged")
     assert len(load_tokenizer(tmp_path / "merged")) == 270
     train_bpe(CORPUS, 300, tmp_path / "again")
-    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tokenizer_folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+        tokenizer_folder / "tokenizer.json"
+    ).read_bytes()
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.pad_token is None
     train_bpe(iter(["ab" * 50]), 257, tmp_path / "bytes")
@@ -60,7 +66,9 @@ def test_a_string_prompt_is_encoded_as_it_is(tokenizer: Any) -> None:
 def test_turns_without_a_chat_template_become_lines(tokenizer: Any) -> None:
     assert prompt_text(TURNS) == "system: be kind\nuser: hello\n"
     assert prompt_text("as it is") == "as it is"
-    assert encode_prompt(tokenizer, TURNS) == encode_prompt(tokenizer, "system: be kind\nuser: hello\n")
+    assert encode_prompt(tokenizer, TURNS) == encode_prompt(
+        tokenizer, "system: be kind\nuser: hello\n"
+    )
 
 
 def test_turns_go_through_the_chat_template_and_open_the_answer(tokenizer: Any) -> None:
@@ -86,7 +94,9 @@ def test_a_response_ends_in_exactly_one_eos(tokenizer: Any) -> None:
     assert encode_response(tokenizer, "hi <|endoftext|> there").count(eos) == 1
 
 
-def test_unusable_tokenizer_folders_are_one_line_each(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_unusable_tokenizer_folders_are_one_line_each(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     broken, no_eos, empty = tmp_path / "broken", tmp_path / "no_eos", tmp_path / "empty"
     shutil.copytree(tokenizer_folder, broken)
     whole = (broken / "tokenizer.json").read_text()

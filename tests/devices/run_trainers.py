@@ -18,7 +18,11 @@ BF16 = "model.dtype=bf16"
 # (name, command, overrides), one after the other: each starts from models that an earlier one saved.
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true", BF16]
 RUNS = (
-    ("pretrain", "pretrain", [BF16]),  # data-parallel: the distributed optimizer, overlapped with the backward
+    (
+        "pretrain",
+        "pretrain",
+        [BF16],
+    ),  # data-parallel: the distributed optimizer, overlapped with the backward
     ("sft", "sft", [*TENSOR, "model.recompute=full"]),
     ("sft-micro-1", "sft", [*TENSOR, "train.micro_batch_size=1"]),
     ("rm", "rm", ["parallel.pipeline=2", "model.dtype=fp16", "model.residual_dropout=0.1"]),
@@ -32,7 +36,10 @@ def overrides(workspace: Path, command: str) -> list[str]:
     data = workspace / "data"
     sources = {
         "pretrain": [f"data.train={data / 'text.jsonl'}"],
-        "sft": [f"data.train={data / 'demonstrations.jsonl'}", f"model.load={workspace / 'pretrain'}"],
+        "sft": [
+            f"data.train={data / 'demonstrations.jsonl'}",
+            f"model.load={workspace / 'pretrain'}",
+        ],
         "rm": [
             f"data.train={data / 'rankings.jsonl'}",
             f"data.demonstrations={data / 'demonstrations.jsonl'}",
@@ -45,15 +52,20 @@ def overrides(workspace: Path, command: str) -> list[str]:
             f"ppo.reward_model={workspace / 'rm'}",
         ],
     }
-    small = ["train.steps=2", "log.progress=false", "log.tensorboard=false", f"data.tokenizer={data / 'tokenizer'}"]
+    small = [
+        "train.steps=2",
+        "log.progress=false",
+        "log.tensorboard=false",
+        f"data.tokenizer={data / 'tokenizer'}",
+    ]
     return [*small, *sources[command]]
 
 
 def main(workspace: Path) -> None:
     stand_in.start()
-    from fastrlhf import launch
     from fastrlhf.config import load_config
     from fastrlhf.parallel import mesh as meshes
+    from fastrlhf.run import train
 
     first = os.environ["RANK"] == "0"
     if first:
@@ -65,7 +77,7 @@ def main(workspace: Path) -> None:
         stand_in.WAITS.clear()
         options = [*overrides(workspace, command), f"output_dir={workspace / name}", *extra]
         config = load_config(CONFIGS / f"{command}.yaml", options)
-        launch.train(command, config)  # type: ignore[arg-type]
+        train.train(command, config)  # type: ignore[arg-type]
         meshes.finalize()
         if first:
             (workspace / f"{name}.waits.json").write_text(json.dumps(stand_in.WAITS, indent=1))

@@ -37,7 +37,13 @@ WAITS: collections.Counter[str] = collections.Counter()
 
 _labels: dict[int, StorageWeakRef] = {}
 _CROSSING = {"aten::copy_", "aten::_to_copy", "aten::set_"}
-_READING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+_READING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::_unique2",
+}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
@@ -75,7 +81,11 @@ def _label(result: Any, gpu: bool) -> None:
 
 
 def _names_gpu(device: object) -> bool:
-    return torch.device(device).type == "cuda" if isinstance(device, str | torch.device) else isinstance(device, int)
+    return (
+        torch.device(device).type == "cuda"
+        if isinstance(device, str | torch.device)
+        else isinstance(device, int)
+    )
 
 
 def _wait() -> None:
@@ -108,21 +118,33 @@ class _Move(torch.autograd.Function):
 
 
 def _backward(
-    tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, **_: Any
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    **_: Any,
 ) -> None:
     """torch.autograd.backward, all that is called here of it, without asking the modes once more."""
     roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-    given = tuple(grad_tensors) if isinstance(grad_tensors, list | tuple) else (grad_tensors,) * len(roots)
+    given = (
+        tuple(grad_tensors)
+        if isinstance(grad_tensors, list | tuple)
+        else (grad_tensors,) * len(roots)
+    )
     given = torch.autograd._make_grads(roots, given, is_grads_batched=False)
     keep = create_graph if retain_graph is None else retain_graph
     engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-    engine.run_backward(roots, given, keep, create_graph, (), allow_unreachable=True, accumulate_grad=True)
+    engine.run_backward(
+        roots, given, keep, create_graph, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class Calls(TorchFunctionMode):
     """Calls of torch from Python: devices asked for and answered."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         kwargs.pop("pin_memory", None)
         if func in _ANSWERS:
@@ -148,7 +170,9 @@ class Calls(TorchFunctionMode):
 
     def _moved(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.pop("non_blocking", None)
-        device: Any = {torch.Tensor.cuda: CUDA, torch.Tensor.cpu: CPU}.get(func, kwargs.pop("device", None))
+        device: Any = {torch.Tensor.cuda: CUDA, torch.Tensor.cpu: CPU}.get(
+            func, kwargs.pop("device", None)
+        )
         rest = []
         for arg in args if func is torch.Tensor.to else ():
             if isinstance(arg, Tensor):
@@ -169,7 +193,9 @@ class Calls(TorchFunctionMode):
 class Operators(TorchDispatchMode):
     """Every operator, those of autograd too: results are where the operands are, and operands in one place."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -179,8 +205,14 @@ class Operators(TorchDispatchMode):
         elif name.startswith("c10d::") and name != "c10d::barrier" and operands:
             raise DeviceError(f"{name}: NCCL takes no tensor on the CPU")
         result = func(*args, **kwargs)
-        known = {_storage(t)._cdata for t in operands}  # in place and views: the storage has its label
-        new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and _storage(t)._cdata not in known]
+        known = {
+            _storage(t)._cdata for t in operands
+        }  # in place and views: the storage has its label
+        new = [
+            t
+            for t in tree_leaves(result)
+            if isinstance(t, Tensor) and _storage(t)._cdata not in known
+        ]
         _label(new, len(on_host) < len(operands))
         return result
 
@@ -189,7 +221,9 @@ class Operators(TorchDispatchMode):
         if name in _INDEXING:
             if not on_gpu(args[0]):
                 raise DeviceError(f"{name}: indices are on cuda:0, what they index is on the CPU")
-            fills = name != "aten::index" and len(operands) == 3 and operands[2].dim() == 0  # x[mask] = 0: masked_fill
+            fills = (
+                name != "aten::index" and len(operands) == 3 and operands[2].dim() == 0
+            )  # x[mask] = 0: masked_fill
             if not fills and any(t.dtype in (torch.bool, torch.uint8) for t in operands[1:]):
                 _wait()  # for the number of True elements
         elif name == "aten::copy_":
@@ -209,17 +243,35 @@ class Operators(TorchDispatchMode):
 
 
 def varlen_attn(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, window_size: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int],
 ) -> Tensor:
     """torch.nn.attention.varlen's, sequence by sequence: causal from the last key."""
-    assert q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and k.shape == v.shape and q.shape[1] == k.shape[1]
+    assert (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and k.shape == v.shape
+        and q.shape[1] == k.shape[1]
+    )
     assert cu_q.dtype == cu_k.dtype == torch.int32 and window_size == (-1, 0)
     out = []
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():  # a kernel reads them on the device
+    with (
+        torch._C.DisableTorchFunction(),
+        torch._C._DisableTorchDispatch(),
+    ):  # a kernel reads them on the device
         pairs = [itertools.pairwise(cu.tolist()) for cu in (cu_q, cu_k)]
     for (q0, q1), (k0, k1) in zip(*pairs, strict=True):
         assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(k1 - k0 - (q1 - q0))
+        visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(
+            k1 - k0 - (q1 - q0)
+        )
         heads_first = [x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
         done = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible)
         out.append(done[0].transpose(0, 1))
@@ -293,7 +345,10 @@ def _follow_default_device() -> None:
     def function(self: Any, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if self.device.type != "cuda":
             return plain(self, func, types, args, kwargs)
-        if func in torch.utils._device._device_constructors() and (kwargs or {}).get("device") is None:
+        if (
+            func in torch.utils._device._device_constructors()
+            and (kwargs or {}).get("device") is None
+        ):
             kwargs = {**(kwargs or {}), "device": self.device}
         return func(*args, **(kwargs or {}))
 
@@ -331,7 +386,9 @@ def start() -> None:
     Operators().__enter__()
     from torch.nn.attention import varlen
 
-    from fastrlhf.models import direct
+    from fastrlhf.models import eager_forward
 
     varlen.varlen_attn = varlen_attn
-    direct.direct = contextlib.nullcontext  # it would switch off the answers about devices
+    eager_forward.no_torch_function = (
+        contextlib.nullcontext
+    )  # it would switch off the answers about devices

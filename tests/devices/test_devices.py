@@ -15,11 +15,16 @@ STEPS, TOKENS = 2, 16
 
 
 @pytest.fixture(scope="module")
-def waits(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]) -> dict[str, dict[str, int]]:
+def waits(
+    tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]
+) -> dict[str, dict[str, int]]:
     """Of each run, how often rank 0 waited for the device, by "file:function"; a run that mixed devices has failed."""
     folder = tmp_path_factory.mktemp("devices")
     torchrun(SCRIPT, folder, ranks=2)
-    return {path.name.split(".")[0]: json.loads(path.read_text()) for path in folder.glob("*.waits.json")}
+    return {
+        path.name.split(".")[0]: json.loads(path.read_text())
+        for path in folder.glob("*.waits.json")
+    }
 
 
 def test_every_trainer_runs(waits: dict[str, dict[str, int]]) -> None:
@@ -32,7 +37,9 @@ def test_a_step_waits_as_often_for_many_micro_batches(waits: dict[str, dict[str,
 
 
 def test_a_decode_step_waits_once(waits: dict[str, dict[str, int]]) -> None:
-    decoding = {place: n for place, n in waits["ppo"].items() if place.startswith("generation/engine")}
+    decoding = {
+        place: n for place, n in waits["ppo"].items() if place.startswith("generation/engine")
+    }
     assert sum(decoding.values()) == STEPS * TOKENS
 
 
@@ -40,7 +47,9 @@ def test_a_decode_step_waits_once(waits: dict[str, dict[str, int]]) -> None:
 def test_micro_batches_of_ppo_wait_for_no_mask(run: str, waits: dict[str, dict[str, int]]) -> None:
     heads = {"algorithms/ppo.py:_values", "algorithms/ppo.py:_reference_logprobs"}
     assert not heads & set(waits[run])
-    assert waits[run]["algorithms/rollouts.py:spread"] == 2 * STEPS  # what all micro-batches were scored, put in place
+    assert (
+        waits[run]["algorithms/rollouts.py:spread"] == 2 * STEPS
+    )  # what all micro-batches were scored, put in place
 
 
 CHECKS = """
@@ -69,7 +78,11 @@ print(both.device, both.grad.device, both.grad.cpu().tolist(), (x * torch.tensor
 
 def test_the_stand_in_refuses_what_a_gpu_would() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHECKS], cwd=SCRIPT.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", CHECKS],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.stdout.splitlines() == [
         "aten::add: expected all tensors on one device, got [(3,)] on cuda:0 and [(3,)] on the CPU",

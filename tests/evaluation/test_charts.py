@@ -26,7 +26,9 @@ from fastrlhf.evaluation.charts import (
 
 def shapes(svg: str, kind: str) -> list[ElementTree.Element]:
     """Elements whose class begins with `kind`."""
-    return [e for e in ElementTree.fromstring(svg).iter() if e.get("class", "").split()[:1] == [kind]]
+    return [
+        e for e in ElementTree.fromstring(svg).iter() if e.get("class", "").split()[:1] == [kind]
+    ]
 
 
 def points(path: str) -> list[tuple[float, float]]:
@@ -59,8 +61,13 @@ def test_the_diagonal_runs_where_both_are_equal():
     [line] = shapes(svg, "reference")
     frame = {element.text: element for element in shapes(svg, "tick")}
     assert float(line.get("x2")) == float(frame["4"].get("x")) == WIDTH - RIGHT
-    assert float(line.get("x1")) < float(line.get("x2")) and float(line.get("y1")) > float(line.get("y2"))
-    assert not shapes(scatter_chart([Series("pair", [0.0, 1.0], [5.0, 6.0])], "a", "b", diagonal=True), "reference")
+    assert float(line.get("x1")) < float(line.get("x2")) and float(line.get("y1")) > float(
+        line.get("y2")
+    )
+    assert not shapes(
+        scatter_chart([Series("pair", [0.0, 1.0], [5.0, 6.0])], "a", "b", diagonal=True),
+        "reference",
+    )
 
 
 def test_a_line_goes_from_the_left_edge_to_the_right_and_down_for_falling_values():
@@ -91,7 +98,9 @@ def test_an_exact_schedule_is_not_smoothed():
 
 
 def test_values_that_are_not_finite_leave_a_gap():
-    svg = line_chart([Series("loss", range(5), [1.0, 2.0, math.nan, 3.0, math.inf])], "step", "loss")
+    svg = line_chart(
+        [Series("loss", range(5), [1.0, 2.0, math.nan, 3.0, math.inf])], "step", "loss"
+    )
     (line,) = shapes(svg, "line")
     assert line.get("d").count("M") == 2
     assert "nan" not in svg and "inf" not in svg
@@ -132,8 +141,14 @@ def test_bars_are_as_long_as_their_values():
 
 def test_whiskers_span_the_interval_around_the_value():
     svg = bar_chart([Bar("a", 0.6, 0.5, 0.7)], reference=(0.5, "even"))
-    (bar,), (whisker,), (level,) = shapes(svg, "bar"), shapes(svg, "whisker"), shapes(svg, "reference")
-    low, high = (float(x) for x in re.match(r"M([\d.]+) [\d.]+H([\d.]+)", whisker.get("d")).groups())
+    (bar,), (whisker,), (level,) = (
+        shapes(svg, "bar"),
+        shapes(svg, "whisker"),
+        shapes(svg, "reference"),
+    )
+    low, high = (
+        float(x) for x in re.match(r"M([\d.]+) [\d.]+H([\d.]+)", whisker.get("d")).groups()
+    )
     end = float(bar.get("x")) + float(bar.get("width"))
     assert low < end < high
     assert low == pytest.approx(float(level.get("x1")), abs=0.2)
@@ -149,7 +164,9 @@ def test_points_instead_of_bars_where_zero_is_out_of_sight():
 
 def test_scatter_draws_each_point_once():
     svg = scatter_chart(
-        [Series("a", [0.0, 1.0, math.nan], [1.0, 2.0, 3.0]), Series("b", [2.0], [0.0], 1)], "kl", "score"
+        [Series("a", [0.0, 1.0, math.nan], [1.0, 2.0, 3.0]), Series("b", [2.0], [0.0], 1)],
+        "kl",
+        "score",
     )
     assert len(shapes(svg, "dot")) == 3
     assert not shapes(svg, "line")

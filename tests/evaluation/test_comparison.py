@@ -48,7 +48,12 @@ def test_by_hand(sides: tuple[Judged, Judged]) -> None:
 
 
 def test_margin_makes_ties(sides: tuple[Judged, Judged]) -> None:
-    assert judge_pairs(sides[0].scores, sides[1].scores, 0.2).ravel().tolist() == [1.0, 0.5, 0.5, 0.0]
+    assert judge_pairs(sides[0].scores, sides[1].scores, 0.2).ravel().tolist() == [
+        1.0,
+        0.5,
+        0.5,
+        0.0,
+    ]
     assert compare(*sides, 0.2)["tied"] == 2
 
 
@@ -87,17 +92,37 @@ def test_page_of_a_comparison(sides: tuple[Judged, Judged], tmp_path: Path) -> N
     }
     results = {"judge": "runs/rm", "prompts": "eval.jsonl", **compare(*sides)}
     html = write_comparison(tmp_path / "winrate.html", results, pairs).read_text()
-    for text in ("62.5%", "2, 1, 1", "runs/rm", "&lt;b&gt;first&lt;/b&gt;", "user: second", "ours 3.0", "longer (2)"):
+    for text in (
+        "62.5%",
+        "2, 1, 1",
+        "runs/rm",
+        "&lt;b&gt;first&lt;/b&gt;",
+        "user: second",
+        "ours 3.0",
+        "longer (2)",
+    ):
         assert text in html
     assert html.count("<svg") == 2
 
 
 def test_page_of_a_selection(tmp_path: Path) -> None:
     rows = [
-        {"step": step, "score": score, "score_ci95": [score - 0.1, score + 0.1], "tokens": 9.0, "cut_off": 0.0}
+        {
+            "step": step,
+            "score": score,
+            "score_ci95": [score - 0.1, score + 0.1],
+            "tokens": 9.0,
+            "cut_off": 0.0,
+        }
         for step, score in ((10, 0.1), (20, 0.7), (30, 0.4))
     ]
-    results = {"run": "runs/sft", "judge": "runs/rm", "prompts": "valid.jsonl", "best": 20, "checkpoints": rows}
+    results = {
+        "run": "runs/sft",
+        "judge": "runs/rm",
+        "prompts": "valid.jsonl",
+        "best": 20,
+        "checkpoints": rows,
+    }
     html = write_selection(tmp_path / "select.html", results).read_text()
     assert "step 20" in html and "0.600 to 0.800" in html
     assert "Validation loss" not in html  # none was recorded

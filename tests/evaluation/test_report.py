@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from fastrlhf.errors import UserError
-from fastrlhf.evaluation.report import Answer, Figure, Report, framed, metric_charts, read_metrics, write_run_report
+from fastrlhf.evaluation.report import (
+    Answer,
+    Figure,
+    Report,
+    framed,
+    metric_charts,
+    read_metrics,
+    write_run_report,
+)
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -71,7 +79,9 @@ def line(step: int, **metrics: float) -> str:
 
 def test_a_run_report_shows_every_metric_and_the_configuration(tmp_path):
     lines = [
-        line(s, loss=5.0 / s, lr=0.1, my_number=s, **({"valid_loss": 6.0 / s} if s % 5 == 0 else {}))
+        line(
+            s, loss=5.0 / s, lr=0.1, my_number=s, **({"valid_loss": 6.0 / s} if s % 5 == 0 else {})
+        )
         for s in range(1, 51)
     ]
     folder = run_folder(tmp_path / "sft", lines)
@@ -82,10 +92,21 @@ def test_a_run_report_shows_every_metric_and_the_configuration(tmp_path):
     assert_self_contained(html)
     page = parse(html)
     assert page.tags.count("figure") == 3  # loss with its held-out twin, lr, my_number
-    for text in ("sft", "Loss", "Learning rate", "my number", "held out", "model:\n  load: <none>\n"):
+    for text in (
+        "sft",
+        "Loss",
+        "Learning rate",
+        "my number",
+        "held out",
+        "model:\n  load: <none>\n",
+    ):
         assert text in page.texts
     assert "0.1" in page.texts and "0.12" in page.texts  # last loss, last held-out loss
-    assert sorted(p.name for p in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "report.html"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+    ]
 
 
 def test_light_and_dark():
@@ -96,9 +117,17 @@ def test_light_and_dark():
 
 def test_read_metrics_columns(tmp_path):
     folder = run_folder(
-        tmp_path, [line(1, loss=2.0), line(2, loss=1.0, accuracy=0.5), '{"step": 3, "note": "text", "ok": true}']
+        tmp_path,
+        [
+            line(1, loss=2.0),
+            line(2, loss=1.0, accuracy=0.5),
+            '{"step": 3, "note": "text", "ok": true}',
+        ],
     )
-    assert read_metrics(folder / "metrics.jsonl") == {"loss": ([1, 2], [2.0, 1.0]), "accuracy": ([2], [0.5])}
+    assert read_metrics(folder / "metrics.jsonl") == {
+        "loss": ([1, 2], [2.0, 1.0]),
+        "accuracy": ([2], [0.5]),
+    }
 
 
 def test_a_last_line_cut_short_is_skipped(tmp_path):
@@ -124,7 +153,9 @@ def test_a_run_that_recorded_nothing_still_gets_its_page(tmp_path):
 
 
 def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path):
-    folder = run_folder(tmp_path, [line(1, loss=2.0), line(2, loss=None), line(3, loss=math.inf), line(4, loss=1.0)])
+    folder = run_folder(
+        tmp_path, [line(1, loss=2.0), line(2, loss=None), line(3, loss=math.inf), line(4, loss=1.0)]
+    )
     page = parse(write_run_report(folder).read_text())
     assert "Values not finite" in page.texts
     assert page.texts[page.texts.index("Values not finite") + 1] == "2"
@@ -138,7 +169,9 @@ def test_known_metrics_come_first_and_names_choose():
 
 
 def test_a_runs_unknown_metrics_are_folded_and_versions_shown(tmp_path):
-    folder = run_folder(tmp_path, [line(1, loss=2.0, valid_loss=2.5, zebra=1.0), line(2, loss=1.0, zebra=2.0)])
+    folder = run_folder(
+        tmp_path, [line(1, loss=2.0, valid_loss=2.5, zebra=1.0), line(2, loss=1.0, zebra=2.0)]
+    )
     html = write_run_report(folder).read_text()
     main, folded = html.split("<details><summary>More curves</summary>")
     assert "<h3>Loss</h3>" in main and "held out" in main and "zebra" not in main
@@ -174,7 +207,9 @@ def test_cells_by_type():
 
 def test_badges():
     report = Report("t")
-    report.figures([Figure("a", "1", passed=True), Figure("b", "2", passed=False), Figure("c", "3")])
+    report.figures(
+        [Figure("a", "1", passed=True), Figure("b", "2", passed=False), Figure("c", "3")]
+    )
     texts = parse(report.html()).texts
     assert texts.count("reached") == 1 and texts.count("missed") == 1
 

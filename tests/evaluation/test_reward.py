@@ -14,13 +14,21 @@ from fastrlhf.evaluation.reward import Pairs, ranked_pairs
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
 
 
-def ranking(prompt: int, lengths: list[int], ranks: list[float], labeler: str | None = None) -> TokenizedRanking:
+def ranking(
+    prompt: int, lengths: list[int], ranks: list[float], labeler: str | None = None
+) -> TokenizedRanking:
     """Responses are told apart by their first token."""
-    return TokenizedRanking([prompt], [[i] * n for i, n in enumerate(lengths)], ranks, labeler_id=labeler)
+    return TokenizedRanking(
+        [prompt], [[i] * n for i, n in enumerate(lengths)], ranks, labeler_id=labeler
+    )
 
 
 def test_pairs_by_hand() -> None:
-    groups = [ranking(1, [5, 2, 2], [1, 3, 1.5]), ranking(2, [1, 4], [2, 1]), ranking(1, [3, 3], [1, 1])]
+    groups = [
+        ranking(1, [5, 2, 2], [1, 3, 1.5]),
+        ranking(2, [1, 4], [2, 1]),
+        ranking(1, [3, 3], [1, 1]),
+    ]
     pairs = ranked_pairs(groups, [[0.5, 1.0, 0.0], [0.0, 0.0], [1.0, 2.0]])
     # (better, worse) of the first: 0 > 1, 0 > 2, 2 > 1; the last is tied.
     assert pairs.prompt.tolist() == [0, 0, 0, 1]
@@ -35,17 +43,29 @@ def test_pairs_by_hand() -> None:
     assert results["accuracy"]["rate"] == 1.5 / 4
     assert results["length_rule"]["rate"] == 3.5 / 4
     assert results["above_length_rule"]["difference"] == pytest.approx(-2 / 4)
-    assert {k: (row["rate"], row["length_rule"]) for k, row in results["accuracy_by_k"].items()} == {
+    assert {
+        k: (row["rate"], row["length_rule"]) for k, row in results["accuracy_by_k"].items()
+    } == {
         "2": (0.5, 1.0),
         "3": (pytest.approx(1 / 3), pytest.approx(2.5 / 3)),
     }
-    assert {d: row["rate"] for d, row in results["accuracy_by_distance"].items()} == {"1": 0.5, "2": 0.0}
-    expected = [math.log1p(math.exp(0.5)), math.log1p(math.exp(-0.5)), math.log1p(math.e), math.log(2)]
+    assert {d: row["rate"] for d, row in results["accuracy_by_distance"].items()} == {
+        "1": 0.5,
+        "2": 0.0,
+    }
+    expected = [
+        math.log1p(math.exp(0.5)),
+        math.log1p(math.exp(-0.5)),
+        math.log1p(math.e),
+        math.log(2),
+    ]
     assert results["loss"] == pytest.approx(sum(expected) / 4)
 
 
 def test_what_cannot_be_judged_says_so() -> None:
-    with pytest.raises(ValueError, match="ranking 1 has 2 responses; expected as many finite scores"):
+    with pytest.raises(
+        ValueError, match="ranking 1 has 2 responses; expected as many finite scores"
+    ):
         ranked_pairs([ranking(1, [1, 1], [1, 2]), ranking(1, [1, 1], [1, 2])], [[0.0, 1.0], [0.0]])
     with pytest.raises(ValueError, match="finite scores"):
         ranked_pairs([ranking(1, [1, 1], [1, 2])], [[0.0, math.nan]])
@@ -116,7 +136,9 @@ def test_groups_are_balanced_and_hold_every_labeler_once() -> None:
 
 
 def test_a_held_out_prompt_is_not_trained_on() -> None:
-    groups = [ranking(p, [1, 1], [1, 2], name) for p, name in ((1, "a"), (1, "b"), (2, "b"), (3, "c"))]
+    groups = [
+        ranking(p, [1, 1], [1, 2], name) for p, name in ((1, "a"), (1, "b"), (2, "b"), (3, "c"))
+    ]
     kept, held_out = reward.leave_out(groups, ["a"], lambda r: r.labeler_id)
     assert held_out == groups[:1] and kept == groups[2:]
 
@@ -129,7 +151,10 @@ def test_spread_over_folds() -> None:
 
 
 def test_pages_show_the_numbers(tmp_path: Any) -> None:
-    results = reward.evaluate(drawn_pairs(1.0, prompts=50)) | {"model": "runs/<rm>", "files": "held_out.jsonl"}
+    results = reward.evaluate(drawn_pairs(1.0, prompts=50)) | {
+        "model": "runs/<rm>",
+        "files": "held_out.jsonl",
+    }
     results["agreement"] = reward.labeler_agreement(
         [ranking(1, [1, 1], [1, 2], "ann & co"), ranking(1, [1, 1], [1, 2], "bob")]
     )
@@ -146,8 +171,15 @@ def test_pages_show_the_numbers(tmp_path: Any) -> None:
     ):
         assert text in page
     fold = {"fold": 1, "labelers": ["ann"], "trained_on": 9, "held_out": results, "seen": None}
-    summary = {"by": "labeler_id", "folds": [fold, {**fold, "fold": 2}], "seen": reward.summarize([0.5, 0.75])}
-    summary |= {"held_out": reward.summarize([0.6, 0.8]), "length_rule": reward.summarize([0.5, 0.5])}
+    summary = {
+        "by": "labeler_id",
+        "folds": [fold, {**fold, "fold": 2}],
+        "seen": reward.summarize([0.5, 0.75]),
+    }
+    summary |= {
+        "held_out": reward.summarize([0.6, 0.8]),
+        "length_rule": reward.summarize([0.5, 0.5]),
+    }
     page = write_folds_report(summary, tmp_path / "b.html").read_text()
     for text in ("2-fold", "0.700 ± 0.100", "0.625 ± 0.125", "fold 2"):
         assert text in page

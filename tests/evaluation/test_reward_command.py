@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastrlhf import evalrm, launch
 from fastrlhf.algorithms.rm import score_rankings
 from fastrlhf.cli import app
+from fastrlhf.commands import eval_reward
 from fastrlhf.config import Config, load_config
 from fastrlhf.data.batches import pack_rankings
 from fastrlhf.data.datasets import load_rankings
 from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.errors import UserError
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.run import builder, train
 
 CONFIG = """
 model: {family: gpt, num_layers: 1, hidden_size: 32, num_heads: 2, max_positions: 64, dtype: fp32}
@@ -29,7 +30,20 @@ schedule: {decay: constant}
 train: {steps: 25, global_batch_size: 12, micro_batch_size: 4}
 log: {progress: false, tensorboard: false}
 """
-WORDS = ["red", "green", "blue", "round", "square", "small", "large", "quick", "slow", "warm", "cold", "plain"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "round",
+    "square",
+    "small",
+    "large",
+    "quick",
+    "slow",
+    "warm",
+    "cold",
+    "plain",
+]
 
 
 def rankings(count: int, seed: int, first: int = 0) -> list[dict[str, Any]]:
@@ -41,7 +55,14 @@ def rankings(count: int, seed: int, first: int = 0) -> list[dict[str, Any]]:
         order = rng.sample(range(K), K)
         texts = ["yes " * (K - rank) + " ".join(rng.sample(WORDS, 3 + 3 * rank)) for rank in order]
         prompt = f"What is {number} {rng.choice(WORDS)}?"
-        rows.append({"prompt": prompt, "responses": texts, "ranks": order, "labeler_id": f"labeler {number % 5}"})
+        rows.append(
+            {
+                "prompt": prompt,
+                "responses": texts,
+                "ranks": order,
+                "labeler_id": f"labeler {number % 5}",
+            }
+        )
     return rows
 
 
@@ -72,17 +93,21 @@ def configure(folder: Path) -> Iterator[Callable[..., Config]]:
 
 @pytest.fixture(scope="module")
 def trained(configure: Callable[..., Config], folder: Path) -> Path:
-    launch.train("rm", configure("rm"))
+    train.train("rm", configure("rm"))
     return folder / "rm"
 
 
-def test_judges_a_trained_model(configure: Callable[..., Config], trained: Path, capsys: Any) -> None:
+def test_judges_a_trained_model(
+    configure: Callable[..., Config], trained: Path, capsys: Any
+) -> None:
     config = configure("judged", f"model.load={trained}")
-    results = evalrm.evaluate(config)
+    results = eval_reward.evaluate(config)
     out = Path(config.output_dir)
     assert json.loads((out / "eval_rm.json").read_text()) == results
     assert f"{results['accuracy']['rate']:.3f}" in (out / "eval_rm.html").read_text()
-    assert capsys.readouterr().out.startswith(f"{out / 'eval_rm.html'}: accuracy {results['accuracy']['rate']:.3f}")
+    assert capsys.readouterr().out.startswith(
+        f"{out / 'eval_rm.html'}: accuracy {results['accuracy']['rate']:.3f}"
+    )
     # The last step of training evaluated the same weights on the same file.
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert results["accuracy"]["rate"] == pytest.approx(last["valid_accuracy"])
@@ -90,18 +115,25 @@ def test_judges_a_trained_model(configure: Callable[..., Config], trained: Path,
     # The second labeler's turned ranking is all that a perfect model gets wrong, and all that the rule gets right.
     assert results["accuracy"]["rate"] > 0.85 and results["length_rule"]["rate"] < 0.15
     assert results["above_length_rule"]["low"] > 0.5
-    assert set(results["accuracy_by_k"]) == {"2", "3", "4"} and set(results["accuracy_by_distance"]) == {"1", "2", "3"}
+    assert set(results["accuracy_by_k"]) == {"2", "3", "4"} and set(
+        results["accuracy_by_distance"]
+    ) == {"1", "2", "3"}
     assert 0 < results["agreement"]["rate"] < 1
     assert set(results["agreement"]["by_labeler"]) == {"labeler 0", "labeler 1", "second"}
 
 
-def test_micro_batches_do_not_change_scores(configure: Callable[..., Config], trained: Path, folder: Path) -> None:
+def test_micro_batches_do_not_change_scores(
+    configure: Callable[..., Config], trained: Path, folder: Path
+) -> None:
     config = configure("rm", f"model.load={trained}", "generation.max_new_tokens=24")
     groups, _ = load_rankings(
-        folder / "valid.jsonl", load_tokenizer(folder / "tokenizer"), max_prompt_tokens=24, max_response_tokens=24
+        folder / "valid.jsonl",
+        load_tokenizer(folder / "tokenizer"),
+        max_prompt_tokens=24,
+        max_response_tokens=24,
     )
     mesh = meshes.initialize(config.parallel, 0)
-    stage = launch.Parts(config, mesh).saved_stage(str(trained)).train()
+    stage = builder.RunBuilder(config, mesh).scorer(str(trained)).train()
     ways: list[dict[str, Any]] = [
         {"micro_batch_size": 1},
         {"micro_batch_size": 7, "shared_prompt": False},
@@ -118,22 +150,32 @@ def test_micro_batches_do_not_change_scores(configure: Callable[..., Config], tr
             torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_cross_validation_over_labelers(configure: Callable[..., Config], folder: Path, capsys: Any) -> None:
+def test_cross_validation_over_labelers(
+    configure: Callable[..., Config], folder: Path, capsys: Any
+) -> None:
     config = configure("folds", "checkpoint.save=true")
-    results = evalrm.cross_validate(config, 2)
+    results = eval_reward.cross_validate(config, 2)
     out = Path(config.output_dir)
     assert json.loads((out / "eval_rm_folds.json").read_text()) == results
     left_out = [set(fold["labelers"]) for fold in results["folds"]]
-    assert left_out[0] | left_out[1] == {f"labeler {i}" for i in range(5)} and not left_out[0] & left_out[1]
-    assert [fold["trained_on"] + fold["held_out"]["prompts"] for fold in results["folds"]] == [60, 60]
+    assert (
+        left_out[0] | left_out[1] == {f"labeler {i}" for i in range(5)}
+        and not left_out[0] & left_out[1]
+    )
+    assert [fold["trained_on"] + fold["held_out"]["prompts"] for fold in results["folds"]] == [
+        60,
+        60,
+    ]
     rates = [fold["held_out"]["accuracy"]["rate"] for fold in results["folds"]]
     assert results["held_out"]["mean"] == pytest.approx(sum(rates) / 2)
     assert min(rates) > 0.85
-    assert results["seen"]["mean"] > 0.75  # the turned ranking is of a labeler that neither fold left out
+    assert (
+        results["seen"]["mean"] > 0.75
+    )  # the turned ranking is of a labeler that neither fold left out
     assert "accuracy on groups left out" in capsys.readouterr().out
     # A second call trains nothing again and finds the same.
     written = (out / "fold_1" / "metrics.jsonl").read_text()
-    assert evalrm.cross_validate(config, 2) == results
+    assert eval_reward.cross_validate(config, 2) == results
     assert (out / "fold_1" / "metrics.jsonl").read_text() == written
 
 
@@ -142,25 +184,42 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
 ) -> None:
     config = (folder / "config.yaml", ["data.tokenizer=x", "output_dir=y"])
     with pytest.raises(UserError, match=r"eval rm needs data\.valid: the held-out rankings"):
-        evalrm.evaluate(load_config(*config))
-    with pytest.raises(UserError, match=r"eval rm needs model\.load: the run, checkpoint or model folder"):
-        evalrm.evaluate(configure("x"))
+        eval_reward.evaluate(load_config(*config))
+    with pytest.raises(
+        UserError, match=r"eval rm needs model\.load: the run, checkpoint or model folder"
+    ):
+        eval_reward.evaluate(configure("x"))
     policy = folder / "policy"
-    description = json.loads(next(trained.glob("checkpoints/step_*/reward/model.json")).read_text()) | {"head": "lm"}
+    description = json.loads(
+        next(trained.glob("checkpoints/step_*/reward/model.json")).read_text()
+    ) | {"head": "lm"}
     policy.mkdir()
     (policy / "model.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="is a language model, not a reward model"):
-        evalrm.evaluate(configure("x", f"model.load={policy}"))
-    (folder / "long.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "red " * 99, "rejected": "blue"}) + "\n")
-    limits = ["model.max_positions=2048", "data.max_response_tokens=200", f"data.valid={folder / 'long.jsonl'}"]
-    with pytest.raises(UserError, match=r"tokens, and the model in .*reward has 64 positions; lower data\.max_prompt"):
-        evalrm.evaluate(configure("x", f"model.load={trained}", *limits))
+        eval_reward.evaluate(configure("x", f"model.load={policy}"))
+    (folder / "long.jsonl").write_text(
+        json.dumps({"prompt": "p", "chosen": "red " * 99, "rejected": "blue"}) + "\n"
+    )
+    limits = [
+        "model.max_positions=2048",
+        "data.max_response_tokens=200",
+        f"data.valid={folder / 'long.jsonl'}",
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"tokens, and the model in .*reward has 64 positions; lower data\.max_prompt",
+    ):
+        eval_reward.evaluate(configure("x", f"model.load={trained}", *limits))
     with pytest.raises(UserError, match="60 of 60 rankings have no user_id"):
-        evalrm.cross_validate(configure("x"), 2, "user_id")
-    with pytest.raises(UserError, match="6 folds need as many different labeler_ids, and the rankings have 5"):
-        evalrm.cross_validate(configure("x"), 6)
-    with pytest.raises(UserError, match=r"a prompt with its \d responses has \d+ tokens, which cannot be cut"):
-        launch.train("rm", configure("x", "train.max_tokens_per_micro_batch=40"))
+        eval_reward.cross_validate(configure("x"), 2, "user_id")
+    with pytest.raises(
+        UserError, match="6 folds need as many different labeler_ids, and the rankings have 5"
+    ):
+        eval_reward.cross_validate(configure("x"), 6)
+    with pytest.raises(
+        UserError, match=r"a prompt with its \d responses has \d+ tokens, which cannot be cut"
+    ):
+        train.train("rm", configure("x", "train.max_tokens_per_micro_batch=40"))
 
 
 def test_command_line() -> None:

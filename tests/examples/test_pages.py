@@ -12,7 +12,7 @@ import typer.main
 
 from fastrlhf.cli import app
 from fastrlhf.config import Config, load_config, require
-from fastrlhf.configfile import known_keys
+from fastrlhf.config.yaml_file import known_keys
 from fastrlhf.data.records import Demonstration, Prompt, Ranking, Text, parse_record
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,9 @@ def commands(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text())
-    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    missing = [
+        target for target in targets if "://" not in target and not (page.parent / target).exists()
+    ]
     assert missing == []
 
 
@@ -51,8 +53,12 @@ def test_commands_exist_and_their_settings_are_valid(page):
         while hasattr(group, "commands"):
             assert path and path[0] in group.commands, f"{page.name}: no command {words}"
             group = group.commands[path.pop(0)]
-        settings = {word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")}
-        assert settings <= SETTINGS or words[0] == "data", f"{page.name}: no settings {settings - SETTINGS}"
+        settings = {
+            word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")
+        }
+        assert settings <= SETTINGS or words[0] == "data", (
+            f"{page.name}: no settings {settings - SETTINGS}"
+        )
         if words[0] in CONFIG_COMMANDS and (ROOT / words[1]).is_file():
             require(load_config(ROOT / words[1], words[2:]), words[0])
 
@@ -63,5 +69,8 @@ def test_the_readme_has_commands_and_records():
     assert {"sft", "rm", "ppo", "sample", "convert"} <= named
     [lines] = blocks(text, "json")
     kinds = ("demonstrations", "rankings", "rankings", "prompts", "text")
-    records = [parse_record(json.loads(line), kind) for line, kind in zip(lines.splitlines(), kinds, strict=True)]
+    records = [
+        parse_record(json.loads(line), kind)
+        for line, kind in zip(lines.splitlines(), kinds, strict=True)
+    ]
     assert [type(record) for record in records] == [Demonstration, Ranking, Ranking, Prompt, Text]

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from run_faults import make_config
 
-from fastrlhf import launch
 from fastrlhf.algorithms.ppo import PPO
+from fastrlhf.run import train
 
 if __name__ == "__main__":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
@@ -25,4 +25,4 @@ if __name__ == "__main__":
             return learn(self, *arguments)
 
         PPO.learn = learn_until_step_4  # type: ignore[method-assign]
-    launch.train("ppo", make_config(Path(sys.argv[1]), "dp2", "dp2.elastic"))
+    train.train("ppo", make_config(Path(sys.argv[1]), "dp2", "dp2.elastic"))

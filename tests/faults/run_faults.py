@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ranks import fork
 
-from fastrlhf import launch
+from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import Config, ModelConfig
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.evaluation import report  # noqa: F401
 from fastrlhf.models.gpt import build_model
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.training.checkpoint import save_model
+from fastrlhf.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}}
@@ -93,7 +93,11 @@ def prepare(folder: Path) -> None:
     config = make_config(folder, "dp2", "prepare")
     mesh = meshes.initialize(config.parallel, seed=0)
     stage = build_model(
-        ModelConfig(**MODEL), mesh, len(load_tokenizer(folder / "data" / "tokenizer")), head="scalar", seed=7
+        ModelConfig(**MODEL),
+        mesh,
+        len(load_tokenizer(folder / "data" / "tokenizer")),
+        head="scalar",
+        seed=7,
     )
     save_model(folder / "rm", stage, tokenizer="")
 
@@ -105,7 +109,11 @@ def start(config: Config, log: Path) -> list[int]:
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     return [
-        fork(lambda: launch.train("ppo", config), {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log)
+        fork(
+            lambda: train.train("ppo", config),
+            {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            log,
+        )
         for rank in range(RANKS)
     ]
 
@@ -148,12 +156,17 @@ class Watch:
 
     def is_writing(self) -> bool:
         try:
-            return any(path.stat().st_mtime_ns > self.begun for path in self.checkpoints.glob("step_*.partial"))
+            return any(
+                path.stat().st_mtime_ns > self.begun
+                for path in self.checkpoints.glob("step_*.partial")
+            )
         except FileNotFoundError:
             return False
 
 
-def disturbed(folder: Path, layout: str, iteration_s: float, start_s: float) -> list[dict[str, Any]]:
+def disturbed(
+    folder: Path, layout: str, iteration_s: float, start_s: float
+) -> list[dict[str, Any]]:
     """Kills a random rank at random moments of one run, then lets it end; what each attempt came to."""
     rng = random.Random(layout)
     config = make_config(folder, layout, f"{layout}.killed")
@@ -177,8 +190,16 @@ def disturbed(folder: Path, layout: str, iteration_s: float, start_s: float) -> 
         time.sleep(later)  # the other rank may get on a little further, as on another machine
         os.kill(ranks[1 - victim], signal.SIGKILL)
         statuses = wait(ranks)
-        attempts.append({"kind": kind, "writing": writing, "statuses": statuses, "latest": latest(out)})
-    attempts.append({"kind": "last", "statuses": wait(start(config, folder / f"{layout}.log")), "latest": latest(out)})
+        attempts.append(
+            {"kind": kind, "writing": writing, "statuses": statuses, "latest": latest(out)}
+        )
+    attempts.append(
+        {
+            "kind": "last",
+            "statuses": wait(start(config, folder / f"{layout}.log")),
+            "latest": latest(out),
+        }
+    )
     return attempts
 
 

@@ -19,7 +19,9 @@ STEPS = 20
 
 def launch(command: list[str], seconds: float) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -41,7 +43,9 @@ def final_files(run: Path) -> dict[str, str]:
     """Hash of every file of tensors of the last checkpoint: weights, averages, optimizer states, generators."""
     checkpoint = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     entries = json.loads((checkpoint / "files.json").read_text())["files"]
-    return {name: entry["blake2b"] for name, entry in entries.items() if name.endswith(".safetensors")}
+    return {
+        name: entry["blake2b"] for name, entry in entries.items() if name.endswith(".safetensors")
+    }
 
 
 def final_state(run: Path) -> dict[str, Any]:
@@ -88,22 +92,38 @@ def test_killed_runs_end_like_undisturbed_ones(
     assert_same_run(folder / layout, folder / f"{layout}.killed")
 
 
-def test_preempted_runs_lose_no_step(folder: Path, attempts: dict[str, list[dict[str, Any]]]) -> None:
+def test_preempted_runs_lose_no_step(
+    folder: Path, attempts: dict[str, list[dict[str, Any]]]
+) -> None:
     """SIGTERM to one rank, then a time limit of one step: exit status 0, and a checkpoint of the step just made."""
     told, timed_out, last = attempts["preempted"]
     assert told["statuses"] == timed_out["statuses"] == last["statuses"] == [0, 0]
     after, then = (int(attempt["latest"].removeprefix("step_")) for attempt in (told, timed_out))
     assert 1 <= after <= 3 and then == after + 1
     log = (folder / "preempted.log").read_text()
-    assert f"stopped by SIGTERM after step {after} of {STEPS}: saved, and the same command goes on from there" in log
-    assert f"stopped by its time limit (train.max_seconds) after step {then} of {STEPS}: saved" in log
+    assert (
+        f"stopped by SIGTERM after step {after} of {STEPS}: saved, and the same command goes on from there"
+        in log
+    )
+    assert (
+        f"stopped by its time limit (train.max_seconds) after step {then} of {STEPS}: saved" in log
+    )
     assert_same_run(folder / "dp2", folder / "dp2.preempted")
 
 
 def test_torchrun_restarts_a_killed_rank(folder: Path) -> None:
     """A rank dies in the middle of step 4; torchrun --max-restarts starts all ranks again, from the last checkpoint."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    told = launch([*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 240)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    told = launch(
+        [*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 240
+    )
     # Step 3's checkpoint was still being written in the background, or just done.
     assert re.search(rf"resuming .*dp2\.elastic after step [23] of {STEPS}", told)
     assert_same_run(folder / "dp2", folder / "dp2.elastic")

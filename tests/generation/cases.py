@@ -42,7 +42,10 @@ MODEL: dict[str, Any] = {
     "dtype": "fp32",
     "init_std": 0.15,
 }
-FAMILY: dict[str, dict[str, Any]] = {"gpt": {"residual_dropout": 0.2}, "llama": {"num_kv_heads": 2, "ffn_size": 48}}
+FAMILY: dict[str, dict[str, Any]] = {
+    "gpt": {"residual_dropout": 0.2},
+    "llama": {"num_kv_heads": 2, "ffn_size": 48},
+}
 PARAMS = {
     "greedy": SamplingParams(max_new_tokens=6, temperature=0.0),
     "sampled": SamplingParams(max_new_tokens=16, temperature=1.2, seed=11),
@@ -66,15 +69,20 @@ def prompts(vocab_size: int, count: int = NUM_PROMPTS) -> list[list[int]]:
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def recomputed(stage: GPT, mesh: Mesh, prompts: list[list[int]], responses: list[Generated], temperature: float) -> Any:
+def recomputed(
+    stage: GPT, mesh: Mesh, prompts: list[list[int]], responses: list[Generated], temperature: float
+) -> Any:
     """Each response's log-probabilities by the training forward and op, one packed micro-batch a response."""
     batches = [
-        pack([prompt + response.tokens], [len(prompt)]) for prompt, response in zip(prompts, responses, strict=True)
+        pack([prompt + response.tokens], [len(prompt)])
+        for prompt, response in zip(prompts, responses, strict=True)
     ]
 
     def head(hidden: torch.Tensor, batch: PackedBatch) -> list[float]:
         keep = batch.loss_mask
-        out = ops.linear_logprobs(hidden[keep], labels=batch.labels[keep], temperature=temperature, **stage.lm_head())
+        out = ops.linear_logprobs(
+            hidden[keep], labels=batch.labels[keep], temperature=temperature, **stage.lm_head()
+        )
         return out.logprobs.tolist()
 
     stage.eval()
@@ -101,7 +109,9 @@ def histogram(mesh: Mesh, **changes: Any) -> list[int]:
     hidden, weight = target()
     columns = weight.shape[0] // mesh.tensor_size
     shard = weight[mesh.tensor_rank * columns : (mesh.tensor_rank + 1) * columns]
-    sampler = Sampler(SamplingParams(seed=1, **changes), shard, VOCAB["gpt"], mesh.vocab_group, EOS["gpt"])
+    sampler = Sampler(
+        SamplingParams(seed=1, **changes), shard, VOCAB["gpt"], mesh.vocab_group, EOS["gpt"]
+    )
     ids = torch.arange(DRAWS)
     tokens, _ = sampler(hidden.expand(DRAWS, -1), ids, torch.full_like(ids, 17))
     return torch.bincount(tokens, minlength=VOCAB["gpt"]).tolist()

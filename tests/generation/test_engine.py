@@ -27,7 +27,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt": {},
     "llama": {},
     "exact gelu, no biases, untied": {"activation": "gelu", "bias": False, "tie_embeddings": False},
-    "biases only in qkv, normalised heads": {"bias": False, "qkv_bias": True, "qk_norm": True, "head_dim": 16},
+    "biases only in qkv, normalised heads": {
+        "bias": False,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "head_dim": 16,
+    },
     "rope and layernorm": {"position": "rope"},
 }
 
@@ -39,7 +44,9 @@ def stage(cases: ModuleType, mesh: Mesh) -> GPT:
 
 def variant(cases: ModuleType, mesh: Mesh, name: str) -> GPT:
     return cases.build(
-        "llama" if name in ("llama", "biases only in qkv, normalised heads") else "gpt", mesh, **VARIANTS[name]
+        "llama" if name in ("llama", "biases only in qkv, normalised heads") else "gpt",
+        mesh,
+        **VARIANTS[name],
     )
 
 
@@ -63,7 +70,9 @@ def test_greedy_equals_a_loop_without_cache(cases: ModuleType, mesh: Mesh, name:
     prompts = cases.prompts(stage.vocab_size)
     params = SamplingParams(max_new_tokens=9, temperature=0.0)
     out = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, slots=4)
-    assert [response.tokens for response in out] == [greedy_loop(stage, prompt, 9) for prompt in prompts]
+    assert [response.tokens for response in out] == [
+        greedy_loop(stage, prompt, 9) for prompt in prompts
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -71,13 +80,17 @@ def test_half_precision(cases: ModuleType, mesh: Mesh, dtype: str) -> None:
     """Log-probabilities are within the dtype's rounding of a training forward's (logits of size 4: steps of 2^-6)."""
     stage = cases.build("llama", mesh, dtype=dtype)
     prompts = cases.prompts(stage.vocab_size)
-    out = generate_all(stage, prompts, SamplingParams(max_new_tokens=9, seed=1), mesh=mesh, eos=EOS, slots=4)
+    out = generate_all(
+        stage, prompts, SamplingParams(max_new_tokens=9, seed=1), mesh=mesh, eos=EOS, slots=4
+    )
     again = cases.recomputed(stage, mesh, prompts, out, 1.0)
     for response, logprobs in zip(out, again, strict=True):
         assert response.logprobs == pytest.approx(logprobs, abs=0.04)
 
 
-def test_order_slots_and_neighbours_change_nothing(cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
+def test_order_slots_and_neighbours_change_nothing(
+    cases: ModuleType, mesh: Mesh, stage: GPT
+) -> None:
     prompts = cases.prompts(stage.vocab_size)
     params = SamplingParams(max_new_tokens=20, seed=4)
     expected = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, slots=64)
@@ -91,7 +104,9 @@ def test_order_slots_and_neighbours_change_nothing(cases: ModuleType, mesh: Mesh
     assert again[0].tokens != again[1].tokens  # ids differ
 
 
-def test_two_hundred_prompts_through_sixteen_slots(mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_prompts_through_sixteen_slots(
+    mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None lost, none twice, and no step computed for a sequence that has ended."""
     generator = torch.Generator().manual_seed(0)
     lengths = [int(n) + 1 for n in torch.randperm(200, generator=generator)]
@@ -128,19 +143,25 @@ def test_prefill_in_many_micro_batches(
     monkeypatch.setattr(slots_module, "PREFILL_TOKENS", 40)
     chunks = slots_module._chunks([slots_module.Running(0, 0, prompt, 5) for prompt in prompts])
     assert len(chunks) > 3
-    assert all(max(len(s.prompt) for s in chunk) * len(chunk) <= 40 or len(chunk) == 1 for chunk in chunks)
+    assert all(
+        max(len(s.prompt) for s in chunk) * len(chunk) <= 40 or len(chunk) == 1 for chunk in chunks
+    )
     out = generate_all(stage, prompts, params, mesh=mesh, eos=EOS)
     assert [response.tokens for response in out] == [response.tokens for response in expected]
 
 
 def test_lengths(cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
     prompts = cases.prompts(stage.vocab_size)
-    one = generate_all(stage, prompts, SamplingParams(max_new_tokens=1), mesh=mesh, eos=EOS, slots=3)
+    one = generate_all(
+        stage, prompts, SamplingParams(max_new_tokens=1), mesh=mesh, eos=EOS, slots=3
+    )
     assert [len(response.tokens) for response in one] == [1] * len(prompts)
     params = SamplingParams(max_new_tokens=30, min_new_tokens=30)
     longest = max(len(prompt) for prompt in prompts)
     cut = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, max_length=longest + 2)
-    assert [len(r.tokens) for r in cut] == [min(30, longest + 2 - len(prompt)) for prompt in prompts]
+    assert [len(r.tokens) for r in cut] == [
+        min(30, longest + 2 - len(prompt)) for prompt in prompts
+    ]
     full = generate_all(stage, [[5] * 255], params, mesh=mesh, eos=EOS)
     assert len(full[0].tokens) == 1  # the model's last position is used
     assert generate_all(stage, [], params, mesh=mesh, eos=EOS) == []
@@ -149,17 +170,34 @@ def test_lengths(cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "says"),
     [
-        ([[1], [2] * 256], {}, UserError, r"prompt 1 has 256 tokens, and model.max_positions 256 leaves no room"),
-        ([[2] * 9], {"max_length": 9}, UserError, r"prompt 0 has 9 tokens, and max_length 9 leaves no room"),
+        (
+            [[1], [2] * 256],
+            {},
+            UserError,
+            r"prompt 1 has 256 tokens, and model.max_positions 256 leaves no room",
+        ),
+        (
+            [[2] * 9],
+            {"max_length": 9},
+            UserError,
+            r"prompt 0 has 9 tokens, and max_length 9 leaves no room",
+        ),
         ([[1], []], {}, UserError, "prompt 1 is empty"),
         ([[1]], {"slots": 0}, ValueError, "slots is 0"),
         ([[1]], {"eos": 300}, ValueError, "eos is 300"),
         ([[1]], {"ids": [1, 2]}, ValueError, "ids has 2 entries for 1 prompts"),
     ],
 )
-def test_mistakes(mesh: Mesh, stage: GPT, prompts: list, options: dict, error: type, says: str) -> None:
+def test_mistakes(
+    mesh: Mesh, stage: GPT, prompts: list, options: dict, error: type, says: str
+) -> None:
     with pytest.raises(error, match=says) as caught:
-        generate(stage, prompts, SamplingParams(max_new_tokens=2), **{"mesh": mesh, "eos": EOS, **options})
+        generate(
+            stage,
+            prompts,
+            SamplingParams(max_new_tokens=2),
+            **{"mesh": mesh, "eos": EOS, **options},
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +205,9 @@ def test_dropout_is_off_and_the_training_flag_returns(cases: ModuleType, mesh: M
     params = SamplingParams(max_new_tokens=8, seed=2)
     prompts = cases.prompts(300)
     quiet = cases.build("gpt", mesh, residual_dropout=0.0)
-    dropping = cases.build("gpt", mesh, residual_dropout=0.5, embedding_dropout=0.5, attention_dropout=0.5)
+    dropping = cases.build(
+        "gpt", mesh, residual_dropout=0.5, embedding_dropout=0.5, attention_dropout=0.5
+    )
     for training in (True, False):
         dropping.train(training)
         out = generate_all(dropping, prompts, params, mesh=mesh, eos=EOS)
@@ -195,7 +235,11 @@ def test_cache_is_freed(mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_cache_stays_within_its_budget(
-    mesh: Mesh, cases: ModuleType, stage: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mesh: Mesh,
+    cases: ModuleType,
+    stage: GPT,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Fewer slots, one line about it, and the same responses."""
     made = []
@@ -219,11 +263,18 @@ def test_cache_stays_within_its_budget(
     assert [response.tokens for response in bounded] == [response.tokens for response in free]
     (line,) = [record.message for record in caplog.records if "decode at once" in record.message]
     assert "3 sequences" in line and "generation.cache_mb" in line
-    with pytest.raises(UserError, match=r"generation.cache_mb .* holds no sequence: one sequence of 40 tokens takes"):
-        generate_all(stage, prompts, SamplingParams(max_new_tokens=9, cache_mb=1.9 * row / 1e6), eos=EOS)
+    with pytest.raises(
+        UserError,
+        match=r"generation.cache_mb .* holds no sequence: one sequence of 40 tokens takes",
+    ):
+        generate_all(
+            stage, prompts, SamplingParams(max_new_tokens=9, cache_mb=1.9 * row / 1e6), eos=EOS
+        )
 
 
-def test_stop_token_and_mesh_by_default(tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
+def test_stop_token_and_mesh_by_default(
+    tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT
+) -> None:
     """The tokenizer's stop token; without a tokenizer none, and nothing stops before its limit."""
     prompts, params = cases.prompts(300), SamplingParams(max_new_tokens=40, seed=4, top_k=3)
     explicit = generate_all(stage, prompts, params, mesh=mesh, eos=tokenizer.eos_token_id)
@@ -239,7 +290,9 @@ def test_stop_token_and_mesh_by_default(tokenizer: Any, cases: ModuleType, mesh:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(["the cat sat on the mat. Überraschung! naïve café 🙂 end\n\nHuman: "] * 4, 300, folder)
+    train_bpe(
+        ["the cat sat on the mat. Überraschung! naïve café 🙂 end\n\nHuman: "] * 4, 300, folder
+    )
     return load_tokenizer(folder)
 
 
@@ -252,25 +305,33 @@ def first_completed(tokenizer: Any, stop: tuple[str, ...], tokens: list[int]) ->
     return None
 
 
-@pytest.mark.parametrize("stop", [("\n\nHuman:",), ("🙂",), ("é",), (" mat. Üb", "sat on"), ("<|endoftext|>",)])
+@pytest.mark.parametrize(
+    "stop", [("\n\nHuman:",), ("🙂",), ("é",), (" mat. Üb", "sat on"), ("<|endoftext|>",)]
+)
 def test_stop_strings_cut_by_any_tokens(tokenizer: Any, stop: tuple[str, ...]) -> None:
     text = "the cat sat at. naïve café 🙂🙂 end the mat. Überraschung!\n\nHuman: hi"
     whole = tokenizer.encode(text)
     pieces = [token for word in text for token in tokenizer.encode(word)]  # one character at a time
     for tokens in (whole, pieces, [*whole, tokenizer.eos_token_id]):
         matcher = StopStrings(stop, tokenizer)
-        found = next((n for n in range(1, len(tokens) + 1) if matcher.completed_by(tokens[:n])), None)
+        found = next(
+            (n for n in range(1, len(tokens) + 1) if matcher.completed_by(tokens[:n])), None
+        )
         assert found == first_completed(tokenizer, stop, tokens)
     assert any(s in text + "<|endoftext|>" for s in stop)
 
 
-def test_stop_strings_end_responses(tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
+def test_stop_strings_end_responses(
+    tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT
+) -> None:
     prompts = cases.prompts(300)
     params = {"max_new_tokens": 24, "seed": 11, "top_k": 20}
 
     def run(stop: tuple[str, ...]) -> list[Generated]:
         sampling = SamplingParams(**params, stop=stop)  # type: ignore[arg-type]
-        return generate_all(stage, prompts, sampling, mesh=mesh, eos=EOS, slots=4, tokenizer=tokenizer)
+        return generate_all(
+            stage, prompts, sampling, mesh=mesh, eos=EOS, slots=4, tokenizer=tokenizer
+        )
 
     free = run(())
     text = tokenizer.decode(free[2].tokens, clean_up_tokenization_spaces=False)

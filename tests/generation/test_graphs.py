@@ -37,7 +37,9 @@ class Recorded(TorchDispatchMode):
         self.replays = 0
         Recorded.made.append(self)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         name = func.overloadpacket.__name__
         assert name not in WAITS, f"{name} waits for the device: a capture would fail"
         out = func(*args, **(kwargs or {}))
@@ -51,8 +53,12 @@ class Recorded(TorchDispatchMode):
     def replay(self) -> None:
         self.replays += 1
         for func, args, kwargs, recorded in self.calls:
-            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+            for old, new in zip(
+                tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True
+            ):
+                if (
+                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
+                ):  # neither a view nor in place
                     old.copy_(new)
 
 

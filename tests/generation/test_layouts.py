@@ -28,7 +28,9 @@ def serial(cases: ModuleType, mesh: Mesh) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_as_one_process(serial: dict[str, Any], parallel_results: Results, layout: str, family: str) -> None:
+def test_same_as_one_process(
+    serial: dict[str, Any], parallel_results: Results, layout: str, family: str
+) -> None:
     seen = set()
     for rank in parallel_results[layout]:
         results = rank[family]
@@ -52,7 +54,9 @@ def test_ranks_of_a_model_agree_exactly(parallel_results: Results, layout: str) 
     for ranks in by_prompts.values():
         assert len(ranks) >= 2
         for family in ("gpt", "llama"):
-            assert all(rank[family][name] == ranks[0][family][name] for rank in ranks for name in CASES)
+            assert all(
+                rank[family][name] == ranks[0][family][name] for rank in ranks for name in CASES
+            )
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
@@ -60,7 +64,9 @@ def test_logprobs_are_those_of_a_training_forward(
     serial: dict[str, Any], parallel_results: Results, family: str
 ) -> None:
     """The first PPO ratio is 1, whatever the layout."""
-    ranks = [serial] + [rank for ranks in parallel_results.values() for rank in ranks if rank["last_stage"]]
+    ranks = [serial] + [
+        rank for ranks in parallel_results.values() for rank in ranks if rank["last_stage"]
+    ]
     assert len(ranks) == 1 + 4 + 4 + 2 + 2
     for rank in ranks:
         responses, recomputed = rank[family]["sampled"], rank[family]["recomputed"]
@@ -72,11 +78,16 @@ def test_cases_cover_both_endings(serial: dict[str, Any]) -> None:
     for family in ("gpt", "llama"):
         endings = {response["stopped"] for response in serial[family]["sampled"]}
         assert endings == {True, False}
-        assert any(response["stopped"] and len(response["tokens"]) <= 12 for response in serial[family]["sampled"])
+        assert any(
+            response["stopped"] and len(response["tokens"]) <= 12
+            for response in serial[family]["sampled"]
+        )
         assert all(len(response["tokens"]) > 12 for response in serial[family]["min"])
 
 
-def test_shards_draw_what_the_whole_draws(serial: dict[str, Any], parallel_results: Results) -> None:
+def test_shards_draw_what_the_whole_draws(
+    serial: dict[str, Any], parallel_results: Results
+) -> None:
     for ranks in parallel_results.values():
         for rank in ranks:
             if rank["last_stage"]:

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
+from fastrlhf.checkpoint.model_folder import save_model
+from fastrlhf.commands.sample import run, sample
 from fastrlhf.config import Config, ParallelConfig
 from fastrlhf.data.records import Prompt, read_records
 from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.errors import UserError
 from fastrlhf.generation import SamplingParams
-from fastrlhf.generation.sample import run, sample
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.checkpoint import save_model
 
 PROMPTS = [
     Prompt("the cat"),
@@ -33,7 +33,11 @@ PARAMS = SamplingParams(max_new_tokens=6, seed=3)
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4, 290, folder)
+    train_bpe(
+        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4,
+        290,
+        folder,
+    )
     return folder
 
 
@@ -65,7 +69,12 @@ def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: 
     assert len(set(sizes)) > 1
     assert all(2 <= size <= 5 for size in sizes)
     assert all(len(set(row["responses"])) == len(row["responses"]) for row in written)
-    assert (counts.prompts, counts.responses, counts.short, counts.unusable) == (4, sum(sizes), 0, 0)
+    assert (counts.prompts, counts.responses, counts.short, counts.unusable) == (
+        4,
+        sum(sizes),
+        0,
+        0,
+    )
     assert not list(out.parent.glob("*.partial"))
 
     again = tmp_path / "again.jsonl"
@@ -75,7 +84,10 @@ def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: 
     # Ready to be ranked.
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(
-        "".join(json.dumps({**row, "ranks": list(range(len(row["responses"])))}) + "\n" for row in written)
+        "".join(
+            json.dumps({**row, "ranks": list(range(len(row["responses"])))}) + "\n"
+            for row in written
+        )
     )
     assert len(list(read_records(ranked, "rankings"))) == 4
 
@@ -95,18 +107,25 @@ def test_repeats_are_drawn_anew_and_given_up_in_the_end(
     assert all(len(set(row["responses"])) == 2 for row in rows(tmp_path / "b.jsonl"))
 
 
-def test_stop_string_is_cut_off(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_stop_string_is_cut_off(
+    cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     tokenizer, stage = load_tokenizer(tokenizer_folder), policy(cases, world)
     sample(stage, tokenizer, PROMPTS, 2, PARAMS, mesh=world, out=tmp_path / "free.jsonl")
     stop = rows(tmp_path / "free.jsonl")[0]["responses"][0][3:5]
     params = SamplingParams(max_new_tokens=6, seed=3, stop=(stop,))
     sample(stage, tokenizer, PROMPTS, 2, params, mesh=world, out=tmp_path / "cut.jsonl")
-    free, cut = rows(tmp_path / "free.jsonl")[0]["responses"], rows(tmp_path / "cut.jsonl")[0]["responses"]
+    free, cut = (
+        rows(tmp_path / "free.jsonl")[0]["responses"],
+        rows(tmp_path / "cut.jsonl")[0]["responses"],
+    )
     assert cut[0] == free[0][: free[0].index(stop)]
     assert not any(stop in response for response in cut)
 
 
-def test_greedy_is_refused(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_greedy_is_refused(
+    cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     greedy = SamplingParams(temperature=0.0, max_new_tokens=2)
     with pytest.raises(UserError, match="temperature above 0"):
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -116,12 +135,26 @@ def test_greedy_is_refused(cases: ModuleType, world: Mesh, tokenizer_folder: Pat
 @pytest.fixture
 def settings(tokenizer_folder: Path, tmp_path: Path) -> dict[str, Any]:
     prompts = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": "the cat"}, {"prompt": "a dog ran " * 20}, {"prompt": "hello", "user_id": "u"}]
+    lines = [
+        {"prompt": "the cat"},
+        {"prompt": "a dog ran " * 20},
+        {"prompt": "hello", "user_id": "u"},
+    ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 256, "dtype": "fp32"}
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "max_positions": 256,
+        "dtype": "fp32",
+    }
     return {
         "model": {"family": "gpt", **shape},
-        "data": {"tokenizer": str(tokenizer_folder), "prompts": [str(prompts)], "max_prompt_tokens": 20},
+        "data": {
+            "tokenizer": str(tokenizer_folder),
+            "prompts": [str(prompts)],
+            "max_prompt_tokens": 20,
+        },
         "optimizer": {"lr": 1e-3},
         "generation": {"max_new_tokens": 5, "slots": 4},
         "output_dir": str(tmp_path / "out"),
@@ -130,10 +163,16 @@ def settings(tokenizer_folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_run(
-    cases: ModuleType, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str
+    cases: ModuleType,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    head: str,
 ) -> None:
     world = meshes.initialize(ParallelConfig(), seed=1)
-    save_model(tmp_path / "policy", policy(cases, world, head), tokenizer=settings["data"]["tokenizer"])
+    save_model(
+        tmp_path / "policy", policy(cases, world, head), tokenizer=settings["data"]["tokenizer"]
+    )
     meshes.finalize()
     settings["model"]["load"] = str(tmp_path / "policy")
     try:
@@ -145,7 +184,10 @@ def test_run(
     finally:
         meshes.finalize()
     written = rows(tmp_path / "out" / "samples.jsonl")
-    assert [(row["prompt"], row.get("user_id")) for row in written] == [("the cat", None), ("hello", "u")]
+    assert [(row["prompt"], row.get("user_id")) for row in written] == [
+        ("the cat", None),
+        ("hello", "u"),
+    ]
     assert all(4 <= len(row["responses"]) <= 9 for row in written)
     assert "1 were too long" in capsys.readouterr().out
 

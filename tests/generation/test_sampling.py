@@ -41,7 +41,9 @@ def test_frequencies(cases: ModuleType, mesh: Mesh, temperature: float) -> None:
     assert chi_square(counts, probabilities(cases, temperature * 1.3)) > 8  # the test has power
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (9, 1.0), (0, 0.6), (0, 0.95), (40, 0.5), (1000, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (9, 1.0), (0, 0.6), (0, 0.95), (40, 0.5), (1000, 1.0)]
+)
 def test_truncation(cases: ModuleType, mesh: Mesh, top_k: int, top_p: float) -> None:
     """The fewest likeliest tokens among top_k that hold top_p, in proportion."""
     p, order = probabilities(cases).sort(descending=True)
@@ -59,10 +61,14 @@ def test_logprobs_of_truncated_draws_are_the_whole_distributions(cases: ModuleTy
     ids = torch.arange(50)
     sampler = Sampler(SamplingParams(top_k=5, temperature=0.8), weight, VOCAB, None, 0)
     tokens, logprobs = sampler(hidden.expand(50, -1), ids, ids)
-    torch.testing.assert_close(logprobs, probabilities(cases, 0.8).log()[tokens].float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logprobs, probabilities(cases, 0.8).log()[tokens].float(), atol=1e-5, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=50), SamplingParams(temperature=0.0)])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(top_k=50), SamplingParams(temperature=0.0)]
+)
 def test_stop_token_held_back(params: SamplingParams, cases: ModuleType) -> None:
     """It is never drawn before its position, and keeps its share of the log-probabilities."""
     hidden, weight = cases.target()
@@ -125,10 +131,14 @@ def test_extreme_logits() -> None:
     weight = torch.zeros(2 * BLOCK, 1)
     weight[200] = 1e4
     for params in (SamplingParams(), SamplingParams(temperature=0.01), SamplingParams(top_p=0.5)):
-        tokens, logprobs = Sampler(params, weight, 250, None, 0)(torch.ones(3, 1), torch.arange(3), torch.arange(3))
+        tokens, logprobs = Sampler(params, weight, 250, None, 0)(
+            torch.ones(3, 1), torch.arange(3), torch.arange(3)
+        )
         assert tokens.tolist() == [200] * 3
         assert logprobs.tolist() == [0.0] * 3
-        tokens, logprobs = Sampler(params, weight, 1, None, 0)(torch.ones(3, 1), torch.arange(3), torch.arange(3))
+        tokens, logprobs = Sampler(params, weight, 1, None, 0)(
+            torch.ones(3, 1), torch.arange(3), torch.arange(3)
+        )
         assert tokens.tolist() == [0] * 3
         assert logprobs.tolist() == [0.0] * 3
 

@@ -12,7 +12,9 @@ from fastrlhf.ops.logprob import logprobs_ref
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not ops.backends()["cuda"]["available"], reason=str(ops.backends()["cuda"]["why_not"])),
+    pytest.mark.skipif(
+        not ops.backends()["cuda"]["available"], reason=str(ops.backends()["cuda"]["why_not"])
+    ),
 ]
 # Roundings of results and gradients to the dtype, and in the linear ops of logits and their gradients too.
 ROUNDINGS = 8
@@ -27,7 +29,9 @@ def data(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "advantages": torch.randn(n, device="cuda"),
     }  # fmt: skip
     now = linear_logprobs_ref(x["hidden"].double(), x["weight"].double(), x["labels"]).logprobs
-    x["old"] = (now + 0.5 * torch.randint(-1, 2, (n,), device="cuda")).float()  # no ratio near a border of the clip
+    x["old"] = (
+        now + 0.5 * torch.randint(-1, 2, (n,), device="cuda")
+    ).float()  # no ratio near a border of the clip
     return x
 
 
@@ -43,13 +47,19 @@ def results(op: str, x: dict[str, torch.Tensor], backend: str) -> list[torch.Ten
         values = [call(h, w, labels, mask, **options)]
     elif op == "linear_ppo_loss":
         call = linear_ppo_loss_ref if exact else ops.linear_ppo_loss
-        values = [call(h, w, labels, x["old"], x["advantages"], mask, entropy_coef=0.1, **options).loss]
+        values = [
+            call(h, w, labels, x["old"], x["advantages"], mask, entropy_coef=0.1, **options).loss
+        ]
     else:
         entropy = {} if exact else {"with_entropy": True}
         if op == "logprobs":  # the same logits for all: those of this dtype
-            logits = (x["hidden"] @ x["weight"].T).double() if exact else x["hidden"] @ x["weight"].T
+            logits = (
+                (x["hidden"] @ x["weight"].T).double() if exact else x["hidden"] @ x["weight"].T
+            )
             leaves = [logits.requires_grad_()]
-            tokens = (logprobs_ref if exact else ops.logprobs)(logits, labels, mask=mask, **entropy, **options)
+            tokens = (logprobs_ref if exact else ops.logprobs)(
+                logits, labels, mask=mask, **entropy, **options
+            )
         else:
             recompute = {} if exact else {"recompute": True}
             call = linear_logprobs_ref if exact else ops.linear_logprobs
@@ -65,7 +75,9 @@ def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float(gap)
 
 
-@pytest.mark.parametrize("op", ["logprobs", "linear_logprobs", "linear_cross_entropy", "linear_ppo_loss"])
+@pytest.mark.parametrize(
+    "op", ["logprobs", "linear_logprobs", "linear_cross_entropy", "linear_ppo_loss"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [507, 50257, 128256])
 def test_as_exact_as_triton(op, dtype, vocab):

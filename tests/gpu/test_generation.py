@@ -20,14 +20,30 @@ def test_graphs_draw_what_steps_draw(family: str, dtype: str) -> None:
     from fastrlhf.models.gpt import build_model
     from fastrlhf.parallel import mesh as meshes
 
-    sizes = {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "ffn_size": 1024, "max_positions": 512}
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "ffn_size": 1024,
+        "max_positions": 512,
+    }
     mesh = meshes.initialize(ParallelConfig(), seed=1)
     try:
         stage = build_model(ModelConfig(family=family, dtype=dtype, **sizes), mesh, 1000, seed=2)
         prompts = [[2 + (i * j) % 900 for j in range(1 + 7 * i)] for i in range(40)]
-        for changes in ({}, {"temperature": 0.0}, {"top_k": 50, "top_p": 0.9}, {"min_new_tokens": 30}):
+        for changes in (
+            {},
+            {"temperature": 0.0},
+            {"top_k": 50, "top_p": 0.9},
+            {"min_new_tokens": 30},
+        ):
             eager, captured = (
-                generate_all(stage, prompts, SamplingParams(max_new_tokens=60, cuda_graphs=graphs, **changes), eos=1)
+                generate_all(
+                    stage,
+                    prompts,
+                    SamplingParams(max_new_tokens=60, cuda_graphs=graphs, **changes),
+                    eos=1,
+                )
                 for graphs in (False, True)
             )
             # Row buckets are other shapes of the same products, so half precision may round a draw the other way.

@@ -34,16 +34,27 @@ def step(x: dict[str, torch.Tensor]) -> torch.Tensor:
     """Every op once, summed into one loss."""
     mask, labels = x["mask"], x["labels"]
     token = ops.logprobs(x["logits"], labels, mask=mask, with_entropy=True, ref_logprobs=x["old"])
-    linear = ops.linear_logprobs(x["hidden"], x["weight"], labels, mask=mask, with_entropy=True, recompute=True)
-    targets = ops.rollout_targets(x["scores"], x["old"], x["old"] - 0.1, x["values"], mask, kl_coef=0.1)
+    linear = ops.linear_logprobs(
+        x["hidden"], x["weight"], labels, mask=mask, with_entropy=True, recompute=True
+    )
+    targets = ops.rollout_targets(
+        x["scores"], x["old"], x["old"] - 0.1, x["values"], mask, kl_coef=0.1
+    )
     advantages, returns = ops.gae(x["old"], x["values"], mask)
     loss = ops.ppo_loss(
         token.logprobs, x["old"], targets.advantages, mask, values=x["values"], old_values=x["values"].detach() + 0.1,
         returns=returns, entropy=token.entropy, entropy_coef=0.01,
     ).loss  # fmt: skip
-    loss = loss + ops.linear_ppo_loss(x["hidden"], x["weight"], labels, x["old"], advantages, mask).loss
+    loss = (
+        loss
+        + ops.linear_ppo_loss(x["hidden"], x["weight"], labels, x["old"], advantages, mask).loss
+    )
     loss = loss + ops.linear_cross_entropy(x["hidden"], x["weight"], labels, mask) + token.kl.mean()
-    loss = loss + ops.logits_kl(x["logits"], x["logits"].detach() * 0.5, mask=mask).mean() + linear.entropy.mean()
+    loss = (
+        loss
+        + ops.logits_kl(x["logits"], x["logits"].detach() * 0.5, mask=mask).mean()
+        + linear.entropy.mean()
+    )
     return loss + ops.pairwise_ranking_loss(token.logprobs[:, 0], x["ranks"], x["offsets"]).loss
 
 

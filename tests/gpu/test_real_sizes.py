@@ -57,10 +57,15 @@ def test_logprobs(vocab, dtype, gib):
     gib(16)
     n = 4096
     logits = random_logits(n, vocab, dtype=dtype).requires_grad_()
-    labels, g_logp, g_entropy = torch.randint(vocab, (n,), device=CUDA), *torch.randn(2, n, device=CUDA)
+    labels, g_logp, g_entropy = (
+        torch.randint(vocab, (n,), device=CUDA),
+        *torch.randn(2, n, device=CUDA),
+    )
     tokens = ops.logprobs(logits, labels, with_entropy=True, backend="triton")
     (grad,) = torch.autograd.grad([tokens.logprobs, tokens.entropy], logits, [g_logp, g_entropy])
-    check_rows(logits, labels, tokens, grad, g_logp, g_entropy, torch.arange(n, device=CUDA).split(1024))
+    check_rows(
+        logits, labels, tokens, grad, g_logp, g_entropy, torch.arange(n, device=CUDA).split(1024)
+    )
 
 
 def test_logprobs_past_2_to_the_31(gib):
@@ -69,7 +74,10 @@ def test_logprobs_past_2_to_the_31(gib):
     n, vocab = 18_000, 128_256
     assert n * vocab > 2**31
     logits = random_logits(n, vocab).requires_grad_()
-    labels, g_logp, g_entropy = torch.randint(vocab, (n,), device=CUDA), *torch.randn(2, n, device=CUDA)
+    labels, g_logp, g_entropy = (
+        torch.randint(vocab, (n,), device=CUDA),
+        *torch.randn(2, n, device=CUDA),
+    )
     tokens = ops.logprobs(logits, labels, with_entropy=True)
     (grad,) = torch.autograd.grad([tokens.logprobs, tokens.entropy], logits, [g_logp, g_entropy])
     border = 2**31 // vocab
@@ -93,13 +101,17 @@ def test_logits_kl_past_2_to_the_31(gib):
     assert error(grad[rows], torch.autograd.grad(exact, x, weight[rows])[0]) < UNIT
 
 
-def head(n: int, hidden: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def head(
+    n: int, hidden: int, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     h = torch.randn(n, hidden, device=CUDA).to(BF16).requires_grad_()
     w = (2 * hidden**-0.5 * torch.randn(vocab, hidden, device=CUDA)).to(BF16).requires_grad_()
     return h, w, torch.randint(vocab, (n,), device=CUDA), torch.rand(n, device=CUDA) > 0.2
 
 
-def exact_gradients(loss_of_rows, h, w, rows: int = 256) -> tuple[float, torch.Tensor, torch.Tensor]:
+def exact_gradients(
+    loss_of_rows, h, w, rows: int = 256
+) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Sum of `loss_of_rows(h, w, slice)` over blocks of rows and its gradients, in float64."""
     total, dh = 0.0, torch.empty(h.shape, dtype=torch.float64, device=CUDA)
     w64 = w.detach().double().requires_grad_()
@@ -125,7 +137,9 @@ def test_linear_cross_entropy(gib):
     loss = ops.linear_cross_entropy(h, w, labels, mask)
     grads = torch.autograd.grad(loss, [h, w])
     exact, *exact_grads = exact_gradients(
-        lambda a, b, at: linear_cross_entropy_ref(a, b, labels[at], mask[at], denominator=count), h, w
+        lambda a, b, at: linear_cross_entropy_ref(a, b, labels[at], mask[at], denominator=count),
+        h,
+        w,
     )
     assert abs(float(loss) - exact) < 1e-3 * abs(exact)  # the logits are rounded to bf16 on the way
     assert all(error(g, e) < 3 * UNIT for g, e in zip(grads, exact_grads, strict=True))
@@ -145,7 +159,9 @@ def test_linear_ppo_loss(gib):
     grads = torch.autograd.grad(out.loss, [h, w])
 
     def rows(a, b, at):
-        return linear_ppo_loss_ref(a, b, labels[at], old[at].double(), advantages[at].double(), mask[at], **shared).loss
+        return linear_ppo_loss_ref(
+            a, b, labels[at], old[at].double(), advantages[at].double(), mask[at], **shared
+        ).loss
 
     _, *exact_grads = exact_gradients(rows, h, w)
     assert all(error(g, e) < 3 * UNIT for g, e in zip(grads, exact_grads, strict=True))
@@ -186,7 +202,9 @@ def test_gae(shape):
     rewards, values = torch.randn(2, *shape, device=CUDA)
     mask = torch.rand(shape, device=CUDA) > 0.2
     exact = _gae_torch(rewards.double().cpu(), values.double().cpu(), mask.cpu(), 0.99, 0.95)
-    for ours, truth in zip(ops.gae(rewards, values, mask, 0.99, 0.95, backend="triton"), exact, strict=True):
+    for ours, truth in zip(
+        ops.gae(rewards, values, mask, 0.99, 0.95, backend="triton"), exact, strict=True
+    ):
         assert error(ours.cpu(), truth) < PER_TOKEN
 
 
@@ -197,7 +215,14 @@ def test_ppo_loss():
     mask = torch.rand(shape, device=CUDA) > 0.2
     leaves = [logp.requires_grad_(), values.requires_grad_()]
     out = ops.ppo_loss(
-        logp, old, advantages, mask, values=values, old_values=old_values, returns=returns, backend="triton"
+        logp,
+        old,
+        advantages,
+        mask,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        backend="triton",
     )
     l64, v64 = (t.detach().double().requires_grad_() for t in leaves)
     exact = ppo_loss_ref(
@@ -207,7 +232,9 @@ def test_ppo_loss():
     assert error(torch.stack(out).detach()[:3], torch.stack(exact).detach()[:3]) < PER_TOKEN
     # a ratio that rounds across the clip loses or gains its gradient: a handful in half a million
     for ours, truth in zip(
-        torch.autograd.grad(out.loss, leaves), torch.autograd.grad(exact.loss, [l64, v64]), strict=True
+        torch.autograd.grad(out.loss, leaves),
+        torch.autograd.grad(exact.loss, [l64, v64]),
+        strict=True,
     ):
         off = (ours.double() - truth).abs() > 1e-5 * truth.abs().max()
         assert int(off.sum()) <= 16
@@ -217,7 +244,10 @@ def test_ppo_loss():
 def test_ranking_loss(sizes):
     offsets = torch.tensor([0, *sizes]).cumsum(0).to(CUDA)
     n = int(offsets[-1])
-    scores, ranks = torch.randn(n, device=CUDA, requires_grad=True), torch.randint(9, (n,), device=CUDA)
+    scores, ranks = (
+        torch.randn(n, device=CUDA, requires_grad=True),
+        torch.randint(9, (n,), device=CUDA),
+    )
     out = ops.pairwise_ranking_loss(scores, ranks, offsets, backend="triton")
     s64 = scores.detach().double().requires_grad_()
     exact = pairwise_ranking_loss_ref(s64, ranks, offsets)

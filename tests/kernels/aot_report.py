@@ -24,7 +24,9 @@ from fastrlhf.kernels.rows import row_options
 LOGITS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _signature(kernel: Any, pointers: dict[str, str], floats: set[str], constexprs: dict[str, Any]) -> ASTSource:
+def _signature(
+    kernel: Any, pointers: dict[str, str], floats: set[str], constexprs: dict[str, Any]
+) -> ASTSource:
     """Pointers as named, of unknown alignment, the given floats fp32, counts 32-bit, strides 64-bit (the widest that a
     launch can pass)."""
     signature = {}
@@ -39,7 +41,15 @@ def _signature(kernel: Any, pointers: dict[str, str], floats: set[str], constexp
     return ASTSource(kernel, signature, constexprs={**constexprs})
 
 
-FLOATS = {"temperature", "scale", "inverse_temperature", "clip", "value_clip", "value_coef", "entropy_coef"}
+FLOATS = {
+    "temperature",
+    "scale",
+    "inverse_temperature",
+    "clip",
+    "value_clip",
+    "value_coef",
+    "entropy_coef",
+}
 FLOATS |= {"gamma", "lam"}
 
 
@@ -58,10 +68,16 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
         yield f"logprob_statistics {d}", *_vocabulary(logprob._statistics_kernel, d, MASKED=True)
         yield f"logprob_forward {d}", *_vocabulary(logprob._forward_kernel, d, KL=True, **both)
         gradients = {"LOGPROB": True, "LOGSUMEXP": True, "IN_STEP": True}
-        yield f"logprob_backward {d}", *_vocabulary(logprob._backward_kernel, d, **gradients, **both)
+        yield (
+            f"logprob_backward {d}",
+            *_vocabulary(logprob._backward_kernel, d, **gradients, **both),
+        )
         flags = {"MASKED": True, "IN_STEP": True}
         yield f"logits_kl_statistics {d}", *_vocabulary(logits_kl._statistics_kernel, d, **flags)
-        yield f"logits_kl_backward {d}", *_vocabulary(logits_kl._backward_kernel, d, LOGITS=True, REF=True, **flags)
+        yield (
+            f"logits_kl_backward {d}",
+            *_vocabulary(logits_kl._backward_kernel, d, LOGITS=True, REF=True, **flags),
+        )
     masks = {"mask_ptr": "*i1", "counter_ptr": "*i32"}
     flags = {"VALUES": True, "ENTROPY": True, "GIVEN": False, "BLOCK": ppo_loss.BLOCK}
     flags["MOST"] = ppo_loss.MAX_BLOCKS
@@ -70,14 +86,20 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
         options = gae.scan_options(length)
         warps, flags = options.pop("num_warps"), {"ESTIMATOR": 3, "CLIPPED": True, **options}
         yield f"gae {length}", _signature(gae._gae_kernel, masks, FLOATS, options), warps
-        yield f"shaped_gae {length}", _signature(gae._shaped_gae_kernel, masks, FLOATS, flags), warps
+        yield (
+            f"shaped_gae {length}",
+            _signature(gae._shaped_gae_kernel, masks, FLOATS, flags),
+            warps,
+        )
     flags = {"PER_PROMPT": True, "TILE": ranking.TILE}
     integers = {"ranks_ptr": "*i64", "offsets_ptr": "*i64", "counter_ptr": "*i32"}
     yield "ranking_loss fp32", _signature(ranking._kernel, integers, FLOATS, flags), 2
 
 
 def resources(name: str, source: ASTSource, warps: int, capability: int) -> dict[str, Any]:
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    built = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
     ptx = built.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

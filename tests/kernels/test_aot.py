@@ -13,7 +13,13 @@ import pytest
 
 pytest.importorskip("triton")
 REPORT = Path(__file__).with_name("aot_report.py")
-VOCABULARY = ("logprob_statistics", "logprob_forward", "logprob_backward", "logits_kl_statistics", "logits_kl_backward")
+VOCABULARY = (
+    "logprob_statistics",
+    "logprob_forward",
+    "logprob_backward",
+    "logits_kl_statistics",
+    "logits_kl_backward",
+)
 KERNELS = [f"{name} {dtype}" for dtype in ("bf16", "fp32") for name in VOCABULARY]
 KERNELS += ["ppo_loss fp32", "ranking_loss fp32"]
 KERNELS += [f"{name} {length}" for name in ("gae", "shaped_gae") for length in (128, 1024)]

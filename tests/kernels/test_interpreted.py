@@ -16,7 +16,14 @@ import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-FILES = ("test_logprob.py", "test_kl.py", "test_linear.py", "test_ppo.py", "test_advantage.py", "test_ranking.py")
+FILES = (
+    "test_logprob.py",
+    "test_kl.py",
+    "test_linear.py",
+    "test_ppo.py",
+    "test_advantage.py",
+    "test_ranking.py",
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/ops runs the kernels on the GPU")

@@ -12,9 +12,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 MODULES = ("gae", "logits_kl", "logprob", "ppo_loss", "ranking")
-gae, logits_kl, logprob, ppo_loss, ranking = (importlib.import_module(f"fastrlhf.kernels.{name}") for name in MODULES)
+gae, logits_kl, logprob, ppo_loss, ranking = (
+    importlib.import_module(f"fastrlhf.kernels.{name}") for name in MODULES
+)
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled"
+)
 
 
 @pytest.fixture
@@ -26,12 +30,22 @@ def compiled(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     jitted = type(logprob._forward_kernel)
-    monkeypatch.setattr(jitted, "__getitem__", lambda kernel, grid: functools.partial(kernel.warmup, grid=grid))
+    monkeypatch.setattr(
+        jitted, "__getitem__", lambda kernel, grid: functools.partial(kernel.warmup, grid=grid)
+    )
     modules = (gae, logits_kl, logprob, ppo_loss, ranking)
-    kernels = {f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items() if isinstance(f, jitted)}
+    kernels = {
+        f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items() if isinstance(f, jitted)
+    }
     for kernel in kernels.values():
-        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
-    return lambda: {n: sum(len(c[0]) for c in k.device_caches.values()) for n, k in kernels.items() if k.device_caches}
+        monkeypatch.setattr(
+            kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder)
+        )
+    return lambda: {
+        n: sum(len(c[0]) for c in k.device_caches.values())
+        for n, k in kernels.items()
+        if k.device_caches
+    }
 
 
 def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
@@ -51,14 +65,24 @@ def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
     stats = logits_kl.logits_kl_statistics(x, y, mask, 0.7, vocab)
     logits_kl.logits_kl_backward(x, y, mask, stats, a, b, 0.7, vocab, out, ref_out)
     ppo_loss.ppo_loss(a, b, c, mask, d, e, a, b, torch.ones(()), 0.2, 0.2, 1.0, 0.1)
-    table = cut(batch, length), cut(batch, length), cut(batch, length), cut(batch, length, dtype=torch.bool)
+    table = (
+        cut(batch, length),
+        cut(batch, length),
+        cut(batch, length),
+        cut(batch, length, dtype=torch.bool),
+    )
     gae.gae(table[0], table[1], table[3], 0.99, 0.95)
     gae.shaped_gae(cut(batch), *table, torch.ones(()), "k3", 0.2, 0.99, 0.95)
     ranking.ranking_loss(cut(n), cut(n, dtype=torch.int64), cut(batch + 1, dtype=torch.int64), True)
 
 
 def test_one_compilation_serves_all_sizes_and_all_slices(compiled):
-    for batch, length, vocab, offset in ((2, 5, 1003, 0), (1, 16, 1024, 1), (16, 1, 1000, 2), (3, 64, 32, 8)):
+    for batch, length, vocab, offset in (
+        (2, 5, 1003, 0),
+        (1, 16, 1024, 1),
+        (16, 1, 1000, 2),
+        (3, 64, 32, 8),
+    ):
         launch_everything(batch, length, vocab, offset)
     counts = compiled()
     assert len(counts) == 9

@@ -36,7 +36,13 @@ GPT2: dict[str, Any] = {
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
 }
-GPT2 |= {"attn_pdrop": 0.0, "vocab_size": VOCAB, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}
+GPT2 |= {
+    "attn_pdrop": 0.0,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 # Every architecture and every option of one that changes the arithmetic or the tensors.
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", **GPT2},
@@ -47,9 +53,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "n_inner": 40,
         "tie_word_embeddings": False,
     },
-    "llama": {"model_type": "llama", **SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "llama": {
+        "model_type": "llama",
+        **SIZES,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
     "llama-biases": {"model_type": "llama", **SIZES, "attention_bias": True, "mlp_bias": True},
-    "smollm": {"model_type": "llama", **SIZES, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "smollm": {
+        "model_type": "llama",
+        **SIZES,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+    },
     "mistral": {"model_type": "mistral", **SIZES, "sliding_window": None, "head_dim": 16},
     "qwen2": {"model_type": "qwen2", **SIZES},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
@@ -90,7 +105,9 @@ def hf_model() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def hf_folder(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]) -> Callable[[str], Path]:
+def hf_folder(
+    tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]
+) -> Callable[[str], Path]:
     """`hf_folder(variant)`: the folder of `hf_model(variant)`, written once and only read."""
     folders: dict[str, Path] = {}
 
@@ -120,4 +137,7 @@ def load(mesh: meshes.Mesh) -> Callable[..., GPT]:
 def sequences() -> list[list[int]]:
     """Random sequences of several lengths, one of a single token."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in (1, 9, 2, 33, 17)]
+    return [
+        torch.randint(VOCAB, (length,), generator=generator).tolist()
+        for length in (1, 9, 2, 33, 17)
+    ]

@@ -15,11 +15,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from fastrlhf.commands.convert import convert_from_hf, convert_to_hf
 from fastrlhf.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from fastrlhf.convert import convert_from_hf, convert_to_hf
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.models.gpt import GPT, build_model, global_names
-from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf, save_hf, verify_logits, vocab_size_from_hf
+from fastrlhf.models.hf import (
+    head_from_hf,
+    load_hf,
+    model_config_from_hf,
+    save_hf,
+    verify_logits,
+    vocab_size_from_hf,
+)
 from fastrlhf.models.hf.weights import hf_tensors
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
@@ -32,7 +39,13 @@ LAYOUTS = {
     "both": {"tensor": 2, "pipeline": 2, "sequence": True},
 }
 VOCAB = 101
-GPT2: dict[str, Any] = {"family": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64}
+GPT2: dict[str, Any] = {
+    "family": "gpt",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "max_positions": 64,
+}
 LLAMA: dict[str, Any] = {**GPT2, "family": "llama", "num_kv_heads": 2, "ffn_size": 48}
 
 
@@ -42,13 +55,18 @@ def micro_batches() -> list[PackedBatch]:
     """
     generator = torch.Generator().manual_seed(11)
     return [
-        pack([torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths], [0] * len(lengths))
+        pack(
+            [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths],
+            [0] * len(lengths),
+        )
         for lengths in ((5, 9, 1), (12, 4), (3, 3, 3), (20,))
     ]
 
 
 def scalar_head(stage: GPT) -> Any:
-    def head(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def head(
+        hidden: torch.Tensor, batch: PackedBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scores = stage.score(hidden)
         weights = torch.cos(torch.arange(scores.numel()) + batch.tokens.float())
         loss = (weights * scores.square()).sum() / 50
@@ -62,8 +80,12 @@ def scalar_head_gradients(mesh: Mesh, model: ModelConfig) -> tuple[float, dict[s
     stage = build_model(model, mesh, VOCAB, head="scalar", seed=5)
     optimizer = OptimizerConfig(lr=1e-3, distributed=False)
     learner = Learner(mesh, stage, optimizer, ScheduleConfig(decay="constant"), total_steps=1)
-    metrics = learner.accumulate(micro_batches()[mesh.data_rank :: mesh.data_size], scalar_head(stage))
-    gradients: dict[str, Any] = {name: vars(parameter)["main_grad"] for name, parameter in global_names(stage)}
+    metrics = learner.accumulate(
+        micro_batches()[mesh.data_rank :: mesh.data_size], scalar_head(stage)
+    )
+    gradients: dict[str, Any] = {
+        name: vars(parameter)["main_grad"] for name, parameter in global_names(stage)
+    }
     return mesh.sum_metrics(metrics)["loss"], dict(hf_tensors(stage, gradients))
 
 
@@ -76,7 +98,9 @@ def dropout(mesh: Mesh) -> dict[str, bool]:
     """Of the tensor-parallel ranks of a replica: whether they agree on hidden states, and on their masks of the
     embeddings.
     """
-    model = ModelConfig(**GPT2, dtype="fp32", residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3)
+    model = ModelConfig(
+        **GPT2, dtype="fp32", residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3
+    )
     stage = build_model(model, mesh, VOCAB, seed=5).train()
     masks: list[torch.Tensor] = []
     stage.embedding.register_forward_hook(lambda *args: masks.append((args[-1] != 0).float()))
@@ -93,7 +117,9 @@ def agree(mesh: Mesh, tensor: torch.Tensor) -> bool:
 
 def hugging_face(mesh: Mesh, source: Path, out: Path) -> float:
     """Loads, verifies, saves; the largest difference of logits."""
-    stage = build_model(model_config_from_hf(source), mesh, vocab_size_from_hf(source), head=head_from_hf(source))
+    stage = build_model(
+        model_config_from_hf(source), mesh, vocab_size_from_hf(source), head=head_from_hf(source)
+    )
     load_hf(source, stage)
     difference = verify_logits(stage, source, mesh)
     save_hf(stage, out, max_file_bytes=30_000)
@@ -103,9 +129,14 @@ def hugging_face(mesh: Mesh, source: Path, out: Path) -> float:
 def run(folder: Path, name: str) -> None:
     mesh = meshes.initialize(ParallelConfig(**LAYOUTS[name], timeout_s=120), seed=3)  # type: ignore[arg-type]
     out = folder / name
-    results: dict[str, Any] = {"logits": {}, "place": [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]}
+    results: dict[str, Any] = {
+        "logits": {},
+        "place": [mesh.tensor_size, mesh.pipeline_size, mesh.data_size],
+    }
     # Every family under the layout that splits most, a choice of them under the others.
-    for source in sorted([*(folder / "hf").iterdir(), *((folder / "hf-both").iterdir() if name == "both" else ())]):
+    for source in sorted(
+        [*(folder / "hf").iterdir(), *((folder / "hf-both").iterdir() if name == "both" else ())]
+    ):
         results["logits"][source.name] = hugging_face(mesh, source, out / "hf" / source.name)
     for family, fields in (("gpt", GPT2), ("llama", LLAMA)):
         model = ModelConfig(**fields, dtype="fp32")

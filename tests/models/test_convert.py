@@ -14,18 +14,19 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from fastrlhf import convert
+from fastrlhf.checkpoint.model_folder import describe_model
+from fastrlhf.commands import convert
 from fastrlhf.config import ParallelConfig
 from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.errors import UserError
 from fastrlhf.models.hf import LogitMismatch
-from fastrlhf.training.checkpoint import describe_model
 
 
 def same_tensors(first: Path, second: Path) -> bool:
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
     equal = {
-        name: after[name].dtype == tensor.dtype and torch.equal(tensor, after[name]) for name, tensor in before.items()
+        name: after[name].dtype == tensor.dtype and torch.equal(tensor, after[name])
+        for name, tensor in before.items()
     }
     return before.keys() == after.keys() and all(equal.values())
 
@@ -57,7 +58,9 @@ def test_language_model_with_tokenizer(
 
     # The exported policy works where people use it, and says what the original says.
     texts = [
-        transformers.pipeline("text-generation", model=str(folder))("a small", max_new_tokens=5, do_sample=False)
+        transformers.pipeline("text-generation", model=str(folder))(
+            "a small", max_new_tokens=5, do_sample=False
+        )
         for folder in (source, tmp_path / "back")
     ]
     assert texts[0] == texts[1] and texts[0][0]["generated_text"].startswith("a small")
@@ -74,15 +77,25 @@ class Bomb:
         return open, (str(self.mark), "w")
 
 
-def test_pickles_and_code_planted_in_a_folder_are_not_run(hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_pickles_and_code_planted_in_a_folder_are_not_run(
+    hf_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Beside good weights, in their place, and as modules that config.json asks for."""
     mark = tmp_path / "executed"
     folder = shutil.copytree(hf_folder("llama"), tmp_path / "source")
     train_bpe(["a small corpus of words to learn from"] * 4, 300, folder)
     torch.save(Bomb(mark), folder / "pytorch_model.bin")
-    for name in ("training_args.bin", "optimizer.pt", "adapter_model.bin", "tokenizer.model", "vocab.pkl"):
+    for name in (
+        "training_args.bin",
+        "optimizer.pt",
+        "adapter_model.bin",
+        "tokenizer.model",
+        "vocab.pkl",
+    ):
         shutil.copy(folder / "pytorch_model.bin", folder / name)
-    (folder / "planted.py").write_text(f"open({str(mark)!r}, 'w')\nConfig = Model = Tokenizer = None\n")
+    (folder / "planted.py").write_text(
+        f"open({str(mark)!r}, 'w')\nConfig = Model = Tokenizer = None\n"
+    )
     asked = {
         "config.json": {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model"},
         "tokenizer_config.json": {"AutoTokenizer": ["planted.Tokenizer", "planted.Tokenizer"]},
@@ -102,7 +115,9 @@ def test_pickles_and_code_planted_in_a_folder_are_not_run(hf_folder: Callable[[s
     assert mark.exists()  # the bomb works
 
 
-def test_reward_model_keeps_bias_and_statistics(hf_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_reward_model_keeps_bias_and_statistics(
+    hf_model: Callable[..., Any], tmp_path: Path
+) -> None:
     kind = transformers.AutoModelForSequenceClassification
     model = hf_model("gpt2", kind, num_labels=1, pad_token_id=0)
     model.config.score_bias = -0.625
@@ -110,19 +125,30 @@ def test_reward_model_keeps_bias_and_statistics(hf_model: Callable[..., Any], tm
     model.save_pretrained(tmp_path / "source")
     convert.convert_from_hf(tmp_path / "source", tmp_path / "ours")
     saved = describe_model(tmp_path / "ours")
-    assert (saved.head, saved.statistics, saved.tokenizer) == ("scalar", {"mean": 1.5, "std": 0.25}, "")
+    assert (saved.head, saved.statistics, saved.tokenizer) == (
+        "scalar",
+        {"mean": 1.5, "std": 0.25},
+        "",
+    )
     convert.convert_to_hf(tmp_path / "ours", tmp_path / "back")
     assert same_tensors(tmp_path / "source", tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["score_bias"] == -0.625
     assert config["score_statistics"] == {"mean": 1.5, "std": 0.25}
-    assert config["architectures"] == ["GPT2ForSequenceClassification"] and len(config["id2label"]) == 1
+    assert (
+        config["architectures"] == ["GPT2ForSequenceClassification"]
+        and len(config["id2label"]) == 1
+    )
 
 
-def test_mistakes_are_said_before_anything_is_written(hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_mistakes_are_said_before_anything_is_written(
+    hf_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"parallel\.tensor 4 does not divide num_kv_heads 2"):
         convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(tensor=4))
-    with pytest.raises(UserError, match=r"parallel\.pipeline 3 does not divide the model's 2 layers"):
+    with pytest.raises(
+        UserError, match=r"parallel\.pipeline 3 does not divide the model's 2 layers"
+    ):
         convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(pipeline=3))
     with pytest.raises(UserError, match="1 processes cannot be split"):
         convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(tensor=2))

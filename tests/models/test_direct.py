@@ -27,14 +27,24 @@ LENGTHS = {"mixed": (1, 9, 4, 30), "equal": (8, 8, 8), "single": (13,)}
 
 
 def build(mesh: Mesh, **changes: Any) -> GPT:
-    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "dtype": "fp32", "init_std": 0.15}
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "max_positions": 64,
+        "dtype": "fp32",
+        "init_std": 0.15,
+    }
     return build_model(ModelConfig(**{"family": "gpt", **sizes, **changes}), mesh, 101, seed=5)
 
 
 def gradients(stage: GPT, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Hidden states, and the gradients of a sum that weighs each of them differently."""
     generator = torch.Generator().manual_seed(3)
-    batch = pack([torch.randint(0, 101, (n,), generator=generator).tolist() for n in lengths], [0] * len(lengths))
+    batch = pack(
+        [torch.randint(0, 101, (n,), generator=generator).tolist() for n in lengths],
+        [0] * len(lengths),
+    )
     stage.zero_grad()
     hidden = stage(batch)
     (hidden * torch.randn(hidden.shape, generator=generator)).sum().backward()
@@ -43,16 +53,20 @@ def gradients(stage: GPT, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_forward_and_gradients_are_the_modules(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_forward_and_gradients_are_the_modules(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     stage = build(mesh, **VARIANTS[name])
     ours = {kind: gradients(stage, lengths) for kind, lengths in LENGTHS.items()}
-    monkeypatch.setattr(GPT, "_written_out", False)
+    monkeypatch.setattr(GPT, "_use_eager_forward", False)
     for kind, lengths in LENGTHS.items():
         expected = gradients(stage, lengths)
         assert expected.keys() == ours[kind].keys()
         assert len(expected) > 10
         for parameter, value in expected.items():
-            torch.testing.assert_close(ours[kind][parameter], value, atol=2e-5, rtol=1e-5, msg=f"{kind} {parameter}")
+            torch.testing.assert_close(
+                ours[kind][parameter], value, atol=2e-5, rtol=1e-5, msg=f"{kind} {parameter}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -71,17 +85,19 @@ def test_only_where_it_computes_the_same(
 ) -> None:
     stage = build(mesh, **changes).train(training)
     with torch.set_grad_enabled(grad):
-        assert stage._written_out is (written_out and mesh.device.type == "cpu")
+        assert stage._use_eager_forward is (written_out and mesh.device.type == "cpu")
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_what_a_gpu_fuses_is_the_same_arithmetic(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_a_gpu_fuses_is_the_same_arithmetic(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """megatron's fused activation and residual sum, uncompiled: its fused GELU is the tanh one."""
     expected = gradients(build(mesh, **VARIANTS[name]), LENGTHS["mixed"])
     of_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))
     config = gpt.stage_config
     monkeypatch.setattr(gpt, "stage_config", lambda model, _mesh: config(model, of_gpu))
-    monkeypatch.setattr(GPT, "_written_out", False)
+    monkeypatch.setattr(GPT, "_use_eager_forward", False)
     stage = build(mesh, **VARIANTS[name])
     assert stage.config.bias_activation_fusion and stage.config.bias_dropout_fusion
     with torch.compiler.set_stance("force_eager"):

@@ -14,14 +14,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrlhf.config import ModelConfig, load_config
 from fastrlhf.data.batches import PackedBatch, pack
-from fastrlhf.models import attention, direct
+from fastrlhf.models import attention, eager_forward
 from fastrlhf.models.attention import SequenceLayout, packed_attention
 from fastrlhf.models.gpt import GPT, VOCAB_MULTIPLE, build_model, global_names
 from fastrlhf.parallel.mesh import Mesh, seed_generators
 
 VOCAB = 101
 CONFIGS = Path(__file__).parents[2] / "configs" / "instructgpt"
-SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "dtype": "fp32"}
+SHAPE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "max_positions": 64,
+    "dtype": "fp32",
+}
 GPT2 = {"family": "gpt", **SHAPE}
 LLAMA = {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, **SHAPE}
 
@@ -31,12 +37,16 @@ def batch(sequences: list[list[int]]) -> PackedBatch:
     return pack(sequences, [0] * len(sequences))
 
 
-def loss_and_gradients(stage: GPT, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    stage: GPT, batch: PackedBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     stage.zero_grad()
     logits = stage(batch) @ stage.lm_head()["weight"].t()
     loss = F.cross_entropy(logits[:, :VOCAB], batch.labels, ignore_index=-100)
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None
+    }
 
 
 class TestDropout:
@@ -59,9 +69,13 @@ class TestDropout:
         seen: dict[str, Any] = {}
         layer = stage.decoder.layers[0]
         for name in ("self_attention", "mlp"):
-            getattr(layer, name).register_forward_hook(lambda *args, n=name: seen.update({n: args[-1]}))
+            getattr(layer, name).register_forward_hook(
+                lambda *args, n=name: seen.update({n: args[-1]})
+            )
         for name in ("input_layernorm", "pre_mlp_layernorm"):
-            getattr(layer, name).register_forward_hook(lambda *args, n=name: seen.update({n: args[1][0]}))
+            getattr(layer, name).register_forward_hook(
+                lambda *args, n=name: seen.update({n: args[1][0]})
+            )
         layer.register_forward_hook(lambda *args: seen.update(output=args[-1][0]))
         with torch.no_grad():
             stage(batch)
@@ -98,17 +112,25 @@ class TestDropout:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize(("recompute", "layers", "again"), [("selective", None, 2), ("full", None, 2), ("full", 1, 1)])
+@pytest.mark.parametrize(
+    ("recompute", "layers", "again"), [("selective", None, 2), ("full", None, 2), ("full", 1, 1)]
+)
 def test_recomputation_changes_nothing(
     recompute: Any, layers: int | None, again: int, dropout: float, mesh: Mesh, batch: PackedBatch
 ) -> None:
-    options: dict[str, Any] = {"residual_dropout": dropout, "attention_dropout": dropout, "embedding_dropout": dropout}
+    options: dict[str, Any] = {
+        "residual_dropout": dropout,
+        "attention_dropout": dropout,
+        "embedding_dropout": dropout,
+    }
     results, passes = [], []
     for choice in ({}, {"recompute": recompute, "recompute_layers": layers}):
         stage = build_model(ModelConfig(**LLAMA, **options, **choice), mesh, VOCAB, seed=1).train()
         calls: list[int] = []
         for layer in stage.decoder.layers:
-            layer.self_attention.core_attention.register_forward_hook(lambda *_, n=calls: n.append(1))
+            layer.self_attention.core_attention.register_forward_hook(
+                lambda *_, n=calls: n.append(1)
+            )
         seed_generators(mesh, 5)
         results.append(loss_and_gradients(stage, batch))
         passes.append(len(calls))
@@ -121,8 +143,12 @@ def test_recomputation_changes_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_body_has_an_fp32_scalar_head(dtype: Any, mesh: Mesh, batch: PackedBatch) -> None:
-    stage = build_model(ModelConfig(**{**LLAMA, "dtype": dtype}), mesh, VOCAB, head="scalar", seed=1)
+def test_half_precision_body_has_an_fp32_scalar_head(
+    dtype: Any, mesh: Mesh, batch: PackedBatch
+) -> None:
+    stage = build_model(
+        ModelConfig(**{**LLAMA, "dtype": dtype}), mesh, VOCAB, head="scalar", seed=1
+    )
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     for name, parameter in stage.named_parameters():
         assert parameter.dtype == (torch.float32 if name.startswith("score.") else half), name
@@ -147,7 +173,9 @@ def test_initial_weights(mesh: Mesh) -> None:
             expected = 0.05 / 4 if residual else 0.05
             rows = parameter[:VOCAB] if "word_embeddings" in name else parameter
             # The standard error of a standard deviation is sigma / sqrt(2 n).
-            assert abs(rows.std().item() - expected) < 5 * expected / math.sqrt(2 * rows.numel()), name
+            assert abs(rows.std().item() - expected) < 5 * expected / math.sqrt(2 * rows.numel()), (
+                name
+            )
     assert (stage.embedding.word_embeddings.weight[VOCAB:] == 0).all()
     same, other = (build_model(model, mesh, VOCAB, seed=seed) for seed in (1, 2))
     weights = [s.decoder.layers[3].mlp.linear_fc1.weight for s in (stage, same, other)]
@@ -177,14 +205,24 @@ def count(stage: GPT) -> int:
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"qkv_bias": True, "head_dim": 16}, {"bias": True}],
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qk_norm": True},
+        {"qkv_bias": True, "head_dim": 16},
+        {"bias": True},
+    ],
 )
 @pytest.mark.parametrize("family", [GPT2, LLAMA])
-def test_parameter_count(family: dict[str, Any], changes: dict[str, Any], head: Any, mesh: Mesh) -> None:
+def test_parameter_count(
+    family: dict[str, Any], changes: dict[str, Any], head: Any, mesh: Mesh
+) -> None:
     model = ModelConfig(**{**family, **changes})
     if model.norm == "layernorm" and model.qk_norm:
         model = model.model_copy(update={"qk_norm": False})
-    assert count(build_model(model, mesh, VOCAB, head=head, device="meta")) == expected_parameters(model, VOCAB, head)
+    assert count(build_model(model, mesh, VOCAB, head=head, device="meta")) == expected_parameters(
+        model, VOCAB, head
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,31 +230,53 @@ def test_parameter_count(family: dict[str, Any], changes: dict[str, Any], head: 
     [
         # GPT-2 small, 124,439,808 parameters with 50,257 rows of 768; ours has 47 rows more.
         (
-            {"family": "gpt", "num_layers": 12, "hidden_size": 768, "num_heads": 12, "max_positions": 1024},
+            {
+                "family": "gpt",
+                "num_layers": 12,
+                "hidden_size": 768,
+                "num_heads": 12,
+                "max_positions": 1024,
+            },
             50257,
             124_439_808 + 47 * 768,
         ),
         # Llama 7B (Touvron et al. 2023): 6.7 billion, exactly:
         (
-            {"family": "llama", "num_layers": 32, "hidden_size": 4096, "num_heads": 32, "ffn_size": 11008}
+            {
+                "family": "llama",
+                "num_layers": 32,
+                "hidden_size": 4096,
+                "num_heads": 32,
+                "ffn_size": 11008,
+            }
             | {"max_positions": 2048},
             32000,
             6_738_415_616,
         ),
         # Mistral 7B (Jiang et al. 2023), grouped-query attention.
         (
-            {"family": "llama", "num_layers": 32, "hidden_size": 4096, "num_heads": 32, "num_kv_heads": 8}
+            {
+                "family": "llama",
+                "num_layers": 32,
+                "hidden_size": 4096,
+                "num_heads": 32,
+                "num_kv_heads": 8,
+            }
             | {"ffn_size": 14336, "max_positions": 32768},
             32000,
             7_241_732_096,
         ),
     ],
 )
-def test_published_parameter_counts(model: dict[str, Any], vocab_size: int, published: int, mesh: Mesh) -> None:
+def test_published_parameter_counts(
+    model: dict[str, Any], vocab_size: int, published: int, mesh: Mesh
+) -> None:
     assert count(build_model(ModelConfig(**model), mesh, vocab_size, device="meta")) == published
 
 
-def test_every_instructgpt_configuration_builds_with_the_parameters_of_its_formula(mesh: Mesh) -> None:
+def test_every_instructgpt_configuration_builds_with_the_parameters_of_its_formula(
+    mesh: Mesh,
+) -> None:
     files = sorted(CONFIGS.glob("*/*.yaml"))
     assert len(files) >= 12, f"expected the configurations of the paper's models under {CONFIGS}"
     for file in files:
@@ -237,7 +297,8 @@ def test_shards_and_replicas_are_marked(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "varlen"), [(8, True), (128, True), (256, True), (4, False), (12, False), (264, False)]
+    ("width", "varlen"),
+    [(8, True), (128, True), (256, True), (4, False), (12, False), (264, False)],
 )
 def test_heads_that_flash_kernels_do_not_take_go_to_sdpa(
     width: int, varlen: bool, monkeypatch: pytest.MonkeyPatch
@@ -245,9 +306,11 @@ def test_heads_that_flash_kernels_do_not_take_go_to_sdpa(
     """On a GPU in half precision; its tensors have no storage here."""
     chosen = []
     monkeypatch.setattr(attention, "HAVE_FLASH_ATTN", False)
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, *_, **__: chosen.append(True) or q)
+    monkeypatch.setattr(
+        torch.nn.attention.varlen, "varlen_attn", lambda q, *_, **__: chosen.append(True) or q
+    )
     monkeypatch.setattr(attention, "_padded_attention", lambda q, *_: chosen.append(False) or q)
-    with direct.direct(), FakeTensorMode():  # not sent to the CPU
+    with eager_forward.no_torch_function(), FakeTensorMode():  # not sent to the CPU
         q = torch.empty(10, 4, width, dtype=torch.bfloat16, device="cuda")
         layout = SequenceLayout.packed(torch.empty(10), torch.empty(4), 5)
         layout.__dict__["paddings"] = (None,)

@@ -71,7 +71,9 @@ def write_gguf(path: Path, model: Any, *, extra: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize("variant", ["llama", "smollm"])
-def test_llama_in_gguf(variant: str, hf_model: Callable[..., Any], hf_folder: Any, mesh: Mesh, tmp_path: Path) -> None:
+def test_llama_in_gguf(
+    variant: str, hf_model: Callable[..., Any], hf_folder: Any, mesh: Mesh, tmp_path: Path
+) -> None:
     path = write_gguf(tmp_path / "model.gguf", hf_model(variant))
     model = model_config_from_hf(path)
     assert model.tie_embeddings == (variant == "smollm")
@@ -82,7 +84,8 @@ def test_llama_in_gguf(variant: str, hf_model: Callable[..., Any], hf_folder: An
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"), [("rope_freqs.weight", "rope_freqs"), ("blk.0.attn_q_norm.weight", "tensors in the file")]
+    ("extra", "message"),
+    [("rope_freqs.weight", "rope_freqs"), ("blk.0.attn_q_norm.weight", "tensors in the file")],
 )
 def test_tensors_that_transformers_would_skip(
     extra: str, message: str, hf_model: Callable[..., Any], mesh: Mesh, tmp_path: Path

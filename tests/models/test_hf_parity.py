@@ -39,7 +39,11 @@ def logits_of(stage: GPT, sequences: list[list[int]]) -> torch.Tensor:
 
 
 def test_packed_logits_equal_those_of_each_sequence_alone(
-    variant: str, hf_folder: Folder, hf_model: Callable[..., Any], load: Load, sequences: list[list[int]]
+    variant: str,
+    hf_folder: Folder,
+    hf_model: Callable[..., Any],
+    load: Load,
+    sequences: list[list[int]],
 ) -> None:
     reference = hf_model(variant)
     with torch.no_grad():
@@ -51,7 +55,11 @@ def test_packed_logits_equal_those_of_each_sequence_alone(
 
 @pytest.mark.parametrize("variant", ["gpt2", "gpt2-exact-gelu-untied", "llama", "qwen3"])
 def test_gradients_of_a_cross_entropy_equal_those_of_transformers(
-    variant: str, hf_folder: Folder, hf_model: Callable[..., Any], load: Load, sequences: list[list[int]]
+    variant: str,
+    hf_folder: Folder,
+    hf_model: Callable[..., Any],
+    load: Load,
+    sequences: list[list[int]],
 ) -> None:
     reference = hf_model(variant)
     count = sum(len(tokens) - 1 for tokens in sequences)
@@ -72,7 +80,9 @@ def test_gradients_of_a_cross_entropy_equal_those_of_transformers(
         for theirs_name, gradient in ours.items():
             expected = theirs[theirs_name]
             assert expected is not None
-            assert (gradient - expected).abs().max() <= 2e-6 + 1e-4 * expected.abs().max(), theirs_name
+            assert (gradient - expected).abs().max() <= 2e-6 + 1e-4 * expected.abs().max(), (
+                theirs_name
+            )
             compared.add(theirs_name)
     assert compared == set(theirs)
 
@@ -80,20 +90,27 @@ def test_gradients_of_a_cross_entropy_equal_those_of_transformers(
 def test_round_trip_is_bitwise(variant: str, hf_folder: Folder, load: Load, tmp_path: Path) -> None:
     stage = load(hf_folder(variant))
     save_hf(stage, tmp_path / "out")
-    before, after = (load_file(folder / "model.safetensors") for folder in (hf_folder(variant), tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (hf_folder(variant), tmp_path / "out")
+    )
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name
     assert model_config_from_hf(tmp_path / "out") == model_config_from_hf(hf_folder(variant))
 
 
-def test_bf16_round_trip_is_bitwise(hf_model: Callable[..., Any], load: Load, mesh: Mesh, tmp_path: Path) -> None:
+def test_bf16_round_trip_is_bitwise(
+    hf_model: Callable[..., Any], load: Load, mesh: Mesh, tmp_path: Path
+) -> None:
     hf_model("llama").bfloat16().save_pretrained(tmp_path / "in")
     stage = load(tmp_path / "in")
     assert {parameter.dtype for parameter in stage.parameters()} == {torch.bfloat16}
     save_hf(stage, tmp_path / "out")
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("in", "out"))
-    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16 for name in before)
+    assert all(
+        torch.equal(before[name], after[name]) and after[name].dtype == torch.bfloat16
+        for name in before
+    )
     assert verify_logits(stage, tmp_path / "out", mesh) < 1e-5
 
 
@@ -106,7 +123,9 @@ def test_sharded_files_have_an_index_that_transformers_and_we_read(
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files
     for name in files:
-        assert len(load_file(tmp_path / "out" / name)) == list(index["weight_map"].values()).count(name)
+        assert len(load_file(tmp_path / "out" / name)) == list(index["weight_map"].values()).count(
+            name
+        )
     assert verify_logits(load(tmp_path / "out"), tmp_path / "out", mesh) < 1e-5
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, parameter in hf_model("llama").named_parameters():
@@ -125,7 +144,9 @@ def test_published_gpt2_names_and_buffers_load(
     bare["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(bare, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((hf_folder("gpt2") / "config.json").read_text())
-    assert torch.equal(logits_of(load(tmp_path), sequences), logits_of(load(hf_folder("gpt2")), sequences))
+    assert torch.equal(
+        logits_of(load(tmp_path), sequences), logits_of(load(hf_folder("gpt2")), sequences)
+    )
 
 
 def test_verify_logits_measures_one_wrong_number(hf_folder: Folder, load: Load, mesh: Mesh) -> None:
@@ -141,24 +162,34 @@ class TestRewardModels:
     """`...ForSequenceClassification` with one label is our scalar head."""
 
     @pytest.fixture(params=["gpt2", "llama"])
-    def folder(self, request: pytest.FixtureRequest, hf_model: Callable[..., Any], tmp_path: Path) -> Path:
+    def folder(
+        self, request: pytest.FixtureRequest, hf_model: Callable[..., Any], tmp_path: Path
+    ) -> Path:
         kind = transformers.AutoModelForSequenceClassification
-        hf_model(request.param, kind, num_labels=1, pad_token_id=0).save_pretrained(tmp_path / "reward")
+        hf_model(request.param, kind, num_labels=1, pad_token_id=0).save_pretrained(
+            tmp_path / "reward"
+        )
         return tmp_path / "reward"
 
     def build(self, folder: Path, mesh: Mesh) -> GPT:
         assert head_from_hf(folder) == "scalar"
-        stage = build_model(model_config_from_hf(folder), mesh, vocab_size_from_hf(folder), head="scalar", seed=1)
+        stage = build_model(
+            model_config_from_hf(folder), mesh, vocab_size_from_hf(folder), head="scalar", seed=1
+        )
         load_hf(folder, stage)
         return stage.eval()
 
-    def test_scores_equal_those_of_transformers(self, folder: Path, mesh: Mesh, sequences: list[list[int]]) -> None:
+    def test_scores_equal_those_of_transformers(
+        self, folder: Path, mesh: Mesh, sequences: list[list[int]]
+    ) -> None:
         stage = self.build(folder, mesh)
         reference = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
         batch = pack(sequences, [0] * len(sequences))
         with torch.no_grad():
             ours = stage.score(stage(batch))[batch.cu_seqlens[1:].long() - 1]
-            theirs = torch.stack([reference(torch.tensor([tokens])).logits[0, 0] for tokens in sequences])
+            theirs = torch.stack(
+                [reference(torch.tensor([tokens])).logits[0, 0] for tokens in sequences]
+            )
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert verify_logits(stage, folder, mesh) < 1e-5
 
@@ -172,11 +203,17 @@ class TestRewardModels:
         assert torch.equal(again.score.bias, stage.score.bias)
         assert torch.equal(again.score.weight, stage.score.weight)
         assert verify_logits(again, tmp_path / "out", mesh) < 1e-5
-        assert json.loads((tmp_path / "out" / "config.json").read_text())["score_statistics"] == {"mean": 0.5}
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["score_statistics"] == {
+            "mean": 0.5
+        }
 
-    def test_language_model_gives_the_body_and_a_fresh_head(self, hf_folder: Folder, mesh: Mesh) -> None:
+    def test_language_model_gives_the_body_and_a_fresh_head(
+        self, hf_folder: Folder, mesh: Mesh
+    ) -> None:
         model = model_config_from_hf(hf_folder("llama"))
-        stage = build_model(model, mesh, vocab_size_from_hf(hf_folder("llama")), head="scalar", seed=1)
+        stage = build_model(
+            model, mesh, vocab_size_from_hf(hf_folder("llama")), head="scalar", seed=1
+        )
         head = stage.score.weight.clone()
         load_hf(hf_folder("llama"), stage)
         stored = load_file(hf_folder("llama") / "model.safetensors")

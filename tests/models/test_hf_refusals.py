@@ -47,27 +47,50 @@ def copy(hf_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope_scaling = dynamic",
         ),
-        ("llama", {"attention_bias": True}, "attention_bias = True .* expected the same as mlp_bias"),
+        (
+            "llama",
+            {"attention_bias": True},
+            "attention_bias = True .* expected the same as mlp_bias",
+        ),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = gelu .* expected silu"),
         ("llama", {"dtype": "float64"}, "dtype = torch.float64"),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads"),
-        ("mistral", {"sliding_window": 32}, "sliding_window = 32 .* expected null, or at least .*64"),
+        (
+            "mistral",
+            {"sliding_window": 32},
+            "sliding_window = 32 .* expected null, or at least .*64",
+        ),
         (
             "qwen2",
-            {"use_sliding_window": True, "sliding_window": 32, "layer_types": None, "max_window_layers": 1},
+            {
+                "use_sliding_window": True,
+                "sliding_window": 32,
+                "layer_types": None,
+                "max_window_layers": 1,
+            },
             "sliding_window = 32",
         ),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = relu"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx = True",
+        ),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
-        ("gpt2", {"model_type": "gpt_neox"}, "model_type gpt_neox is not supported; supported are gpt2, llama"),
+        (
+            "gpt2",
+            {"model_type": "gpt_neox"},
+            "model_type gpt_neox is not supported; supported are gpt2, llama",
+        ),
         ("gpt2", {"model_type": "of-tomorrow"}, "of-tomorrow"),
     ],
 )
-def test_options_we_do_not_compute(copy: Copy, variant: str, changes: dict[str, Any], message: str) -> None:
+def test_options_we_do_not_compute(
+    copy: Copy, variant: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         model_config_from_hf(copy(variant, **changes))
 
@@ -77,7 +100,15 @@ def test_options_we_do_not_compute(copy: Copy, variant: str, changes: dict[str, 
     [
         ("mistral", {"sliding_window": 64}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None, "max_window_layers": 3}),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": None,
+                "max_window_layers": 3,
+            },
+        ),
     ],
 )
 def test_windows_that_mask_nothing_load(copy: Copy, variant: str, changes: dict[str, Any]) -> None:
@@ -88,7 +119,9 @@ def test_heads(copy: Copy) -> None:
     folder = copy("llama", architectures=["LlamaForSequenceClassification"], num_labels=2)
     with pytest.raises(UserError, match=r"num_labels = 2 .* one number"):
         head_from_hf(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaModel"]})
+    )
     with pytest.raises(UserError, match="architectures = LlamaModel"):
         head_from_hf(folder)
 
@@ -108,20 +141,31 @@ class TestFiles:
         return folder
 
     def test_missing_tensor(self, copy: Copy, stage: GPT) -> None:
-        folder = self.change(copy("llama"), lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-        with pytest.raises(UserError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight \[48, 32\] is missing"):
+        folder = self.change(
+            copy("llama"), lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")
+        )
+        with pytest.raises(
+            UserError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight \[48, 32\] is missing"
+        ):
             load_hf(folder, stage)
 
     def test_tensor_without_a_place(self, copy: Copy, stage: GPT) -> None:
         folder = self.change(
-            copy("llama"), lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})
+            copy("llama"),
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
         )
-        with pytest.raises(UserError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias has no place"):
+        with pytest.raises(
+            UserError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias has no place"
+        ):
             load_hf(folder, stage)
 
     def test_wrong_shape(self, copy: Copy, stage: GPT) -> None:
-        folder = self.change(copy("llama"), lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-        with pytest.raises(UserError, match=r"tensor model\.norm\.weight is \[31\], but config\.json says \[32\]"):
+        folder = self.change(
+            copy("llama"), lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})
+        )
+        with pytest.raises(
+            UserError, match=r"tensor model\.norm\.weight is \[31\], but config\.json says \[32\]"
+        ):
             load_hf(folder, stage)
 
     def test_integer_weights(self, copy: Copy, stage: GPT) -> None:
@@ -141,10 +185,16 @@ class TestFiles:
         folder = copy("llama")
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        index = {"weight_map": dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}}
+        index = {
+            "weight_map": dict.fromkeys(tensors, "a.safetensors")
+            | {"model.norm.weight": "b.safetensors"}
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         save_file(tensors, folder / "a.safetensors")
-        with pytest.raises(UserError, match=r"b\.safetensors: missing, but model\.safetensors\.index\.json names it"):
+        with pytest.raises(
+            UserError,
+            match=r"b\.safetensors: missing, but model\.safetensors\.index\.json names it",
+        ):
             load_hf(folder, stage)
         save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "b.safetensors")
         with pytest.raises(UserError, match=r"tensor model\.norm\.weight is in another file"):
@@ -153,11 +203,15 @@ class TestFiles:
         with pytest.raises(UserError, match="not a safetensors index"):
             load_hf(folder, stage)
 
-    def test_pickles_are_never_opened(self, copy: Copy, stage: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_pickles_are_never_opened(
+        self, copy: Copy, stage: GPT, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         folder = copy("llama")
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
-        with pytest.raises(UserError, match=r"no safetensors, only \.bin weights: .*save_pretrained"):
+        with pytest.raises(
+            UserError, match=r"no safetensors, only \.bin weights: .*save_pretrained"
+        ):
             load_hf(folder, stage)
 
     def test_no_weights_and_no_model(self, copy: Copy, stage: GPT, tmp_path: Path) -> None:
@@ -168,15 +222,24 @@ class TestFiles:
         with pytest.raises(UserError, match="no Hugging Face model here"):
             model_config_from_hf(tmp_path / "nowhere")
 
-    def test_tied_model_may_repeat_its_embedding_only_if_equal(self, copy: Copy, mesh: Mesh) -> None:
+    def test_tied_model_may_repeat_its_embedding_only_if_equal(
+        self, copy: Copy, mesh: Mesh
+    ) -> None:
         folder = copy("smollm")
         stage = build_model(model_config_from_hf(folder), mesh, 101)
         embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-        load_hf(self.change(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()})), stage)
+        load_hf(
+            self.change(
+                folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()})
+            ),
+            stage,
+        )
         other = embedding.clone()
         other[100, 31] += 1
         self.change(folder, lambda tensors: tensors.update({"lm_head.weight": other}))
-        with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        with pytest.raises(
+            UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"
+        ):
             load_hf(folder, stage)
 
 
@@ -207,9 +270,17 @@ def test_saving_refuses_shapes_that_have_no_architecture_and_folders_in_use(
     mesh: Mesh, stage: GPT, tmp_path: Path
 ) -> None:
     odd = ModelConfig(
-        family="gpt", num_layers=1, hidden_size=32, num_heads=2, max_positions=8, norm="rmsnorm", dtype="fp32"
+        family="gpt",
+        num_layers=1,
+        hidden_size=32,
+        num_heads=2,
+        max_positions=8,
+        norm="rmsnorm",
+        dtype="fp32",
     )
-    with pytest.raises(UserError, match=r"no Hugging Face architecture computes this model \(position=learned"):
+    with pytest.raises(
+        UserError, match=r"no Hugging Face architecture computes this model \(position=learned"
+    ):
         save_hf(build_model(odd, mesh, 101, seed=1), tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
     (tmp_path / "file").write_text("")

@@ -31,7 +31,9 @@ def script(imported: Callable[[Path], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def ran(
-    tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any], four_ranks: Callable[..., None]
+    tmp_path_factory: pytest.TempPathFactory,
+    hf_model: Callable[..., Any],
+    four_ranks: Callable[..., None],
 ) -> Path:
     """The folder in which four ranks left their results."""
     folder = tmp_path_factory.mktemp("layouts")
@@ -41,7 +43,9 @@ def ran(
         hf_model(variant).save_pretrained(folder / "hf-both" / variant)
     kind = transformers.AutoModelForSequenceClassification
     hf_model("gpt2", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf" / "reward")
-    hf_model("llama", kind, num_labels=1, pad_token_id=0).save_pretrained(folder / "hf-both" / "llama-reward")
+    hf_model("llama", kind, num_labels=1, pad_token_id=0).save_pretrained(
+        folder / "hf-both" / "llama-reward"
+    )
     four_ranks(SCRIPT, folder)
     return folder
 
@@ -49,7 +53,10 @@ def ran(
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest, ran: Path) -> Path:
     """The results of one layout."""
-    assert json.loads((ran / request.param / "results.json").read_text())["place"] == LAYOUTS[request.param]
+    assert (
+        json.loads((ran / request.param / "results.json").read_text())["place"]
+        == LAYOUTS[request.param]
+    )
     return ran / request.param
 
 
@@ -63,7 +70,9 @@ def test_hugging_face_folders_load_verify_and_come_back_bitwise(variant: str, la
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS_BOTH, "llama-reward"])
-def test_every_family_comes_back_bitwise_from_tensor_and_pipeline_parallel(variant: str, ran: Path) -> None:
+def test_every_family_comes_back_bitwise_from_tensor_and_pipeline_parallel(
+    variant: str, ran: Path
+) -> None:
     assert_back_bitwise(ran / "both", ran / "hf-both" / variant)
 
 
@@ -78,7 +87,9 @@ def assert_back_bitwise(layout: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_scalar_head_equals_one_rank(family: str, layout: Path, script: ModuleType, mesh: Mesh) -> None:
+def test_scalar_head_equals_one_rank(
+    family: str, layout: Path, script: ModuleType, mesh: Mesh
+) -> None:
     fields = script.GPT2 if family == "gpt" else script.LLAMA
     loss, gradients = script.scalar_head_gradients(mesh, ModelConfig(**fields, dtype="fp32"))
     assert results(layout)[f"scalar.{family}"] == pytest.approx(loss, rel=1e-6)
@@ -90,7 +101,9 @@ def test_scalar_head_equals_one_rank(family: str, layout: Path, script: ModuleTy
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_initial_weights_are_those_of_one_rank(family: str, layout: Path, script: ModuleType, mesh: Mesh) -> None:
+def test_initial_weights_are_those_of_one_rank(
+    family: str, layout: Path, script: ModuleType, mesh: Mesh
+) -> None:
     fields = script.GPT2 if family == "gpt" else script.LLAMA
     expected = script.initial_weights(mesh, ModelConfig(**fields, dtype="fp32"))
     weights = load_file(layout / f"initial.{family}.safetensors")
@@ -103,10 +116,14 @@ def test_four_ranks_convert_there_and_back(ran: Path) -> None:
     assert max(json.loads((ran / "converted.json").read_text())) < 2e-5
     before = load_file(ran / "hf" / "qwen2-tied" / "model.safetensors")
     after = load_file(ran / "converted" / "model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 @pytest.mark.parametrize("name", ["tensor", "sequence"])
-def test_dropout_is_shared_where_activations_are_and_differs_where_they_are_split(name: str, ran: Path) -> None:
+def test_dropout_is_shared_where_activations_are_and_differs_where_they_are_split(
+    name: str, ran: Path
+) -> None:
     """Tensor-parallel ranks hold the same tokens' embeddings, sequence-parallel ranks those of different tokens."""
     assert results(ran / name)["dropout"] == {"hidden": True, "masks": name == "tensor"}

@@ -15,14 +15,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrlhf.config import ModelConfig
-from fastrlhf.data.batches import RankingBatch, TokenizedRanking, pack_branches, pack_rankings, ranking_tokens
+from fastrlhf.data.batches import (
+    RankingBatch,
+    TokenizedRanking,
+    pack_branches,
+    pack_rankings,
+    ranking_tokens,
+)
 from fastrlhf.models.attention import SequenceLayout, packed_attention
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.ops import pairwise_ranking_loss
 from fastrlhf.parallel.mesh import Mesh
 
 VOCAB = 101
-SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "dtype": "fp32"}
+SHAPE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "max_positions": 64,
+    "dtype": "fp32",
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {"family": "gpt", **SHAPE},
     "llama": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, **SHAPE},
@@ -42,41 +54,66 @@ def rankings(packing: str) -> list[TokenizedRanking]:
         return torch.randint(VOCAB, (length,), generator=generator).tolist()
 
     return [
-        TokenizedRanking(draw(prompt), [draw(length) for length in responses], list(range(len(responses))))
+        TokenizedRanking(
+            draw(prompt), [draw(length) for length in responses], list(range(len(responses)))
+        )
         for prompt, responses in PACKINGS[packing]
     ]
 
 
 def build(mesh: Mesh, family: str, **changes: Any) -> GPT:
     return build_model(
-        ModelConfig(**{**FAMILIES[family], "init_std": 0.2, **changes}), mesh, VOCAB, head="scalar", seed=1
+        ModelConfig(**{**FAMILIES[family], "init_std": 0.2, **changes}),
+        mesh,
+        VOCAB,
+        head="scalar",
+        seed=1,
     )
 
 
-def scores_and_gradients(stage: GPT, batch: RankingBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def scores_and_gradients(
+    stage: GPT, batch: RankingBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     stage.zero_grad()
     scores = stage.score(stage(batch)[batch.last_index])
     pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets).loss.backward()
-    return scores.detach(), {name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None}
+    return scores.detach(), {
+        name: p.grad.clone() for name, p in stage.named_parameters() if p.grad is not None
+    }
 
 
-def assert_same(one: tuple[torch.Tensor, dict], other: tuple[torch.Tensor, dict], tolerance: float = 1e-5) -> None:
+def assert_same(
+    one: tuple[torch.Tensor, dict], other: tuple[torch.Tensor, dict], tolerance: float = 1e-5
+) -> None:
     (scores, gradients), (same_scores, same_gradients) = one, other
     assert scores.std() > 0.1
     torch.testing.assert_close(same_scores, scores, atol=tolerance, rtol=tolerance)
     assert gradients.keys() == same_gradients.keys()
     for name, gradient in gradients.items():
-        assert (same_gradients[name] - gradient).abs().max() <= 1e-7 + tolerance * gradient.abs().max(), name
+        assert (
+            same_gradients[name] - gradient
+        ).abs().max() <= 1e-7 + tolerance * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_and_gradients_are_those_of_separate_forwards(family: str, packing: str, mesh: Mesh) -> None:
+def test_scores_and_gradients_are_those_of_separate_forwards(
+    family: str, packing: str, mesh: Mesh
+) -> None:
     stage, groups = build(mesh, family), rankings(packing)
     shared, separate = pack_rankings(groups, shared_prompt=True), pack_rankings(groups)
-    assert shared.tokens.numel() == sum(ranking_tokens(group, shared_prompt=True) for group in groups)
-    assert separate.tokens.numel() == sum(ranking_tokens(group, shared_prompt=False) for group in groups)
-    assert shared.separate_tokens() == separate.separate_tokens() == separate.tokens.numel() > shared.tokens.numel()
+    assert shared.tokens.numel() == sum(
+        ranking_tokens(group, shared_prompt=True) for group in groups
+    )
+    assert separate.tokens.numel() == sum(
+        ranking_tokens(group, shared_prompt=False) for group in groups
+    )
+    assert (
+        shared.separate_tokens()
+        == separate.separate_tokens()
+        == separate.tokens.numel()
+        > shared.tokens.numel()
+    )
     assert_same(scores_and_gradients(stage, separate), scores_and_gradients(stage, shared))
 
 
@@ -84,7 +121,9 @@ def test_packing_prompts_together_changes_nothing(mesh: Mesh) -> None:
     stage, groups = build(mesh, "llama"), rankings("several")
     with torch.no_grad():
         together = stage(batch := pack_rankings(groups, shared_prompt=True))[batch.last_index]
-        alone = [stage(b := pack_rankings([group], shared_prompt=True))[b.last_index] for group in groups]
+        alone = [
+            stage(b := pack_rankings([group], shared_prompt=True))[b.last_index] for group in groups
+        ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
@@ -110,40 +149,59 @@ def test_no_response_sees_another(mesh: Mesh) -> None:
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(recompute: str, mesh: Mesh) -> None:
     batch = pack_rankings(rankings("several"), shared_prompt=True)
-    plain, again = (scores_and_gradients(build(mesh, "llama", recompute=r).train(), batch) for r in ("none", recompute))
+    plain, again = (
+        scores_and_gradients(build(mesh, "llama", recompute=r).train(), batch)
+        for r in ("none", recompute)
+    )
     assert_same(plain, again)
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
 ) -> torch.Tensor:
     """What variable-length kernels compute with causal=True, written out: a sequence's last query sees all its keys,
     the one before all but the last key, and so on (flash-attn >= 2.1; key heads serve groups of query heads).
     """
     out = []
-    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+    for (q0, q1), (k0, k1) in zip(
+        itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
+    ):
         assert q1 - q0 <= max_q and k1 - k0 <= max_k
         groups = q.shape[1] // k.shape[1]
         keys, values = (x[k0:k1].repeat_interleave(groups, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) / math.sqrt(q.shape[-1])
         hidden = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).triu(k1 - k0 - (q1 - q0) + 1)
-        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+        out.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+        )
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_what_variable_length_kernels_are_handed(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_variable_length_kernels_are_handed(
+    packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The GPU's path with its kernel written out in torch: the same outputs and gradients as the padded path."""
 
     def flash_attn_varlen_func(*args: Any, dropout_p: float, causal: bool) -> torch.Tensor:
         assert dropout_p == 0.0 and causal
         return varlen_attention(*args)
 
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setitem(
+        sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    )
     batch = pack_rankings(rankings(packing), shared_prompt=True)
     generator = torch.Generator().manual_seed(2)
     T = batch.tokens.numel()
-    inputs = [torch.randn(T, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    inputs = [
+        torch.randn(T, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)
+    ]
     upstream = torch.randn(T, 4, 8, generator=generator)
     results = []
     for backend in ("sdpa", "flash"):
@@ -187,7 +245,19 @@ def test_two_prompts_by_hand() -> None:
     assert batch.cu_seqlens_kv.tolist() == [0, 2, 6, 11, 12, 15, 17]
     assert (batch.max_seqlen, batch.max_seqlen_kv) == (3, 5)
     assert batch.labels.tolist() == [2, -100, 0, -100, 5, 0, -100, -100, 0, -100, -100]
-    assert batch.loss_mask.tolist() == [False, False, True, False, True, True, False, False, True, False, False]
+    assert batch.loss_mask.tolist() == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert last.tolist() == [3, 6, 9, 10]
     dtypes = (batch.positions, batch.key_index, batch.cu_seqlens_kv, last)
     assert [t.dtype for t in dtypes] == [torch.int64, torch.int64, torch.int32, torch.int64]
@@ -197,10 +267,18 @@ tokens = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
 
 @given(
-    st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=6), st.lists(tokens, min_size=1)), min_size=1, max_size=5)
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 9), max_size=6), st.lists(tokens, min_size=1)),
+        min_size=1,
+        max_size=5,
+    )
 )
-def test_a_response_reads_its_prompt_and_itself(groups: list[tuple[list[int], list[list[int]]]]) -> None:
-    batch, last = pack_branches([prompt for prompt, _ in groups], [responses for _, responses in groups])
+def test_a_response_reads_its_prompt_and_itself(
+    groups: list[tuple[list[int], list[list[int]]]],
+) -> None:
+    batch, last = pack_branches(
+        [prompt for prompt, _ in groups], [responses for _, responses in groups]
+    )
     assert batch.key_index is not None and batch.cu_seqlens_kv is not None
     read = {}
     for s in range(batch.num_sequences):
@@ -211,7 +289,9 @@ def test_a_response_reads_its_prompt_and_itself(groups: list[tuple[list[int], li
     expected = [prompt + response for prompt, responses in groups for response in responses]
     assert [read[place] for place in last.tolist()] == expected
     # A response's first label would stand on its prompt; all its others count.
-    assert batch.loss_mask.sum() == sum(len(response) - 1 for _, responses in groups for response in responses)
+    assert batch.loss_mask.sum() == sum(
+        len(response) - 1 for _, responses in groups for response in responses
+    )
     # Beside the responses, only prompts are there, each once.
     assert batch.num_sequences == len(expected) + sum(bool(prompt) for prompt, _ in groups)
 
@@ -222,6 +302,9 @@ def test_moves_with_its_batch_and_refuses_what_cannot_be_scored() -> None:
     for shared_prompt in (False, True):
         with pytest.raises(ValueError, match="ranking 1: response 1 is empty"):
             pack_rankings(
-                [TokenizedRanking([1], [[2], [3]], (1, 2)), TokenizedRanking([1], [[2], []], (1, 2))],
+                [
+                    TokenizedRanking([1], [[2], [3]], (1, 2)),
+                    TokenizedRanking([1], [[2], []], (1, 2)),
+                ],
                 shared_prompt=shared_prompt,
             )

@@ -46,12 +46,19 @@ def _seed() -> None:
 def within():
     """within(ours, exact, torchs, bound): |ours - exact| <= the largest |torchs - exact| + bound, and NaNs nowhere."""
 
-    def check(ours: torch.Tensor, exact: torch.Tensor, torchs: torch.Tensor, bound: torch.Tensor | float) -> None:
+    def check(
+        ours: torch.Tensor, exact: torch.Tensor, torchs: torch.Tensor, bound: torch.Tensor | float
+    ) -> None:
         assert ours.shape == exact.shape
         ours, exact, torchs = (t.detach().double().cpu() for t in (ours, exact, torchs))
         same = (ours == exact) | (ours.isneginf() & exact.isneginf())
         error = torch.where(same, 0.0, (ours - exact).abs())
-        allowed = torch.where(torchs == exact, 0.0, (torchs - exact).abs()).nan_to_num(0.0, posinf=0.0).max() + bound
+        allowed = (
+            torch.where(torchs == exact, 0.0, (torchs - exact).abs())
+            .nan_to_num(0.0, posinf=0.0)
+            .max()
+            + bound
+        )
         assert bool((error <= allowed).all()), f"error {error.max():.3e}, allowed {allowed}"
 
     return check

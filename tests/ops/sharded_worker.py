@@ -84,17 +84,29 @@ def data() -> dict[str, torch.Tensor]:
 def check_logprobs(shard: Shard, dtype: torch.dtype, shift: float) -> None:
     d = data()
     logits = (d["logits"] + shift).to(dtype)
-    options = {"mask": d["mask"], "temperature": 0.7, "with_entropy": True, "ref_logprobs": d["ref"]}
+    options = {
+        "mask": d["mask"],
+        "temperature": 0.7,
+        "with_entropy": True,
+        "ref_logprobs": d["ref"],
+    }
     whole, mine = logits.clone().requires_grad_(), shard.cut(logits, -1).requires_grad_()
-    expected, ours = logprobs(whole, d["labels"], **options), logprobs(mine, d["labels"], **options, **shard.options)
+    expected, ours = (
+        logprobs(whole, d["labels"], **options),
+        logprobs(mine, d["labels"], **options, **shard.options),
+    )
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5 + abs(shift) * 1e-7, atol=4e-6)
         same_bits_everywhere(a, shard.group)
     (expected_grad,) = torch.autograd.grad(list(expected), whole, list(d["upstream"]))
     (grad,) = torch.autograd.grad(list(ours), mine, list(d["upstream"]))
     real = max(0, min(shard.width, VOCAB - shard.start))
-    tolerance = {"rtol": 1e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 4e-6}
-    torch.testing.assert_close(grad[..., :real], shard.cut(expected_grad, -1)[..., :real], **tolerance)
+    tolerance = (
+        {"rtol": 1e-2, "atol": 1e-4} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 4e-6}
+    )
+    torch.testing.assert_close(
+        grad[..., :real], shard.cut(expected_grad, -1)[..., :real], **tolerance
+    )
     padding_has_no_gradient(grad, shard, -1)
 
 
@@ -119,7 +131,9 @@ def check_logits_kl(shard: Shard) -> None:
     same_bits_everywhere(ours, shard.group)
     expected_grads = torch.autograd.grad(expected, whole, d["upstream"][0])
     real = max(0, min(shard.width, VOCAB - shard.start))
-    for grad, wanted in zip(torch.autograd.grad(ours, mine, d["upstream"][0]), expected_grads, strict=True):
+    for grad, wanted in zip(
+        torch.autograd.grad(ours, mine, d["upstream"][0]), expected_grads, strict=True
+    ):
         close(grad[..., :real], shard.cut(wanted, -1)[..., :real])
         padding_has_no_gradient(grad, shard, -1)
 
@@ -149,7 +163,10 @@ def three_rows_a_chunk(shard: Shard, padded: bool) -> Iterator[None]:
     knows the others' widths, and the row limit decides.
     """
     budget = str(3 * -(-VOCAB // shard.group.size()) * 4 / 2**20) if padded else ""
-    with mock.patch.dict(os.environ, FASTRLHF_LINEAR_BUDGET_MB=budget), mock.patch.object(linear_chunks, "CPU_ROWS", 3):
+    with (
+        mock.patch.dict(os.environ, FASTRLHF_LINEAR_BUDGET_MB=budget),
+        mock.patch.object(linear_chunks, "CPU_ROWS", 3),
+    ):
         yield
 
 
@@ -160,7 +177,15 @@ def check_small_chunks(shard: Shard, padded: bool, call: Callable[..., torch.Ten
 
 def linear_logprobs_sum(h, w, b, d, recompute=True, **options):
     out = linear_logprobs(
-        h, w, d["labels"], bias=b, mask=d["mask"], with_entropy=True, recompute=recompute, temperature=0.9, **options
+        h,
+        w,
+        d["labels"],
+        bias=b,
+        mask=d["mask"],
+        with_entropy=True,
+        recompute=recompute,
+        temperature=0.9,
+        **options,
     )
     return sum((t * u).sum() for t, u in zip(out[:3], d["upstream"], strict=False))
 
@@ -177,7 +202,10 @@ def ppo(h, w, b, d, **options):
 
 def check_masked(group: dist.ProcessGroup) -> None:
     g = torch.Generator().manual_seed(2)
-    x, mask = torch.randn(group.size(), 9, generator=g) + 50, torch.rand(group.size(), 9, generator=g) > 0.4
+    x, mask = (
+        torch.randn(group.size(), 9, generator=g) + 50,
+        torch.rand(group.size(), 9, generator=g) > 0.4,
+    )
     mask[0] = False  # a rank may hold nothing
     rank = group.rank()
     whole, mine = x.clone().requires_grad_(), x[rank].clone().requires_grad_()
@@ -216,8 +244,14 @@ def checks(group: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
         )
         found[f"linear_cross_entropy-{kind}"] = lambda s=shard: check_linear(s, cross_entropy)
         found[f"linear_ppo_loss-{kind}"] = lambda s=shard: check_linear(s, ppo)
-        for name, call in (("logprobs", linear_logprobs_sum), ("cross_entropy", cross_entropy), ("ppo", ppo)):
-            found[f"chunks-{name}-{kind}"] = lambda s=shard, p=padded, c=call: check_small_chunks(s, p, c)
+        for name, call in (
+            ("logprobs", linear_logprobs_sum),
+            ("cross_entropy", cross_entropy),
+            ("ppo", ppo),
+        ):
+            found[f"chunks-{name}-{kind}"] = lambda s=shard, p=padded, c=call: check_small_chunks(
+                s, p, c
+            )
     if group.size() == 2:
         found["compiled"] = lambda: check_compiled(Shard(group, padded=False))
     return found
@@ -225,7 +259,9 @@ def checks(group: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
 
 def main(rank: int, store: str, out: str) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("error", FutureWarning)  # a deprecated collective would warn once a process of every run
+    warnings.simplefilter(
+        "error", FutureWarning
+    )  # a deprecated collective would warn once a process of every run
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     results: dict[str, str | None] = {}
     for size in (2, 3, 4):

@@ -8,7 +8,9 @@ import torch
 from fastrlhf.ops import backends
 from fastrlhf.ops.activation import bias_gelu, bias_gelu_ref
 
-BUILT = pytest.mark.skipif(not backends()["cpu"]["available"], reason="the C++ extension is not built")
+BUILT = pytest.mark.skipif(
+    not backends()["cpu"]["available"], reason="the C++ extension is not built"
+)
 SHAPES = [(1, 1), (3, 5), (7, 64), (130, 1024), (33, 1031), (0, 8), (1000, 3)]
 
 
@@ -51,7 +53,15 @@ def test_no_further_from_float64_than_torch(shape, dtype, isa, monkeypatch):
 def test_far_from_zero_and_what_is_no_number():
     x = torch.tensor([[-1e30, -100.0, -15.0, 0.0, 15.0, 100.0, 1e30, float("nan"), float("inf")]])
     out, grad, _ = run(bias_gelu, x, torch.zeros(9), torch.ones(1, 9))
-    assert out[0, :7].tolist() == [0.0, 0.0, pytest.approx(-0.0, abs=1e-30), 0.0, 15.0, 100.0, pytest.approx(1e30)]
+    assert out[0, :7].tolist() == [
+        0.0,
+        0.0,
+        pytest.approx(-0.0, abs=1e-30),
+        0.0,
+        15.0,
+        100.0,
+        pytest.approx(1e30),
+    ]
     assert grad[0, :7].tolist() == [0.0, 0.0, pytest.approx(0.0, abs=1e-30), 0.5, 1.0, 1.0, 1.0]
     assert out[0, 7].isnan() and grad[0, 7].isnan() and out[0, 8] == float("inf")
 

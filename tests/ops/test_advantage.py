@@ -22,10 +22,20 @@ def gae_per_row(rewards, values, mask, gamma, lam):
 
 @pytest.mark.parametrize(
     ("length", "gamma", "lam"),
-    [(1, 1.0, 0.95), (2, 0.99, 0.9), (63, 1.0, 1.0), (130, 0.9, 0.0), (63, 0.0, 0.5), (1025, 1.0, 0.95)],
+    [
+        (1, 1.0, 0.95),
+        (2, 0.99, 0.9),
+        (63, 1.0, 1.0),
+        (130, 0.9, 0.0),
+        (63, 0.0, 0.5),
+        (1025, 1.0, 0.95),
+    ],
 )
 def test_gae_with_interior_gaps_against_its_sum(length, gamma, lam, backend, device):
-    rewards, values = torch.randn(3, length, dtype=torch.float64), torch.randn(3, length, dtype=torch.float64)
+    rewards, values = (
+        torch.randn(3, length, dtype=torch.float64),
+        torch.randn(3, length, dtype=torch.float64),
+    )
     rewards, values = rewards.float().double(), values.float().double()
     mask = torch.rand(3, length) > 0.3
     mask[1] = False
@@ -37,7 +47,9 @@ def test_gae_with_interior_gaps_against_its_sum(length, gamma, lam, backend, dev
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == torch.float32 and not a.requires_grad
         assert bool((a[~mask.to(device)] == 0).all())
-        assert float((a.cpu().double() - b).abs().max()) <= 2**-23 * carried * float(1 + b.abs().max())
+        assert float((a.cpu().double() - b).abs().max()) <= 2**-23 * carried * float(
+            1 + b.abs().max()
+        )
 
 
 def test_gae_golden(backend, device):
@@ -46,7 +58,9 @@ def test_gae_golden(backend, device):
     values = torch.tensor([[2.0, 9.0, 4.0, 9.0]], device=device)
     mask = torch.tensor([[True, False, True, False]], device=device)
     advantages, returns = gae(rewards, values, mask, 1.0, 0.5, backend=backend)
-    assert advantages.tolist() == [[1.0, 0.0, -4.0, 0.0]] and returns.tolist() == [[3.0, 0.0, 0.0, 0.0]]
+    assert advantages.tolist() == [[1.0, 0.0, -4.0, 0.0]] and returns.tolist() == [
+        [3.0, 0.0, 0.0, 0.0]
+    ]
 
 
 def test_gae_dtypes_strides_and_empty(backend, device):
@@ -64,9 +78,15 @@ def test_half_precision_rollouts_are_computed_in_fp32(dtype, backend, device):
     half = [torch.randn(*shape).to(dtype).to(device) for shape in ((3,), (3, 20), (3, 20), (3, 20))]
     full, mask = [t.float() for t in half], torch.rand(3, 20).to(device) > 0.3
     coefficient = torch.tensor(0.1, device=device)
-    for x, y in zip(shaped_rewards(*half[:3], mask, coefficient), shaped_rewards(*full[:3], mask, 0.1), strict=True):
+    for x, y in zip(
+        shaped_rewards(*half[:3], mask, coefficient),
+        shaped_rewards(*full[:3], mask, 0.1),
+        strict=True,
+    ):
         assert torch.equal(x, y)
-    ours, exact = (rollout_targets(*t, mask, kl_coef=coefficient, backend=backend) for t in (half, full))
+    ours, exact = (
+        rollout_targets(*t, mask, kl_coef=coefficient, backend=backend) for t in (half, full)
+    )
     assert all(torch.equal(x, y) for x, y in zip(ours, exact, strict=True))
 
 
@@ -94,13 +114,22 @@ def test_the_score_goes_to_the_last_true_position(torch_only):
 
 def test_the_penalty_is_clipped_but_not_the_reported_kl(torch_only):
     logp, ref = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[-8.0, 8.0, -1.0]])
-    rewards, kl = shaped_rewards(torch.zeros(1), logp, ref, torch.ones(1, 3, dtype=torch.bool), 1.0, clip=2.0)
+    rewards, kl = shaped_rewards(
+        torch.zeros(1), logp, ref, torch.ones(1, 3, dtype=torch.bool), 1.0, clip=2.0
+    )
     assert rewards.tolist() == [[-2.0, 2.0, -1.0]] and kl.tolist() == [[8.0, -8.0, 1.0]]
 
 
 @pytest.mark.parametrize(
     ("length", "estimator", "clip"),
-    [(1, "k1", None), (77, "k1", 0.4), (77, "abs", None), (77, "k2", 0.4), (77, "k3", None), (1030, "k3", 0.4)],
+    [
+        (1, "k1", None),
+        (77, "k1", 0.4),
+        (77, "abs", None),
+        (77, "k2", 0.4),
+        (77, "k3", None),
+        (1030, "k3", 0.4),
+    ],
 )
 def test_rollout_targets_are_the_three_ops_in_one(length, estimator, clip, backend, device):
     logp, ref, values = (torch.randn(4, length, device=device) for _ in range(3))
@@ -109,15 +138,21 @@ def test_rollout_targets_are_the_three_ops_in_one(length, estimator, clip, backe
     mask[2] = False
     scores = torch.randn(4, device=device)
     inputs = [torch.where(mask, t, torch.nan) for t in (logp, ref, values)]
-    ours = rollout_targets(scores, *inputs, mask, kl_coef=0.1, estimator=estimator, clip=clip, backend=backend)
+    ours = rollout_targets(
+        scores, *inputs, mask, kl_coef=0.1, estimator=estimator, clip=clip, backend=backend
+    )
     exact = [t.double() for t in (logp, ref)]
-    rewards, kl = shaped_rewards(scores.double(), *exact, mask, torch.tensor(0.1).double(), estimator, clip)
+    rewards, kl = shaped_rewards(
+        scores.double(), *exact, mask, torch.tensor(0.1).double(), estimator, clip
+    )
     advantages, returns = gae(rewards, values.double(), mask)
     expected = (rewards, kl, masked_whiten(advantages, mask), returns)
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == torch.float32 and not a.requires_grad and bool((a[~mask] == 0).all())
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=3e-6)
-    raw = rollout_targets(scores, *inputs, mask, kl_coef=0.1, estimator=estimator, clip=clip, whiten=False)
+    raw = rollout_targets(
+        scores, *inputs, mask, kl_coef=0.1, estimator=estimator, clip=clip, whiten=False
+    )
     torch.testing.assert_close(raw.advantages.double(), advantages, rtol=1e-4, atol=3e-6)
 
 
@@ -127,9 +162,13 @@ def test_estimators_by_hand(estimator, torch_only):
     exact = {"k1": d, "abs": d.abs(), "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[estimator]
     logp = (d - 1).requires_grad_()
     torch.testing.assert_close(token_kl(logp, torch.full_like(d, -1.0), estimator), exact)
-    assert torch.autograd.gradcheck(lambda x: token_kl(x, torch.full_like(d, -1.1), estimator), (logp,))
+    assert torch.autograd.gradcheck(
+        lambda x: token_kl(x, torch.full_like(d, -1.1), estimator), (logp,)
+    )
     small = token_kl(torch.tensor([1e-4]), torch.zeros(1), "k3")
-    assert small.item() == pytest.approx(5e-9, rel=1e-3, abs=4e-12), "exp(-d) - 1 + d cancels: expm1 keeps it"
+    assert small.item() == pytest.approx(5e-9, rel=1e-3, abs=4e-12), (
+        "exp(-d) - 1 + d cancels: expm1 keeps it"
+    )
 
 
 def test_estimators_average_to_the_true_kl(torch_only):
@@ -144,9 +183,13 @@ def test_mistakes_are_named(torch_only):
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"gamma: got 1\.5, expected a number from 0 to 1"):
         gae(x, x, mask, gamma=1.5)
-    with pytest.raises(ValueError, match=r"rewards: got float32\[3\] on cpu, expected shape \[B, T\]"):
+    with pytest.raises(
+        ValueError, match=r"rewards: got float32\[3\] on cpu, expected shape \[B, T\]"
+    ):
         gae(x[0], x[0], mask[0])
     with pytest.raises(ValueError, match=r"scores: got float32\[3\]"):
         shaped_rewards(torch.zeros(3), x, x, mask, 0.1)
-    with pytest.raises(ValueError, match="estimator: got 'k4', expected one of 'k1', 'abs', 'k2', 'k3'"):
+    with pytest.raises(
+        ValueError, match="estimator: got 'k4', expected one of 'k1', 'abs', 'k2', 'k3'"
+    ):
         token_kl(x, x, "k4")

@@ -11,7 +11,11 @@ from fastrlhf.ops import checks
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 
-X, MASK, LABELS = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, dtype=torch.long)
+X, MASK, LABELS = (
+    torch.zeros(2, 3),
+    torch.ones(2, 3, dtype=torch.bool),
+    torch.zeros(2, dtype=torch.long),
+)
 CALLS = {
     "logits": lambda bad: ops.logprobs(bad, LABELS),
     "labels": lambda bad: ops.logprobs(X, bad),
@@ -33,7 +37,10 @@ CALLS = {
 @pytest.mark.parametrize("argument", CALLS)
 @pytest.mark.parametrize(
     ("bad", "words"),
-    [(np.zeros((300, 40)), r"numpy\.ndarray of float64\[300, 40\]"), ([0.5] * 1000, "a list of 1000")],
+    [
+        (np.zeros((300, 40)), r"numpy\.ndarray of float64\[300, 40\]"),
+        ([0.5] * 1000, "a list of 1000"),
+    ],
     ids=["numpy", "list"],
 )
 def test_arrays_and_lists_are_named_in_one_line(argument, bad, words):
@@ -51,7 +58,11 @@ def test_numbers_of_any_kind_pass():
     for temperature in (2, 2.0, np.float32(2), torch.tensor(2.0)):
         ops.logprobs(X, LABELS, temperature=temperature)
     compiled = torch.compile(
-        lambda t: ops.logprobs(X, LABELS, temperature=t).logprobs, backend="aot_eager", fullgraph=True
+        lambda t: ops.logprobs(X, LABELS, temperature=t).logprobs,
+        backend="aot_eager",
+        fullgraph=True,
     )
     for temperature in (1.0, 1.5, 2.0):
-        torch.testing.assert_close(compiled(temperature), ops.logprobs(X, LABELS, temperature=temperature).logprobs)
+        torch.testing.assert_close(
+            compiled(temperature), ops.logprobs(X, LABELS, temperature=temperature).logprobs
+        )

@@ -13,15 +13,21 @@ RANKING = (torch.tensor([0, 1, 2, 1, 0, 0]), torch.tensor([0, 4, 6]))
 
 
 def vocabulary(x, h, w, backend):
-    tokens = ops.logprobs(x[:, :-1], LABELS, mask=MASK, with_entropy=True, temperature=0.7, backend=backend)
-    fused = ops.linear_logprobs(h, w, LABELS, mask=MASK, ref_logprobs=tokens.logprobs.detach(), backend=backend)
+    tokens = ops.logprobs(
+        x[:, :-1], LABELS, mask=MASK, with_entropy=True, temperature=0.7, backend=backend
+    )
+    fused = ops.linear_logprobs(
+        h, w, LABELS, mask=MASK, ref_logprobs=tokens.logprobs.detach(), backend=backend
+    )
     full = ops.logits_kl(x[:, 1:], x[:, :-1].detach(), mask=MASK, backend=backend)
     return tokens.logprobs.sum() + tokens.entropy.sum() + fused.kl.square().sum() + full.sum()
 
 
 def losses(x, h, w, backend):
     logp = x[:, :3, 0]
-    rewards, _ = ops.shaped_rewards(logp[:, 0].detach(), logp.detach(), logp.detach() - 1, MASK, 0.1)
+    rewards, _ = ops.shaped_rewards(
+        logp[:, 0].detach(), logp.detach(), logp.detach() - 1, MASK, 0.1
+    )
     advantages, returns = ops.gae(rewards, x[:, :3, 1], MASK, backend=backend)
     advantages = ops.masked_whiten(advantages, MASK)
     values = x[:, :3, 2]
@@ -29,7 +35,9 @@ def losses(x, h, w, backend):
         logp, logp.detach() + 0.1, advantages, MASK, values=values, old_values=values.detach(), returns=returns,
         backend=backend,
     )  # fmt: skip
-    head = ops.linear_ppo_loss(h, w, LABELS, logp.detach(), advantages, MASK, entropy_coef=0.1, backend=backend)
+    head = ops.linear_ppo_loss(
+        h, w, LABELS, logp.detach(), advantages, MASK, entropy_coef=0.1, backend=backend
+    )
     sft = ops.linear_cross_entropy(h, w, LABELS, MASK, denominator=3.0, backend=backend)
     ranking = ops.pairwise_ranking_loss(x[0, :2, :3].reshape(-1), *RANKING, backend=backend)
     kl = ops.masked_mean(ops.token_kl(logp, logp.detach() - 0.5, "k3"), MASK)
@@ -37,11 +45,16 @@ def losses(x, h, w, backend):
 
 
 def small(x, h, w, backend):
-    return 2 * ops.logprobs(x[:, :-1] * 3, LABELS, mask=MASK, backend=backend).logprobs.sum() + h.sum() + w.sum()
+    return (
+        2 * ops.logprobs(x[:, :-1] * 3, LABELS, mask=MASK, backend=backend).logprobs.sum()
+        + h.sum()
+        + w.sum()
+    )
 
 
 @pytest.mark.parametrize(
-    ("function", "compiler"), [(vocabulary, "aot_eager"), (losses, "aot_eager"), (small, "inductor")]
+    ("function", "compiler"),
+    [(vocabulary, "aot_eager"), (losses, "aot_eager"), (small, "inductor")],
 )
 def test_full_graph(function, compiler, backend, device, torch_only):
     inputs = [torch.randn(s).to(device).requires_grad_() for s in ((2, 4, 7), (2, 3, 5), (7, 5))]
@@ -51,7 +64,9 @@ def test_full_graph(function, compiler, backend, device, torch_only):
     eager = function(*inputs, backend)
     compiled = torch.compile(function, fullgraph=True, backend=compiler)(*inputs, backend)
     torch.testing.assert_close(compiled, eager)
-    for a, b in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -60,7 +75,9 @@ def test_one_graph_for_all_lengths(torch_only):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x, labels: ops.logprobs(x, labels, with_entropy=True).entropy.sum(), fullgraph=True, backend=counter
+        lambda x, labels: ops.logprobs(x, labels, with_entropy=True).entropy.sum(),
+        fullgraph=True,
+        backend=counter,
     )
     for tokens in (5, 6, 9, 17, 33):
         x = torch.randn(tokens, 11, requires_grad=True)
@@ -77,26 +94,53 @@ def cases():
     lib, long = torch.ops.fastrlhf, LABELS
     flat, m = torch.randn(2, 3), MASK
     yield lib.token_logprobs, (_float(2, 3, 7), long, m, flat, 0.7, True, 0, 6, "", False, "auto")
-    yield lib.token_logprobs, (_float(2, 4, 7)[:, :-1], long, None, None, 1.0, False, 0, 7, "", False, "auto")
-    stats = (long, m, torch.zeros(2, 3), torch.ones(2, 3), flat, flat, flat, None, 1.0, 0, 7, "auto")
+    yield (
+        lib.token_logprobs,
+        (_float(2, 4, 7)[:, :-1], long, None, None, 1.0, False, 0, 7, "", False, "auto"),
+    )
+    stats = (
+        long,
+        m,
+        torch.zeros(2, 3),
+        torch.ones(2, 3),
+        flat,
+        flat,
+        flat,
+        None,
+        1.0,
+        0,
+        7,
+        "auto",
+    )
     yield lib.token_logprobs_backward, (torch.randn(2, 3, 7), *stats)
     yield lib.token_logprobs_backward_, (torch.randn(2, 3, 7), *stats)
     yield lib.logits_kl, (_float(2, 3, 7), _float(2, 3, 7), m, 1.0, 7, "", "auto")
     h, w, b = _float(2, 3, 5), _float(7, 5), _float(7)
     yield lib.linear_logprobs, (h, w, b, long, m, flat, 1.0, True, False, None, 0, 7, "", "auto")
-    yield lib.linear_logprobs, (h, w, None, long, None, None, 1.0, False, True, None, 0, 7, "", "auto")
+    yield (
+        lib.linear_logprobs,
+        (h, w, None, long, None, None, 1.0, False, True, None, 0, 7, "", "auto"),
+    )
     options = (0.2, 0.1, 1.0, None, 0, 7, 7, "", "auto", [True, True, True])
     yield lib.linear_loss, (h, w, b, long, m, flat, flat, torch.tensor(3.0), *options)
     yield lib.linear_loss, (h, w, b, long, m, None, None, None, *options)
     numbers = (0.2, 0.2, 1.0, 0.1, "auto")
-    yield lib.ppo_loss, (_float(2, 3), flat, flat, m, _float(2, 3), flat, flat, _float(2, 3), None, *numbers)
-    yield lib.ppo_loss, (_float(2, 3), flat, flat, m, None, None, None, None, torch.tensor(2.0), *numbers)
+    yield (
+        lib.ppo_loss,
+        (_float(2, 3), flat, flat, m, _float(2, 3), flat, flat, _float(2, 3), None, *numbers),
+    )
+    yield (
+        lib.ppo_loss,
+        (_float(2, 3), flat, flat, m, None, None, None, None, torch.tensor(2.0), *numbers),
+    )
     yield lib.gae, (flat, flat, m, 1.0, 0.95, "auto")
     yield lib.ranking_loss, (_float(6), *RANKING, True, "auto")
     yield lib.all_reduce_sum, (_float(3), "")
 
 
-@pytest.mark.parametrize(("op", "arguments"), [pytest.param(*case, id=case[0].__name__) for case in cases()])
+@pytest.mark.parametrize(
+    ("op", "arguments"), [pytest.param(*case, id=case[0].__name__) for case in cases()]
+)
 def test_opcheck(op, arguments, torch_only):
     with torch.random.fork_rng():
         torch.library.opcheck(op.default, arguments)
@@ -106,7 +150,9 @@ def test_opcheck(op, arguments, torch_only):
 def test_a_backward_leaves_the_outputs_of_the_loss_as_they_were(upstream, torch_only):
     """Its gradients are outputs, which opcheck compares after a backward; negative losses alone showed a change."""
     options = (None, None, None, 0.2, 0.1, 1.0, None, 0, 7, 7, "", "auto", [True, True, True])
-    outputs = torch.ops.fastrlhf.linear_loss(_float(2, 3, 5), _float(7, 5), _float(7), LABELS, MASK, *options)
+    outputs = torch.ops.fastrlhf.linear_loss(
+        _float(2, 3, 5), _float(7, 5), _float(7), LABELS, MASK, *options
+    )
     before = [output.detach().clone() for output in outputs]
     outputs[0].backward(torch.tensor(upstream))
     assert all(torch.equal(output, kept) for output, kept in zip(outputs, before, strict=True))

@@ -9,7 +9,15 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fastrlhf import ops
-from fastrlhf.ops import backends, dispatch, gae, linear_cross_entropy, linear_logprobs, linear_ppo_loss, logprobs
+from fastrlhf.ops import (
+    backends,
+    dispatch,
+    gae,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_ppo_loss,
+    logprobs,
+)
 from fastrlhf.ops.logprob import _backward_torch, _statistics_torch, finish_statistics
 
 pytestmark = pytest.mark.usefixtures("torch_only")
@@ -40,28 +48,47 @@ print("loaded:", [m for m in blocked if m in sys.modules])
 
 
 def test_the_ops_need_torch_alone():
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "loaded: []"
 
 
 def test_all_names_are_exported():
     assert set(ops.__all__) == {name for name in vars(ops) if name in ops.__all__}
-    for name in ("logprobs", "linear_logprobs", "linear_ppo_loss", "gae", "pairwise_ranking_loss", "logits_kl"):
+    for name in (
+        "logprobs",
+        "linear_logprobs",
+        "linear_ppo_loss",
+        "gae",
+        "pairwise_ranking_loss",
+        "logits_kl",
+    ):
         assert callable(getattr(ops, name)) and getattr(ops, name).__doc__
 
 
 def test_backends_says_what_runs_and_why_not():
     report = backends()
-    assert report["torch"] == {"available": True, "why_not": None, "kernels": sorted(dispatch.KERNELS)}
+    assert report["torch"] == {
+        "available": True,
+        "why_not": None,
+        "kernels": sorted(dispatch.KERNELS),
+    }
     for name in ("cpu", "triton", "cuda"):
-        assert report[name]["available"] == (report[name]["why_not"] is None) == bool(report[name]["kernels"])
+        assert (
+            report[name]["available"]
+            == (report[name]["why_not"] is None)
+            == bool(report[name]["kernels"])
+        )
 
 
 def test_asking_for_what_cannot_run_gives_the_cure():
     if torch.cuda.is_available():
         pytest.skip("triton runs here")
-    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run logprob_statistics: triton needs a GPU"):
+    with pytest.raises(
+        RuntimeError, match=r"backend 'triton' cannot run logprob_statistics: triton needs a GPU"
+    ):
         logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="triton")
 
 
@@ -72,7 +99,9 @@ def test_the_environment_forces_a_backend(monkeypatch):
     assert kernel.choose(logits, "auto") == kernel.choose(logits, "triton") == "torch"
     assert backends()["forced"] == {"backend": "torch"}
     monkeypatch.setenv("FASTRLHF_BACKEND", "gpu")
-    with pytest.raises(RuntimeError, match="FASTRLHF_BACKEND='gpu': expected one of auto, triton, cuda, cpu, torch"):
+    with pytest.raises(
+        RuntimeError, match="FASTRLHF_BACKEND='gpu': expected one of auto, triton, cuda, cpu, torch"
+    ):
         logprobs(logits, labels)
 
 
@@ -104,7 +133,9 @@ def test_triton_launches_on_the_gpu_of_its_tensors(monkeypatch):
     monkeypatch.setattr(dispatch, "_triton_problem", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
-    monkeypatch.setitem(sys.modules, "kernels_stub", SimpleNamespace(double=lambda *_: seen.append(current[0])))
+    monkeypatch.setitem(
+        sys.modules, "kernels_stub", SimpleNamespace(double=lambda *_: seen.append(current[0]))
+    )
     kernel = dispatch.Kernel("double", torch.add, "kernels_stub")
     try:
         with FakeTensorMode():
@@ -127,12 +158,16 @@ def cuda_calls(monkeypatch):
         calls.append("statistics")
         return _statistics_torch(*arguments)
 
-    def logprob_forward_backward(rows, labels, mask, g_logp, g_entropy, g_lse, temperature, start, columns, out):
+    def logprob_forward_backward(
+        rows, labels, mask, g_logp, g_entropy, g_lse, temperature, start, columns, out
+    ):
         calls.append("both")
         stats = _statistics_torch(rows, labels, mask, temperature, start, columns)
         _, entropy, _ = finish_statistics(stats, mask, temperature)
         upstream = (g_logp, g_entropy, g_lse)
-        _backward_torch(rows, labels, mask, *stats[:2], entropy, *upstream, temperature, start, columns, out)
+        _backward_torch(
+            rows, labels, mask, *stats[:2], entropy, *upstream, temperature, start, columns, out
+        )
         return stats
 
     functions = {f.__name__: f for f in (logprob_statistics, logprob_forward_backward)}
@@ -153,12 +188,16 @@ def everything_over_a_vocabulary(backend):
         return (out.logprobs * x + out.entropy).sum() + (out.logsumexp * x).sum()
 
     losses = {
-        "logprobs": lambda h, w: tokens(logprobs(h @ w.T, labels, mask=mask, with_entropy=True, **common)),
+        "logprobs": lambda h, w: tokens(
+            logprobs(h @ w.T, labels, mask=mask, with_entropy=True, **common)
+        ),
         "linear_logprobs": lambda h, w: tokens(
             linear_logprobs(h, w, labels, mask=mask, with_entropy=True, recompute=True, **common)
         ),
         "linear_cross_entropy": lambda h, w: linear_cross_entropy(h, w, labels, mask, **common),
-        "linear_ppo_loss": lambda h, w: linear_ppo_loss(h, w, labels, x - 3, x, mask, entropy_coef=0.1, **common).loss,
+        "linear_ppo_loss": lambda h, w: (
+            linear_ppo_loss(h, w, labels, x - 3, x, mask, entropy_coef=0.1, **common).loss
+        ),
     }
     for name, loss_of in losses.items():
         leaves = [t.clone().requires_grad_() for t in (h, w)]
@@ -180,8 +219,12 @@ def test_cuda_runs_when_asked_for(forced, cuda_calls, monkeypatch):
             torch.testing.assert_close(ours, wanted)
     two_reads = ["statistics", "both"]
     assert ran["logprobs"] == ran["linear_logprobs"] == ran["linear_ppo_loss"] == two_reads
-    assert ran["linear_cross_entropy"] == ["both"], "the upstream is known beforehand: one read of the logits"
-    gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))  # has no such body: runs as "auto"
+    assert ran["linear_cross_entropy"] == ["both"], (
+        "the upstream is known beforehand: one read of the logits"
+    )
+    gae(
+        torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    )  # has no such body: runs as "auto"
 
 
 def test_auto_never_takes_cuda(cuda_calls):
@@ -191,11 +234,16 @@ def test_auto_never_takes_cuda(cuda_calls):
 
 def test_cuda_refuses_what_it_cannot_run(cuda_calls, monkeypatch):
     x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
-    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run gae: it has no cuda body: pass backend='auto'"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"backend 'cuda' cannot run gae: it has no cuda body: pass backend='auto'",
+    ):
         gae(x, x, x == 0, backend="cuda")
     with pytest.raises(RuntimeError, match=r"cannot run logprob_statistics: .*these are float64"):
         logprobs(x.double(), labels, backend="cuda")
-    with pytest.raises(RuntimeError, match=r"whole rows, and the vocabulary is sharded over a group: pass backend"):
+    with pytest.raises(
+        RuntimeError, match=r"whole rows, and the vocabulary is sharded over a group: pass backend"
+    ):
         dispatch.KERNELS["logprob_statistics"].choose(x, "cuda", sharded=True)
     assert not cuda_calls
 
@@ -204,16 +252,22 @@ def test_where_cuda_cannot_run_it_says_why(monkeypatch):
     note = "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
     assert backends()["cuda"]["note"] == note
     x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
-    monkeypatch.setattr(dispatch, "_load_extension", lambda name: f"No module named 'fastrlhf._C_{name}'")
+    monkeypatch.setattr(
+        dispatch, "_load_extension", lambda name: f"No module named 'fastrlhf._C_{name}'"
+    )
     why = r"fastrlhf\._C_cuda is not built \(No module named 'fastrlhf\._C_cuda'\): reinstall with nvcc on PATH"
-    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run logprob_statistics: .*" + why):
+    with pytest.raises(
+        RuntimeError, match=r"backend 'cuda' cannot run logprob_statistics: .*" + why
+    ):
         logprobs(x, labels, backend="cuda")
     monkeypatch.setattr(dispatch, "_load_extension", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="the cuda backend needs a GPU and torch sees none"):
         logprobs(x, labels, backend="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RuntimeError, match="needs CUDA tensors, these are on cpu: move them or pass backend='auto'"):
+    with pytest.raises(
+        RuntimeError, match="needs CUDA tensors, these are on cpu: move them or pass backend='auto'"
+    ):
         logprobs(x, labels, backend="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "need compute capability 9.0 or more, this GPU has 8.0" in backends()["cuda"]["why_not"]

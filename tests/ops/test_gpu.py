@@ -27,10 +27,18 @@ def everything(tokens: int, vocab: int = 1003) -> None:
     linear = ops.linear_logprobs(h, w, labels, mask=mask, with_entropy=True)
     targets = ops.rollout_targets(scores, old, old, old, mask, kl_coef=0.1)
     loss = ops.ppo_loss(token.logprobs, old, targets.advantages, mask, entropy=token.entropy).loss
-    loss = loss + ops.linear_ppo_loss(h, w, labels, old, targets.advantages, mask, entropy_coef=0.1).loss
+    loss = (
+        loss
+        + ops.linear_ppo_loss(h, w, labels, old, targets.advantages, mask, entropy_coef=0.1).loss
+    )
     loss = loss + ops.linear_cross_entropy(h, w, labels, mask) + linear.entropy.sum()
     loss = loss + ops.logits_kl(x, x.detach() * 0.5, mask=mask).sum()
-    loss = loss + ops.pairwise_ranking_loss(token.logprobs[:, 0], torch.arange(2, device=device), offsets).loss
+    loss = (
+        loss
+        + ops.pairwise_ranking_loss(
+            token.logprobs[:, 0], torch.arange(2, device=device), offsets
+        ).loss
+    )
     loss.backward()
     ops.gae(old, old, mask)
     ops.masked_whiten(old, mask)
@@ -47,8 +55,17 @@ def test_nothing_waits_for_the_gpu():
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 def test_a_controllers_coefficient_may_lie_on_the_host(place):
-    logprobs, mask = torch.randn(2, 5, device="cuda"), torch.ones(2, 5, dtype=torch.bool, device="cuda")
-    inputs = (torch.ones(2, device="cuda"), logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), mask)
+    logprobs, mask = (
+        torch.randn(2, 5, device="cuda"),
+        torch.ones(2, 5, dtype=torch.bool, device="cuda"),
+    )
+    inputs = (
+        torch.ones(2, device="cuda"),
+        logprobs,
+        torch.zeros_like(logprobs),
+        torch.zeros_like(logprobs),
+        mask,
+    )
     expected = ops.rollout_targets(*inputs, kl_coef=0.1)
     for ours, exact in zip(
         ops.rollout_targets(*inputs, kl_coef=torch.tensor(0.1, device=place)), expected, strict=True
@@ -89,14 +106,19 @@ def test_slices_at_any_alignment_compile_nothing_and_are_right():
         (exact_grad,) = torch.autograd.grad(exact.logprobs.sum() + exact.entropy.sum(), x)
         torch.testing.assert_close(ours.logprobs.double(), exact.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad, exact_grad, rtol=2e-2, atol=1e-6)
-        counts.append(sum(len(cache[0]) for cache in logprob._forward_kernel.device_caches.values()))
+        counts.append(
+            sum(len(cache[0]) for cache in logprob._forward_kernel.device_caches.values())
+        )
     assert counts[0] == counts[-1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_of_another_gpu_than_the_current_one():
     logits = torch.randn(7, 1003, device="cuda:1", requires_grad=True)
-    labels, mask = torch.arange(7, device="cuda:1"), torch.ones(7, dtype=torch.bool, device="cuda:1")
+    labels, mask = (
+        torch.arange(7, device="cuda:1"),
+        torch.ones(7, dtype=torch.bool, device="cuda:1"),
+    )
     assert torch.cuda.current_device() == 0
     logp = ops.logprobs(logits, labels).logprobs
     loss = ops.ppo_loss(logp, logp.detach() - 0.1, torch.ones_like(logp), mask).loss

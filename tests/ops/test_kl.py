@@ -16,11 +16,15 @@ def run(function, x, y, upstream, **options):
 
 def check(x, y, backend, within, **options):
     upstream = torch.randn(x.shape[:-1], device=x.device)
-    exact = run(logits_kl_ref, *(t.detach().double().requires_grad_() for t in (x, y)), upstream, **options)
+    exact = run(
+        logits_kl_ref, *(t.detach().double().requires_grad_() for t in (x, y)), upstream, **options
+    )
     torchs = run(logits_kl_ref, x, y, upstream, **options)
     ours = run(logits_kl, x, y, upstream, backend=backend, **options)
     # the raw logits' scale bounds the rounding of x - y and of max x - max y, which cancel
-    scale = float(1 + x.detach().abs().nan_to_num(0, 0, 0).max() + y.detach().abs().nan_to_num(0, 0, 0).max())
+    scale = float(
+        1 + x.detach().abs().nan_to_num(0, 0, 0).max() + y.detach().abs().nan_to_num(0, 0, 0).max()
+    )
     bound = 2**-21 * scale / options.get("temperature", 1.0) ** 2 * float(1 + upstream.abs().max())
     rounding = torch.finfo(x.dtype).eps
     for a, b, c in zip(ours, exact, torchs, strict=True):
@@ -46,7 +50,10 @@ def test_shifts_of_either_side_change_nothing(shift, backend, device, within):
 
 def test_strided_views_and_odd_vocabularies(backend, device, within):
     base, other = torch.randn(2, 5, 130, device=device), torch.randn(4, 2, 123, device=device)
-    x, y = base[:, :-1, :123].detach().requires_grad_(), other.transpose(0, 1).detach().requires_grad_()
+    x, y = (
+        base[:, :-1, :123].detach().requires_grad_(),
+        other.transpose(0, 1).detach().requires_grad_(),
+    )
     check(x, y, backend, within)
 
 
@@ -85,12 +92,16 @@ def test_padding_one_sided_gradients_and_retain_graph(backend, device):
 def test_gradcheck(torch_only):
     x, y = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mask = torch.tensor([[True, False, True], [True, True, False]])
-    assert torch.autograd.gradcheck(lambda a, b: logits_kl(a, b, mask=mask, temperature=0.8, vocab_size=4), (x, y))
+    assert torch.autograd.gradcheck(
+        lambda a, b: logits_kl(a, b, mask=mask, temperature=0.8, vocab_size=4), (x, y)
+    )
 
 
 def test_mistakes_are_named(torch_only):
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"ref_logits: got bfloat16\[2, 3\] on cpu, expected float32\[2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"ref_logits: got bfloat16\[2, 3\] on cpu, expected float32\[2, 3\]"
+    ):
         logits_kl(x, x.bfloat16())
     with pytest.raises(ValueError, match=r"mask: got int64\[2\]"):
         logits_kl(x, x, mask=torch.ones(2, dtype=torch.int64))

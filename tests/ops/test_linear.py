@@ -38,7 +38,9 @@ def compare(inputs, call_ours, call_ref, within, upstream):
         results.append(([o.detach() for o in outs], torch.autograd.grad(loss, tensors)))
     (out, grads), (exact, exact_grads), (torchs, torch_grads) = results
     eps = tolerance(inputs[0].dtype)
-    for a, b, c in zip([*out, *grads], [*exact, *exact_grads], [*torchs, *torch_grads], strict=True):
+    for a, b, c in zip(
+        [*out, *grads], [*exact, *exact_grads], [*torchs, *torch_grads], strict=True
+    ):
         within(a, b, c, eps * float(b.abs().max().clamp(min=1)))
     assert [g.dtype for g in grads] == [t.dtype for t in inputs]
 
@@ -134,16 +136,18 @@ def test_rows_not_counted_never_reach_a_gemm(extra, backend, device, monkeypatch
     for module in ("linear", "linear_loss"):
         monkeypatch.setattr(f"fastrlhf.ops.{module}.head", counting)
 
-    def results(op, counted):
+    def results(op, num_counted):
         h, w, b = leaves = [t.detach().clone().requires_grad_() for t in inputs]
-        shared = {"bias": b, "counted": counted, "backend": backend}
+        shared = {"bias": b, "num_counted": num_counted, "backend": backend}
         if op == "cross_entropy":
             loss = linear_cross_entropy(h, w, labels, mask, **shared)
         elif op == "ppo_loss":
             loss = linear_ppo_loss(h, w, labels, x - 4, x, mask, entropy_coef=0.1, **shared).loss
         else:
             recompute = op == "recomputed"
-            tokens = linear_logprobs(h, w, labels, mask=mask, with_entropy=True, recompute=recompute, **shared)
+            tokens = linear_logprobs(
+                h, w, labels, mask=mask, with_entropy=True, recompute=recompute, **shared
+            )
             loss = (tokens.logprobs * x + tokens.entropy).sum()
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
@@ -189,7 +193,10 @@ def test_the_weight_gradient_is_accumulated_in_fp32(backend, device, monkeypatch
     h = torch.full((65, 1), 2.0**-9, dtype=torch.bfloat16, device=device)
     h[0] = 1.0
     w = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
-    labels, mask = torch.zeros(65, dtype=torch.long, device=device), torch.ones(65, dtype=torch.bool, device=device)
+    labels, mask = (
+        torch.zeros(65, dtype=torch.long, device=device),
+        torch.ones(65, dtype=torch.bool, device=device),
+    )
     linear_cross_entropy(h, w, labels, mask, denominator=1.0, backend=backend).backward()
     assert w.grad[0].item() == pytest.approx(-0.5 * (1 + 64 * 2**-9), rel=2**-8)
 
@@ -201,7 +208,9 @@ def test_gradcheck(recompute, torch_only, monkeypatch):
     old, advantages = torch.randn(2, 3).double() - 2, torch.randn(2, 3).double()
 
     def all_three(h, w, b):
-        tokens = linear_logprobs(h, w, labels, bias=b, recompute=recompute, mask=mask, with_entropy=True)
+        tokens = linear_logprobs(
+            h, w, labels, bias=b, recompute=recompute, mask=mask, with_entropy=True
+        )
         ce = linear_cross_entropy(h, w, labels, mask, bias=b, temperature=0.7)
         ppo = linear_ppo_loss(h, w, labels, old, advantages, mask, bias=b, entropy_coef=0.2)
         return tokens.logprobs, tokens.entropy, tokens.logsumexp, ce, ppo.loss
@@ -212,7 +221,9 @@ def test_gradcheck(recompute, torch_only, monkeypatch):
 def all_losses(h, w, b, labels, mask, advantages, backend):
     tokens = linear_logprobs(h, w, labels, bias=b, mask=mask, with_entropy=True, backend=backend)
     ce = linear_cross_entropy(h, w, labels, mask, bias=b, backend=backend)
-    ppo = linear_ppo_loss(h, w, labels, tokens.logprobs.detach(), advantages, mask, bias=b, backend=backend)
+    ppo = linear_ppo_loss(
+        h, w, labels, tokens.logprobs.detach(), advantages, mask, bias=b, backend=backend
+    )
     return tokens.logprobs.sum(), tokens.entropy.sum(), ce, ppo.loss
 
 
@@ -225,11 +236,18 @@ def test_autocast_casts_as_a_linear_layer_does(dtype, backend, device):
     expected = all_losses(*half, labels, mask, advantages, backend)
     with torch.autocast(device.type, torch.bfloat16):
         ours = all_losses(h, w, b, labels, mask, advantages, backend)
-    assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
-    grads, exact = torch.autograd.grad(sum(ours), (h, w, b)), torch.autograd.grad(sum(expected), half)
+    assert all(
+        x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(ours, expected, strict=True)
+    )
+    grads, exact = (
+        torch.autograd.grad(sum(ours), (h, w, b)),
+        torch.autograd.grad(sum(expected), half),
+    )
     for x, y, parameter in zip(grads, exact, (h, w, b), strict=True):
         assert x.dtype == parameter.dtype
-        torch.testing.assert_close(x.float(), y.float(), rtol=2**-7, atol=2**-7)  # sums of bf16 gradients
+        torch.testing.assert_close(
+            x.float(), y.float(), rtol=2**-7, atol=2**-7
+        )  # sums of bf16 gradients
 
 
 def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
@@ -238,10 +256,15 @@ def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
     seen = []
     real = linear_chunks.head
     for module in ("linear", "linear_loss"):
-        monkeypatch.setattr(f"fastrlhf.ops.{module}.head", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1])
+        monkeypatch.setattr(
+            f"fastrlhf.ops.{module}.head",
+            lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1],
+        )
     with torch.autocast(device.type, torch.bfloat16):
         all_losses(h, w, b, labels, mask, torch.randn(labels.shape, device=device), backend)
-        torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(h, w, labels, mask, bias=b)
+        torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(
+            h, w, labels, mask, bias=b
+        )
         with torch.autocast(device.type, enabled=False):
             assert set(seen) == {torch.bfloat16} and len(seen) >= 4
             linear_cross_entropy(h, w, labels, mask, bias=b, backend=backend)
@@ -253,15 +276,33 @@ def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(5, 4)}, r"weight: got float32\[5, 4\] on cpu, expected \[V, 3\] with V above 0"),
-        ({"weight": torch.zeros(0, 3)}, r"weight: got float32\[0, 3\] on cpu, expected \[V, 3\] with V above 0"),
-        ({"weight": torch.zeros(5, 3).bfloat16()}, r"weight: got bfloat16\[5, 3\].*of hidden's dtype"),
+        (
+            {"weight": torch.zeros(5, 4)},
+            r"weight: got float32\[5, 4\] on cpu, expected \[V, 3\] with V above 0",
+        ),
+        (
+            {"weight": torch.zeros(0, 3)},
+            r"weight: got float32\[0, 3\] on cpu, expected \[V, 3\] with V above 0",
+        ),
+        (
+            {"weight": torch.zeros(5, 3).bfloat16()},
+            r"weight: got bfloat16\[5, 3\].*of hidden's dtype",
+        ),
         ({"bias": torch.zeros(4)}, r"bias: got float32\[4\] on cpu, expected \[5\]"),
-        ({"counted": 1}, r"counted: got 1, expected no less than the mask's True positions \(2\)"),
-        ({"counted": -1}, "counted: got -1, expected the number of the mask's True positions, or a larger one"),
+        (
+            {"num_counted": 1},
+            r"num_counted: got 1, expected no less than the mask's True positions \(2\)",
+        ),
+        (
+            {"num_counted": -1},
+            "num_counted: got -1, expected the number of the mask's True positions, or a larger one",
+        ),
         ({"mask": None}, "mask: got None, expected a bool tensor"),
         ({"denominator": 0.0}, "denominator: got 0.0, expected a number above 0"),
-        ({"denominator": torch.ones(1)}, r"denominator: got float32\[1\] on cpu, expected a float or a 0-dim tensor"),
+        (
+            {"denominator": torch.ones(1)},
+            r"denominator: got float32\[1\] on cpu, expected a float or a 0-dim tensor",
+        ),
     ],
 )
 def test_mistakes_are_named(change, message, torch_only):

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastrlhf.ops import backends, linear_chunks, linear_cross_entropy, linear_logprobs, linear_ppo_loss
+from fastrlhf.ops import (
+    backends,
+    linear_chunks,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_ppo_loss,
+)
 from fastrlhf.ops.linear_chunks import CountedRows, budget_override, chunk_rows, logits_fit
 
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
@@ -31,7 +37,9 @@ def run(op, h, w, labels, mask, x, bias=None):
     elif op == "ppo_loss":
         linear_ppo_loss(h, w, labels, x, x, mask, bias=bias, entropy_coef=0.1).loss.backward()
     else:
-        tokens = linear_logprobs(h, w, labels, bias=bias, mask=mask, recompute=op == "recomputed", with_entropy=True)
+        tokens = linear_logprobs(
+            h, w, labels, bias=bias, mask=mask, recompute=op == "recomputed", with_entropy=True
+        )
         (tokens.logprobs.sum() + tokens.entropy.sum()).backward()
 
 
@@ -55,7 +63,9 @@ def peak_bytes(*args):
     return peak
 
 
-@pytest.mark.parametrize(("op", "per_chunk"), [("cross_entropy", 3), ("ppo_loss", 3), ("recomputed", 4), ("kept", 3)])
+@pytest.mark.parametrize(
+    ("op", "per_chunk"), [("cross_entropy", 3), ("ppo_loss", 3), ("recomputed", 4), ("kept", 3)]
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gemms_of_a_chunk(op, per_chunk, with_bias, monkeypatch):
     h, w, labels, x = setup(22, 37, 5)
@@ -98,7 +108,12 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch):
     for tokens in (512, 1024):
         h, w, labels, x = setup(tokens, vocab, hidden)
         mask = torch.ones(tokens, dtype=torch.bool)
-        peaks.append([peak_bytes(op, h, w, labels, mask, x) for op in ("cross_entropy", "ppo_loss", "recomputed")])
+        peaks.append(
+            [
+                peak_bytes(op, h, w, labels, mask, x)
+                for op in ("cross_entropy", "ppo_loss", "recomputed")
+            ]
+        )
     for small, large in zip(*peaks, strict=True):
         assert large - small < 512 * (4 * hidden * 4 + 40 * 8) < 512 * vocab * 4 // 8
 
@@ -123,7 +138,9 @@ def test_auto_keeps_what_fits(monkeypatch):
 def test_a_bad_budget_is_named(text, monkeypatch):
     monkeypatch.setenv("FASTRLHF_LINEAR_BUDGET_MB", text)
     h, w, labels, _ = setup(4, 7, 3)
-    message = f"FASTRLHF_LINEAR_BUDGET_MB: got '{text}', expected a number of MiB above 0, such as 512"
+    message = (
+        f"FASTRLHF_LINEAR_BUDGET_MB: got '{text}', expected a number of MiB above 0, such as 512"
+    )
     with pytest.raises(ValueError, match=message):
         linear_logprobs(h, w, labels)
     with pytest.raises(ValueError, match=message):
@@ -149,4 +166,7 @@ def test_rows_that_do_not_count_are_never_read(monkeypatch):
     h, mask = torch.arange(12.0).view(6, 2), torch.tensor([True, False, True, True, False, True])
     monkeypatch.setattr(linear_chunks, "CPU_ROWS", 3)
     rows = CountedRows(h, mask, 7)
-    assert rows.count == 4 and [rows.chunk(at).tolist() for at in rows] == [[[0, 1], [4, 5]], [[6, 7], [10, 11]]]
+    assert rows.count == 4 and [rows.chunk(at).tolist() for at in rows] == [
+        [[0, 1], [4, 5]],
+        [[6, 7], [10, 11]],
+    ]

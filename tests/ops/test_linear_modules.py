@@ -45,16 +45,25 @@ def test_cross_entropy_module_and_its_ignore_index():
     expected = linear_cross_entropy(h, w, labels, mask, bias=b, denominator=3.0, temperature=2.0)
     module = FusedLinearCrossEntropy(temperature=2.0)
     assert torch.equal(module(h, w, labels, mask, bias=b, denominator=3.0), expected)
-    assert torch.equal(module(h, w, torch.where(mask, labels, -100), bias=b, denominator=3.0), expected)
-    ours, torchs = FusedLinearCrossEntropy()(h, w, torch.where(mask, labels, -100)), torch.nn.CrossEntropyLoss()
-    torch.testing.assert_close(ours, torchs((h @ w.T).flatten(0, 1), torch.where(mask, labels, -100).flatten()))
+    assert torch.equal(
+        module(h, w, torch.where(mask, labels, -100), bias=b, denominator=3.0), expected
+    )
+    ours, torchs = (
+        FusedLinearCrossEntropy()(h, w, torch.where(mask, labels, -100)),
+        torch.nn.CrossEntropyLoss(),
+    )
+    torch.testing.assert_close(
+        ours, torchs((h @ w.T).flatten(0, 1), torch.where(mask, labels, -100).flatten())
+    )
 
 
 def test_ppo_module():
     h, w, b, labels, mask, old, advantages = inputs()
     module = FusedLinearPPOLoss(clip=0.1, entropy_coef=0.3)
     ours = module(h, w, labels, old, advantages, mask, bias=b, denominator=7.0)
-    expected = linear_ppo_loss(h, w, labels, old, advantages, mask, bias=b, denominator=7.0, clip=0.1, entropy_coef=0.3)
+    expected = linear_ppo_loss(
+        h, w, labels, old, advantages, mask, bias=b, denominator=7.0, clip=0.1, entropy_coef=0.3
+    )
     assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
 
 
@@ -62,7 +71,9 @@ def test_modules_hold_no_parameters_and_name_mistakes():
     assert not list(FusedLinearPPOLoss().parameters()) and "temperature=0.5" in repr(
         FusedLinearLogprobs(temperature=0.5)
     )
-    with pytest.raises(ValueError, match="recompute: got 'no', expected one of 'auto', True, False"):
+    with pytest.raises(
+        ValueError, match="recompute: got 'no', expected one of 'auto', True, False"
+    ):
         FusedLinearLogprobs(recompute="no")
     with pytest.raises(ValueError, match="clip: got -1"):
         FusedLinearPPOLoss(clip=-1)
@@ -70,10 +81,17 @@ def test_modules_hold_no_parameters_and_name_mistakes():
 
 def test_a_module_prints_every_option_it_holds():
     common = "temperature=1.0, backend='auto', vocab_start=None, vocab_size=None, group=None"
-    assert repr(FusedLinearPPOLoss(clip=0.1)) == f"FusedLinearPPOLoss({common}, clip=0.1, entropy_coef=0.0)"
-    assert repr(FusedLinearCrossEntropy()) == f"FusedLinearCrossEntropy({common}, ignore_index=-100)"
+    assert (
+        repr(FusedLinearPPOLoss(clip=0.1))
+        == f"FusedLinearPPOLoss({common}, clip=0.1, entropy_coef=0.0)"
+    )
+    assert (
+        repr(FusedLinearCrossEntropy()) == f"FusedLinearCrossEntropy({common}, ignore_index=-100)"
+    )
     logprobs = FusedLinearLogprobs(recompute=False, with_entropy=True, vocab_size=7)
-    assert "vocab_size=7" in repr(logprobs) and repr(logprobs).endswith("recompute=False, with_entropy=True)")
+    assert "vocab_size=7" in repr(logprobs) and repr(logprobs).endswith(
+        "recompute=False, with_entropy=True)"
+    )
 
 
 @pytest.mark.parametrize("name", ["hf_sft.py", "hf_ppo_loss.py"])

@@ -42,8 +42,15 @@ def results(op, reference, tensors, labels, mask, old, advantages, upstream):
         outs = list(linear_logprobs_ref(h, w, labels, mask=mask, **shared)[:3])
     else:
         recompute = {"recomputed": True, "kept": False, "auto": "auto"}[op]
-        outs = list(linear_logprobs(h, w, labels, mask=mask, with_entropy=True, recompute=recompute, **shared)[:3])
-    loss = sum((o * u[: o.numel()].view(o.shape).to(o.dtype)).sum() for o, u in zip(outs, upstream, strict=False))
+        outs = list(
+            linear_logprobs(
+                h, w, labels, mask=mask, with_entropy=True, recompute=recompute, **shared
+            )[:3]
+        )
+    loss = sum(
+        (o * u[: o.numel()].view(o.shape).to(o.dtype)).sum()
+        for o, u in zip(outs, upstream, strict=False)
+    )
     return [o.detach() for o in outs], torch.autograd.grad(loss, tensors)
 
 
@@ -59,7 +66,9 @@ def test_equals_float64(op, vocab, within, monkeypatch):
     small_chunks(monkeypatch, inputs[1], 3)
     exact_in = [t.double() for t in inputs]
     now = linear_logprobs_ref(*exact_in[:2], labels, bias=exact_in[2], temperature=0.7).logprobs
-    old = (now + 0.4 * torch.randint(-1, 2, labels.shape)).float()  # ratios of 0.67, 1 and 1.5: no border is near
+    old = (
+        now + 0.4 * torch.randint(-1, 2, labels.shape)
+    ).float()  # ratios of 0.67, 1 and 1.5: no border is near
     advantages, upstream = torch.randn(labels.shape), torch.randn(10, len(labels))
     arguments = (labels, mask, old, advantages, upstream)
     ours = results(op, False, inputs, *arguments)
@@ -67,7 +76,9 @@ def test_equals_float64(op, vocab, within, monkeypatch):
     torchs = results(op, True, inputs, *arguments)
     h, w, b = (t.abs() for t in exact_in)
     bound = 2 * (h.shape[1] + 2) * 2**-24 * float((h @ w.T + b).max()) / 0.7
-    for a, b, c in zip([*ours[0], *ours[1]], [*exact[0], *exact[1]], [*torchs[0], *torchs[1]], strict=True):
+    for a, b, c in zip(
+        [*ours[0], *ours[1]], [*exact[0], *exact[1]], [*torchs[0], *torchs[1]], strict=True
+    ):
         within(a, b, c, bound * float(b.abs().max().clamp(min=1)))
     assert not bool(ours[1][0][~mask].any())
 
@@ -84,14 +95,18 @@ def test_a_tied_weight_gets_both_gradients(op, monkeypatch):
         w = weight.clone().requires_grad_()
         h = torch.tanh(torch.nn.functional.embedding(tokens, w))
         if op == "cross_entropy":
-            loss = (linear_cross_entropy_ref if reference else linear_cross_entropy)(h, w, tokens.flip(0), mask)
+            loss = (linear_cross_entropy_ref if reference else linear_cross_entropy)(
+                h, w, tokens.flip(0), mask
+            )
         elif op == "ppo_loss":
             call = linear_ppo_loss_ref if reference else linear_ppo_loss
             loss = call(h, w, tokens.flip(0), x, x, mask, entropy_coef=0.1).loss
         elif reference:
             loss = (linear_logprobs_ref(h, w, tokens.flip(0), mask=mask).logprobs * x).sum()
         else:
-            loss = (linear_logprobs(h, w, tokens.flip(0), mask=mask, recompute=True).logprobs * x).sum()
+            loss = (
+                linear_logprobs(h, w, tokens.flip(0), mask=mask, recompute=True).logprobs * x
+            ).sum()
         (loss + w.square().sum()).backward()  # the weight once more
         grads.append(w.grad)
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
@@ -125,16 +140,22 @@ def test_nothing_underflows_at_a_denominator_of_a_million(op, dtype, loss_scale,
             call = linear_ppo_loss_ref if exact else linear_ppo_loss
             return call(h, w, labels, now, 1e-3 * advantages, mask, bias=b, **wide).loss * 1e3
         if op == "cross_entropy":
-            return (linear_cross_entropy_ref if exact else linear_cross_entropy)(h, w, labels, mask, bias=b, **wide)
+            return (linear_cross_entropy_ref if exact else linear_cross_entropy)(
+                h, w, labels, mask, bias=b, **wide
+            )
         if exact:
-            return (linear_logprobs_ref(h, w, labels, bias=b, mask=mask).logprobs * advantages).sum() / 1e6
+            return (
+                linear_logprobs_ref(h, w, labels, bias=b, mask=mask).logprobs * advantages
+            ).sum() / 1e6
         tokens = linear_logprobs(h, w, labels, bias=b, mask=mask, recompute=op == "recomputed")
         return (tokens.logprobs * advantages).sum() / 1e6
 
     ours = torch.autograd.grad(loss(inputs, False) * loss_scale, inputs)
     exact = torch.autograd.grad(loss(exact_in, True) * loss_scale, exact_in)
     info = torch.finfo(dtype)
-    least = info.smallest_normal * info.eps  # subnormal spacing: what one rounding of the result may lose
+    least = (
+        info.smallest_normal * info.eps
+    )  # subnormal spacing: what one rounding of the result may lose
     for a, e in zip(ours, exact, strict=True):
         lost = least * e.numel() ** 0.5 / float(e.norm())
         assert normwise(a, e) <= 8 * info.eps + lost
@@ -145,10 +166,14 @@ def test_the_upstream_of_a_masked_row_is_not_measured(monkeypatch):
     (h, w, b), labels, mask = make(33, dtype=torch.float16)
     h.requires_grad_()
     upstream = torch.where(mask, torch.randn(mask.shape), torch.nan)
-    (grad,) = torch.autograd.grad(linear_logprobs(h, w, labels, bias=b, mask=mask).logprobs, h, upstream)
+    (grad,) = torch.autograd.grad(
+        linear_logprobs(h, w, labels, bias=b, mask=mask).logprobs, h, upstream
+    )
     (expected,) = torch.autograd.grad(
         linear_logprobs(h, w, labels, bias=b, mask=mask).logprobs, h, upstream.nan_to_num(1e30)
     )
     assert bool(grad.isfinite().all()) and torch.equal(grad, expected) and bool(grad[mask].any())
-    zero = torch.autograd.grad(linear_logprobs(h, w, labels, mask=mask).logprobs, h, torch.zeros(mask.shape))[0]
+    zero = torch.autograd.grad(
+        linear_logprobs(h, w, labels, mask=mask).logprobs, h, torch.zeros(mask.shape)
+    )[0]
     assert not bool(zero.any())

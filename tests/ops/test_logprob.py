@@ -11,8 +11,14 @@ from fastrlhf.ops.logprob import logprobs_ref
 from fastrlhf.ops.rows import as_rows
 
 # half a unit in the last place of each dtype's results, relative, and its smallest subnormal
-ROUNDING = {torch.float32: (2**-24, 2**-149), torch.bfloat16: (2**-9, 2**-133), torch.float16: (2**-12, 2**-24)}
-if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter truncates to bf16 where a GPU rounds to nearest
+ROUNDING = {
+    torch.float32: (2**-24, 2**-149),
+    torch.bfloat16: (2**-9, 2**-133),
+    torch.float16: (2**-12, 2**-24),
+}
+if (
+    os.environ.get("TRITON_INTERPRET") == "1"
+):  # the interpreter truncates to bf16 where a GPU rounds to nearest
     ROUNDING[torch.bfloat16] = (2**-8, 2**-133)
 
 
@@ -30,18 +36,33 @@ def make(shape, vocab, dtype, device, scale=4.0):
 def run(function, logits, labels, upstream, **options):
     out = function(logits, labels, **options)
     tensors = [t for t in (out.logprobs, out.entropy, out.logsumexp, out.kl) if t is not None]
-    (grad,) = torch.autograd.grad([*tensors], [logits], [u.to(t.dtype) for u, t in zip(upstream, tensors, strict=True)])
+    (grad,) = torch.autograd.grad(
+        [*tensors], [logits], [u.to(t.dtype) for u, t in zip(upstream, tensors, strict=True)]
+    )
     return tensors, grad
 
 
 def check(logits, labels, backend, within, temperature=1.0, mask=None, ref=None):
-    upstream = [torch.randn(labels.shape, device=labels.device) for _ in range(3 if ref is None else 4)]
+    upstream = [
+        torch.randn(labels.shape, device=labels.device) for _ in range(3 if ref is None else 4)
+    ]
     shared = {"temperature": temperature, "mask": mask}
     exact_ref = None if ref is None else ref.double()
     exact_in = logits.detach().double().requires_grad_()
-    exact, exact_grad = run(logprobs_ref, exact_in, labels, upstream, ref_logprobs=exact_ref, **shared)
+    exact, exact_grad = run(
+        logprobs_ref, exact_in, labels, upstream, ref_logprobs=exact_ref, **shared
+    )
     torchs, torch_grad = run(logprobs_ref, logits, labels, upstream, ref_logprobs=ref, **shared)
-    ours, grad = run(logprobs, logits, labels, upstream, ref_logprobs=ref, with_entropy=True, backend=backend, **shared)
+    ours, grad = run(
+        logprobs,
+        logits,
+        labels,
+        upstream,
+        ref_logprobs=ref,
+        with_entropy=True,
+        backend=backend,
+        **shared,
+    )
     assert all(t.dtype == torch.float32 for t in ours) and grad.dtype == logits.dtype
     for a, b, c in zip(ours, exact, torchs, strict=True):
         within(a, b, c, value_bound(b.cpu(), logits.shape[-1]))
@@ -68,14 +89,23 @@ def test_real_vocabularies(vocab, backend, device, within):
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_a_shift_changes_only_the_logsumexp(shift, temperature, backend, device, within):
     logits, labels = make((4,), 507, torch.float32, device)
-    shifted = (logits.detach() + shift).requires_grad_()  # rounding happens here, and float64 sees the same numbers
+    shifted = (
+        logits.detach() + shift
+    ).requires_grad_()  # rounding happens here, and float64 sees the same numbers
     check(shifted, labels, backend, within, temperature=temperature)
 
 
 def test_kl_and_its_gradients(backend, device, within):
     logits, labels = make((3, 2), 123, torch.float32, device)
     ref = torch.randn(3, 2, device=device)
-    check(logits, labels, backend, within, ref=ref, mask=torch.tensor([[1, 0], [1, 1], [0, 1]], device=device).bool())
+    check(
+        logits,
+        labels,
+        backend,
+        within,
+        ref=ref,
+        mask=torch.tensor([[1, 0], [1, 1], [0, 1]], device=device).bool(),
+    )
     ref.requires_grad_()
     mask = torch.tensor([[True, False], [True, True], [False, True]], device=device)
     out = logprobs(logits, labels, ref_logprobs=ref, mask=mask, backend=backend)
@@ -104,8 +134,12 @@ def test_minus_infinity_logits(backend, device, within):
     labels = torch.tensor([1, 2, 4], device=device)
     _, grad = check(logits, labels, backend, within)
     assert bool((grad[:, ::3] == 0).all())
-    out = logprobs(logits, torch.tensor([0, 3, 1], device=device), with_entropy=True, backend=backend)
-    assert out.logprobs[:2].tolist() == [-math.inf, -math.inf] and bool(out.entropy.isfinite().all())
+    out = logprobs(
+        logits, torch.tensor([0, 3, 1], device=device), with_entropy=True, backend=backend
+    )
+    assert out.logprobs[:2].tolist() == [-math.inf, -math.inf] and bool(
+        out.entropy.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
@@ -151,7 +185,9 @@ def test_all_rows_masked_and_no_rows(backend, device):
 
 def test_padded_columns_are_left_out(backend, device):
     logits, labels = make((5,), 200, torch.float32, device)
-    padded = torch.cat([logits.detach(), torch.full((5, 56), 1e4, device=device)], -1).requires_grad_()
+    padded = torch.cat(
+        [logits.detach(), torch.full((5, 56), 1e4, device=device)], -1
+    ).requires_grad_()
     a = logprobs(logits, labels, with_entropy=True, backend=backend)
     b = logprobs(padded, labels, with_entropy=True, vocab_size=200, backend=backend)
     torch.testing.assert_close(a[:3], b[:3], rtol=0, atol=2**-20)
@@ -163,7 +199,9 @@ def test_padded_columns_are_left_out(backend, device):
 
 def test_a_label_outside_the_vocabulary_is_minus_infinity(backend, device):
     logits, _ = make((3,), 17, torch.float32, device)
-    out = logprobs(logits, torch.tensor([-1, 16, 17], device=device), vocab_size=16, backend=backend)
+    out = logprobs(
+        logits, torch.tensor([-1, 16, 17], device=device), vocab_size=16, backend=backend
+    )
     assert out.logprobs.tolist() == [-math.inf] * 3
 
 
@@ -171,10 +209,17 @@ def test_strided_views_are_not_copied(backend, device, within):
     """logits[:, :-1], a column slice, and a sequence-first tensor seen batch-first."""
     for vocab in (64, 123):
         base = torch.randn(3, 5, vocab + 7, device=device)
-        for view in (base[:, :-1, :vocab], base[:, 1:, 3 : vocab + 3], base.transpose(0, 1)[..., :vocab]):
+        for view in (
+            base[:, :-1, :vocab],
+            base[:, 1:, 3 : vocab + 3],
+            base.transpose(0, 1)[..., :vocab],
+        ):
             logits = view.detach().requires_grad_()
             labels = torch.randint(0, vocab, logits.shape[:-1], device=device)
-            assert as_rows(logits).data_ptr() == logits.data_ptr() and as_rows(logits).stride() == view.stride()
+            assert (
+                as_rows(logits).data_ptr() == logits.data_ptr()
+                and as_rows(logits).stride() == view.stride()
+            )
             out = logprobs(view, labels, backend=backend)
             dense = logprobs(view.contiguous(), labels, backend=backend)
             torch.testing.assert_close(out.logprobs, dense.logprobs, rtol=0, atol=2**-20)
@@ -205,7 +250,9 @@ def test_retain_graph_and_partial_upstream(backend, device):
 
 def test_inplace_backward_writes_the_gradient_over_the_logits(backend, device):
     leaf, labels = make((2, 4), 123, torch.float32, device)
-    (expected,) = torch.autograd.grad(logprobs(leaf * 2, labels, backend=backend).logprobs.sum(), leaf)
+    (expected,) = torch.autograd.grad(
+        logprobs(leaf * 2, labels, backend=backend).logprobs.sum(), leaf
+    )
     logits = leaf * 2
     out = logprobs(logits, labels, inplace_backward=True, backend=backend)
     address = logits.data_ptr()
@@ -230,7 +277,17 @@ def test_gradcheck(torch_only):
     ref = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
     def op(x, r):
-        return tuple(logprobs(x, labels, temperature=0.6, mask=mask, with_entropy=True, ref_logprobs=r, vocab_size=6))
+        return tuple(
+            logprobs(
+                x,
+                labels,
+                temperature=0.6,
+                mask=mask,
+                with_entropy=True,
+                ref_logprobs=r,
+                vocab_size=6,
+            )
+        )
 
     labels.clamp_(max=5)
     assert torch.autograd.gradcheck(op, (logits, ref))
@@ -239,10 +296,19 @@ def test_gradcheck(torch_only):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, r"logits: got int64\[2, 3\] on cpu, expected a float32"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels: got int64\[3\] on cpu, expected an integer tensor"),
+        (
+            {"logits": torch.zeros(2, 3, dtype=torch.int64)},
+            r"logits: got int64\[2, 3\] on cpu, expected a float32",
+        ),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            r"labels: got int64\[3\] on cpu, expected an integer tensor",
+        ),
         ({"labels": torch.zeros(2)}, r"labels: got float32\[2\]"),
-        ({"mask": torch.ones(2, dtype=torch.int64)}, r"mask: got int64\[2\] on cpu, expected a bool tensor"),
+        (
+            {"mask": torch.ones(2, dtype=torch.int64)},
+            r"mask: got int64\[2\] on cpu, expected a bool tensor",
+        ),
         ({"ref_logprobs": torch.zeros(2, 1)}, r"ref_logprobs: got float32\[2, 1\]"),
         ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
         ({"backend": "rocm"}, "backend: got 'rocm', expected one of"),

@@ -32,7 +32,9 @@ def test_half_precision_is_whitened_in_fp32(dtype, shift_mean):
     x, mask = (torch.randn(1000) + 3).to(dtype), torch.rand(1000) > 0.3
     white = masked_whiten(x, mask, shift_mean)
     kept = x[mask].double()
-    exact = (kept - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt() + (0 if shift_mean else kept.mean())
+    exact = (kept - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt() + (
+        0 if shift_mean else kept.mean()
+    )
     assert white.dtype == torch.float32
     assert float((white[mask].double() - exact).abs().max()) < 1e-5
 
@@ -66,7 +68,9 @@ def test_gradcheck():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"mask: got float32\[3\] on cpu, expected a bool tensor of shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"mask: got float32\[3\] on cpu, expected a bool tensor of shape \[3\]"
+    ):
         masked_mean(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match=r"x: got int64\[3\]"):
         masked_whiten(torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool))

@@ -42,7 +42,11 @@ def test_a_value_inside_the_clip_keeps_its_gradient(backend, device):
     """old + (v - old) rounds to either side of v; that must not count as clipped."""
     old, step = torch.randn(4096, device=device), 0.1 * torch.rand(4096, device=device)
     values = (old + step).requires_grad_()
-    returns, zero, mask = values.detach() + 2, torch.zeros_like(old), torch.ones_like(old, dtype=torch.bool)
+    returns, zero, mask = (
+        values.detach() + 2,
+        torch.zeros_like(old),
+        torch.ones_like(old, dtype=torch.bool),
+    )
     options = {"old_values": old, "returns": returns, "denominator": 1.0, "backend": backend}
     out = ppo_loss(zero, zero, zero, mask, values=values, **options)
     assert float(out.value_clip_fraction) == 0
@@ -56,7 +60,9 @@ def test_a_small_kl_is_not_lost_in_rounding(backend, device):
     logprobs, mask = old + 1e-4, torch.ones_like(old, dtype=torch.bool)
     step = logprobs.double() - old.double()
     out = ppo_loss(logprobs, old, old, mask, backend=backend)
-    torch.testing.assert_close(out.approx_kl.double(), (torch.expm1(step) - step).mean(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        out.approx_kl.double(), (torch.expm1(step) - step).mean(), rtol=1e-2, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,16 +79,24 @@ def test_against_float64(shape, dtype, denominator, backend, device, within):
         within(a, b, c, 2**-20 * float(1 + b.detach().abs()))
     for a, b, c in zip(grads, exact_grads, torch_grads, strict=True):
         within(a, b, c, 2**-20 * float(b.abs().max()) + torch.finfo(dtype).eps * b.cpu().abs())
-    assert not any(m.requires_grad for m in ours[1:]) and all(m.dtype == torch.float32 for m in ours)
+    assert not any(m.requires_grad for m in ours[1:]) and all(
+        m.dtype == torch.float32 for m in ours
+    )
 
 
 def test_golden(backend, device):
     """One token, ratio 2 and advantage 1: clipped to 1.2, no gradient. One of ratio 1 and advantage -3: gradient 3."""
     logp = torch.tensor([math.log(0.5), -1.0, 9.0], device=device, requires_grad=True)
     old = torch.tensor([math.log(0.25), -1.0, 0.0], device=device)
-    advantages, mask = torch.tensor([1.0, -3.0, 7.0], device=device), torch.tensor([True, True, False], device=device)
+    advantages, mask = (
+        torch.tensor([1.0, -3.0, 7.0], device=device),
+        torch.tensor([True, True, False], device=device),
+    )
     values = torch.tensor([1.0, 0.0, 5.0], device=device, requires_grad=True)
-    old_values, returns = torch.tensor([0.0, 0.1, 0.0], device=device), torch.tensor([1.5, 1.0, 0.0], device=device)
+    old_values, returns = (
+        torch.tensor([0.0, 0.1, 0.0], device=device),
+        torch.tensor([1.5, 1.0, 0.0], device=device),
+    )
     out = ppo_loss(
         logp, old, advantages, mask, values=values, old_values=old_values, returns=returns, value_coef=2.0,
         entropy=torch.tensor([1.0, 2.0, 9.0], device=device), entropy_coef=0.5, backend=backend,
@@ -124,7 +138,12 @@ def test_micro_batches_add_up(backend, device):
     count = mask.sum()
     whole = ppo_loss(mask=mask, denominator=count, backend=backend, **tensors)
     parts = [
-        ppo_loss(mask=mask[i], denominator=count, backend=backend, **{k: v[i] for k, v in tensors.items()})
+        ppo_loss(
+            mask=mask[i],
+            denominator=count,
+            backend=backend,
+            **{k: v[i] for k, v in tensors.items()},
+        )
         for i in (slice(0, 1), slice(1, 6))
     ]
     for field in ("loss", "policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio_mean"):
@@ -135,13 +154,17 @@ def test_micro_batches_add_up(backend, device):
 def test_strided_inputs_and_retain_graph(backend, device):
     tensors, mask = make((6, 10), torch.float32, device)
     plain, grads = run(ppo_loss, tensors, mask, 1.0, backend=backend)
-    turned = {k: v.detach().T.contiguous().T.requires_grad_(v.requires_grad) for k, v in tensors.items()}
+    turned = {
+        k: v.detach().T.contiguous().T.requires_grad_(v.requires_grad) for k, v in tensors.items()
+    }
     out = ppo_loss(mask=mask.T.contiguous().T, backend=backend, **turned)
     leaves = [t for t in turned.values() if t.requires_grad]
     first = torch.autograd.grad(out.loss, leaves, retain_graph=True)
     again = torch.autograd.grad(out.loss, leaves)
     assert torch.equal(out.loss, plain.loss)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, grads, strict=True))
+    assert all(
+        torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, again, grads, strict=True)
+    )
 
 
 def test_gradcheck(torch_only):
@@ -154,14 +177,20 @@ def test_gradcheck(torch_only):
             entropy_coef=0.3, value_coef=0.7, **constants,
         ).loss  # fmt: skip
 
-    assert torch.autograd.gradcheck(loss, (tensors["logprobs"], tensors["values"], tensors["entropy"]))
+    assert torch.autograd.gradcheck(
+        loss, (tensors["logprobs"], tensors["values"], tensors["entropy"])
+    )
 
 
 def test_mistakes_are_named(torch_only):
     x, mask = torch.zeros(3), torch.ones(3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="old_values: got None, expected values, old_values and returns together"):
+    with pytest.raises(
+        ValueError, match="old_values: got None, expected values, old_values and returns together"
+    ):
         ppo_loss(x, x, x, mask, values=x, returns=x)
-    with pytest.raises(ValueError, match=r"advantages: got float32\[2\] on cpu, expected a float tensor of"):
+    with pytest.raises(
+        ValueError, match=r"advantages: got float32\[2\] on cpu, expected a float tensor of"
+    ):
         ppo_loss(x, x, x[:2], mask)
     with pytest.raises(ValueError, match=r"mask: got float32\[3\]"):
         ppo_loss(x, x, x, x)

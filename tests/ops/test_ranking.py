@@ -31,7 +31,9 @@ def brute_force(prompts, reduction):
 
 
 def pack(prompts, device, dtype=torch.float32):
-    scores = torch.tensor([s for p in prompts for s in p[0]], dtype=dtype, device=device, requires_grad=True)
+    scores = torch.tensor(
+        [s for p in prompts for s in p[0]], dtype=dtype, device=device, requires_grad=True
+    )
     ranks = torch.tensor([r for p in prompts for r in p[1]], dtype=torch.int64, device=device)
     offsets = torch.tensor([0, *itertools.accumulate(len(p[0]) for p in prompts)], device=device)
     return scores, ranks, offsets
@@ -44,13 +46,20 @@ ragged = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(prompts=ragged, reduction=st.sampled_from(["prompts", "pairs"]))
 def test_ragged_prompts_against_a_double_loop(prompts, reduction, backend, device):
     prompts = [([s for s, _ in p], [r for _, r in p]) for p in prompts]
     scores, ranks, offsets = pack(prompts, device)
     out = pairwise_ranking_loss(scores, ranks, offsets, reduction=reduction, backend=backend)
-    assert [t.item() for t in out] == pytest.approx(brute_force(prompts, reduction), rel=1e-5, abs=1e-6)
+    assert [t.item() for t in out] == pytest.approx(
+        brute_force(prompts, reduction), rel=1e-5, abs=1e-6
+    )
     (grad,) = torch.autograd.grad(out.loss * 2, scores)
     exact = scores.detach().double().requires_grad_()
     loss = pairwise_ranking_loss(exact, ranks, offsets, reduction=reduction).loss
@@ -61,10 +70,15 @@ def test_ragged_prompts_against_a_double_loop(prompts, reduction, backend, devic
 @pytest.mark.parametrize("responses", [2, 9, 16, 17, 64, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_and_dtypes(responses, dtype, backend, device):
-    prompts = [(torch.randn(k).to(dtype).tolist(), torch.randint(0, k, (k,)).tolist()) for k in (responses, 2, 5)]
+    prompts = [
+        (torch.randn(k).to(dtype).tolist(), torch.randint(0, k, (k,)).tolist())
+        for k in (responses, 2, 5)
+    ]
     scores, ranks, offsets = pack(prompts, device, dtype)
     out = pairwise_ranking_loss(scores, ranks.int(), offsets.int(), backend=backend)
-    assert [t.item() for t in out] == pytest.approx(brute_force(prompts, "prompts"), rel=1e-5, abs=1e-6)
+    assert [t.item() for t in out] == pytest.approx(
+        brute_force(prompts, "prompts"), rel=1e-5, abs=1e-6
+    )
     by_float = pairwise_ranking_loss(scores, ranks.float() / 2, offsets, backend=backend)
     assert torch.equal(out.loss, by_float.loss)
 
@@ -72,7 +86,9 @@ def test_sizes_and_dtypes(responses, dtype, backend, device):
 def test_golden(backend, device):
     """Two responses, better by log 3: the loss is -log(3/4), the gradient -+1/4."""
     scores = torch.tensor([0.0, math.log(3)], device=device, requires_grad=True)
-    out = pairwise_ranking_loss(scores, *(torch.tensor(x, device=device) for x in ([2, 1], [0, 2])), backend=backend)
+    out = pairwise_ranking_loss(
+        scores, *(torch.tensor(x, device=device) for x in ([2, 1], [0, 2])), backend=backend
+    )
     expected = [-math.log(0.75), 1.0, 1.0, math.log(3)]
     assert [t.item() for t in out] == pytest.approx(expected, rel=1e-6)
     out.loss.backward()
@@ -96,18 +112,27 @@ def test_large_margins_do_not_overflow(backend, device):
 
 
 def test_gradcheck(torch_only):
-    scores, ranks, offsets = pack([([0.3, -0.2, 1.0], [2, 1, 1]), ([0.5, 0.1], [0, 1])], "cpu", torch.float64)
+    scores, ranks, offsets = pack(
+        [([0.3, -0.2, 1.0], [2, 1, 1]), ([0.5, 0.1], [0, 1])], "cpu", torch.float64
+    )
     for reduction in ("prompts", "pairs"):
         assert torch.autograd.gradcheck(
-            lambda s, r=reduction: pairwise_ranking_loss(s, ranks, offsets, reduction=r).loss, (scores,)
+            lambda s, r=reduction: pairwise_ranking_loss(s, ranks, offsets, reduction=r).loss,
+            (scores,),
         )
 
 
 def test_mistakes_are_named(torch_only):
     scores, ranks, offsets = pack([([1.0, 2.0], [0, 1])], "cpu")
-    with pytest.raises(ValueError, match=r"ranks: got int64\[1\] on cpu, expected an integer or float tensor"):
+    with pytest.raises(
+        ValueError, match=r"ranks: got int64\[1\] on cpu, expected an integer or float tensor"
+    ):
         pairwise_ranking_loss(scores, ranks[:1], offsets)
-    with pytest.raises(ValueError, match=r"prompt_offsets: got int64\[1\] on cpu, expected an integer tensor"):
+    with pytest.raises(
+        ValueError, match=r"prompt_offsets: got int64\[1\] on cpu, expected an integer tensor"
+    ):
         pairwise_ranking_loss(scores, ranks, offsets[:1])
-    with pytest.raises(ValueError, match="reduction: got 'mean', expected one of 'prompts', 'pairs'"):
+    with pytest.raises(
+        ValueError, match="reduction: got 'mean', expected one of 'prompts', 'pairs'"
+    ):
         pairwise_ranking_loss(scores, ranks, offsets, reduction="mean")

@@ -22,9 +22,13 @@ CASES = {
     "logits_kl": lambda x: ops.logits_kl(x, x.detach().flip(0)).sum(),
     "linear_logprobs": lambda x: ops.linear_logprobs(x, x.new_ones(7, 7), LABELS).logprobs.sum(),
     "linear_cross_entropy": _linear(ops.linear_cross_entropy),
-    "linear_ppo_loss": lambda x: _linear(ops.linear_ppo_loss, x.new_zeros(3), x.new_ones(3))(x).loss,
+    "linear_ppo_loss": lambda x: (
+        _linear(ops.linear_ppo_loss, x.new_zeros(3), x.new_ones(3))(x).loss
+    ),
     "ppo_loss": lambda x: ops.ppo_loss(x[:, 0], x[:, 0].detach(), x[:, 1].detach(), MASK).loss,
-    "ranking_loss": lambda x: ops.pairwise_ranking_loss(x[:, 0], torch.arange(3), torch.tensor([0, 3])).loss,
+    "ranking_loss": lambda x: (
+        ops.pairwise_ranking_loss(x[:, 0], torch.arange(3), torch.tensor([0, 3])).loss
+    ),
     "all_reduce_sum": lambda x: _all_reduce_sum(x.square(), "").sum(),
 }
 
@@ -43,7 +47,11 @@ def test_a_second_derivative_is_refused(name, torch_only):
 def test_each_registered_gradient_is_tried():
     """Ops without a gradient and linear_loss, which both linear losses call, aside."""
     library = torch.ops.fastrlhf
-    differentiable = {n for n in dir(library) if not n.startswith("_") and not n.endswith(("_backward", "_backward_"))}
+    differentiable = {
+        n
+        for n in dir(library)
+        if not n.startswith("_") and not n.endswith(("_backward", "_backward_"))
+    }
     assert differentiable - {"gae", "shaped_gae", "linear_loss", "name"} <= set(CASES)
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
-KINDS = ("logprobs", "logprobs-shifted", "logprobs-bf16", "forbidden", "logits_kl", "linear_logprobs", "linear_kept")
+KINDS = (
+    "logprobs",
+    "logprobs-shifted",
+    "logprobs-bf16",
+    "forbidden",
+    "logits_kl",
+    "linear_logprobs",
+    "linear_kept",
+)
 LOSSES = ("linear_cross_entropy", "linear_ppo_loss")
 CHUNKS = ("chunks-logprobs", "chunks-cross_entropy", "chunks-ppo")
 NAMES = [f"{k}-{shards}" for k in (*KINDS, *LOSSES, *CHUNKS) for shards in ("uneven", "padded")]
@@ -28,7 +36,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, str(WORKER)]
     ranks = [
-        subprocess.Popen([*command, str(r), str(folder / "store"), str(folder / f"{r}.json")], env=env)
+        subprocess.Popen(
+            [*command, str(r), str(folder / "store"), str(folder / f"{r}.json")], env=env
+        )
         for r in range(4)
     ]
     try:

@@ -61,7 +61,9 @@ def stand_in(folder: Path) -> Path:
     (folder / "kernels" / "__init__.py").write_text(STAND_IN)
     metadata = folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+    )
     return folder
 
 
@@ -85,7 +87,9 @@ def test_llama_builds_from_the_root(tmp_path):
 
 def test_llama_builds_from_the_root_with_hugging_faces_kernels(tmp_path):
     told = from_root(BUILD_LLAMA, PYTHONPATH=str(stand_in(tmp_path)))
-    assert told["kernels"] == str(tmp_path / "kernels" / "__init__.py"), "transformers must get its own"
+    assert told["kernels"] == str(tmp_path / "kernels" / "__init__.py"), (
+        "transformers must get its own"
+    )
     assert Path(told["fastrlhf.kernels"]) == ROOT / "fastrlhf" / "kernels"
 
 
@@ -98,7 +102,9 @@ def test_a_package_marker_would_break_it(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(stand_in(tmp_path / "site"))}
     for expected in ("root", "site"):
         command = [sys.executable, "-c", code]
-        result = subprocess.run(command, cwd=tmp_path / "root", env=environment, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=tmp_path / "root", env=environment, capture_output=True, text=True
+        )
         assert result.stdout.strip() == str(tmp_path / expected / "kernels" / "__init__.py")
         (tmp_path / "root" / "kernels" / "__init__.py").unlink(missing_ok=True)
 
@@ -110,10 +116,26 @@ def test_packages_are_ours_alone():
 
 def test_a_build_holds_the_kernels_and_no_top_level_of_that_name(tmp_path):
     """Pure-Python part of a wheel: `build_py` copies what would be in it."""
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "b"), "build_py"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        str(tmp_path / "b"),
+        "build_py",
+    ]
     environment = {**os.environ, "FASTRLHF_SKIP_EXT": "1"}
-    subprocess.run([*command, "--build-lib", str(tmp_path / "lib")], cwd=ROOT, env=environment, check=True, timeout=120)
+    subprocess.run(
+        [*command, "--build-lib", str(tmp_path / "lib")],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=120,
+    )
     assert [path.name for path in (tmp_path / "lib").iterdir()] == ["fastrlhf"]
     sources = {path.name for path in (ROOT / "kernels").glob("*.py")}
-    assert {path.name for path in (tmp_path / "lib" / "fastrlhf" / "kernels").glob("*.py")} == sources
+    assert {
+        path.name for path in (tmp_path / "lib" / "fastrlhf" / "kernels").glob("*.py")
+    } == sources
     assert (tmp_path / "lib" / "fastrlhf" / "py.typed").is_file()

@@ -26,7 +26,11 @@ PINS = [
 
 def pins(python: str) -> dict[str, Version]:
     """The pinned versions for one Python on Linux; a package pinned twice is an error."""
-    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+    }
     found: dict[str, Version] = {}
     for pin in PINS:
         if pin.marker is None or pin.marker.evaluate(environment):
@@ -45,7 +49,9 @@ def test_every_dependency_is_pinned_within_its_range(python):
     for requirement in map(Requirement, wanted):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} has no pin for Python {python}"
-        assert pinned[name] in requirement.specifier, f"{name} {pinned[name]} is outside {requirement}"
+        assert pinned[name] in requirement.specifier, (
+            f"{name} {pinned[name]} is outside {requirement}"
+        )
 
 
 def test_torch_is_one_version_without_a_build_tag():
@@ -61,5 +67,8 @@ def test_no_index_and_no_path_is_named():
 
 
 def test_the_wrong_apex_is_never_a_dependency():
-    wanted = [*PROJECT["dependencies"], *(r for extra in PROJECT["optional-dependencies"].values() for r in extra)]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
+    ]
     assert "apex" not in {Requirement(requirement).name for requirement in wanted}

@@ -18,7 +18,14 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from safetensors.torch import load_file, save_file
 
-from fastrlhf.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from fastrlhf.checkpoint.checkpointer import Checkpointer
+from fastrlhf.config import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+)
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.models.gpt import GPT, build_model, global_names
 from fastrlhf.models.hf.weights import hf_tensors
@@ -26,7 +33,6 @@ from fastrlhf.ops import linear_cross_entropy
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training import optimizer as optimizers
-from fastrlhf.training.checkpoint import Checkpointer
 from fastrlhf.training.optimizer import Learner
 
 # (parallel section, optimizer.distributed); the data-parallel size is what is left of four ranks.
@@ -41,7 +47,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 SAVING = ("tensor", "pipeline", "data")
 VOCAB = 101
-SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 64, "init_std": 0.1}
+SHAPE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "max_positions": 64,
+    "init_std": 0.1,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"family": "gpt", **SHAPE},
     "untied": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, "qk_norm": True, **SHAPE},
@@ -56,15 +68,24 @@ def global_batch(step: int) -> list[PackedBatch]:
     """Four micro-batches of several sequences, different at every step, the same on every rank."""
     generator = torch.Generator().manual_seed(step)
     return [
-        pack([torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths], [2] * len(lengths))
+        pack(
+            [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths],
+            [2] * len(lengths),
+        )
         for lengths in ((5, 9, 3), (12, 4), (3, 7, 3), (20,))
     ]
 
 
 def lm_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBatch], Any]:
-    def head(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def head(
+        hidden: torch.Tensor, batch: PackedBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss = linear_cross_entropy(
-            hidden, labels=batch.labels, mask=batch.loss_mask, denominator=denominator, **stage.lm_head()
+            hidden,
+            labels=batch.labels,
+            mask=batch.loss_mask,
+            denominator=denominator,
+            **stage.lm_head(),
         )
         return loss, {"loss": loss.detach()}
 
@@ -72,8 +93,12 @@ def lm_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBat
 
 
 def scalar_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBatch], Any]:
-    def head(hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = (stage.score(hidden) - batch.tokens / VOCAB).square()[batch.loss_mask].sum() / denominator
+    def head(
+        hidden: torch.Tensor, batch: PackedBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (stage.score(hidden) - batch.tokens / VOCAB).square()[
+            batch.loss_mask
+        ].sum() / denominator
         return loss, {"loss": loss.detach()}
 
     return head
@@ -83,7 +108,12 @@ class Training:
     """A model and its learner: just enough of an algorithm to train and to save."""
 
     def __init__(
-        self, mesh: Mesh, model: ModelConfig, seed: int = 5, head: Literal["lm", "scalar"] = "lm", **optimizer: Any
+        self,
+        mesh: Mesh,
+        model: ModelConfig,
+        seed: int = 5,
+        head: Literal["lm", "scalar"] = "lm",
+        **optimizer: Any,
     ) -> None:
         self.mesh = mesh
         self.stage = build_model(model, mesh, VOCAB, head=head, seed=seed)
@@ -99,18 +129,23 @@ class Training:
         mine = batches[self.mesh.data_rank :: self.mesh.data_size]
         head = (lm_head if self.stage.head_kind == "lm" else scalar_head)(self.stage, denominator)
         if apart and len(mine) > 1:
-            metrics, _ = self.learner.accumulate_apart([mine[:1], mine[1:]], head)
+            metrics, _ = self.learner.accumulate_with_norms([mine[:1], mine[1:]], head)
         else:
             metrics = self.learner.accumulate(mine, head)
         return self.mesh.sum_metrics(metrics)["loss"]
 
     def steps(self, numbers: Sequence[int], *, apart: bool = False) -> list[dict[str, float]]:
         """Trains on these global batches; loss, lr and gradient norm of each."""
-        return [{"loss": self.gradients(number, apart=apart)} | self.learner.step() for number in numbers]
+        return [
+            {"loss": self.gradients(number, apart=apart)} | self.learner.step()
+            for number in numbers
+        ]
 
     def main_gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients on rank 0, by Hugging Face name."""
-        own: dict[str, Any] = {name: vars(parameter)["main_grad"] for name, parameter in global_names(self.stage)}
+        own: dict[str, Any] = {
+            name: vars(parameter)["main_grad"] for name, parameter in global_names(self.stage)
+        }
         return dict(hf_tensors(self.stage, own))
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -129,7 +164,9 @@ class Training:
 
 
 def checkpointer(mesh: Mesh, folder: Path) -> Checkpointer:
-    return Checkpointer(mesh, folder, CheckpointConfig(asynchronous=False), config_text="", tokenizer="")
+    return Checkpointer(
+        mesh, folder, CheckpointConfig(asynchronous=False), config_text="", tokenizer=""
+    )
 
 
 def two_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
@@ -145,7 +182,9 @@ def two_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
 
 def save_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[str, float]]:
     """Two steps, a checkpoint, and the two steps after it; the weights saved go to folder/weights.safetensors."""
-    training = Training(mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), distributed=distributed)
+    training = Training(
+        mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), distributed=distributed
+    )
     training.steps([0, 1])
     checkpointer(mesh, folder).save(2, training, {"step": 2, "cursor": 17})
     weights = training.weights()
@@ -154,19 +193,25 @@ def save_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[
     return training.steps([2, 3])
 
 
-def load_and_continue(mesh: Mesh, folder: Path, distributed: bool, resaved: Path | None = None) -> dict[str, Any]:
+def load_and_continue(
+    mesh: Mesh, folder: Path, distributed: bool, resaved: Path | None = None
+) -> dict[str, Any]:
     """The two steps after a checkpoint, in a model with other weights, and whether it got those saved.
 
     What was loaded is saved again to `resaved` before the steps.
     """
-    training = Training(mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed)
+    training = Training(
+        mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed
+    )
     reader = checkpointer(mesh, folder)
     newest = reader.newest()
     assert newest is not None
     state = reader.load(newest, training)
     assert (state["step"], state["cursor"]) == (2, 17)
     weights, saved = training.weights(), load_file(folder / "weights.safetensors")
-    same = mesh.rank > 0 or (weights.keys() == saved.keys() and all(torch.equal(weights[n], saved[n]) for n in saved))
+    same = mesh.rank > 0 or (
+        weights.keys() == saved.keys() and all(torch.equal(weights[n], saved[n]) for n in saved)
+    )
     if resaved is not None:
         checkpointer(mesh, resaved).save(2, training, {"step": 2, "cursor": 17})
     return {"same weights": same, "steps": training.steps([2, 3])}
@@ -178,7 +223,9 @@ def there_and_back(mesh: Mesh, folder: Path, saved: str, distributed: bool) -> d
     """
     wanted = tensor_files(folder / f"saved.{saved}")
     for via in LAYOUTS:
-        training = Training(mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed)
+        training = Training(
+            mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed
+        )
         checkpointer(mesh, folder).load(folder / f"{saved}.via.{via}" / "step_00000002", training)
         checkpointer(mesh, folder / f"{saved}.back.{via}").save(2, training, {"step": 2})
     return {via: tensor_files(folder / f"{saved}.back.{via}") == wanted for via in LAYOUTS}
@@ -187,7 +234,11 @@ def there_and_back(mesh: Mesh, folder: Path, saved: str, distributed: bool) -> d
 def tensor_files(folder: Path) -> dict[str, str]:
     """Hash of each file of tensors of the checkpoint but the generators'."""
     entries = json.loads((folder / "step_00000002" / "files.json").read_text())["files"]
-    return {n: e["blake2b"] for n, e in entries.items() if n.endswith(".safetensors") and not n.startswith("random")}
+    return {
+        n: e["blake2b"]
+        for n, e in entries.items()
+        if n.endswith(".safetensors") and not n.startswith("random")
+    }
 
 
 def resume_with_dropout(mesh: Mesh, folder: Path) -> list[list[dict[str, float]]]:
@@ -205,15 +256,23 @@ def resume_with_dropout(mesh: Mesh, folder: Path) -> list[list[dict[str, float]]
 
 def half_precision(mesh: Mesh, dtype: str, initial_loss_scale: float, steps: int) -> dict[str, Any]:
     """Repeats one global batch; whether the first step moved the weights, and whether all ranks skip the same steps."""
-    training = Training(mesh, ModelConfig(**MODELS["tied"], dtype=dtype), initial_loss_scale=initial_loss_scale)  # type: ignore[arg-type]
+    training = Training(
+        mesh, ModelConfig(**MODELS["tied"], dtype=dtype), initial_loss_scale=initial_loss_scale
+    )  # type: ignore[arg-type]
     before = [parameter.detach().clone() for parameter in training.stage.parameters()]
     first = training.steps([0])
-    moved = any(not torch.equal(a, b) for a, b in zip(before, training.stage.parameters(), strict=True))
+    moved = any(
+        not torch.equal(a, b) for a, b in zip(before, training.stage.parameters(), strict=True)
+    )
     metrics = first + training.steps([0] * (steps - 1))
     skipped = torch.tensor([row.get("skipped", 0.0) for row in metrics])
     everyone = [torch.empty_like(skipped) for _ in range(mesh.world_size)]
     dist.all_gather(everyone, skipped)
-    return {"steps": metrics, "moved": moved, "agree": all(torch.equal(other, skipped) for other in everyone)}
+    return {
+        "steps": metrics,
+        "moved": moved,
+        "agree": all(torch.equal(other, skipped) for other in everyone),
+    }
 
 
 def run(folder: Path, name: str) -> None:
@@ -244,7 +303,9 @@ def load(folder: Path, name: str) -> None:
     parallel, distributed = LAYOUTS[name]
     mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
     loaded = {
-        saved: load_and_continue(mesh, folder / f"saved.{saved}", distributed, folder / f"{saved}.via.{name}")
+        saved: load_and_continue(
+            mesh, folder / f"saved.{saved}", distributed, folder / f"{saved}.via.{name}"
+        )
         for saved in SAVING
     }
     if mesh.rank == 0:
@@ -263,7 +324,9 @@ def back(folder: Path, name: str) -> None:
 
 if __name__ == "__main__":
     # As many buckets of gradients as real models have; these are too small for more than one.
-    optimizers.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=3000)  # type: ignore[misc]
+    optimizers.DistributedDataParallelConfig = partial(
+        DistributedDataParallelConfig, bucket_size=3000
+    )  # type: ignore[misc]
     # Checkpoints are saved before they are loaded.
     for layout in LAYOUTS:
         run(Path(sys.argv[1]), layout)

@@ -12,7 +12,15 @@ import pytest
 from fastrlhf.parallel.mesh import Mesh
 
 SAVED = ("tensor", "pipeline", "data")
-LOADED = ("data", "data-sharded-optimizer", "tensor", "sequence", "pipeline", "both", "both-sequence")
+LOADED = (
+    "data",
+    "data-sharded-optimizer",
+    "tensor",
+    "sequence",
+    "pipeline",
+    "both",
+    "both-sequence",
+)
 
 
 def read(ran: Path, layout: str, name: str) -> Any:
@@ -45,13 +53,17 @@ def test_every_other_layout_gives_back_what_it_loaded(saved: str, ran: Path) -> 
 
 @pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("distributed", [True, False])
-def test_one_rank_continues_the_run(saved: str, distributed: bool, ran: Path, script: ModuleType, mesh: Mesh) -> None:
+def test_one_rank_continues_the_run(
+    saved: str, distributed: bool, ran: Path, script: ModuleType, mesh: Mesh
+) -> None:
     ours = script.load_and_continue(mesh, ran / f"saved.{saved}", distributed=distributed)
     assert ours["same weights"]
     assert_same_steps(ours["steps"], read(ran, saved, "results")["continued"])
 
 
-def test_four_ranks_save_what_one_rank_would(ran: Path, script: ModuleType, mesh: Mesh, tmp_path: Path) -> None:
+def test_four_ranks_save_what_one_rank_would(
+    ran: Path, script: ModuleType, mesh: Mesh, tmp_path: Path
+) -> None:
     serial = script.save_and_continue(mesh, tmp_path, distributed=False)
     for saved in SAVED:
         assert_same_steps(read(ran, saved, "results")["continued"], serial)

@@ -24,7 +24,8 @@ STALL = Path(__file__).with_name("stall.py")
 def test_world_that_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(
-        UserError, match=r"6 processes .* parallel.tensor=2 \* parallel.pipeline=2 = 4: launch a multiple"
+        UserError,
+        match=r"6 processes .* parallel.tensor=2 \* parallel.pipeline=2 = 4: launch a multiple",
     ):
         meshes.initialize(ParallelConfig(tensor=2, pipeline=2), seed=1)
     assert not torch.distributed.is_initialized()
@@ -33,10 +34,18 @@ def test_world_that_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_is_a_mesh_without_torchrun() -> None:
     mesh = meshes.initialize(ParallelConfig(sequence=True), seed=1)
     try:
-        assert (mesh.world_size, mesh.tensor_size, mesh.pipeline_size, mesh.data_size) == (1, 1, 1, 1)
+        assert (mesh.world_size, mesh.tensor_size, mesh.pipeline_size, mesh.data_size) == (
+            1,
+            1,
+            1,
+            1,
+        )
         assert mesh.is_first_stage and mesh.is_last_stage and mesh.vocab_group is None
         assert not mesh.sequence_parallel  # nothing to split over
-        assert mesh.sum_metrics([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]) == {"a": 1.5, "b": 5.0}
+        assert mesh.sum_metrics([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]) == {
+            "a": 1.5,
+            "b": 5.0,
+        }
     finally:
         meshes.finalize()
 
@@ -55,19 +64,35 @@ def test_seeds_decide_the_generators() -> None:
 
 def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
     """parallel.timeout_s is 3: rank 0 gives up on rank 1, which sleeps for ten minutes, and torchrun ends both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(STALL)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(STALL),
+    ]
     start = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert time.monotonic() - start < 280
     assert done.returncode != 0
-    line = next((line for line in done.stderr.splitlines() if "collective" in line and "rank 0" in line), done.stderr)
+    line = next(
+        (line for line in done.stderr.splitlines() if "collective" in line and "rank 0" in line),
+        done.stderr,
+    )
     expected = r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): .*[Tt]imed? ?out"
     assert re.search(expected, line), line
 
 
 def test_runs_of_other_seeds_share_no_stream() -> None:
     """Seed 2234 of the first rank must not be seed 1234 of the next."""
-    places = [(seed, data, pipeline) for seed in range(0, 3000, 500) for data in range(8) for pipeline in range(4)]
+    places = [
+        (seed, data, pipeline)
+        for seed in range(0, 3000, 500)
+        for data in range(8)
+        for pipeline in range(4)
+    ]
     seeds = {meshes.place_seed(*place) for place in places}
     assert len(seeds) == len(places) and max(seeds) < 2**63
     assert meshes.place_seed(7, 0, 0) == 7
@@ -105,7 +130,9 @@ def test_other_errors_are_no_failed_collectives() -> None:
         assert describe_failure(error) is None
 
 
-def test_a_command_that_ends_well_leaves_its_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_ends_well_leaves_its_process_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     joined: list[bool] = []
 
     def command(**_: object) -> None:

@@ -38,7 +38,9 @@ def serial(request: pytest.FixtureRequest, script: ModuleType, mesh: Mesh) -> di
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestLayouts:
-    def test_losses_and_gradient_norms(self, layout: str, serial: dict[str, Any], ran: Path) -> None:
+    def test_losses_and_gradient_norms(
+        self, layout: str, serial: dict[str, Any], ran: Path
+    ) -> None:
         steps = results(ran, layout)[serial["kind"]]
         assert len(steps) == len(serial["steps"]) == 2
         for ours, expected in zip(steps, serial["steps"], strict=True):
@@ -50,7 +52,9 @@ class TestLayouts:
         gradients = load_file(ran / layout / f"{serial['kind']}.gradients.safetensors")
         assert gradients.keys() == serial["gradients"].keys()
         for name, expected in serial["gradients"].items():
-            assert (gradients[name] - expected).abs().max() <= 1e-6 + 1e-5 * expected.abs().max(), name
+            assert (gradients[name] - expected).abs().max() <= 1e-6 + 1e-5 * expected.abs().max(), (
+                name
+            )
             assert expected.abs().max() > 1e-4, name
 
     def test_weights_after_two_steps(self, layout: str, serial: dict[str, Any], ran: Path) -> None:
@@ -62,7 +66,9 @@ class TestLayouts:
 
 def test_one_rank_trains(script: ModuleType, mesh: Mesh, serial: dict[str, Any]) -> None:
     """The reference itself: its steps move every weight, clip, and lower the loss of a batch that is repeated."""
-    training = script.Training(mesh, script.ModelConfig(**script.MODELS[serial["kind"]], dtype="fp32"))
+    training = script.Training(
+        mesh, script.ModelConfig(**script.MODELS[serial["kind"]], dtype="fp32")
+    )
     for name, before in training.weights().items():
         assert not torch.equal(before, serial["weights"][name]), name
     assert all(step["grad_norm"] > script.OPTIMIZER["clip_grad"] for step in serial["steps"])
@@ -71,13 +77,17 @@ def test_one_rank_trains(script: ModuleType, mesh: Mesh, serial: dict[str, Any])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_trains_like_fp32(dtype: str, ran: Path, script: ModuleType, mesh: Mesh) -> None:
+def test_half_precision_trains_like_fp32(
+    dtype: str, ran: Path, script: ModuleType, mesh: Mesh
+) -> None:
     half = results(ran, "both-sequence")[dtype]
     assert half["moved"] and half["agree"]
     assert not any(step.get("skipped") for step in half["steps"])
     training = script.Training(mesh, script.ModelConfig(**script.MODELS["tied"], dtype="fp32"))
     for ours, exact in zip(half["steps"], training.steps([0] * 5), strict=True):
-        assert ours["loss"] == pytest.approx(exact["loss"], rel=1e-2)  # bf16 keeps 8 bits: 0.4 % a rounding
+        assert ours["loss"] == pytest.approx(
+            exact["loss"], rel=1e-2
+        )  # bf16 keeps 8 bits: 0.4 % a rounding
 
 
 def test_fp16_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(ran: Path) -> None:
@@ -85,7 +95,9 @@ def test_fp16_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(ran: Pa
     assert overflow["agree"] and not overflow["moved"]
     assert [step["skipped"] for step in overflow["steps"]] == [1.0] * 3
     assert len({step["loss"] for step in overflow["steps"]}) == 1
-    assert len({step["lr"] for step in overflow["steps"]}) == 1  # a skipped step does not move the schedule
+    assert (
+        len({step["lr"] for step in overflow["steps"]}) == 1
+    )  # a skipped step does not move the schedule
     assert overflow["steps"][-1]["loss_scale"] < overflow["steps"][0]["loss_scale"]
 
 

@@ -42,7 +42,10 @@ VERBS = ["Read", "Write", "Parse", "Close", "Create", "Remove", "Update", "Sort"
 
 def module(number: int) -> str:
     """A source file with ten functions; every sentence differs from those of the other files."""
-    lines = [f'"""Helpers to handle the {NOUNS[number % 12]} of number {spell(number)} in the program."""', ""]
+    lines = [
+        f'"""Helpers to handle the {NOUNS[number % 12]} of number {spell(number)} in the program."""',
+        "",
+    ]
     for verb in VERBS:
         noun = NOUNS[(number + len(verb)) % 12]
         lines += [f"def {verb.lower()}_{noun}_{spell(number)}(self, path, mode=1):"]

@@ -99,7 +99,9 @@ def test_degenerate_responses_lose_to_a_plain_honest_one(hack):
 def test_one_fixed_sentence_for_every_prompt_is_not_the_best():
     prompts = [PROMPT, make_prompt("close_file", []), make_prompt("copy_table", [])]
     canned = "Return the value of an old line."
-    assert all(RULE.utility(prompt, canned) <= 1.0 - WEIGHTS["relevant"] + 1e-9 for prompt in prompts)
+    assert all(
+        RULE.utility(prompt, canned) <= 1.0 - WEIGHTS["relevant"] + 1e-9 for prompt in prompts
+    )
 
 
 def test_imperatives_are_imperatives():
@@ -163,7 +165,9 @@ def test_noise_is_gumbel_so_choices_are_bradley_terry():
     other = "Returns the header of a line."
     gap = RULE.utility(PROMPT, GOOD) - RULE.utility(PROMPT, other)
     share = np.mean([labeler.prefers(PROMPT, GOOD, other) for labeler in labelers])
-    assert share == pytest.approx(1 / (1 + np.exp(-gap / scale)), abs=0.025)  # three standard errors
+    assert share == pytest.approx(
+        1 / (1 + np.exp(-gap / scale)), abs=0.025
+    )  # three standard errors
 
 
 def test_majority_of_many_is_surer_than_one():
@@ -188,7 +192,12 @@ def test_calibration_reaches_the_papers_agreement_and_the_ties_asked_for():
 def test_calibrated_labelers_agree_as_often_on_fresh_noise():
     """Measured on the rankings that labelers make, not on the arrays of the calibration."""
     openings, ends = ("Parse", "Parses", "The"), ("of a line.", "of a line", "zzz.")
-    responses = [f"{first} {noun} {last}" for first in openings for noun in ("header", "value", "old") for last in ends]
+    responses = [
+        f"{first} {noun} {last}"
+        for first in openings
+        for noun in ("header", "value", "old")
+        for last in ends
+    ]
     subsets = [responses[k::3] for k in range(3)]
     noise = calibrate([RULE.utilities(PROMPT, subset) for subset in subsets] * 20).noise
     labelers = panel(RULE, noise, 200, seed=7)
@@ -206,7 +215,10 @@ def pair_signs(labelers: list[Labeler], responses: list[str]) -> np.ndarray:
 
 
 def test_less_agreement_takes_more_noise():
-    assert calibrate(utilities(), agreement=0.6).noise.scale > 2 * calibrate(utilities(), agreement=0.85).noise.scale
+    assert (
+        calibrate(utilities(), agreement=0.6).noise.scale
+        > 2 * calibrate(utilities(), agreement=0.85).noise.scale
+    )
 
 
 def test_calibrate_rejects_responses_that_are_all_alike():

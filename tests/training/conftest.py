@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from fastrlhf.checkpoint.checkpointer import Checkpointer
 from fastrlhf.config import CheckpointConfig, ModelConfig, ParallelConfig
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.training.checkpoint import Checkpointer
 
 SCRIPT = Path(__file__).parents[1] / "parallel" / "run_training.py"
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastrlhf.checkpoint import folder_writer
+from fastrlhf.checkpoint.checkpointer import Checkpointer
+from fastrlhf.checkpoint.model_folder import describe_model
 from fastrlhf.errors import UserError
-from fastrlhf.training import writing
-from fastrlhf.training.checkpoint import Checkpointer, describe_model
 from fastrlhf.training.loop import resume
 
 Make = Callable[..., Any]
@@ -36,7 +37,12 @@ def same_weights(one: Any, other: Any) -> bool:
 class TestState:
     def test_every_generator(self, checkpointer: Make, training: Make) -> None:
         def draw() -> list[Any]:
-            return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random(), random.gauss(0, 1)]
+            return [
+                torch.rand(2).tolist(),
+                np.random.rand(2).tolist(),
+                random.random(),
+                random.gauss(0, 1),
+            ]
 
         writer = checkpointer()
         random.gauss(0, 1)  # leaves half a pair behind
@@ -46,7 +52,9 @@ class TestState:
         writer.load(writer.path(1), training())
         assert [draw(), np.random.randn()] == drawn
 
-    @pytest.mark.parametrize(("saved", "loaded"), [(True, True), (False, False), (True, False), (False, True)])
+    @pytest.mark.parametrize(
+        ("saved", "loaded"), [(True, True), (False, False), (True, False), (False, True)]
+    )
     @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
     def test_masters_moments_and_loss_scale_under_either_optimizer(
         self, dtype: str, saved: bool, loaded: bool, checkpointer: Make, training: Make
@@ -67,10 +75,14 @@ class TestState:
             assert row == pytest.approx(reference, rel=1e-5)
         if dtype == "fp16":
             assert sum(row["skipped"] for row in before) > 2
-            assert state["learners"]["policy"]["updates"] == 12 - sum(row["skipped"] for row in before)
+            assert state["learners"]["policy"]["updates"] == 12 - sum(
+                row["skipped"] for row in before
+            )
 
     @pytest.mark.parametrize("distributed", [True, False])
-    def test_half_precision_body_with_an_fp32_head(self, distributed: bool, checkpointer: Make, training: Make) -> None:
+    def test_half_precision_body_with_an_fp32_head(
+        self, distributed: bool, checkpointer: Make, training: Make
+    ) -> None:
         """megatron's own map from parameters to optimizer state mixes them up in models of two dtypes."""
         writer, first = checkpointer(), training("bf16", head="scalar", distributed=distributed)
         first.steps([0, 1])
@@ -87,10 +99,14 @@ class TestState:
 
         writer = checkpointer()
         writer.save(1, training(), {"step": 1})
-        with pytest.raises(UserError, match=r"was trained in fp32, not bf16; a run keeps its model\.dtype"):
+        with pytest.raises(
+            UserError, match=r"was trained in fp32, not bf16; a run keeps its model\.dtype"
+        ):
             writer.load(writer.path(1), training("bf16"))
         wide = ModelConfig(**{**script.MODELS["tied"], "hidden_size": 64}, dtype="fp32")
-        with pytest.raises(UserError, match=r"word_embeddings\.weight is \[128, 32\] there, but \[128, 64\]"):
+        with pytest.raises(
+            UserError, match=r"word_embeddings\.weight is \[128, 32\] there, but \[128, 64\]"
+        ):
             writer.load(writer.path(1), script.Training(mesh, wide))
         script.VOCAB, vocabulary = 102, script.VOCAB
         with pytest.raises(UserError, match=r"has a vocabulary of 101, not 102; use its tokenizer"):
@@ -121,13 +137,13 @@ class TestAsynchronous:
     @pytest.fixture
     def gate(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         """The disk waits for this event."""
-        opened, save_file = threading.Event(), writing.save_file
+        opened, save_file = threading.Event(), folder_writer.save_file
 
         def slow(*arguments: Any, **options: Any) -> None:
             assert opened.wait(30)
             save_file(*arguments, **options)
 
-        monkeypatch.setattr(writing, "save_file", slow)
+        monkeypatch.setattr(folder_writer, "save_file", slow)
         return opened
 
     def test_what_is_written_is_the_state_at_the_call(
@@ -229,7 +245,10 @@ class TestFailures:
         writer.finish()
         before = sorted(writer.folder.rglob("*"))
         with (
-            pytest.raises(UserError, match=r"cannot write .*step_00000002: rank 0: .*File too large.* earlier checkp"),
+            pytest.raises(
+                UserError,
+                match=r"cannot write .*step_00000002: rank 0: .*File too large.* earlier checkp",
+            ),
             full_disk(4096),
         ):
             writer.save(2, live, {"step": 2})
@@ -242,12 +261,16 @@ class TestFailures:
     def test_unwritable_folder(self, checkpointer: Make, training: Make, tmp_path: Path) -> None:
         writer = checkpointer()
         (tmp_path / "checkpoints").write_text("a file stands in the way")
-        with pytest.raises(UserError, match=r"the folder cannot be written: .*checkpoints: File exists"):
+        with pytest.raises(
+            UserError, match=r"the folder cannot be written: .*checkpoints: File exists"
+        ):
             writer.prepare()
         with pytest.raises(UserError, match=r"cannot write .*step_00000001: .*Not a directory"):
             writer.save(1, training(), {"step": 1})
 
-    def test_what_a_kill_left_is_no_checkpoint_and_goes(self, checkpointer: Make, training: Make) -> None:
+    def test_what_a_kill_left_is_no_checkpoint_and_goes(
+        self, checkpointer: Make, training: Make
+    ) -> None:
         writer = checkpointer()
         writer.save(1, training(), {"step": 1})
         for left in ("step_00000002.partial", "step_00000000.removed"):
@@ -261,16 +284,28 @@ class TestFailures:
 class TestKeeping:
     def save(self, writer: Checkpointer, live: Any, losses: list[float | None]) -> None:
         for step, loss in enumerate(losses, 1):
-            writer.save(step, live, {"step": step}, {"valid_loss": loss} if loss is not None else {"loss": 1.0})
+            writer.save(
+                step,
+                live,
+                {"step": step},
+                {"valid_loss": loss} if loss is not None else {"loss": 1.0},
+            )
 
     def test_last_and_every(self, checkpointer: Make, training: Make) -> None:
         writer = checkpointer(keep_last=2, keep_every=3)
         self.save(writer, training(), [None] * 8)
         assert steps_in(writer.folder) == [3, 6, 7, 8]
 
-    @pytest.mark.parametrize(("rule", "best"), [("lowest valid_loss", 2), ("highest valid_loss", 4)])
+    @pytest.mark.parametrize(
+        ("rule", "best"), [("lowest valid_loss", 2), ("highest valid_loss", 4)]
+    )
     def test_best(
-        self, rule: str, best: int, checkpointer: Make, training: Make, caplog: pytest.LogCaptureFixture
+        self,
+        rule: str,
+        best: int,
+        checkpointer: Make,
+        training: Make,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         writer = checkpointer(keep_last=1, keep_best=rule)
         self.save(writer, training(), [2.0, 1.0, None, 3.0, float("nan"), 2.5])
@@ -294,12 +329,17 @@ def test_resume_never_sets_the_old_ones_aside_but_not_those_of_a_restart(
     writer, live = checkpointer(resume="never"), training()
     config: Any = SimpleNamespace(checkpoint=writer.config)
     algorithm: Any = SimpleNamespace(
-        models=live.models, learners=live.learners, load_state_dict=lambda state: None, statistics=dict
+        models=live.models,
+        learners=live.learners,
+        load_state_dict=lambda state: None,
+        statistics=dict,
     )
     state = {"step": 1, "data": {}, "algorithm": {}}
     writer.save(1, live, state)
     assert resume(config, algorithm, algorithm, writer) == 0
-    assert steps_in(writer.folder) == [] and steps_in(writer.folder.with_name("checkpoints.unused1")) == [1]
+    assert steps_in(writer.folder) == [] and steps_in(
+        writer.folder.with_name("checkpoints.unused1")
+    ) == [1]
     writer.save(1, live, state)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert resume(config, algorithm, algorithm, writer) == 1

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastrlhf.checkpoint.checkpointer import Checkpointer
+from fastrlhf.checkpoint.model_folder import describe_model, load_model
 from fastrlhf.errors import UserError
-from fastrlhf.training.checkpoint import Checkpointer, describe_model, load_model
 
 FILES = {
     "config.yaml",
@@ -34,7 +35,9 @@ def whole(mesh: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> P
     from fastrlhf.config import CheckpointConfig, ModelConfig
 
     folder = tmp_path_factory.mktemp("whole") / "checkpoints"
-    writer = Checkpointer(mesh, folder, CheckpointConfig(asynchronous=False), config_text="a: 1\n", tokenizer="")
+    writer = Checkpointer(
+        mesh, folder, CheckpointConfig(asynchronous=False), config_text="a: 1\n", tokenizer=""
+    )
     training = script.Training(mesh, ModelConfig(**script.MODELS["tied"], dtype="fp32"))
     for step in (1, 2):
         training.steps([step])
@@ -65,19 +68,30 @@ def flip(path: Path) -> None:
 
 
 def test_these_are_all_files(whole: Path) -> None:
-    assert {str(path.relative_to(whole / "step_00000002")) for path in files_of(whole / "step_00000002")} == FILES
+    assert {
+        str(path.relative_to(whole / "step_00000002")) for path in files_of(whole / "step_00000002")
+    } == FILES
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_damage_to_any_file_is_named_and_the_one_before_is_used(
-    name: str, damage: Callable[[Path], None], reader: Checkpointer, caplog: pytest.LogCaptureFixture
+    name: str,
+    damage: Callable[[Path], None],
+    reader: Checkpointer,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     damage(reader.path(2) / name)
     assert reader.newest() == reader.path(1)
-    fault = {"truncate": r"bytes instead of|is damaged", "flip": "is damaged", "unlink": "is missing|cannot be read"}
+    fault = {
+        "truncate": r"bytes instead of|is damaged",
+        "flip": "is damaged",
+        "unlink": "is missing|cannot be read",
+    }
     (line,) = caplog.messages
-    assert str(reader.path(2) / name) in line and "trying the checkpoint before step_00000002" in line
+    assert (
+        str(reader.path(2) / name) in line and "trying the checkpoint before step_00000002" in line
+    )
     assert any(word in line for word in fault[damage.__name__].split("|"))
 
 
@@ -96,12 +110,16 @@ def test_every_byte_of_the_list_of_files_counts(reader: Checkpointer) -> None:
 def test_none_is_whole(reader: Checkpointer) -> None:
     for step in (1, 2):
         flip(reader.path(step) / "policy" / "rank_00000.safetensors")
-    with pytest.raises(UserError, match=r"none of the 2 checkpoints in .* is whole: .*step_00000002.*is damaged"):
+    with pytest.raises(
+        UserError, match=r"none of the 2 checkpoints in .* is whole: .*step_00000002.*is damaged"
+    ):
         reader.newest()
 
 
 @pytest.mark.parametrize("text", [None, "", "step_00000009", "\xff"])
-def test_a_pointer_to_nothing(text: str | None, reader: Checkpointer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pointer_to_nothing(
+    text: str | None, reader: Checkpointer, caplog: pytest.LogCaptureFixture
+) -> None:
     (reader.folder / "latest").unlink()
     if text is not None:
         (reader.folder / "latest").write_text(text, encoding="latin-1")
@@ -116,12 +134,17 @@ def test_a_pointer_to_an_older_one_is_followed_and_the_newer_is_set_aside(
     newest = reader.newest()
     assert newest == reader.path(1)
     assert reader.load(newest, training())["step"] == 1
-    assert not reader.path(2).exists() and (reader.folder / "step_00000002.unused1" / "state.json").is_file()
+    assert (
+        not reader.path(2).exists()
+        and (reader.folder / "step_00000002.unused1" / "state.json").is_file()
+    )
     (reader.folder / "latest").unlink()
     assert reader.newest() == reader.path(1)
 
 
-def test_models_to_start_from_are_verified_too(reader: Checkpointer, training: Callable[..., Any]) -> None:
+def test_models_to_start_from_are_verified_too(
+    reader: Checkpointer, training: Callable[..., Any]
+) -> None:
     path = reader.path(2) / "policy" / "rank_00000.safetensors"
     flip(path)
     with pytest.raises(UserError, match=rf"{path} is damaged.*take another checkpoint"):
@@ -142,10 +165,13 @@ class Bomb:
 
 
 def test_pickles_planted_in_a_checkpoint_are_not_run(
-    reader: Checkpointer, training: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: Checkpointer,
+    training: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the place of every file with a list of hashes that agrees, and under the names that other formats use."""
-    from fastrlhf.training.integrity import seal, write_manifest
+    from fastrlhf.checkpoint.integrity import seal, write_manifest
 
     mark = tmp_path / "executed"
     with pytest.raises(TypeError):  # the bomb works
@@ -158,12 +184,20 @@ def test_pickles_planted_in_a_checkpoint_are_not_run(
     for content in bombs.values():
         for name in sorted(FILES - {name for name in FILES if name.endswith("files.json")}):
             folder = shutil.copytree(reader.path(1), tmp_path / "planted")
-            for extra in ("common.pt", ".metadata", "__0_0.distcp", "rank_00009.safetensors", "pytorch_model.bin"):
+            for extra in (
+                "common.pt",
+                ".metadata",
+                "__0_0.distcp",
+                "rank_00009.safetensors",
+                "pytorch_model.bin",
+            ):
                 (folder / "policy" / extra).write_bytes(content)
             (folder / name).write_bytes(content)
             for part in (folder / "policy", folder / "policy.optimizer", folder / "random", folder):
                 (part / "files.json").unlink()
-                write_manifest(part, {str(path.relative_to(part)): seal(path) for path in files_of(part)})
+                write_manifest(
+                    part, {str(path.relative_to(part)): seal(path) for path in files_of(part)}
+                )
             with pytest.raises(Exception):  # noqa: B017 (whatever it says, it must not run what it reads)
                 reader.load(folder, training())
             shutil.rmtree(folder)

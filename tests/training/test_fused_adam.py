@@ -9,7 +9,7 @@ import megatron.core.optimizer
 import pytest
 import torch
 
-from fastrlhf.training.checkpoint import Checkpointer
+from fastrlhf.checkpoint.checkpointer import Checkpointer
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -26,7 +26,9 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         assert adam_w_mode and not capturable
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -36,9 +38,13 @@ class FusedAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
-                    state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    state |= {
+                        name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+                    }
                 first = state["exp_avg"].lerp_(parameter.grad, 1 - beta1) / (1 - beta1**step)
-                second = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2) / (1 - beta2**step)
+                second = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - beta2) / (
+                    1 - beta2**step
+                )
                 update = first / (second.sqrt() + group["eps"]) + group["weight_decay"] * parameter
                 parameter -= group["lr"] * update
 

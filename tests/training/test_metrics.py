@@ -19,7 +19,9 @@ from fastrlhf.training.metrics import MetricsLog
 
 def _log(folder: Path, start_step: int = 0, **options: Any) -> MetricsLog:
     settings = LogConfig(**{"tensorboard": False, "progress": False, **options})
-    return MetricsLog(folder, settings, title="sft", total_steps=3, start_step=start_step, is_main=True)
+    return MetricsLog(
+        folder, settings, title="sft", total_steps=3, start_step=start_step, is_main=True
+    )
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
@@ -30,7 +32,9 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
     assert values["loss"] is None and values["grad_norm"] is None and values["lr"] == 0.5
 
 
-def test_without_a_terminal_steps_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_steps_are_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with _log(tmp_path, progress=True) as log:
         for step in (1, 2, 3):
             log.record(step, {"loss": 2.0 / step, "other": 1.0})
@@ -40,7 +44,9 @@ def test_without_a_terminal_steps_are_lines(tmp_path: Path, capsys: pytest.Captu
     assert re.fullmatch(r"sft 1/3  0:00:0\d \(ETA 0:00:0\d\)  loss 2", lines[0])
 
 
-def test_the_eta_counts_only_what_this_process_did(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_the_eta_counts_only_what_this_process_did(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with Meter("reading", 1000, start=500, percent=True) as meter:
@@ -49,7 +55,9 @@ def test_the_eta_counts_only_what_this_process_did(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "reading 75%  0:01:00 (ETA 0:01:00)\n"
 
 
-def test_a_resumed_run_is_one_run_of_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_one_run_of_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[dict[str, Any]] = []
 
     def init(**arguments: Any) -> Any:

@@ -11,7 +11,9 @@ from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.stopping import INTERRUPT, StopRequest
 
 
-def test_ctrl_c_waits_for_the_step_and_says_so(mesh: Mesh, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_waits_for_the_step_and_says_so(
+    mesh: Mesh, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest(mesh.device, None) as stop:
         assert stop.reason() is None

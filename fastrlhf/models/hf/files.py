@@ -48,7 +48,9 @@ class SafetensorsFolder:
                 handle = safe_open(file, framework="pt")
                 stored = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
             except SafetensorError as error:
-                raise UserError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
+                raise UserError(
+                    f"{file}: not a whole safetensors file ({error}); copy it again"
+                ) from None
             for name, tensor in stored.items():
                 self._add(file, handle, name, tensor)
         self._prefix()
@@ -60,7 +62,9 @@ class SafetensorsFolder:
             raise UserError(f"{file}: tensor {name} is in another file of the folder too; keep one")
         if tensor.get_dtype() not in _FLOATS:
             kinds = ", ".join(sorted(_FLOATS))
-            raise UserError(f"{file}: tensor {name} is {tensor.get_dtype()}; expected one of {kinds} (not quantised)")
+            raise UserError(
+                f"{file}: tensor {name} is {tensor.get_dtype()}; expected one of {kinds} (not quantised)"
+            )
         self.shapes[name] = tuple(tensor.get_shape())
         self._places[name] = (handle, name)
 
@@ -69,7 +73,8 @@ class SafetensorsFolder:
         for mark, prefix in (("wte.weight", "transformer."), ("embed_tokens.weight", "model.")):
             if mark in self.shapes:
                 whole = {
-                    name: name if name.startswith(("lm_head.", "score.")) else prefix + name for name in self.shapes
+                    name: name if name.startswith(("lm_head.", "score.")) else prefix + name
+                    for name in self.shapes
                 }
                 self.shapes = {whole[name]: shape for name, shape in self.shapes.items()}
                 self._places = {whole[name]: place for name, place in self._places.items()}
@@ -98,7 +103,9 @@ class GGUFTensors:
         )
         model, report = loaded
         if report["missing_keys"]:
-            raise UserError(f"{path}: tensor {sorted(report['missing_keys'])[0]} is missing from the file")
+            raise UserError(
+                f"{path}: tensor {sorted(report['missing_keys'])[0]} is missing from the file"
+            )
         self._tensors = model.state_dict()
         if model.config.tie_word_embeddings:
             del self._tensors["lm_head.weight"]
@@ -107,7 +114,9 @@ class GGUFTensors:
                 f"{path}: {stored} tensors in the file, of which transformers uses {len(self._tensors)}; "
                 "use the safetensors version of this model"
             )
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(tensor.shape) for name, tensor in self._tensors.items()
+        }
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """The slice `index` of tensor `name`."""
@@ -126,16 +135,22 @@ def _files(path: Path) -> list[Path]:
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a safetensors index ({error!r}); copy it again") from None
+            raise UserError(
+                f"{index}: not a safetensors index ({error!r}); copy it again"
+            ) from None
         files = [path / name for name in names]
     elif single.is_file():
         files = [single]
     elif any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         raise UserError(f"{path}: no safetensors, only .bin weights: {_CURE}")
     else:
-        raise UserError(f"{path}: no weights; expected model.safetensors, or shards with model.safetensors.index.json")
+        raise UserError(
+            f"{path}: no weights; expected model.safetensors, or shards with model.safetensors.index.json"
+        )
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: missing, but {index.name} names it; copy the whole folder")
@@ -146,7 +161,9 @@ def _check_gguf(path: Path) -> int:
     """Refuses what transformers would skip in silence; returns the number of tensors in the file."""
     lacking = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if lacking:
-        raise UserError(f"{path}: reading GGUF files needs more packages: pip install {' '.join(lacking)}")
+        raise UserError(
+            f"{path}: reading GGUF files needs more packages: pip install {' '.join(lacking)}"
+        )
     from gguf import GGUFReader
 
     try:
@@ -155,7 +172,11 @@ def _check_gguf(path: Path) -> int:
         raise UserError(f"{path}: not a GGUF file ({error})") from None
     for name, field in reader.fields.items():
         if name.endswith(".rope.scaling.type") and field.contents() != "none":
-            raise UserError(f"{path}: {name} = {field.contents()} is not supported; expected plain rotary embeddings")
+            raise UserError(
+                f"{path}: {name} = {field.contents()} is not supported; expected plain rotary embeddings"
+            )
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-        raise UserError(f"{path}: tensor rope_freqs.weight (scaled rotary embeddings) is not supported")
+        raise UserError(
+            f"{path}: tensor rope_freqs.weight (scaled rotary embeddings) is not supported"
+        )
     return len(reader.tensors)

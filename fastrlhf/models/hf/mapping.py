@@ -62,9 +62,15 @@ def tensor_map(model: ModelConfig, vocab_size: int, head: Head) -> dict[str, Rul
     embedding = "wte.weight" if kind == "gpt2" else "embed_tokens.weight"
     rules = {"embedding.word_embeddings.weight": _copy(root + embedding, (vocab_size, H), 0)}
     if kind == "gpt2":
-        rules["embedding.position_embeddings.weight"] = _copy(root + "wpe.weight", (model.max_positions, H))
+        rules["embedding.position_embeddings.weight"] = _copy(
+            root + "wpe.weight", (model.max_positions, H)
+        )
     for i in range(model.num_layers):
-        layer = _gpt2_layer(model, f"{root}h.{i}.") if kind == "gpt2" else _llama_layer(model, f"{root}layers.{i}.")
+        layer = (
+            _gpt2_layer(model, f"{root}h.{i}.")
+            if kind == "gpt2"
+            else _llama_layer(model, f"{root}layers.{i}.")
+        )
         rules |= {f"decoder.layers.{i}.{name}": rule for name, rule in layer.items()}
     if kind == "gpt2":
         rules |= _norm("decoder.final_layernorm", root + "ln_f", H)
@@ -93,8 +99,16 @@ def _norm(ours: str, theirs: str, size: int) -> dict[str, Rule]:
 def _gpt2_layer(model: ModelConfig, root: str) -> dict[str, Rule]:
     H, ffn = model.hidden_size, model.ffn_size
 
-    def conv1d(name: str, fan_in: int, fan_out: int, shard_dim: int | None) -> Iterator[tuple[str, Rule]]:
-        yield "weight", Rule((Source(f"{root}{name}.weight", (fan_in, fan_out), transposed=True),), shard_dim=shard_dim)
+    def conv1d(
+        name: str, fan_in: int, fan_out: int, shard_dim: int | None
+    ) -> Iterator[tuple[str, Rule]]:
+        yield (
+            "weight",
+            Rule(
+                (Source(f"{root}{name}.weight", (fan_in, fan_out), transposed=True),),
+                shard_dim=shard_dim,
+            ),
+        )
         yield "bias", _copy(f"{root}{name}.bias", (fan_out,), 0 if shard_dim == 0 else None)
 
     def fused_qkv(rule: Rule) -> Rule:
@@ -102,8 +116,13 @@ def _gpt2_layer(model: ModelConfig, root: str) -> dict[str, Rule]:
         return Rule(parts, "qkv", rule.shard_dim)
 
     attention, mlp = "self_attention.linear_", "mlp.linear_fc"
-    rules = _norm("input_layernorm", root + "ln_1", H) | _norm("pre_mlp_layernorm", root + "ln_2", H)
-    rules |= {f"{attention}qkv.{kind}": fused_qkv(rule) for kind, rule in conv1d("attn.c_attn", H, 3 * H, 0)}
+    rules = _norm("input_layernorm", root + "ln_1", H) | _norm(
+        "pre_mlp_layernorm", root + "ln_2", H
+    )
+    rules |= {
+        f"{attention}qkv.{kind}": fused_qkv(rule)
+        for kind, rule in conv1d("attn.c_attn", H, 3 * H, 0)
+    }
     rules |= {f"{attention}proj.{kind}": rule for kind, rule in conv1d("attn.c_proj", H, H, 1)}
     rules |= {f"{mlp}1.{kind}": rule for kind, rule in conv1d("mlp.c_fc", H, ffn, 0)}
     rules |= {f"{mlp}2.{kind}": rule for kind, rule in conv1d("mlp.c_proj", ffn, H, 1)}
@@ -148,7 +167,9 @@ def merge(rule: Rule, parts: Sequence[Tensor], head_dim: int) -> Tensor:
     if rule.merge == "qkv":
         q, k, v = parts
         groups = k.shape[0] // head_dim
-        return torch.cat([part.unflatten(0, (groups, -1)) for part in (q, k, v)], dim=1).flatten(0, 1)
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in (q, k, v)], dim=1).flatten(
+            0, 1
+        )
     return torch.cat(list(parts), dim=0) if rule.merge == "gated" else parts[0]
 
 

@@ -22,14 +22,21 @@ if TYPE_CHECKING:
 Head = Literal["lm", "scalar"]
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_GELU = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 _HF_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def gguf_arguments(path: str | Path) -> tuple[str, dict[str, str]]:
     """(folder, extra arguments) by which transformers' `from_pretrained` reads `path`, a folder or a .gguf file."""
     path = Path(path)
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
+    return (
+        (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
+    )
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
@@ -44,7 +51,9 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
         )
     folder, gguf = gguf_arguments(path)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **gguf
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         supported = ", ".join(sorted(_READERS))
@@ -59,9 +68,13 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
     config = read_hf_config(path)
     if config.model_type not in _READERS:
         supported = ", ".join(sorted(_READERS))
-        raise UserError(f"{path}: model_type {config.model_type} is not supported; supported are {supported}")
+        raise UserError(
+            f"{path}: model_type {config.model_type} is not supported; supported are {supported}"
+        )
     if getattr(config, "quantization_config", None) is not None and Path(path).suffix != ".gguf":
-        _refuse(path, "quantization_config", config.quantization_config, "weights in fp32, bf16 or fp16")
+        _refuse(
+            path, "quantization_config", config.quantization_config, "weights in fp32, bf16 or fp16"
+        )
     dtype = getattr(config, "dtype", None) or torch.float32
     if dtype not in _DTYPES:
         _refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
@@ -80,7 +93,9 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: config.json describes no valid model: {where} {first['msg']}") from None
+        raise UserError(
+            f"{path}: config.json describes no valid model: {where} {first['msg']}"
+        ) from None
 
 
 def vocab_size_from_hf(path: str | Path) -> int:
@@ -95,19 +110,25 @@ def head_from_hf(path: str | Path) -> Head:
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if not architecture.endswith("ForSequenceClassification"):
-        _refuse(path, "architectures", architecture, "...ForCausalLM or ...ForSequenceClassification")
+        _refuse(
+            path, "architectures", architecture, "...ForCausalLM or ...ForSequenceClassification"
+        )
     if config.num_labels != 1:
         _refuse(path, "num_labels", config.num_labels, "1: a reward model gives one number")
     return "scalar"
 
 
 def _refuse(path: str | Path, option: str, value: object, expected: str) -> NoReturn:
-    raise UserError(f"{path}: {option} = {value} in config.json is not supported; expected {expected}")
+    raise UserError(
+        f"{path}: {option} = {value} in config.json is not supported; expected {expected}"
+    )
 
 
 def _read_gpt2(path: str | Path, config: Any) -> dict[str, Any]:
     if config.activation_function not in _GELU:
-        _refuse(path, "activation_function", config.activation_function, "one of " + ", ".join(_GELU))
+        _refuse(
+            path, "activation_function", config.activation_function, "one of " + ", ".join(_GELU)
+        )
     for option, wanted in (
         ("add_cross_attention", False),
         ("scale_attn_weights", True),
@@ -132,7 +153,9 @@ def _read_llama_like(path: str | Path, config: Any) -> dict[str, Any]:
         _refuse(path, "hidden_act", config.hidden_act, "silu")
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
-        _refuse(path, "rope_scaling", rope["rope_type"], "plain rotary embeddings (rope_scaling: null)")
+        _refuse(
+            path, "rope_scaling", rope["rope_type"], "plain rotary embeddings (rope_scaling: null)"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         _refuse(path, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     _check_window(path, config)
@@ -160,7 +183,12 @@ def _check_window(path: str | Path, config: Any) -> None:
 
 def _read_llama(path: str | Path, config: Any) -> dict[str, Any]:
     if config.attention_bias != config.mlp_bias:
-        _refuse(path, "attention_bias", config.attention_bias, f"the same as mlp_bias ({config.mlp_bias})")
+        _refuse(
+            path,
+            "attention_bias",
+            config.attention_bias,
+            f"the same as mlp_bias ({config.mlp_bias})",
+        )
     return _read_llama_like(path, config) | {"bias": config.attention_bias}
 
 
@@ -187,7 +215,10 @@ def hf_type(model: ModelConfig) -> str:
     """The Hugging Face model_type that computes `model`. Raises `UserError` when there is none among ours."""
     shape = (model.position, model.norm, model.activation == "swiglu")
     if shape == ("learned", "layernorm", False):
-        standard = model.num_kv_heads == model.num_heads and model.head_dim * model.num_heads == model.hidden_size
+        standard = (
+            model.num_kv_heads == model.num_heads
+            and model.head_dim * model.num_heads == model.hidden_size
+        )
         if standard and model.bias and model.qkv_bias and not model.qk_norm:
             return "gpt2"
     elif shape == ("rope", "rmsnorm", True):
@@ -200,12 +231,25 @@ def hf_type(model: ModelConfig) -> str:
         kind = kinds.get((model.bias, model.qkv_bias, model.qk_norm))
         if kind:
             return kind
-    options = ("position", "norm", "activation", "bias", "qkv_bias", "qk_norm", "num_kv_heads", "head_dim")
+    options = (
+        "position",
+        "norm",
+        "activation",
+        "bias",
+        "qkv_bias",
+        "qk_norm",
+        "num_kv_heads",
+        "head_dim",
+    )
     described = ", ".join(f"{name}={getattr(model, name)}" for name in options)
-    raise UserError(f"no Hugging Face architecture computes this model ({described}); it stays in our own checkpoints")
+    raise UserError(
+        f"no Hugging Face architecture computes this model ({described}); it stays in our own checkpoints"
+    )
 
 
-def hf_config(model: ModelConfig, vocab_size: int, head: Head, tokenizer: Any = None) -> PretrainedConfig:
+def hf_config(
+    model: ModelConfig, vocab_size: int, head: Head, tokenizer: Any = None
+) -> PretrainedConfig:
     """transformers' configuration of `model`, with the special tokens of `tokenizer` (none without one)."""
     from transformers import AutoConfig
 
@@ -228,7 +272,9 @@ def hf_config(model: ModelConfig, vocab_size: int, head: Head, tokenizer: Any = 
     )
     names = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     lm_head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
-    config.architectures = [names[kind] + (lm_head if head == "lm" else "ForSequenceClassification")]
+    config.architectures = [
+        names[kind] + (lm_head if head == "lm" else "ForSequenceClassification")
+    ]
     config.dtype = next(dtype for dtype, name in _DTYPES.items() if name == model.dtype)
     return config
 

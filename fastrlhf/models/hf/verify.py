@@ -39,7 +39,9 @@ def verify_logits(stage: GPT, path: str | Path, mesh: Mesh) -> float:
     """
     lengths = [min(length, stage.model_config.max_positions) for length in _LENGTHS]
     generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(stage.vocab_size, (length,), generator=generator) for length in lengths]
+    sequences = [
+        torch.randint(stage.vocab_size, (length,), generator=generator) for length in lengths
+    ]
     ours = _stage_logits(stage, sequences, mesh)
     result = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     if mesh.rank == 0:
@@ -117,5 +119,7 @@ def reference_logits(path: str | Path, sequences: list[Tensor], *, head: str) ->
     if head == "lm":
         return torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
     bias = float(getattr(read_hf_config(path), "score_bias", 0.0))
-    hidden = torch.cat([model.base_model(sequence[None]).last_hidden_state[0] for sequence in sequences])
+    hidden = torch.cat(
+        [model.base_model(sequence[None]).last_hidden_state[0] for sequence in sequences]
+    )
     return model.score(hidden)[:, 0] + bias

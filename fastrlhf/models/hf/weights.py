@@ -17,14 +17,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from fastrlhf.checkpoint.folder_writer import save_tensors
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, global_names
 from fastrlhf.models.hf.files import Tensors, open_tensors
-from fastrlhf.models.hf.mapping import Rule, Source, merge, stored_shapes, stored_tensors, tensor_map
+from fastrlhf.models.hf.mapping import (
+    Rule,
+    Source,
+    merge,
+    stored_shapes,
+    stored_tensors,
+    tensor_map,
+)
 from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.writing import save_tensors
 
 Tensor = torch.Tensor
 MAX_FILE_BYTES = 5_000_000_000
@@ -64,7 +71,16 @@ def load_hf(path: str | Path, stage: GPT) -> None:
 def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
     ours = stage.model_config
     fields = [
-        *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "position", "norm"),
+        *(
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_size",
+            "position",
+            "norm",
+        ),
         *("norm_eps", "activation", "bias", "qkv_bias", "qk_norm"),
         "max_positions" if theirs.position == "learned" else "rope_theta",
     ]
@@ -74,15 +90,25 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
     wrong["vocab_size"] = (stage.vocab_size, theirs.vocab_size)
     for name, (mine, needed) in wrong.items():
         # A .gguf file keeps its floats in fp32: 1e-6 comes back as 9.99999997e-07.
-        same = math.isclose(mine, needed, rel_tol=1e-6) if isinstance(needed, float) else mine == needed
+        same = (
+            math.isclose(mine, needed, rel_tol=1e-6)
+            if isinstance(needed, float)
+            else mine == needed
+        )
         if not same:
-            raise UserError(f"{path}: the model there has {name} {needed}, not {mine}; set model.{name}={needed}")
+            raise UserError(
+                f"{path}: the model there has {name} {needed}, not {mine}; set model.{name}={needed}"
+            )
 
 
-def _check_tensors(path: str | Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+def _check_tensors(
+    path: str | Path, tensors: Tensors, expected: Mapping[str, tuple[int, ...]], *, tied: bool
+) -> None:
     for name, shape in expected.items():
         if name not in tensors.shapes:
-            raise UserError(f"{path}: tensor {name} {list(shape)} is missing; the folder is not whole")
+            raise UserError(
+                f"{path}: tensor {name} {list(shape)} is missing; the folder is not whole"
+            )
         if tensors.shapes[name] != shape:
             found = list(tensors.shapes[name])
             raise UserError(f"{path}: tensor {name} is {found}, but config.json says {list(shape)}")
@@ -102,8 +128,13 @@ def _check_tensors(path: str | Path, tensors: Tensors, expected: Mapping[str, tu
 def _equal(tensors: Tensors, first: str, second: str) -> bool:
     if tensors.shapes[first] != tensors.shapes[second]:
         return False
-    blocks = (slice(row, row + _ROWS_COMPARED) for row in range(0, tensors.shapes[first][0], _ROWS_COMPARED))
-    return all(torch.equal(tensors.read(first, (rows,)), tensors.read(second, (rows,))) for rows in blocks)
+    blocks = (
+        slice(row, row + _ROWS_COMPARED)
+        for row in range(0, tensors.shapes[first][0], _ROWS_COMPARED)
+    )
+    return all(
+        torch.equal(tensors.read(first, (rows,)), tensors.read(second, (rows,))) for rows in blocks
+    )
 
 
 def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> Tensor:
@@ -111,7 +142,11 @@ def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> 
     rank, size, dim = stage.mesh.tensor_rank, stage.mesh.tensor_size, rule.shard_dim
     parts = []
     for source in rule.sources:
-        length = parameter.shape[dim] if dim is not None and rule.merge == "copy" else source.rows // size
+        length = (
+            parameter.shape[dim]
+            if dim is not None and rule.merge == "copy"
+            else source.rows // size
+        )
         start, stop = rank * length, (rank + 1) * length
         if dim == 0:  # the last ranks of a vocabulary hold padding
             start, stop = min(start, source.rows), min(stop, source.rows)
@@ -169,7 +204,9 @@ def hf_tensors(stage: GPT, values: Mapping[str, Tensor]) -> Iterator[tuple[str, 
         rules["score.bias"] = Rule((Source("score.bias", (1,)),))
     places = _places(stage, values)
     for name, rule in rules.items():
-        shards = _to_rank_0(stage.mesh, values.get(name), places[name], sharded=rule.shard_dim is not None)
+        shards = _to_rank_0(
+            stage.mesh, values.get(name), places[name], sharded=rule.shard_dim is not None
+        )
         if stage.mesh.rank == 0:
             yield from stored_tensors(rule, shards, stage.model_config.head_dim).items()
 
@@ -185,13 +222,18 @@ class _Place:
 
 def _places(stage: GPT, values: Mapping[str, Tensor]) -> dict[str, _Place]:
     mesh = stage.mesh
-    mine = {name: _Place(mesh.pipeline_rank, tuple(value.shape), value.dtype) for name, value in values.items()}
+    mine = {
+        name: _Place(mesh.pipeline_rank, tuple(value.shape), value.dtype)
+        for name, value in values.items()
+    }
     stages: list[Any] = [None] * mesh.pipeline_size
     dist.all_gather_object(stages, mine, group=mesh.pipeline_group)
     return {name: place for places in reversed(stages) for name, place in places.items()}
 
 
-def _to_rank_0(mesh: Mesh, parameter: Tensor | None, place: _Place, *, sharded: bool) -> list[Tensor]:
+def _to_rank_0(
+    mesh: Mesh, parameter: Tensor | None, place: _Place, *, sharded: bool
+) -> list[Tensor]:
     """The shards of a parameter on rank 0, [] on the others. Only the ranks of the first data-parallel replica take
     part.
     """
@@ -207,7 +249,10 @@ def _to_rank_0(mesh: Mesh, parameter: Tensor | None, place: _Place, *, sharded: 
                 dist.send(shard, group=mesh.pipeline_group, group_dst=0)
         elif mesh.pipeline_rank == 0:
             count = mesh.tensor_size if sharded else 1
-            shards = [torch.empty(place.shape, dtype=place.dtype, device=mesh.device) for _ in range(count)]
+            shards = [
+                torch.empty(place.shape, dtype=place.dtype, device=mesh.device)
+                for _ in range(count)
+            ]
             for shard in shards:
                 dist.recv(shard, group=mesh.pipeline_group, group_src=place.stage)
     return shards if mesh.rank == 0 else []
@@ -217,7 +262,11 @@ def _gather_shards(mesh: Mesh, shard: Tensor) -> list[Tensor]:
     """Every tensor-parallel rank's shard on the first of them, [] on the others."""
     if mesh.tensor_size == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(mesh.tensor_size)] if mesh.tensor_rank == 0 else None
+    shards = (
+        [torch.empty_like(shard) for _ in range(mesh.tensor_size)]
+        if mesh.tensor_rank == 0
+        else None
+    )
     dist.gather(shard, shards, group=mesh.tensor_group, group_dst=0)
     return shards or []
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrlhf.data.rules import SPLITS
+from fastrlhf.data.prepare.rules import SPLITS
 
 _QUANTILES = (0, 25, 50, 75, 100)
 _COLUMNS = ("mean", "std", "min", "25 %", "50 %", "75 %", "max")
@@ -18,22 +18,30 @@ def statistics(
     rows: np.ndarray, splits: Mapping[str, np.ndarray], sources: list[str], read: Counter[str]
 ) -> dict[str, Any]:
     """What the manifest tells of the kept rows (spool.py) of each split; `read` are the good records by source."""
-    counts = {name: np.bincount(rows["source"][index], minlength=len(sources)) for name, index in splits.items()}
+    counts = {
+        name: np.bincount(rows["source"][index], minlength=len(sources))
+        for name, index in splits.items()
+    }
     return {
         "users": {name: len(np.unique(rows["user"][index])) for name, index in splits.items()},
         "sources": {
             source: {"read": read[source]} | {name: int(counts[name][number]) for name in splits}
             for number, source in enumerate(sources)
         },
-        "prompt_length": {name: _spread(rows["prompt_length"][index]) for name, index in splits.items()},
+        "prompt_length": {
+            name: _spread(rows["prompt_length"][index]) for name, index in splits.items()
+        },
         "response_length": {
             name: _spread(rows["response_length"][index[rows["responses"][index] > 0]])
             for name, index in splits.items()
         },
         "responses": {name: _histogram(rows["responses"][index]) for name, index in splits.items()},
-        "pairs": {name: int(rows["pairs"][index].sum(dtype=np.int64)) for name, index in splits.items()},
+        "pairs": {
+            name: int(rows["pairs"][index].sum(dtype=np.int64)) for name, index in splits.items()
+        },
         "prompts_per_user": {
-            name: _spread(np.unique(rows["user"][index], return_counts=True)[1]) for name, index in splits.items()
+            name: _spread(np.unique(rows["user"][index], return_counts=True)[1])
+            for name, index in splits.items()
         },
     }
 
@@ -42,7 +50,11 @@ def _spread(values: np.ndarray) -> list[float]:
     """Mean, standard deviation, and the quantiles; nothing of nothing."""
     if len(values) == 0:
         return []
-    whole = [float(values.mean()), float(values.std()), *map(float, np.percentile(values, _QUANTILES))]
+    whole = [
+        float(values.mean()),
+        float(values.std()),
+        *map(float, np.percentile(values, _QUANTILES)),
+    ]
     return [round(value, 1) for value in whole]
 
 
@@ -56,11 +68,19 @@ def data_card(manifest: dict[str, Any]) -> str:
     kind, settings = manifest["kind"], manifest["settings"]
     unit = "tokens" if settings["tokenizer"] else "characters"
     counts = [
-        (name, manifest["outputs"][f"{name}.jsonl"]["records"], manifest["users"][name], manifest["pairs"][name])
+        (
+            name,
+            manifest["outputs"][f"{name}.jsonl"]["records"],
+            manifest["users"][name],
+            manifest["pairs"][name],
+        )
         for name in SPLITS
     ]
     rankings = kind == "rankings"
-    sizes = _table(("split", kind, "users", *(["pairs"] if rankings else [])), [c[: 3 + rankings] for c in counts])
+    sizes = _table(
+        ("split", kind, "users", *(["pairs"] if rankings else [])),
+        [c[: 3 + rankings] for c in counts],
+    )
     parts = [
         f"# Data card: {kind}\n",
         f"{manifest['kept']:,} of {manifest['read']:,} {kind} kept, prepared by fastrlhf {manifest['version']} as "
@@ -68,19 +88,36 @@ def data_card(manifest: dict[str, Any]) -> str:
         sizes,
         "No user is in two splits. A record without a user_id counts as a user of its own.\n",
         "## Sources\n",
-        _table(("source", "read", *SPLITS), [(source, *row.values()) for source, row in manifest["sources"].items()]),
+        _table(
+            ("source", "read", *SPLITS),
+            [(source, *row.values()) for source, row in manifest["sources"].items()],
+        ),
         "## What was left out\n",
-        _table(("reason", "records"), [(r.replace("_", " "), n) for r, n in manifest["dropped"].items()]),
+        _table(
+            ("reason", "records"),
+            [(r.replace("_", " "), n) for r, n in manifest["dropped"].items()],
+        ),
         _personal_data(manifest),
         f"## Lengths in {unit}\n",
         _spreads("prompt", manifest["prompt_length"]),
-        *([_spreads("response (mean of a prompt's)", manifest["response_length"])] if kind != "prompts" else []),
+        *(
+            [_spreads("response (mean of a prompt's)", manifest["response_length"])]
+            if kind != "prompts"
+            else []
+        ),
         "## Prompts of a user\n",
         _spreads("prompts", manifest["prompts_per_user"]),
-        *(["## Responses ranked for a prompt (K)\n", _responses(manifest["responses"])] if rankings else []),
+        *(
+            ["## Responses ranked for a prompt (K)\n", _responses(manifest["responses"])]
+            if rankings
+            else []
+        ),
         _how(settings),
         "## Inputs\n",
-        *(f"- {e['source']}: {e['name']} ({e['bytes']:,} bytes, sha256 {e['sha256']})" for e in manifest["inputs"]),
+        *(
+            f"- {e['source']}: {e['name']} ({e['bytes']:,} bytes, sha256 {e['sha256']})"
+            for e in manifest["inputs"]
+        ),
     ]
     return "\n".join(parts) + "\n"
 
@@ -98,7 +135,9 @@ def _cell(value: Any) -> str:
 
 
 def _spreads(what: str, spreads: dict[str, list[float]]) -> str:
-    return _table((what, *_COLUMNS), [(split, *spread) for split, spread in spreads.items() if spread])
+    return _table(
+        (what, *_COLUMNS), [(split, *spread) for split, spread in spreads.items() if spread]
+    )
 
 
 def _responses(histograms: dict[str, dict[str, int]]) -> str:
@@ -111,7 +150,10 @@ def _personal_data(manifest: dict[str, Any]) -> str:
     settings = manifest["settings"]
     if settings["pii"] == "keep":
         return "Personal data were not searched for.\n"
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data"].items()) or "none"
+    kinds = (
+        ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data"].items())
+        or "none"
+    )
     return f"Personal data found in {', '.join(settings['pii_splits'])}, by kind: {kinds}.\n"
 
 
@@ -119,7 +161,11 @@ def _how(settings: dict[str, Any]) -> str:
     limits = f"Prompts of {settings['min_chars']:,} to {settings['max_chars']:,} characters"
     if settings["max_prompt_tokens"]:
         limits += f" and at most {settings['max_prompt_tokens']:,} tokens"
-    actions = {"drop": "were dropped", "redact": "have [EMAIL] and so on in its place", "keep": "were kept"}
+    actions = {
+        "drop": "were dropped",
+        "redact": "have [EMAIL] and so on in its place",
+        "keep": "were kept",
+    }
     same = f"{settings['prefix']} {settings['prefix_unit']}"
     return f"""## How
 - {limits}.

@@ -16,21 +16,33 @@ import torch.distributed as dist
 
 from fastrlhf.algorithms.judging import finite_scores
 from fastrlhf.algorithms.rewards import checked_scores, load_reward_function
+from fastrlhf.checkpoint.integrity import replace_text
+from fastrlhf.checkpoint.model_folder import SavedModel
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
-from fastrlhf.data.tokenize import encode_plain, encode_prompts, load_tokenizer, prompt_text, read_prefix
+from fastrlhf.data.tokenize import (
+    encode_plain,
+    encode_prompts,
+    load_tokenizer,
+    prompt_text,
+    read_prefix,
+)
 from fastrlhf.errors import UserError
-from fastrlhf.evaluation.comparison import Judged, compare, pair_records, write_comparison, write_selection
+from fastrlhf.evaluation.comparison import (
+    Judged,
+    compare,
+    pair_records,
+    write_comparison,
+    write_selection,
+)
 from fastrlhf.evaluation.report import read_metrics, write_json
-from fastrlhf.generation.sample import Response, find_policy, fitting_prompts, respond
+from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
-from fastrlhf.training.checkpoint import SavedModel
-from fastrlhf.training.integrity import replace_text
 
 
 def winrate(config: Config) -> dict[str, Any]:
@@ -96,7 +108,9 @@ def select(config: Config) -> dict[str, Any]:
         write_json(out / "select.json", results)
         replace_text(out / "checkpoints" / "best", f"step_{best:08d}")
         page = write_selection(out / "select.html", results)
-        print(f"{page}: step {best} is best; model.load={out / 'checkpoints' / 'best'} starts from it")
+        print(
+            f"{page}: step {best} is best; model.load={out / 'checkpoints' / 'best'} starts from it"
+        )
     dist.barrier()
     return results
 
@@ -110,7 +124,9 @@ class _Evaluation:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.prompts, self.too_long = fitting_prompts(config, self.tokenizer, mesh)
         self.params = SamplingParams.from_config(config.generation, config.train.seed)
-        self.function = load_reward_function(config.eval.judge, "eval.judge") if config.eval.judge else None
+        self.function = (
+            load_reward_function(config.eval.judge, "eval.judge") if config.eval.judge else None
+        )
         self.reward = None
         if config.eval.reward_model is not None:
             saved = find_reward_model(config.eval.reward_model, "eval.reward_model")
@@ -132,7 +148,9 @@ class _Evaluation:
         stage = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
-        responses = respond(stage, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies)
+        responses = respond(
+            stage, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies
+        )
         return Judged(
             name=str(saved.path),
             responses=[[response.text for response in row] for row in responses],
@@ -144,9 +162,15 @@ class _Evaluation:
     def _scores(self, responses: Sequence[Sequence[Response]]) -> list[list[float]]:
         if self.function is not None:
             return self._by_function(responses)
-        rows = zip(encode_prompts(self.tokenizer, [p.prompt for p in self.prompts]), responses, strict=True)
-        answered = [TokenizedRanking(prompt, self._tokens(row), [0] * len(row)) for prompt, row in rows]
-        scores = finite_scores(self.config, self.mesh, self.reward, answered, str(self.config.eval.reward_model))
+        rows = zip(
+            encode_prompts(self.tokenizer, [p.prompt for p in self.prompts]), responses, strict=True
+        )
+        answered = [
+            TokenizedRanking(prompt, self._tokens(row), [0] * len(row)) for prompt, row in rows
+        ]
+        scores = finite_scores(
+            self.config, self.mesh, self.reward, answered, str(self.config.eval.reward_model)
+        )
         return [row.tolist() for row in scores]
 
     def _tokens(self, row: Sequence[Response]) -> list[list[int]]:
@@ -163,7 +187,11 @@ class _Evaluation:
         assert self.function is not None and self.config.eval.judge is not None
         told: list[Any] = [None]
         if self.mesh.rank == 0:
-            prompts = [prompt_text(p.prompt) for p, row in zip(self.prompts, responses, strict=True) for _ in row]
+            prompts = [
+                prompt_text(p.prompt)
+                for p, row in zip(self.prompts, responses, strict=True)
+                for _ in row
+            ]
             texts = [response.text for row in responses for response in row]
             told = [checked_scores(self.function(prompts, texts), texts, self.config.eval.judge)]
         dist.broadcast_object_list(told, src=0)

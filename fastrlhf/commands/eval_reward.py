@@ -13,9 +13,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from fastrlhf import launch
 from fastrlhf.algorithms.judging import finite_scores
-from fastrlhf.config import Config, require
+from fastrlhf.config import Config, require, training_command
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
 from fastrlhf.errors import UserError
@@ -27,6 +26,9 @@ from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_sa
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.builder import RunBuilder
+from fastrlhf.run.jobs import reward_model_job
+from fastrlhf.run.train import train_job
 
 By = Literal["labeler_id", "user_id"]
 
@@ -41,7 +43,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        run = launch.Parts(config, mesh)
+        run = RunBuilder(config, mesh)
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
         check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
@@ -69,7 +71,7 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     """
     require(config, "rm")
     assert config.data.train is not None
-    run = launch.Parts(config, meshes.initialize(config.parallel, config.train.seed))
+    run = RunBuilder(config, meshes.initialize(config.parallel, config.train.seed))
     rankings = run.rankings(config.data.train)
     valid = run.rankings(config.data.valid) if config.data.valid else []
     groups = _groups(rankings, folds, by)
@@ -81,11 +83,15 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
                 f"fold {fold} of {folds} has nothing to train on: {', '.join(group)} ranked every prompt of the others "
                 "too; use fewer folds, or rankings of different prompts by different labelers"
             )
-        part = config.model_copy(update={"output_dir": str(Path(config.output_dir) / f"fold_{fold}")})
-        job = launch.train_job("rm", part, partial(launch.reward_job, rankings=kept, valid=None))
+        part = config.model_copy(
+            update={"output_dir": str(Path(config.output_dir) / f"fold_{fold}")}
+        )
+        job = train_job(training_command("rm"), part, partial(reward_model_job, rankings=kept))
         if job is None:
-            raise UserError(f"fold {fold} of {folds} stopped early; run the same command again to go on from there")
-        mesh, stage = job.algorithm.mesh, job.algorithm.reward.stage
+            raise UserError(
+                f"fold {fold} of {folds} stopped early; run the same command again to go on from there"
+            )
+        mesh, stage = job.algorithm.mesh, job.algorithm.reward.model
         seen = [ranking for ranking in valid if getattr(ranking, by) not in group]
         row = {"fold": fold, "labelers": group, "trained_on": len(kept)}
         model = f"the model of fold {fold}"
@@ -119,8 +125,12 @@ def _groups(rankings: Sequence[TokenizedRanking], folds: int, by: By) -> list[li
     return reward.split_groups(counts, folds)
 
 
-def _judge(config: Config, mesh: Mesh, stage: GPT, rankings: Sequence[TokenizedRanking], model: str) -> dict[str, Any]:
-    return reward.evaluate(reward.ranked_pairs(rankings, finite_scores(config, mesh, stage, rankings, model)))
+def _judge(
+    config: Config, mesh: Mesh, stage: GPT, rankings: Sequence[TokenizedRanking], model: str
+) -> dict[str, Any]:
+    return reward.evaluate(
+        reward.ranked_pairs(rankings, finite_scores(config, mesh, stage, rankings, model))
+    )
 
 
 def _summary(rows: list[dict[str, Any]], by: By) -> dict[str, Any]:
@@ -128,7 +138,10 @@ def _summary(rows: list[dict[str, Any]], by: By) -> dict[str, Any]:
         return reward.summarize([row[which][what]["rate"] for row in rows])
 
     seen = over_folds("seen", "accuracy") if all(row["seen"] for row in rows) else None
-    means = {"held_out": over_folds("held_out", "accuracy"), "length_rule": over_folds("held_out", "length_rule")}
+    means = {
+        "held_out": over_folds("held_out", "accuracy"),
+        "length_rule": over_folds("held_out", "length_rule"),
+    }
     return {"by": by, **means, "seen": seen, "folds": rows}
 
 

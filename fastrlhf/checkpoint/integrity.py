@@ -78,7 +78,9 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror}): the folder was not written to its end") from None
+        raise Damaged(
+            f"{path} cannot be read ({error.strerror}): the folder was not written to its end"
+        ) from None
     except UnicodeDecodeError:
         raise Damaged(f"{path} is damaged: it is not text") from None
     try:
@@ -87,7 +89,9 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     except (ValueError, TypeError, KeyError, AttributeError):
         same = False
     if not same:
-        raise Damaged(f"{path} is damaged: its list of files does not have the hash written beside it")
+        raise Damaged(
+            f"{path} is damaged: its list of files does not have the hash written beside it"
+        )
     return entries
 
 
@@ -103,7 +107,11 @@ def verify(folder: Path) -> list[str]:
     else:
         largest_first = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
         mine = largest_first[dist.get_rank() :: dist.get_world_size()]
-        problems = [problem for name in mine if (problem := _problem(folder / name, entries[name])) is not None]
+        problems = [
+            problem
+            for name in mine
+            if (problem := _problem(folder / name, entries[name])) is not None
+        ]
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, problems)
     return sorted({problem for some in everyone for problem in some})
@@ -120,4 +128,8 @@ def _problem(path: Path, entry: Entry) -> str | None:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    return None if same else f"{path} is damaged: its content does not have the hash it was written with"
+    return (
+        None
+        if same
+        else f"{path} is damaged: its content does not have the hash it was written with"
+    )

@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from safetensors import safe_open
 
+from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.mesh import Mesh
 
@@ -47,12 +47,44 @@ class Box:
         ]
         if any(start >= stop for start, stop in ends):
             return None
-        return Box(self.whole, tuple(start for start, _ in ends), tuple(stop - start for start, stop in ends))
+        return Box(
+            self.whole,
+            tuple(start for start, _ in ends),
+            tuple(stop - start for start, stop in ends),
+        )
 
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Where this box stands in a tensor of the box `outer`."""
         starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
-        return tuple(slice(start, start + size) for start, size in zip(starts, self.shape, strict=True))
+        return tuple(
+            slice(start, start + size) for start, size in zip(starts, self.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class ParameterBox:
+    """A box of a parameter of the whole model, as one rank holds it."""
+
+    key: str
+    """The parameter's name in the whole model."""
+    box: Box
+    is_copy: bool
+    """Another tensor- or pipeline-parallel rank holds the same elements, and writes them."""
+    is_padded: bool
+    """The first dimension depends on the layout (vocabulary padding): sizes may differ, and missing rows are 0."""
+
+
+class SavedStage(Protocol):
+    """What is saved of a pipeline stage of a model; `models.gpt.GPT` implements it."""
+
+    mesh: Mesh
+    model_config: ModelConfig
+    vocab_size: int
+    head_kind: Literal["lm", "scalar"]
+
+    def parameter_boxes(self) -> Iterator[tuple[str, torch.nn.Parameter, list[ParameterBox]]]:
+        """Yield each parameter's local name, its tensor, and the boxes that the tensor holds one after another."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,41 +92,26 @@ class Part:
     """Elements start .. start + data.numel() of a flattened box; `data` [n] is a view of the live tensor."""
 
     kind: str
-    key: str
-    """The parameter's name in the whole model."""
-    box: Box
+    place: ParameterBox
     start: int
     data: Tensor
-    is_copy: bool
-    """Another tensor- or pipeline-parallel rank holds the same elements, and writes them."""
-    is_padded: bool
-    """The whole size depends on the layout (a vocabulary's padding): sizes may differ, what is missing is 0."""
 
 
-def parts_of(stage: Any, values: Values, skip: Callable[[str], bool] = lambda name: False) -> Iterator[Part]:
-    """The parts of `values` of every parameter of a stage but those whose local name `skip` holds for."""
-    parameters = dict(stage.named_parameters())
-    for name, entry in stage.sharded_state_dict(metadata={}).items():
-        parameter = parameters.pop(name, None)
-        if parameter is None or skip(name):  # what is no parameter is megatron's empty "_extra_state"
+def parts_of(
+    stage: SavedStage, values: Values, skip: Callable[[str], bool] = lambda name: False
+) -> Iterator[Part]:
+    """Yield the parts of `values` of every parameter of a stage, except those whose local name `skip` holds for."""
+    for name, parameter, places in stage.parameter_boxes():
+        if skip(name):
             continue
         begin = 0
-        # A gated projection is two boxes of the whole, one above the other in the rank's own tensor.
-        for tensor in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            box = Box(
-                tuple(tensor.global_shape),
-                tuple(tensor.global_offset),
-                (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape),
-            )
+        for place in places:
+            end = begin + place.box.numel
             for kind, (flat, first) in values(parameter).items():
-                start, stop = max(begin, first), min(begin + box.numel, first + flat.numel())
+                start, stop = max(begin, first), min(end, first + flat.numel())
                 if start < stop:
-                    data = flat[start - first : stop - first]
-                    # The last number says which data-parallel replica this is.
-                    is_copy = any(tensor.replica_id[:-1])
-                    yield Part(kind, tensor.key, box, start - begin, data, is_copy, tensor.allow_shape_mismatch)
-            begin += box.numel
-    assert not parameters, f"megatron's sharded state lacks {sorted(parameters)}"
+                    yield Part(kind, place, start - begin, flat[start - first : stop - first])
+            begin = end
 
 
 def weights(parameter: torch.nn.Parameter) -> dict[str, tuple[Tensor, int]]:
@@ -105,7 +122,9 @@ def weights(parameter: torch.nn.Parameter) -> dict[str, tuple[Tensor, int]]:
 def owned(parts: Iterable[Part], mesh: Mesh, *, sharded_over_data: bool) -> Iterator[Part]:
     """Those that this rank writes: what data-parallel ranks all hold is dealt out among them."""
     for number, part in enumerate(parts):
-        if not part.is_copy and (sharded_over_data or number % mesh.data_size == mesh.data_rank):
+        if not part.place.is_copy and (
+            sharded_over_data or number % mesh.data_size == mesh.data_rank
+        ):
             yield part
 
 
@@ -121,10 +140,17 @@ def snapshot(parts: Iterable[Part], *, copy: bool) -> ShardFile:
     """The parts on the host; `copy` False may leave views of live tensors, to be written before they change."""
     tensors, index = {}, {}
     for part in parts:
-        name = f"{part.kind}/{part.key}/{','.join(map(str, part.box.offset))}"
-        shape = part.box.shape if part.data.numel() == part.box.numel else (-1,)
+        name = f"{part.kind}/{part.place.key}/{','.join(map(str, part.place.box.offset))}"
+        shape = part.place.box.shape if part.data.numel() == part.place.box.numel else (-1,)
         tensors[name] = part.data.to("cpu", copy=copy).view(shape)
-        index[name] = [part.kind, part.key, part.box.whole, part.box.offset, part.box.shape, part.start]
+        index[name] = [
+            part.kind,
+            part.place.key,
+            part.place.box.whole,
+            part.place.box.offset,
+            part.place.box.shape,
+            part.start,
+        ]
     # One entry only: safetensors writes several in any order, and equal checkpoints should be equal files.
     return ShardFile(tensors, {"shards": json.dumps(index)})
 
@@ -165,31 +191,38 @@ class ShardReader:
 
         Raises `UserError` if the files have no such tensor, one of another shape, or only some of its elements.
         """
-        boxes = self._stored.get((part.kind, part.key))
+        boxes = self._stored.get((part.kind, part.place.key))
         if boxes is None:
-            raise UserError(f"{self.where}: holds no {part.kind} of {part.key}; is it a checkpoint of this model?")
-        whole = next(iter(boxes)).whole
-        fixed = slice(1 if part.is_padded else 0, None)
-        if whole[fixed] != part.box.whole[fixed]:
             raise UserError(
-                f"{self.where}: {part.key} is {list(whole)} there, but {list(part.box.whole)} in this model; give the "
-                "model section the shape that was saved"
+                f"{self.where}: holds no {part.kind} of {part.place.key}; is it a checkpoint of this model?"
             )
-        if part.box in boxes:
-            found = self._fill_range(part, boxes[part.box])
+        whole = next(iter(boxes)).whole
+        fixed = slice(1 if part.place.is_padded else 0, None)
+        if whole[fixed] != part.place.box.whole[fixed]:
+            raise UserError(
+                f"{self.where}: {part.place.key} is {list(whole)} there, but "
+                f"{list(part.place.box.whole)} in this model; give the model section the shape that was saved"
+            )
+        if part.place.box in boxes:
+            found = self._fill_range(part, boxes[part.place.box])
             expected = part.data.numel()
         else:
             found = self._fill_from_others(part, boxes)
-            saved = part.box.overlap(Box(whole, (0,) * len(whole), whole))
+            saved = part.place.box.overlap(Box(whole, (0,) * len(whole), whole))
             expected = saved.numel if saved is not None else 0
         if found != expected:
-            raise UserError(f"{self.where}: holds {found} of {expected} elements of the {part.kind} of {part.key}")
+            raise UserError(
+                f"{self.where}: holds {found} of {expected} elements of the {part.kind} of {part.place.key}"
+            )
 
     def _fill_range(self, part: Part, stored: list[_Stored]) -> int:
         """From the same box, cut into other ranges perhaps."""
         found = 0
         for piece in stored:
-            start, stop = max(piece.start, part.start), min(piece.start + piece.numel, part.start + part.data.numel())
+            start, stop = (
+                max(piece.start, part.start),
+                min(piece.start + piece.numel, part.start + part.data.numel()),
+            )
             if start < stop:
                 data = piece.read()[start - piece.start : stop - piece.start]
                 part.data[start - part.start : stop - part.start].copy_(data)
@@ -201,14 +234,18 @@ class ShardReader:
         whole_box: Tensor | None = None
         found = 0
         for box, stored in boxes.items():
-            overlap = part.box.overlap(box)
+            overlap = part.place.box.overlap(box)
             if overlap is None or sum(piece.numel for piece in stored) != box.numel:
                 continue
             pieces = sorted(stored, key=lambda piece: piece.start)
-            source = pieces[0].read() if len(pieces) == 1 else torch.cat([piece.read() for piece in pieces])
+            source = (
+                pieces[0].read()
+                if len(pieces) == 1
+                else torch.cat([piece.read() for piece in pieces])
+            )
             if whole_box is None:
-                whole_box = torch.zeros(part.box.shape, dtype=source.dtype)
-            whole_box[overlap.within(part.box)] = source.view(box.shape)[overlap.within(box)]
+                whole_box = torch.zeros(part.place.box.shape, dtype=source.dtype)
+            whole_box[overlap.within(part.place.box)] = source.view(box.shape)[overlap.within(box)]
             found += overlap.numel
         if whole_box is None:
             part.data.zero_()

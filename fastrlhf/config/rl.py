@@ -11,8 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fastrlhf.configfile import ConfigError
-from fastrlhf.configsections import Above0, AtLeast0, Count, Fraction, Positive, Rate, Section, Strings
+from fastrlhf.config.sections import (
+    Above0,
+    AtLeast0,
+    Count,
+    Fraction,
+    Positive,
+    Rate,
+    Section,
+    Strings,
+)
+from fastrlhf.config.yaml_file import ConfigError
 
 
 def _first(paths: str | list[str] | None) -> str | None:
@@ -90,11 +99,15 @@ class PPOConfig(Section):
         weights, models = self.reward_weights, len(self.reward_models)
         if weights is not None and len(weights) != models:
             raise ConfigError(
-                "reward_weights", f"has {len(weights)} entries for {models} reward models; give one for each"
+                "reward_weights",
+                f"has {len(weights)} entries for {models} reward models; give one for each",
             )
-        if self.reward_function is not None and not re.fullmatch(r"[\w.]+:\w+", self.reward_function):
+        if self.reward_function is not None and not re.fullmatch(
+            r"[\w.]+:\w+", self.reward_function
+        ):
             raise ConfigError(
-                "reward_function", f"is {self.reward_function!r}, expected module:function, as in my_rewards:length"
+                "reward_function",
+                f"is {self.reward_function!r}, expected module:function, as in my_rewards:length",
             )
         return self
 
@@ -132,7 +145,10 @@ class GenerationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> GenerationConfig:
         if self.min_new_tokens > self.max_new_tokens:
-            raise ConfigError("min_new_tokens", f"{self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+            raise ConfigError(
+                "min_new_tokens",
+                f"{self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}",
+            )
         return self
 
 
@@ -170,9 +186,13 @@ class EvalConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
         if self.reward_model is not None and self.judge is not None:
-            raise ConfigError("judge", "and reward_model are both set; one of them judges: remove the other")
+            raise ConfigError(
+                "judge", "and reward_model are both set; one of them judges: remove the other"
+            )
         if self.judge is not None and not re.fullmatch(r"[\w.]+:\w+", self.judge):
-            raise ConfigError("judge", f"is {self.judge!r}, expected module:function, as in my_judges:length")
+            raise ConfigError(
+                "judge", f"is {self.judge!r}, expected module:function, as in my_judges:length"
+            )
         return self
 
 
@@ -186,5 +206,8 @@ class SampleConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> SampleConfig:
         if self.k[0] > self.k[1]:
-            raise ConfigError("k", f"{self.k[0]}..{self.k[1]} is empty: the first number must not be the larger one")
+            raise ConfigError(
+                "k",
+                f"{self.k[0]}..{self.k[1]} is empty: the first number must not be the larger one",
+            )
         return self

@@ -49,7 +49,11 @@ def report(as_json: bool = False) -> bool:
             break  # all the rest builds on it
     healthy = all(check.status != "broken" for check in checks)
     if as_json:
-        print(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in checks]}, indent=2))
+        print(
+            json.dumps(
+                {"healthy": healthy, "checks": [asdict(check) for check in checks]}, indent=2
+            )
+        )
     else:
         _print_table(checks, healthy)
     return healthy
@@ -63,21 +67,38 @@ def _print_table(checks: list[Check], healthy: bool) -> None:
 
     colour = {"ok": "green", "off": "yellow", "broken": "bold red"}
     # Folded, never cut: a cure is there to be copied.
-    columns = [Column("", no_wrap=True), Column("", no_wrap=True), Column("what is here", overflow="fold")]
-    table = Table(*columns, Column("how to get it", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [
+        Column("", no_wrap=True),
+        Column("", no_wrap=True),
+        Column("what is here", overflow="fold"),
+    ]
+    table = Table(
+        *columns, Column("how to get it", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for check in checks:
-        table.add_row(check.name, Text(check.status, colour[check.status]), Text(check.detail), Text(check.cure))
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe or file has room for whole commands
+        table.add_row(
+            check.name,
+            Text(check.status, colour[check.status]),
+            Text(check.detail),
+            Text(check.cure),
+        )
+    console = Console(
+        width=None if sys.stdout.isatty() else 160
+    )  # a pipe or file has room for whole commands
     console.print(table)
     console.print(
-        "Everything that fastrlhf needs works here." if healthy else "Something that fastrlhf needs is broken."
+        "Everything that fastrlhf needs works here."
+        if healthy
+        else "Something that fastrlhf needs is broken."
     )
 
 
 def _python() -> list[Check]:
     version = platform.python_version()
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        return [Check("Python", "broken", f"{version} is not tested", "use Python 3.10, 3.11 or 3.12")]
+        return [
+            Check("Python", "broken", f"{version} is not tested", "use Python 3.10, 3.11 or 3.12")
+        ]
     return [Check("Python", "ok", f"{version} on {platform.platform()}")]
 
 
@@ -88,8 +109,14 @@ def _machine() -> list[Check]:
     memory = psutil.virtual_memory()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        Check("CPU", "ok", f"{usable} cores usable, {torch.backends.cpu.get_cpu_capability()} vector instructions"),
-        Check("memory", "ok", f"{memory.available / GIB:.0f} GiB free of {memory.total / GIB:.0f} GiB"),
+        Check(
+            "CPU",
+            "ok",
+            f"{usable} cores usable, {torch.backends.cpu.get_cpu_capability()} vector instructions",
+        ),
+        Check(
+            "memory", "ok", f"{memory.available / GIB:.0f} GiB free of {memory.total / GIB:.0f} GiB"
+        ),
     ]
 
 
@@ -99,8 +126,19 @@ def _disk() -> list[Check]:
         with tempfile.TemporaryFile(dir=here) as file:
             file.write(b"fastrlhf")
     except OSError as error:
-        return [Check("disk", "broken", f"{here} cannot be written: {error.strerror}", "run in a folder you can write")]
-    return [Check("disk", "ok", f"{shutil.disk_usage(here).free / GIB:.0f} GiB free in {here}, writable")]
+        return [
+            Check(
+                "disk",
+                "broken",
+                f"{here} cannot be written: {error.strerror}",
+                "run in a folder you can write",
+            )
+        ]
+    return [
+        Check(
+            "disk", "ok", f"{shutil.disk_usage(here).free / GIB:.0f} GiB free in {here}, writable"
+        )
+    ]
 
 
 def _torch() -> list[Check]:
@@ -117,7 +155,11 @@ def _gpus() -> list[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        cure = "an NVIDIA driver and GPU" if torch.version.cuda else "a CUDA build of torch, and an NVIDIA GPU"
+        cure = (
+            "an NVIDIA driver and GPU"
+            if torch.version.cuda
+            else "a CUDA build of torch, and an NVIDIA GPU"
+        )
         return [Check("GPU", "off", NO_GPU, cure)]
     checks = []
     for index in range(torch.cuda.device_count()):
@@ -131,7 +173,12 @@ def _driver() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.strip() or "unknown"
+    return (
+        subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=False
+        ).stdout.strip()
+        or "unknown"
+    )
 
 
 def _nccl() -> list[Check]:
@@ -160,7 +207,10 @@ def _gloo() -> list[Check]:
     """Two processes add a number: what every CPU run does first, and what a wrong host name or firewall breaks."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _GLOO, str(Path(folder) / "store")]
-        pair = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+        pair = [
+            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
         try:
             errors = [process.communicate(timeout=120)[1] for process in pair]
         except subprocess.TimeoutExpired:
@@ -171,9 +221,18 @@ def _gloo() -> list[Check]:
                 process.wait()
     if all(process.returncode == 0 for process in pair):
         return [Check("gloo", "ok", "two processes on this machine exchanged a tensor")]
-    why = next((error.strip().splitlines()[-1] for error in errors if error.strip()), "the sum was wrong")
+    why = next(
+        (error.strip().splitlines()[-1] for error in errors if error.strip()), "the sum was wrong"
+    )
     cure = "set GLOO_SOCKET_IFNAME to a network interface that works, such as lo"
-    return [Check("gloo", "broken", f"two processes on this machine could not exchange a tensor: {why}", cure)]
+    return [
+        Check(
+            "gloo",
+            "broken",
+            f"two processes on this machine could not exchange a tensor: {why}",
+            cure,
+        )
+    ]
 
 
 def _triton() -> list[Check]:
@@ -182,12 +241,23 @@ def _triton() -> list[Check]:
     module = _imported("triton")
     if isinstance(module, str):
         return [
-            Check("triton", "off", module, "pip install 'triton>=3.6' (Linux); without it torch and C++ do the work")
+            Check(
+                "triton",
+                "off",
+                module,
+                "pip install 'triton>=3.6' (Linux); without it torch and C++ do the work",
+            )
         ]
     if torch.cuda.is_available():
         return [Check("triton", "ok", f"{module.__version__}, kernels run on the GPU")]
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return [Check("triton", "ok", f"{module.__version__}, kernels are interpreted on the CPU (slow, for tests)")]
+        return [
+            Check(
+                "triton",
+                "ok",
+                f"{module.__version__}, kernels are interpreted on the CPU (slow, for tests)",
+            )
+        ]
     cure = "an NVIDIA GPU, or TRITON_INTERPRET=1 to try the kernels slowly"
     return [Check("triton", "off", f"{module.__version__} is installed, but {NO_GPU}", cure)]
 
@@ -199,9 +269,15 @@ def _kernels() -> list[Check]:
     checks = []
     for name, backend in backends().items():
         if name == "forced":
-            checks.append(Check("ops", "ok", f"FASTRLHF_BACKEND makes every op run on {backend['backend']}"))
+            checks.append(
+                Check("ops", "ok", f"FASTRLHF_BACKEND makes every op run on {backend['backend']}")
+            )
         elif backend["available"]:
-            checks.append(Check(f"ops on {name}", "ok", ", ".join(backend["kernels"]) or "no kernel of its own"))
+            checks.append(
+                Check(
+                    f"ops on {name}", "ok", ", ".join(backend["kernels"]) or "no kernel of its own"
+                )
+            )
         else:
             checks.append(Check(f"ops on {name}", "off", backend["why_not"]))
     return checks
@@ -213,9 +289,18 @@ def _megatron() -> list[Check]:
         return [Check("megatron-core", "broken", module, "pip install 'megatron-core>=0.16.1'")]
     version = importlib.metadata.version("megatron-core")
     if Version(version) < Version("0.16.1"):
-        return [Check("megatron-core", "broken", f"{version} is too old", "pip install 'megatron-core>=0.16.1'")]
+        return [
+            Check(
+                "megatron-core",
+                "broken",
+                f"{version} is too old",
+                "pip install 'megatron-core>=0.16.1'",
+            )
+        ]
     if not f"{version}.".startswith(tuple(f"{line}." for line in MEGATRON_TESTED)):
-        return [Check("megatron-core", "ok", f"{version}; tested are {' and '.join(MEGATRON_TESTED)}")]
+        return [
+            Check("megatron-core", "ok", f"{version}; tested are {' and '.join(MEGATRON_TESTED)}")
+        ]
     return [Check("megatron-core", "ok", f"{version}, a tested version")]
 
 
@@ -245,12 +330,19 @@ def _apex() -> list[Check]:
     if importlib.util.find_spec("apex.optimizers") is None:
         return [
             Check(
-                "apex", "off", "PyPI's apex is installed, another project than NVIDIA's", f"pip uninstall apex; {cure}"
+                "apex",
+                "off",
+                "PyPI's apex is installed, another project than NVIDIA's",
+                f"pip uninstall apex; {cure}",
             )
         ]
     extension = _imported("amp_C")
     if isinstance(extension, str):
-        return [Check("apex", "off", f"NVIDIA's apex without its CUDA extension amp_C: {extension}", cure)]
+        return [
+            Check(
+                "apex", "off", f"NVIDIA's apex without its CUDA extension amp_C: {extension}", cure
+            )
+        ]
     return [Check("apex", "ok", "NVIDIA's, with its CUDA extensions")]
 
 
@@ -266,13 +358,19 @@ def _imported(name: str) -> ModuleType | str:
     """The module, or in a few words why it cannot be imported."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron warns of each optional package; the report says it once
+            warnings.simplefilter(
+                "ignore"
+            )  # megatron warns of each optional package; the report says it once
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # a missing parent is "not installed" too; a missing dependency of an installed package is not
         absent = error.name is not None and f"{name}.".startswith(f"{error.name}.")
         return "not installed" if absent else f"does not import: {error}"
-    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or a library is missing
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # built for another torch, or a library is missing
         return f"does not import: {str(error).splitlines()[0]}"
 
 

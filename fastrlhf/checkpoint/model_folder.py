@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
+from fastrlhf.checkpoint.folder_writer import Contents, Writing
+from fastrlhf.checkpoint.integrity import read_manifest, verify
+from fastrlhf.checkpoint.shards import SavedStage, ShardReader, owned, parts_of, snapshot, weights
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
-from fastrlhf.training.integrity import read_manifest, verify
-from fastrlhf.training.shards import ShardReader, owned, parts_of, snapshot, weights
-from fastrlhf.training.writing import Contents, Writing
 
 _MODELS = ("ema", "policy", "reward")
 POINTERS = ("latest", "best")
@@ -58,12 +57,18 @@ def _described(folder: Path) -> SavedModel:
         saved = json.loads(path.read_text(encoding="utf-8"))
         return SavedModel(path=folder, **{**saved, "model": ModelConfig(**saved["model"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not the description of a model ({' '.join(str(error).split())})") from None
+        raise UserError(
+            f"{path}: not the description of a model ({' '.join(str(error).split())})"
+        ) from None
 
 
-def model_contents(stage: Any, *, tokenizer: str, statistics: dict[str, float], copy: bool) -> Contents:
+def model_contents(
+    stage: SavedStage, *, tokenizer: str, statistics: dict[str, float], copy: bool
+) -> Contents:
     """What this rank writes of a model folder: its shards, and on rank 0 `model.json`."""
-    shards = snapshot(owned(parts_of(stage, weights), stage.mesh, sharded_over_data=False), copy=copy)
+    shards = snapshot(
+        owned(parts_of(stage, weights), stage.mesh, sharded_over_data=False), copy=copy
+    )
     contents: Contents = {f"rank_{dist.get_rank():05d}.safetensors": shards}
     if dist.get_rank() == 0:
         description = {
@@ -77,7 +82,9 @@ def model_contents(stage: Any, *, tokenizer: str, statistics: dict[str, float], 
     return contents
 
 
-def save_model(path: Path, stage: Any, *, tokenizer: str, statistics: dict[str, float] | None = None) -> None:
+def save_model(
+    path: Path, stage: SavedStage, *, tokenizer: str, statistics: dict[str, float] | None = None
+) -> None:
     """Writes the weights of `stage` (all ranks call) and `model.json` to the folder `path`, which appears when it is
     complete. Raises `UserError` on every rank if any cannot write.
     """
@@ -85,7 +92,7 @@ def save_model(path: Path, stage: Any, *, tokenizer: str, statistics: dict[str, 
     Writing(path, contents, in_background=False).finish()
 
 
-def load_model(saved: SavedModel, stage: Any) -> None:
+def load_model(saved: SavedModel, stage: SavedStage) -> None:
     """Verifies the files and loads the weights into `stage`, whatever layout they were saved under; all ranks call.
 
     A scalar-head stage loaded from an LM keeps its own (fresh) head: the unembedding is dropped (InstructGPT, section
@@ -97,7 +104,7 @@ def load_model(saved: SavedModel, stage: Any) -> None:
     fill_weights(saved, stage)
 
 
-def fill_weights(saved: SavedModel, stage: Any) -> None:
+def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
     """`load_model` from a folder that has been verified."""
     body_only = stage.head_kind == "scalar" and saved.head == "lm"
     if stage.head_kind != saved.head and not body_only:
@@ -116,4 +123,6 @@ def fill_weights(saved: SavedModel, stage: Any) -> None:
 
 def shard_reader(folder: Path) -> ShardReader:
     """The shard files that the folder's `files.json` lists, and no others."""
-    return ShardReader(folder / name for name in read_manifest(folder) if name.endswith(".safetensors"))
+    return ShardReader(
+        folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
+    )

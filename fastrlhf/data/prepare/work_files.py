@@ -17,14 +17,22 @@ from typing import Any
 
 import numpy as np
 
-_FIELDS = {"prompt": "Q", "user": "Q", "order": "Q", "start": "Q", "bytes": "I", "source": "I", "responses": "I"}
+_FIELDS = {
+    "prompt": "Q",
+    "user": "Q",
+    "order": "Q",
+    "start": "Q",
+    "bytes": "I",
+    "source": "I",
+    "responses": "I",
+}
 _FIELDS |= {"pairs": "I", "prompt_length": "I", "response_length": "I"}
 _ROW = struct.Struct("<" + "".join(_FIELDS.values()))
 _DTYPE = np.dtype([(name, f"<u{struct.calcsize('<' + code)}") for name, code in _FIELDS.items()])
 _NAMES = ("lines.jsonl", "rows", "rejected.jsonl", "pii.jsonl")
 
 
-class Spool:
+class WorkFiles:
     """Work files in `folder`, which `close` leaves for another run and `remove` deletes.
 
     A record is its line and a row: hashes of its prompt, user and content (order), where its line is, its source, its
@@ -75,7 +83,8 @@ class Spool:
         sizes = {name: file.tell() for name, file in self._files.items()}
         part = self.folder / "state.part"
         part.write_text(
-            json.dumps({"fingerprint": self._fingerprint, "sizes": sizes, "state": state}), encoding="utf-8"
+            json.dumps({"fingerprint": self._fingerprint, "sizes": sizes, "state": state}),
+            encoding="utf-8",
         )
         os.replace(part, self.folder / "state.json")
 

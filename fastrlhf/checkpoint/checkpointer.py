@@ -17,45 +17,52 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 import yaml
 
 import fastrlhf
+from fastrlhf.checkpoint.folder_writer import (
+    PARTIAL,
+    REMOVED,
+    Contents,
+    Writing,
+    complete,
+    describe,
+    raise_on_all_ranks,
+    remove,
+)
+from fastrlhf.checkpoint.integrity import replace_text, verify
+from fastrlhf.checkpoint.model_folder import (
+    SavedModel,
+    describe_model,
+    fill_weights,
+    model_contents,
+    shard_reader,
+)
+from fastrlhf.checkpoint.shards import SavedStage, ShardFile, owned, parts_of, snapshot
+from fastrlhf.checkpoint.state import SavedLearner, generator_states, restore_generators
 from fastrlhf.config import CheckpointConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.mesh import Mesh
-from fastrlhf.training.integrity import replace_text, verify
-from fastrlhf.training.model_folder import SavedModel as SavedModel
-from fastrlhf.training.model_folder import (
-    describe_model,
-    fill_weights,
-    load_model,
-    model_contents,
-    save_model,
-    shard_reader,
-)
-from fastrlhf.training.shards import ShardFile, owned, parts_of, snapshot
-from fastrlhf.training.state import (
-    generator_states,
-    is_sharded_over_data,
-    learner_state,
-    optimizer_values,
-    restore_generators,
-    restore_learner,
-)
-from fastrlhf.training.writing import PARTIAL, REMOVED, Contents, Writing, complete, describe, remove, same_outcome
-
-__all__ = ["Checkpointer", "SavedModel", "describe_model", "load_model", "save_model"]
 
 logger = logging.getLogger(__name__)
 _UNUSED = ".unused"
 _PATIENCE_S = 10.0
 """A run that breaks off waits so long for the other ranks' part of a checkpoint: they write at the same time."""
+
+
+class Checkpointable(Protocol):
+    """What a checkpoint is made of: an algorithm's models, its learners, and the statistics of a reward model."""
+
+    def models(self) -> Mapping[str, SavedStage]: ...
+    def learners(self) -> Mapping[str, SavedLearner]: ...
+    def statistics(self) -> dict[str, float]: ...
 
 
 @dataclass
@@ -75,7 +82,9 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, _type: type | None, error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         if error is not None:
             self._rescue()
 
@@ -88,7 +97,7 @@ class Checkpointer:
         """Makes the folder, or says at once that it cannot be written; completes or removes what an interrupted
         run left.
         """
-        with same_outcome("checkpoint.save is on, but the folder cannot be written"):
+        with raise_on_all_ranks("checkpoint.save is on, but the folder cannot be written"):
             if self.mesh.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in self.folder.glob(f"step_*{PARTIAL}"):
@@ -102,7 +111,13 @@ class Checkpointer:
                 probe.write_text("")
                 probe.unlink()
 
-    def save(self, step: int, algorithm: Any, state: dict[str, Any], metrics: dict[str, float] | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        algorithm: Checkpointable,
+        state: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> Path:
         """Saves `algorithm.models()`, `algorithm.learners()` and the JSON-able `state`.
 
         Returns as soon as everything is copied to host memory if `checkpoint.asynchronous` says so; the checkpoint is
@@ -126,7 +141,7 @@ class Checkpointer:
         if writing is None:
             return
         writing.finish()
-        with same_outcome(f"cannot write {self.folder}"):
+        with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0:
                 replace_text(self.folder / "latest", writing.path.name)
                 self._retire(writing.path)
@@ -143,21 +158,30 @@ class Checkpointer:
         except OSError as error:  # must not hide what broke the run; the next start tries again
             logger.warning("cannot complete %s: %s", writing.path, describe(error))
 
-    def _contents(self, algorithm: Any, state: dict[str, Any]) -> Contents:
+    def _contents(self, algorithm: Checkpointable, state: dict[str, Any]) -> Contents:
         copy = self.config.asynchronous
         contents: Contents = {}
         for name, stage in algorithm.models().items():
-            model = model_contents(stage, tokenizer=self.tokenizer, statistics=algorithm.statistics(), copy=copy)
+            model = model_contents(
+                stage, tokenizer=self.tokenizer, statistics=algorithm.statistics(), copy=copy
+            )
             contents |= {f"{name}/{file}": content for file, content in model.items()}
         own = f"rank_{self.mesh.rank:05d}.safetensors"
         for name, learner in algorithm.learners().items():
-            parts = parts_of(learner.stage, optimizer_values(learner))
-            mine = owned(parts, self.mesh, sharded_over_data=is_sharded_over_data(learner))
+            parts = parts_of(learner.model, learner.optimizer_values())
+            mine = owned(parts, self.mesh, sharded_over_data=learner.is_sharded_over_data)
             contents[f"{name}.optimizer/{own}"] = snapshot(mine, copy=copy)
         contents[f"random/{own}"] = ShardFile(generator_states(self.mesh), {})
         if self.mesh.rank == 0:
-            learners = {name: learner_state(learner) for name, learner in algorithm.learners().items()}
-            whole = {**state, "learners": learners, "layout": _layout(self.mesh), "versions": _versions()}
+            learners = {
+                name: learner.state_dict() for name, learner in algorithm.learners().items()
+            }
+            whole = {
+                **state,
+                "learners": learners,
+                "layout": _layout(self.mesh),
+                "versions": _versions(),
+            }
             contents["state.json"] = json.dumps(whole, indent=2) + "\n"
             contents["config.yaml"] = self.config_text
         return contents
@@ -184,8 +208,14 @@ class Checkpointer:
                 *(steps[-1].name, metric, ", ".join(values[steps[-1]])),
             )
         # Of equals the earlier; NaN is never best.
-        known = {path: row[metric] for path, row in values.items() if row.get(metric, float("nan")) == row.get(metric)}
-        return (min if direction == "lowest" else max)(known, key=lambda path: known[path], default=None)
+        known = {
+            path: row[metric]
+            for path, row in values.items()
+            if row.get(metric, float("nan")) == row.get(metric)
+        }
+        return (min if direction == "lowest" else max)(
+            known, key=lambda path: known[path], default=None
+        )
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -206,7 +236,9 @@ class Checkpointer:
             first = first or problems[0]
             if self.mesh.rank == 0:
                 more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                logger.warning("%s%s; trying the checkpoint before %s", problems[0], more, path.name)
+                logger.warning(
+                    "%s%s; trying the checkpoint before %s", problems[0], more, path.name
+                )
         if candidates:
             raise UserError(
                 f"none of the {len(candidates)} checkpoints in {self.folder} is whole: {first}; restore one, or start "
@@ -216,7 +248,9 @@ class Checkpointer:
 
     def _candidates(self) -> list[Path]:
         """Newest first."""
-        steps = sorted((path for path in self.folder.glob("step_*") if path.suffix == ""), reverse=True)
+        steps = sorted(
+            (path for path in self.folder.glob("step_*") if path.suffix == ""), reverse=True
+        )
         pointer = self.folder / "latest"
         try:
             latest = self.folder / pointer.read_text(encoding="utf-8").strip()
@@ -228,7 +262,7 @@ class Checkpointer:
             logger.warning("%s names no checkpoint; taking the newest", pointer)
         return steps
 
-    def load(self, path: Path, algorithm: Any) -> dict[str, Any]:
+    def load(self, path: Path, algorithm: Checkpointable) -> dict[str, Any]:
         """Restores models, optimizers and generators from a verified checkpoint; returns the saved `state`.
 
         Checkpoints newer than `path` (damaged, or of a run that went another way) are set aside: they would be taken
@@ -237,29 +271,37 @@ class Checkpointer:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name, stage in algorithm.models().items():
             if not (path / name).is_dir():
-                raise UserError(f"{path}: has no {name}, so it is of another command's run; give another output_dir")
+                raise UserError(
+                    f"{path}: has no {name}, so it is of another command's run; give another output_dir"
+                )
             saved = describe_model(path / name)
             _check_dtype(saved, stage)
             fill_weights(saved, stage)
         for name, learner in algorithm.learners().items():
             reader = shard_reader(path / f"{name}.optimizer")
-            for part in parts_of(learner.stage, optimizer_values(learner)):
+            for part in parts_of(learner.model, learner.optimizer_values()):
                 reader.fill(part)
-            restore_learner(learner, state["learners"][name])
+            learner.load_state_dict(state["learners"][name])
         if state["layout"] == _layout(self.mesh):
-            restore_generators(path / "random" / f"rank_{self.mesh.rank:05d}.safetensors", self.mesh)
+            restore_generators(
+                path / "random" / f"rank_{self.mesh.rank:05d}.safetensors", self.mesh
+            )
         if self.mesh.rank == 0:
             for line in _differences(path, state, self.config_text):
                 logger.info("resuming with %s", line)
-        with same_outcome(f"cannot write {self.folder}"):
+        with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0:
-                for newer in (other for other in self.folder.glob("step_*") if not other.suffix and other > path):
+                for newer in (
+                    other
+                    for other in self.folder.glob("step_*")
+                    if not other.suffix and other > path
+                ):
                     set_aside(newer)
         return state
 
     def set_all_aside(self) -> None:
         """Renames the folder of an earlier run's checkpoints, for a run that does not resume them."""
-        with same_outcome(f"cannot write {self.folder}"):
+        with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
                 set_aside(self.folder)
 
@@ -273,7 +315,7 @@ def set_aside(path: Path) -> None:
     logger.warning("%s is now %s", path, unused.name)
 
 
-def _check_dtype(saved: SavedModel, stage: Any) -> None:
+def _check_dtype(saved: SavedModel, stage: SavedStage) -> None:
     if saved.model.dtype != stage.model_config.dtype:
         raise UserError(
             f"{saved.path}: was trained in {saved.model.dtype}, not {stage.model_config.dtype}; a run keeps its "
@@ -287,12 +329,18 @@ def _layout(mesh: Mesh) -> list[int]:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "megatron-core", "safetensors")
-    return {"fastrlhf": fastrlhf.__version__, **{name: importlib.metadata.version(name) for name in packages}}
+    return {
+        "fastrlhf": fastrlhf.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _differences(path: Path, state: dict[str, Any], config_text: str) -> list[str]:
     """What is not as it was when the checkpoint was written, one line each."""
-    before, now = _flat(yaml.safe_load((path / "config.yaml").read_text())), _flat(yaml.safe_load(config_text))
+    before, now = (
+        _flat(yaml.safe_load((path / "config.yaml").read_text())),
+        _flat(yaml.safe_load(config_text)),
+    )
     lines = [
         f"{key} {now.get(key)} (was {before.get(key)})"
         for key in sorted({*before, *now})
@@ -300,7 +348,9 @@ def _differences(path: Path, state: dict[str, Any], config_text: str) -> list[st
     ]
     versions = _versions()
     lines += [
-        f"{name} {versions[name]} (was {old})" for name, old in state["versions"].items() if versions[name] != old
+        f"{name} {versions[name]} (was {old})"
+        for name, old in state["versions"].items()
+        if versions[name] != old
     ]
     return lines
 
@@ -309,5 +359,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree} if prefix else {}
     return {
-        key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}.{name}".strip(".")).items()
+        key: value
+        for name, child in tree.items()
+        for key, value in _flat(child, f"{prefix}.{name}".strip(".")).items()
     }

@@ -12,7 +12,9 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.%+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,5}[a-z]{2,24}(?![\w-])", re.IGNORECASE)
+_EMAIL = re.compile(
+    r"(?<![\w.+-])[\w.%+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,5}[a-z]{2,24}(?![\w-])", re.IGNORECASE
+)
 # International numbers with their plus, or the North American grouping; ten bare digits could be anything.
 _PHONE = re.compile(
     r"(?<![\w+])\+[1-9](?:[ .()/-]{0,2}[0-9]){7,14}(?![0-9])"
@@ -51,7 +53,9 @@ _KEY = re.compile(
 def _luhn(match: str) -> int:
     digits = [int(c) for c in match if c.isdigit()]
     doubled = [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
-    return len(match) if len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else 0
+    return (
+        len(match) if len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 else 0
+    )
 
 
 def _iban_checks(match: str) -> int:
@@ -63,7 +67,11 @@ def _iban_checks(match: str) -> int:
     compact = "".join(match[place] for place in places)
     if len(compact) < max(length, 1):
         return 0
-    return places[-1] + 1 if int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1 else 0
+    return (
+        places[-1] + 1
+        if int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
+        else 0
+    )
 
 
 def _public_address(match: str) -> int:

@@ -14,13 +14,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastrlhf.models.attention import SequenceLayout
+from fastrlhf.models.inputs import CachedInput, PackedInput
 from fastrlhf.ops.activation import bias_gelu
 
 if TYPE_CHECKING:
-    from fastrlhf.models.gpt import GPT, CachedInput, PackedInput
+    from fastrlhf.models.gpt import GPT
 
 Tensor = torch.Tensor
-direct = torch._C.DisableTorchFunction
+no_torch_function = torch._C.DisableTorchFunction
 """Context without parallel/cpu.py's redirection of CUDA devices, which costs a fifth of a small step and has nothing to
 do where no call names a device. No effect on a GPU."""
 
@@ -29,7 +30,7 @@ def forward(stage: GPT, batch: PackedInput | CachedInput, received: Tensor | Non
     """A micro-batch of T tokens -> [T, H] on the last stage, after the final norm, else [T, 1, H], the shape that
     megatron's schedules hand to the next stage; `received` is what the previous stage handed over.
     """
-    with direct():
+    with no_torch_function():
         layout = stage.layout(batch)
         if stage.pre_process:
             x_TH = _embed(stage, batch.tokens, layout.positions)
@@ -56,9 +57,15 @@ def _embed(stage: GPT, tokens: Tensor, positions: Tensor) -> Tensor:
     else:
         local = tokens - words.vocab_start_index
         elsewhere = (local < 0) | (local >= words.weight.shape[0])
-        x_TH = F.embedding(local.masked_fill(elsewhere, 0), words.weight).masked_fill(elsewhere[:, None], 0.0)
+        x_TH = F.embedding(local.masked_fill(elsewhere, 0), words.weight).masked_fill(
+            elsewhere[:, None], 0.0
+        )
         _sum(stage, x_TH)
-    return x_TH + embedding.position_embeddings(positions) if embedding.add_position_embedding else x_TH
+    return (
+        x_TH + embedding.position_embeddings(positions)
+        if embedding.add_position_embedding
+        else x_TH
+    )
 
 
 def _layer(stage: GPT, layer: Any, x_TH: Tensor, layout: SequenceLayout) -> Tensor:

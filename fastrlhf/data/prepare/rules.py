@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastrlhf.configfile import ConfigError
-from fastrlhf.configsections import Count, Positive, Rate, Section, Strings
+from fastrlhf.config.sections import Count, Positive, Rate, Section, Strings
+from fastrlhf.config.yaml_file import ConfigError
 from fastrlhf.data.files import as_paths
 from fastrlhf.data.records import OnError
 
@@ -21,7 +21,9 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 def named_sources(value: Any) -> Any:
     """A path or a list of paths as {name: [path, ...]}, each named by its file; a mapping stays as it is."""
-    if isinstance(value, (str, Path)) or (isinstance(value, list) and all(isinstance(p, (str, Path)) for p in value)):
+    if isinstance(value, (str, Path)) or (
+        isinstance(value, list) and all(isinstance(p, (str, Path)) for p in value)
+    ):
         named: dict[str, list[str]] = {}
         for path in as_paths(value):
             named.setdefault(path.name.split(".")[0], []).append(str(path))
@@ -65,15 +67,21 @@ class Rules(Section):
     @model_validator(mode="after")
     def _check(self) -> Rules:
         if self.valid_fraction + self.test_fraction >= 1:
-            raise ConfigError("test_fraction", "and valid_fraction add up to 1 or more; leave users for train")
+            raise ConfigError(
+                "test_fraction", "and valid_fraction add up to 1 or more; leave users for train"
+            )
         if self.min_chars > self.max_chars:
-            raise ConfigError("min_chars", f"{self.min_chars} is above max_chars {self.max_chars}; lower it")
+            raise ConfigError(
+                "min_chars", f"{self.min_chars} is above max_chars {self.max_chars}; lower it"
+            )
         for name, used in (
             ("prefix_unit", self.prefix_unit == "tokens"),
             ("max_prompt_tokens", self.max_prompt_tokens),
         ):
             if used and self.tokenizer is None:
-                raise ConfigError(name, "counts tokens; set tokenizer to the folder of the model's tokenizer")
+                raise ConfigError(
+                    name, "counts tokens; set tokenizer to the folder of the model's tokenizer"
+                )
         return self
 
 
@@ -101,5 +109,8 @@ class PrepareConfig(Rules):
     @model_validator(mode="after")
     def _check_inputs(self) -> PrepareConfig:
         if not any(getattr(self.inputs, kind) for kind in Inputs.model_fields):
-            raise ConfigError("inputs", f"names no files; give {', '.join(Inputs.model_fields)} or several of them")
+            raise ConfigError(
+                "inputs",
+                f"names no files; give {', '.join(Inputs.model_fields)} or several of them",
+            )
         return self

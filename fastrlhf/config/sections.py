@@ -10,10 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from fastrlhf.configfile import ConfigError
+from fastrlhf.config.yaml_file import ConfigError
 
 
 def _not_bool(value: Any) -> Any:
@@ -30,7 +38,9 @@ Fraction = Annotated[float, NotBool, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, NotBool, Field(ge=0.0, lt=1.0)]
 Above0 = Annotated[float, NotBool, Field(gt=0.0)]
 AtLeast0 = Annotated[float, NotBool, Field(ge=0.0)]
-Strings = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Strings = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 """A list of strings; one bare string is a list of one."""
 Blend = Annotated[
     # Tags of digits are left out of the key that a mistake is told with, as indices are.
@@ -64,14 +74,20 @@ def _from_family(key: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def _ffn_default(fields: dict[str, Any]) -> int:
-    return 4 * fields["hidden_size"] if fields["family"] == "gpt" else 0  # 0 is refused below, with the cure
+    return (
+        4 * fields["hidden_size"] if fields["family"] == "gpt" else 0
+    )  # 0 is refused below, with the cure
 
 
 class Section(BaseModel):
     """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
 
     @model_validator(mode="before")
@@ -81,7 +97,9 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         derived = {name for name, field in cls.model_fields.items() if field.default_factory}
-        return {key: value for key, value in values.items() if value is not None or key not in derived}
+        return {
+            key: value for key, value in values.items() if value is not None or key not in derived
+        }
 
 
 class ModelConfig(Section):
@@ -98,7 +116,9 @@ class ModelConfig(Section):
     """Attention (query) heads."""
     num_kv_heads: Positive = Field(default_factory=lambda fields: fields["num_heads"])
     """Key/value heads; fewer than num_heads is grouped-query attention. Unset: num_heads."""
-    head_dim: Positive = Field(default_factory=lambda fields: fields["hidden_size"] // fields["num_heads"])
+    head_dim: Positive = Field(
+        default_factory=lambda fields: fields["hidden_size"] // fields["num_heads"]
+    )
     """Width of one head. Unset: hidden_size / num_heads."""
     ffn_size: int = Field(default_factory=_ffn_default)
     """Width of the feed-forward layer. Unset: 4 * hidden_size (gpt); llama must give it."""
@@ -114,7 +134,9 @@ class ModelConfig(Section):
     """Normalisation, always before the sub-layer. Unset: the family's."""
     norm_eps: Above0 = 1e-5
     """Epsilon inside the normalisation."""
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(default_factory=_from_family("activation"))
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(
+        default_factory=_from_family("activation")
+    )
     """Feed-forward activation. Unset: the family's."""
     bias: bool = Field(default_factory=_from_family("bias"))
     """Biases in the linear layers. Unset: the family's."""
@@ -152,8 +174,15 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.ffn_size <= 0:
-            why = "is required for family llama" if self.ffn_size == 0 else f"is {self.ffn_size}, expected above 0"
-            raise ConfigError("ffn_size", f"{why}; give the feed-forward width (Llama: 8/3 of hidden_size, rounded up)")
+            why = (
+                "is required for family llama"
+                if self.ffn_size == 0
+                else f"is {self.ffn_size}, expected above 0"
+            )
+            raise ConfigError(
+                "ffn_size",
+                f"{why}; give the feed-forward width (Llama: 8/3 of hidden_size, rounded up)",
+            )
         if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_heads:
             raise ConfigError(
                 "hidden_size",
@@ -161,14 +190,24 @@ class ModelConfig(Section):
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                "num_kv_heads", f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use a divisor of it"
+                "num_kv_heads",
+                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use a divisor of it",
             )
         if self.recompute_layers is not None and self.recompute != "full":
-            raise ConfigError("recompute_layers", f"is for recompute full, not {self.recompute}; set one or the other")
+            raise ConfigError(
+                "recompute_layers",
+                f"is for recompute full, not {self.recompute}; set one or the other",
+            )
         if self.attention == "flash" and self.dtype == "fp32":
-            raise ConfigError("attention", "flash needs dtype bf16 or fp16; use attention sdpa (or auto) with fp32")
+            raise ConfigError(
+                "attention",
+                "flash needs dtype bf16 or fp16; use attention sdpa (or auto) with fp32",
+            )
         if self.load and self.hf:
-            raise ConfigError("hf", "and load are both set; a model starts from one of them: set the other to null")
+            raise ConfigError(
+                "hf",
+                "and load are both set; a model starts from one of them: set the other to null",
+            )
         return self
 
 
@@ -190,7 +229,8 @@ class ParallelConfig(Section):
     def _check(self) -> ParallelConfig:
         if self.context > 1:
             raise ConfigError(
-                "context", f"{self.context} is not supported yet; use 1, and split the model with tensor or pipeline"
+                "context",
+                f"{self.context} is not supported yet; use 1, and split the model with tensor or pipeline",
             )
         return self
 
@@ -292,8 +332,13 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ConfigError("epochs", "and steps are both set; a run has one length: set the other to null")
-        if self.max_tokens_per_micro_batch is None and self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                "epochs", "and steps are both set; a run has one length: set the other to null"
+            )
+        if (
+            self.max_tokens_per_micro_batch is None
+            and self.global_batch_size % self.micro_batch_size
+        ):
             raise ConfigError(
                 "global_batch_size",
                 f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one",

@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrlhf.data.pii import find_pii, redact
-from fastrlhf.data.records import Counts, Demonstration, Place, Prompt, PromptLike, Ranking, to_json
-from fastrlhf.data.rules import SPLITS, Rules
-from fastrlhf.data.spool import Spool
+from fastrlhf.data.prepare.pii import find_pii, redact
+from fastrlhf.data.prepare.rules import SPLITS, Rules
+from fastrlhf.data.prepare.work_files import WorkFiles
+from fastrlhf.data.records import (
+    Counts,
+    Demonstration,
+    Prompt,
+    PromptLike,
+    Ranking,
+    RecordLocation,
+    to_json,
+)
 from fastrlhf.data.tokenize import encode_plain, encode_prompts, load_tokenizer, prompt_text
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ Record = Prompt | Demonstration | Ranking
 
 
 @dataclass
-class Tally:
+class PrepareStats:
     """What has been counted while reading; `personal_data` are findings, of which a record may have several."""
 
     counts: Counts
@@ -37,9 +45,11 @@ class Tally:
     @property
     def dropped(self) -> dict[str, int]:
         reasons = ("too_short", "too_long", "personal_data")
-        return {"malformed": self.counts.rejected} | {reason: self.lost[reason] for reason in reasons}
+        return {"malformed": self.counts.rejected} | {
+            reason: self.lost[reason] for reason in reasons
+        }
 
-    def state(self, place: Place) -> dict[str, Any]:
+    def state(self, place: RecordLocation) -> dict[str, Any]:
         counts = (self.counts.read, self.counts.rejected)
         return {
             "after": [place.file, place.line],
@@ -50,23 +60,28 @@ class Tally:
         }
 
     @classmethod
-    def resume(cls, state: dict[str, Any] | None) -> tuple[Tally, tuple[int, int]]:
+    def resume(cls, state: dict[str, Any] | None) -> tuple[PrepareStats, tuple[int, int]]:
         if state is None:
             return cls(Counts(), Counter(), Counter(), Counter()), (0, 0)
         read, rejected = state["counts"]
         found = [Counter(state[name]) for name in ("lost", "personal_data", "read_by")]
-        return cls(Counts(read=read, rejected=rejected), *found), (state["after"][0], state["after"][1])
+        return cls(Counts(read=read, rejected=rejected), *found), (
+            state["after"][0],
+            state["after"][1],
+        )
 
 
 class Cleaner:
     """Decides on each record by itself, and puts those that stay into the spool."""
 
-    def __init__(self, rules: Rules, sources: list[str], tally: Tally, spool: Spool) -> None:
+    def __init__(
+        self, rules: Rules, sources: list[str], tally: PrepareStats, spool: WorkFiles
+    ) -> None:
         self.rules, self.tally, self.spool = rules, tally, spool
         self.sources = {name: number for number, name in enumerate(sources)}
         self.tokenizer = load_tokenizer(rules.tokenizer) if rules.tokenizer else None
 
-    def take(self, chunk: list[tuple[Place, str, Any]]) -> None:
+    def take(self, chunk: list[tuple[RecordLocation, str, Any]]) -> None:
         """Records as (place, source, record)."""
         staying = []
         for place, source, record in chunk:
@@ -102,7 +117,7 @@ class Cleaner:
                 response_length=response,
             )
 
-    def _without_pii(self, record: Any, user: int, place: Place) -> Any | None:
+    def _without_pii(self, record: Any, user: int, place: RecordLocation) -> Any | None:
         """The record as it may stay in its split, None when it may not."""
         split = SPLITS[split_of(user, self.rules)]
         if self.rules.pii == "keep" or split not in self.rules.pii_splits:
@@ -114,7 +129,9 @@ class Cleaner:
         redacting = self.rules.pii == "redact"
         for kind in kinds:
             action = "redacted" if redacting else "dropped"
-            self.spool.report({"kind": kind, "source": str(place), "split": split, "action": action})
+            self.spool.report(
+                {"kind": kind, "source": str(place), "split": split, "action": action}
+            )
         if redacting:
             return _redacted(record, user)
         self.tally.lost["personal_data"] += 1
@@ -135,11 +152,19 @@ class Cleaner:
             prompts = [len(prompt_text(record.prompt)) for record in records]
             totals = [sum(map(len, own)) for own in responses]
         else:
-            prompts = [len(ids) for ids in encode_prompts(self.tokenizer, [record.prompt for record in records])]
+            prompts = [
+                len(ids)
+                for ids in encode_prompts(self.tokenizer, [record.prompt for record in records])
+            ]
             totals = self._response_tokens(self.tokenizer, responses)
-        return [(p, round(t / max(len(own), 1))) for p, t, own in zip(prompts, totals, responses, strict=True)]
+        return [
+            (p, round(t / max(len(own), 1)))
+            for p, t, own in zip(prompts, totals, responses, strict=True)
+        ]
 
-    def _response_tokens(self, tokenizer: PreTrainedTokenizerFast, responses: list[tuple[str, ...]]) -> list[int]:
+    def _response_tokens(
+        self, tokenizer: PreTrainedTokenizerFast, responses: list[tuple[str, ...]]
+    ) -> list[int]:
         flat = [text for own in responses for text in own]
         lengths = iter([len(ids) for ids in encode_plain(tokenizer, flat)] if flat else [])
         return [sum(islice(lengths, len(own))) for own in responses]
@@ -147,7 +172,11 @@ class Cleaner:
 
 def _owner(record: Record) -> str:
     """The user, or for a record without one its prompt: it is then in the same split of all kinds of record."""
-    return f"prompt {_dedup_text(record.prompt)}" if record.user_id is None else f"user {record.user_id}"
+    return (
+        f"prompt {_dedup_text(record.prompt)}"
+        if record.user_id is None
+        else f"user {record.user_id}"
+    )
 
 
 def _texts(record: Record) -> list[str]:
@@ -167,14 +196,18 @@ def _redacted(record: Any, user: int) -> Any:
     prompt = record.prompt
     turns = isinstance(prompt, list)
     changed: dict[str, Any] = {
-        "prompt": [{**turn, "content": redact(turn["content"])[0]} for turn in prompt] if turns else redact(prompt)[0]
+        "prompt": [{**turn, "content": redact(turn["content"])[0]} for turn in prompt]
+        if turns
+        else redact(prompt)[0]
     }
     if isinstance(record, Demonstration):
         changed["response"] = redact(record.response)[0]
     elif isinstance(record, Ranking):
         changed["responses"] = tuple(redact(text)[0] for text in record.responses)
         if record.labeler_id is not None and find_pii(record.labeler_id):
-            changed["labeler_id"] = f"labeler-{_hash(user, b'labeler', record.labeler_id.encode()):016x}"
+            changed["labeler_id"] = (
+                f"labeler-{_hash(user, b'labeler', record.labeler_id.encode()):016x}"
+            )
     if record.user_id is not None and find_pii(record.user_id):
         changed["user_id"] = f"user-{user:016x}"
     return replace(record, **changed)
@@ -199,7 +232,9 @@ def _dedup_text(prompt: PromptLike) -> str:
 def _hash(seed: int, purpose: bytes, content: bytes) -> int:
     # `person` keeps the three hashes of a record independent: the split must not follow from the order.
     key = (seed % 2**64).to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key, person=purpose).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(content, digest_size=8, key=key, person=purpose).digest(), "little"
+    )
 
 
 def split_of(user: Any, rules: Rules) -> Any:
@@ -208,4 +243,6 @@ def split_of(user: Any, rules: Rules) -> Any:
     """
     place = user / 2.0**64
     test = place < rules.test_fraction
-    return 1 * (place < rules.test_fraction + rules.valid_fraction) + 1 * test  # test lies inside the second interval
+    return (
+        1 * (place < rules.test_fraction + rules.valid_fraction) + 1 * test
+    )  # test lies inside the second interval

@@ -24,25 +24,27 @@ from typing import Any
 
 import numpy as np
 
-from fastrlhf.configfile import load
-from fastrlhf.data.card import data_card, statistics
-from fastrlhf.data.clean import Cleaner, Tally, split_of
+from fastrlhf.config.yaml_file import load
 from fastrlhf.data.files import Paths, Position, as_files, as_paths, make_folder
+from fastrlhf.data.prepare.data_card import data_card, statistics
+from fastrlhf.data.prepare.record_filter import Cleaner, PrepareStats, split_of
+from fastrlhf.data.prepare.rules import SPLITS, PrepareConfig, Rules, named_sources
+from fastrlhf.data.prepare.work_files import WorkFiles
 from fastrlhf.data.records import (
     Kind,
     OnError,
     parse_record,
     placed_rows,
 )
-from fastrlhf.data.rules import SPLITS, PrepareConfig, Rules, named_sources
-from fastrlhf.data.spool import Spool
 from fastrlhf.errors import UserError
 from fastrlhf.progress import Meter
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 512  # records tokenized in one call
-_SAVE_EVERY = 20_000  # records between two places a stopped run can go on from, a few seconds of work
+_SAVE_EVERY = (
+    20_000  # records between two places a stopped run can go on from, a few seconds of work
+)
 
 
 def run(arguments: list[str], out: Path | None, kind: Kind) -> None:
@@ -90,7 +92,7 @@ def prepare(
     _check_apart([file for _, file in files], out)
     make_folder(out)
     (out / "manifest.json").unlink(missing_ok=True)
-    spool = Spool(out / ".work", _fingerprint(files, kind, rules, on_error))
+    spool = WorkFiles(out / ".work", _fingerprint(files, kind, rules, on_error))
     try:
         tally = _scan(files, kind, rules, on_error, spool)
         rows = spool.rows()
@@ -100,7 +102,10 @@ def prepare(
             "over_user_cap": kept.unique - len(kept.index),
         }
         splits = _split_users(rows, kept.index, rules)
-        outputs = {f"{name}.jsonl": _write(out / f"{name}.jsonl", spool, rows[index]) for name, index in splits.items()}
+        outputs = {
+            f"{name}.jsonl": _write(out / f"{name}.jsonl", spool, rows[index])
+            for name, index in splits.items()
+        }
         names = sorted(named)
         manifest = _manifest(kind, rules, files, tally, dropped, outputs) | statistics(
             rows, splits, names, tally.read_by
@@ -113,21 +118,34 @@ def prepare(
     spool.remove(out)
     (out / "DATA_CARD.md").write_text(data_card(manifest), encoding="utf-8")
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    lost = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-    log.info("%s: kept %d of %d records, left out %s", out, manifest["kept"], manifest["read"], lost or "none")
+    lost = ", ".join(
+        f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count
+    )
+    log.info(
+        "%s: kept %d of %d records, left out %s",
+        out,
+        manifest["kept"],
+        manifest["read"],
+        lost or "none",
+    )
     return manifest
 
 
 def _check_apart(files: list[Path], out: Path) -> None:
     for path in files:
         if path.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
-            raise UserError(f"{path}: the input would be overwritten by the output; choose another output folder")
+            raise UserError(
+                f"{path}: the input would be overwritten by the output; choose another output folder"
+            )
         if not path.exists():
             raise UserError(f"{path}: no such file; check the path")
 
 
 def _fingerprint(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnError) -> str:
-    found = [(name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for name, file in files]
+    found = [
+        (name, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for name, file in files
+    ]
     settings = rules.model_dump(include=set(Rules.model_fields), mode="json")
     return hashlib.sha256(json.dumps([found, kind, settings, on_error]).encode()).hexdigest()
 
@@ -135,9 +153,11 @@ def _fingerprint(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_err
 # The pass over the records
 
 
-def _scan(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnError, spool: Spool) -> Tally:
+def _scan(
+    files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnError, spool: WorkFiles
+) -> PrepareStats:
     """Stream the records once: drop what the record alone decides, put the rest into the spool."""
-    tally, after = Tally.resume(spool.state)
+    tally, after = PrepareStats.resume(spool.state)
     if spool.state is not None:
         log.info("going on after %d records of a run that was stopped", tally.counts.read)
     position, paths = Position(), [file for _, file in files]
@@ -153,7 +173,9 @@ def _scan(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnE
         position=position,
     )
     saved = tally.counts.read
-    with Meter(f"reading {kind}", sum(path.stat().st_size for path in paths), percent=True) as progress:
+    with Meter(
+        f"reading {kind}", sum(path.stat().st_size for path in paths), percent=True
+    ) as progress:
         while chunk := list(islice(rows, _CHUNK)):
             cleaner.take([(place, files[place.file][0], record) for place, (record,) in chunk])
             progress.update(position.before + position.inside, f"{tally.counts.read:,} records")
@@ -198,7 +220,7 @@ def _split_users(rows: np.ndarray, index: np.ndarray, rules: Rules) -> dict[str,
     return {name: index[split == number] for number, name in enumerate(SPLITS)}
 
 
-def _write(path: Path, spool: Spool, rows: np.ndarray) -> dict[str, Any]:
+def _write(path: Path, spool: WorkFiles, rows: np.ndarray) -> dict[str, Any]:
     digest, lines = hashlib.sha256(), spool.lines()
     with path.open("wb") as file:
         for start, size in zip(rows["start"].tolist(), rows["bytes"].tolist(), strict=True):
@@ -212,7 +234,7 @@ def _manifest(
     kind: Kind,
     rules: Rules,
     files: list[tuple[str, Path]],
-    tally: Tally,
+    tally: PrepareStats,
     dropped: dict[str, int],
     outputs: dict[str, Any],
 ) -> dict[str, Any]:
@@ -223,7 +245,9 @@ def _manifest(
         "version": __version__,
         "kind": kind,
         "settings": rules.model_dump(include=set(Rules.model_fields), mode="json"),
-        "inputs": sorted(({"source": name} | _describe(file) for name, file in files), key=lambda e: e["sha256"]),
+        "inputs": sorted(
+            ({"source": name} | _describe(file) for name, file in files), key=lambda e: e["sha256"]
+        ),
         "read": tally.counts.read,
         "dropped": dropped,
         "personal_data": dict(sorted(tally.personal_data.items())),

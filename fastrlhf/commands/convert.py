@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from fastrlhf.checkpoint.model_folder import describe_model, load_model, save_model
 from fastrlhf.config import ModelConfig, ParallelConfig
 from fastrlhf.data.files import make_folder
 from fastrlhf.data.tokenize import load_tokenizer
@@ -19,12 +20,13 @@ from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf, save_hf, verify_logits
 from fastrlhf.models.hf.shapes import read_hf_config
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.training.checkpoint import describe_model, load_model, save_model
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def convert_from_hf(path: str | Path, out: str | Path, parallel: ParallelConfig | None = None) -> float:
+def convert_from_hf(
+    path: str | Path, out: str | Path, parallel: ParallelConfig | None = None
+) -> float:
     """Writes the model in the Hugging Face folder (or .gguf file) `path` to the model folder `out`, in the dtype it
     has.
 
@@ -56,7 +58,9 @@ def convert_from_hf(path: str | Path, out: str | Path, parallel: ParallelConfig 
         meshes.finalize()
 
 
-def convert_to_hf(checkpoint: str | Path, out: str | Path, parallel: ParallelConfig | None = None) -> float:
+def convert_to_hf(
+    checkpoint: str | Path, out: str | Path, parallel: ParallelConfig | None = None
+) -> float:
     """Writes our checkpoint (a run, a step or a model folder) as the Hugging Face folder `out`, tokenizer included.
 
     Returns the largest difference of logits between transformers' model of that folder and our stage. Raises
@@ -73,7 +77,12 @@ def convert_to_hf(checkpoint: str | Path, out: str | Path, parallel: ParallelCon
         head: Literal["lm", "scalar"] = "scalar" if saved.head == "scalar" else "lm"
         stage = build_model(saved.model, mesh, saved.vocab_size, head=head)
         load_model(saved, stage)
-        save_hf(stage, out, tokenizer, extra={"score_statistics": saved.statistics} if saved.statistics else None)
+        save_hf(
+            stage,
+            out,
+            tokenizer,
+            extra={"score_statistics": saved.statistics} if saved.statistics else None,
+        )
         difference = verify_logits(stage, out, mesh)
         _report(checkpoint, out, stage, difference)
         return difference
@@ -85,7 +94,9 @@ def _report(source: str | Path, out: Path, stage: GPT, difference: float) -> Non
     """The closing line, on rank 0."""
     if stage.mesh.rank == 0:
         kind = "logits" if stage.head_kind == "lm" else "scores"
-        print(f"{source} -> {out}: every tensor used once, {kind} agree with transformers to {difference:.2g}")
+        print(
+            f"{source} -> {out}: every tensor used once, {kind} agree with transformers to {difference:.2g}"
+        )
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -95,7 +106,9 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
                 f"parallel.tensor {parallel.tensor} does not divide {name} {getattr(model, name)} of the model"
             )
     if model.num_layers % parallel.pipeline:
-        raise UserError(f"parallel.pipeline {parallel.pipeline} does not divide the model's {model.num_layers} layers")
+        raise UserError(
+            f"parallel.pipeline {parallel.pipeline} does not divide the model's {model.num_layers} layers"
+        )
 
 
 def _check_new(out: Path) -> None:

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from fastrlhf.checkpoint.integrity import Entry, replace_text, seal, sync_folder, write_manifest
+from fastrlhf.checkpoint.shards import ShardFile
 from fastrlhf.errors import UserError
-from fastrlhf.training.integrity import Entry, replace_text, seal, sync_folder, write_manifest
-from fastrlhf.training.shards import ShardFile
 
 Contents = dict[str, "ShardFile | str"]
 """Relative path -> tensors, or text."""
@@ -33,7 +33,7 @@ _NOTE = "written_"
 
 
 @contextlib.contextmanager
-def same_outcome(what: str) -> Iterator[None]:
+def raise_on_all_ranks(what: str) -> Iterator[None]:
     """A block that rank 0 alone does something in: an `OSError` of it becomes the same `UserError` on every rank."""
     problem = None
     try:
@@ -68,8 +68,10 @@ class Writing:
     def __init__(self, path: Path, contents: Contents, *, in_background: bool) -> None:
         self.path = path
         self._partial = path.with_name(path.name + PARTIAL)
-        self._note = self._partial / f"{_NOTE}{dist.get_rank():05d}_of_{dist.get_world_size():05d}.json"
-        with same_outcome(f"cannot write {path}"):
+        self._note = (
+            self._partial / f"{_NOTE}{dist.get_rank():05d}_of_{dist.get_world_size():05d}.json"
+        )
+        with raise_on_all_ranks(f"cannot write {path}"):
             if dist.get_rank() == 0:
                 if self._partial.is_dir():
                     shutil.rmtree(self._partial)
@@ -116,6 +118,7 @@ class Writing:
         outcomes: list[dict[str, Entry] | str] = [""] * dist.get_world_size()
         dist.all_gather_object(outcomes, self._written.result())
         failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        written = [outcome for outcome in outcomes if not isinstance(outcome, str)]
         if failed and dist.get_rank() == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
         if failed:
@@ -123,10 +126,13 @@ class Writing:
                 f"cannot write {self.path}: {failed[0]}; make room or set another output_dir; earlier checkpoints are "
                 "as they were"
             )
-        with same_outcome(f"cannot write {self.path}"):
+        with raise_on_all_ranks(f"cannot write {self.path}"):
             if dist.get_rank() == 0:
                 # From the ranks themselves: their notes may be on another machine's cache of the file system.
-                _commit(self._partial, {name: entry for some in outcomes for name, entry in some.items()})  # type: ignore[union-attr]
+                _commit(
+                    self._partial,
+                    {name: entry for entries in written for name, entry in entries.items()},
+                )
 
     def finish_alone(self, patience_s: float) -> bool:
         """`finish` without collectives, for a run that is breaking off: rank 0 waits for the others' notes, for so long
@@ -158,7 +164,11 @@ def complete(partial: Path) -> Path | None:
 
 def _commit(partial: Path, entries: dict[str, Entry]) -> Path:
     for folder in sorted({name.split("/")[0] for name in entries if "/" in name}):
-        own = {name[len(folder) + 1 :]: entry for name, entry in entries.items() if name.startswith(folder + "/")}
+        own = {
+            name[len(folder) + 1 :]: entry
+            for name, entry in entries.items()
+            if name.startswith(folder + "/")
+        }
         entries[f"{folder}/files.json"] = write_manifest(partial / folder, own)
     write_manifest(partial, entries)
     for note in partial.glob(f"{_NOTE}*"):

@@ -41,8 +41,21 @@ def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model
 
 
 def dump(config: BaseModel) -> str:
-    """YAML of every field, in the order of the model's definition."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return YAML of every field, in the order of the model's definition."""
+    tree = config.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes strings with a Unicode line break double-quoted: in other styles YAML folds the break into a space."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -68,7 +81,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     finally:
         loader.dispose()
     if not isinstance(data, dict):
-        raise UserError(f"{path}:1: expected sections such as 'model:' at the top level, not a {type(data).__name__}")
+        raise UserError(
+            f"{path}:1: expected sections such as 'model:' at the top level, not a {type(data).__name__}"
+        )
     return data, lines
 
 
@@ -80,13 +95,17 @@ def _lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str,
     for key_node, value_node in node.value:
         line, name = key_node.start_mark.line + 1, str(key_node.value)
         if name in seen:
-            raise UserError(f"{path}:{line}: {prefix}{name} is already set on line {seen[name]}; remove one of them")
+            raise UserError(
+                f"{path}:{line}: {prefix}{name} is already set on line {seen[name]}; remove one of them"
+            )
         seen[name] = line
         yield prefix + name, line
         yield from _lines(value_node, path, f"{prefix}{name}.")
 
 
-def _apply(data: dict[str, Any], override: str, model: type[BaseModel], origin: dict[str, str]) -> None:
+def _apply(
+    data: dict[str, Any], override: str, model: type[BaseModel], origin: dict[str, str]
+) -> None:
     """Set one `dotted.key=value` in `data`, and note in `origin` which override set that key."""
     key, equals, text = override.partition("=")
     key = key.strip()
@@ -126,7 +145,9 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
     settings = {k.rpartition(".")[2]: k for k in keys if "." in k}
     sections = [k for k in keys if "." not in k]
     nearest = [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
-    nearest += [settings[near] for near in difflib.get_close_matches(name, settings, n=1, cutoff=0.75)]
+    nearest += [
+        settings[near] for near in difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
+    ]
     if nearest:
         return f"unknown key {key}; did you mean {nearest[0]}?"
     owner, known = (f" of {parent}", siblings) if parent and siblings else ("", sections)
@@ -134,12 +155,18 @@ def _unknown(key: str, model: type[BaseModel]) -> str:
 
 
 def _explain(
-    error: ValidationError, model: type[BaseModel], path: Path, lines: dict[str, int], origin: dict[str, str]
+    error: ValidationError,
+    model: type[BaseModel],
+    path: Path,
+    lines: dict[str, int],
+    origin: dict[str, str],
 ) -> str:
     """The first mistake in one line; unknown keys come first, for a misspelt key is also a missing one."""
     problems = []
     for detail in error.errors(include_url=False):
-        if detail["type"] == "default_factory_not_called":  # a consequence of another mistake in the same section
+        if (
+            detail["type"] == "default_factory_not_called"
+        ):  # a consequence of another mistake in the same section
             continue
         key, text = _describe(detail, model)
         parent = key.rpartition(".")[0]

@@ -1,0 +1,3 @@
+"""Checkpoints: model folders, shard files by global position, hashes, and folders that appear only when complete."""
+
+from __future__ import annotations

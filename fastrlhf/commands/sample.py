@@ -1,0 +1,179 @@
+"""`fastrlhf sample`: K distinct responses to each prompt, written as JSONL for labelers to rank.
+
+    torchrun --nproc-per-node 4 -m fastrlhf sample CONFIG data.prompts=prompts.jsonl model.load=runs/sft
+
+Out of scope: ranking (the labelers' part) and scoring (evaluation).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from fastrlhf.checkpoint.checkpointer import set_aside
+from fastrlhf.config import Config
+from fastrlhf.data.files import make_folder
+from fastrlhf.data.records import Prompt
+from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix
+from fastrlhf.errors import UserError
+from fastrlhf.generation.engine import generate_all
+from fastrlhf.generation.responses import (
+    find_policy,
+    fitting_prompts,
+    gather_by_prompt,
+    response_text,
+)
+from fastrlhf.generation.sampling import SamplingParams
+from fastrlhf.models.gpt import GPT
+from fastrlhf.models.loading import check_vocabulary, load_saved
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def run(config: Config) -> None:
+    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl. A file
+    that is there, be it a PPO run's or what labelers are ranking, is set aside.
+    """
+    out = Path(config.output_dir) / "samples.jsonl"
+    make_folder(out.parent)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh = meshes.initialize(config.parallel, config.train.seed)
+    prompts, too_long = fitting_prompts(config, tokenizer, mesh)
+    params = SamplingParams.from_config(config.generation, config.train.seed)
+    saved = find_policy(config.model.load or config.model.hf, "sample")
+    check_vocabulary(saved, tokenizer, config.data.tokenizer)
+    stage = load_saved(saved, mesh, "lm", config.model.dtype)
+    slots = config.generation.slots
+    prefix = read_prefix(config.data.prompt_prefix)
+    counts = sample(
+        stage,
+        tokenizer,
+        prompts,
+        config.sample.k,
+        params,
+        mesh=mesh,
+        out=out,
+        slots=slots,
+        prefix=prefix,
+    )
+    if mesh.rank == 0:
+        print(
+            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked "
+            f"for, {counts.unusable} were left out with fewer than two, {too_long} were too long)"
+        )
+    dist.barrier()
+
+
+ROUNDS = 4
+"""Times that a prompt is drawn from: responses that repeat another or say nothing are drawn anew."""
+
+
+@dataclass
+class SampleCounts:
+    """What was written; `short` counts prompts with fewer responses than asked for, `unusable` those with less than
+    two, which are left out: there is nothing to rank.
+    """
+
+    prompts: int = 0
+    responses: int = 0
+    short: int = 0
+    unusable: int = 0
+
+
+def sample(
+    stage: GPT,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    k: int | tuple[int, int],
+    params: SamplingParams,
+    *,
+    mesh: Mesh,
+    out: str | Path,
+    slots: int = 64,
+    prefix: str = "",
+) -> SampleCounts:
+    """Writes `out`, a line {"prompt", "responses": [K], "user_id"?} a prompt, in the order of `prompts`.
+
+    K is `k`, or drawn for each prompt from least .. most if `k` is a pair. Responses are without the stop token or
+    string. The data-parallel ranks share the prompts; the file depends on neither their number nor on `slots`. `prefix`
+    stands before each prompt, and not in the file.
+    """
+    least, most = (k, k) if isinstance(k, int) else k
+    if not 1 <= least <= most:
+        raise ValueError(f"k is {k}; expected a number of responses or (least, most), from 1 up")
+    if most > 1 and params.temperature == 0:
+        raise UserError(
+            "sample needs generation.temperature above 0: greedy responses to a prompt are all the same"
+        )
+    encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in prompts], prefix)
+    mine = range(mesh.data_rank, len(prompts), mesh.data_size)
+    wanted = {i: random.Random(f"{params.seed} {i}").randint(least, most) for i in mine}
+    found: dict[int, list[str]] = {i: [] for i in mine}
+    for attempt in range(ROUNDS):
+        missing = {i: wanted[i] - len(found[i]) for i in mine}
+        # One id for each prompt, round and copy, whichever rank draws it.
+        draws = [(i, (i * ROUNDS + attempt) * most + j) for i in mine for j in range(missing[i])]
+        responses = generate_all(
+            stage,
+            [encoded[i] for i, _ in draws],
+            params,
+            mesh=mesh,
+            eos=tokenizer.eos_token_id,
+            slots=slots,
+            tokenizer=tokenizer,
+            ids=[identity for _, identity in draws],
+        )
+        for (i, _), response in zip(draws, responses, strict=True):
+            text = response_text(tokenizer, response, params.stop)
+            if text.strip() and text not in found[i]:
+                found[i].append(text)
+    return _write(
+        Path(out),
+        prompts,
+        gather_by_prompt(mesh, found),
+        gather_by_prompt(mesh, wanted),
+        is_writer=mesh.rank == 0,
+    )
+
+
+def _write(
+    out: Path,
+    prompts: Sequence[Prompt],
+    found: dict[int, list[str]],
+    wanted: dict[int, int],
+    *,
+    is_writer: bool,
+) -> SampleCounts:
+    counts, lines = SampleCounts(), []
+    for i, prompt in enumerate(prompts):
+        responses = found[i]
+        counts.short += len(responses) < wanted[i]
+        if len(responses) < min(2, wanted[i]):
+            counts.unusable += 1
+            continue
+        counts.prompts += 1
+        counts.responses += len(responses)
+        user = {} if prompt.user_id is None else {"user_id": prompt.user_id}
+        lines.append(
+            json.dumps(
+                {"prompt": prompt.prompt, "responses": responses, **user}, ensure_ascii=False
+            )
+            + "\n"
+        )
+    if is_writer:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        if out.exists():
+            set_aside(out)
+        partial.replace(out)  # a reader never sees half a file
+    return counts

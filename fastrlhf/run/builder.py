@@ -1,0 +1,217 @@
+"""Builds the parts of a run from its configuration: tokenizer, data, models and learners.
+
+Commands differ in which parts they combine (jobs.py). How a part is built is the same for all of them, and is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypedDict, TypeVar
+
+from fastrlhf.checkpoint.model_folder import describe_model, load_model
+from fastrlhf.config import Config, ModelConfig, ScheduleConfig
+from fastrlhf.data.batches import DemonstrationTokens, TokenizedRanking
+from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
+from fastrlhf.data.loader import Loader
+from fastrlhf.data.pretrain import PretrainWindows, TokenStream
+from fastrlhf.data.records import OnError
+from fastrlhf.data.tokenize import load_tokenizer, read_prefix
+from fastrlhf.errors import UserError
+from fastrlhf.models.gpt import GPT, build_model, initialize_weights
+from fastrlhf.models.hf import load_hf
+from fastrlhf.models.loading import (
+    check_reads_policy,
+    check_same_shape,
+    check_vocabulary,
+    find_model,
+    load_saved,
+)
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.training.optimizer import Learner
+
+Sample = TypeVar("Sample")
+MicroBatch = TypeVar("MicroBatch")
+
+
+class _RecordOptions(TypedDict):
+    """Arguments that all loaders of records share."""
+
+    max_prompt_tokens: int
+    on_error: OnError
+    rejected: Path | None
+
+
+class RunBuilder:
+    """Builds the parts of one run on `mesh` as `config` says.
+
+    Raises UserError if the tokenizer cannot be read or has more tokens than `model.vocab_size`.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.vocab_size = config.model.vocab_size or len(self.tokenizer)
+        if self.vocab_size < len(self.tokenizer):
+            raise UserError(
+                f"model.vocab_size is {self.vocab_size}, but the tokenizer {config.data.tokenizer} has "
+                f"{len(self.tokenizer)} tokens; leave model.vocab_size out to take the tokenizer's size"
+            )
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def loader(
+        self,
+        dataset: Sequence[Sample],
+        collate: Callable[[list[Sample]], MicroBatch],
+        *,
+        global_batch_size: int | None = None,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        drop_last: bool = True,
+        cost: Callable[[Sample], int] | None = None,
+    ) -> Loader[Sample, MicroBatch]:
+        """Return a loader of this data-parallel rank's micro-batches.
+
+        With `cost`, the number of tokens of a sample, micro-batches are filled up to
+        train.max_tokens_per_micro_batch if that is set.
+        """
+        train = self.config.train
+        budget = train.max_tokens_per_micro_batch if cost is not None else None
+        return Loader(
+            dataset,
+            global_batch_size=global_batch_size or train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            data_rank=self.mesh.data_rank,
+            data_size=self.mesh.data_size,
+            seed=train.seed,
+            collate=collate,
+            shuffle=shuffle,
+            epochs=epochs,
+            drop_last=drop_last,
+            max_tokens=budget,
+            cost=cost if budget is not None else None,
+            order=dataset.order
+            if isinstance(dataset, PretrainWindows) and dataset.weights is not None
+            else None,
+        )
+
+    def one_pass(
+        self,
+        dataset: Sequence[Sample],
+        collate: Callable[[list[Sample]], MicroBatch],
+        cost: Callable[[Sample], int] | None = None,
+    ) -> Callable[[], Loader[Sample, MicroBatch]]:
+        """Return a function that makes a new loader over the whole of `dataset`, one for each evaluation."""
+        return partial(
+            self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False, cost=cost
+        )
+
+    def total_steps(self, batches: Loader[Sample, MicroBatch]) -> int:
+        """Return the steps of the run: train.steps, or train.epochs passes over `batches`."""
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        assert train.epochs is not None
+        return max(1, math.ceil(train.epochs * len(batches)))
+
+    def windows(self, sources: list[str] | dict[str, float]) -> PretrainWindows:
+        """Return windows of data.sequence_length tokens of the text in `sources`: paths, or path -> weight."""
+        cache = self.config.data.cache or Path(self.config.output_dir) / "cache"
+        stream = TokenStream.open(list(sources), self.tokenizer, cache)
+        weights = list(sources.values()) if isinstance(sources, dict) else None
+        return PretrainWindows(stream, self.config.data.sequence_length, weights)
+
+    def demonstrations(self, paths: list[str]) -> list[DemonstrationTokens]:
+        """Read and tokenize demonstration files."""
+        data = self.config.data
+        demonstrations, _ = load_demonstrations(
+            paths,
+            self.tokenizer,
+            max_response_tokens=data.max_response_tokens,
+            loss_on=data.loss_on,
+            **self._record_options(paths),
+        )
+        return demonstrations
+
+    def rankings(self, paths: list[str]) -> list[TokenizedRanking]:
+        """Read and tokenize ranking or pair files."""
+        limit = self.config.data.max_response_tokens
+        rankings, _ = load_rankings(
+            paths, self.tokenizer, max_response_tokens=limit, **self._record_options(paths)
+        )
+        return rankings
+
+    def prompts(self, paths: list[str]) -> list[list[int]]:
+        """Read and tokenize prompt files."""
+        prefix = read_prefix(self.config.data.prompt_prefix)
+        prompts, _ = load_prompts(
+            paths, self.tokenizer, prefix=prefix, **self._record_options(paths)
+        )
+        return prompts
+
+    def _record_options(self, paths: list[str]) -> _RecordOptions:
+        data = self.config.data
+        # Under on_error=quarantine rank 0 writes malformed records to one file for each set of inputs.
+        rejected = (
+            Path(self.config.output_dir) / "rejected" / Path(paths[0]).name
+            if self.mesh.rank == 0
+            else None
+        )
+        return {
+            "max_prompt_tokens": data.max_prompt_tokens,
+            "on_error": data.on_error,
+            "rejected": rejected,
+        }
+
+    # ---- models -----------------------------------------------------------------------------------------------------
+
+    def model(self, config: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
+        """Build a model of the shape `config` and load or draw its weights.
+
+        Weights come from config.load, else from config.hf, else they are drawn from train.seed. A scalar head that the
+        source does not have is drawn too. Raises UserError if the source has another shape or vocabulary.
+        """
+        is_fresh, seed = config.load is None and config.hf is None, self.config.train.seed
+        model = build_model(
+            config, self.mesh, self.vocab_size, head=head, seed=seed if is_fresh else None
+        )
+        if (
+            not is_fresh
+        ):  # drawing billions of weights only to overwrite them takes minutes; the head may stay
+            initialize_weights(model, seed, "score.")
+        if config.load is not None:
+            saved = describe_model(config.load)
+            check_same_shape(config, self.vocab_size, saved)
+            check_vocabulary(saved, self.tokenizer, self.config.data.tokenizer)
+            load_model(saved, model)
+        elif config.hf is not None:
+            check_vocabulary(find_model(config.hf), self.tokenizer, self.config.data.tokenizer)
+            load_hf(config.hf, model)
+        return model
+
+    def scorer(self, path: str, *, fresh_head: bool = False) -> GPT:
+        """Load the reward or value model at `path`, in its own shape and in the policy's dtype.
+
+        A 6B reward model can serve a 175B policy. With `fresh_head`, `path` may also be a language model, which gets a
+        new scalar head. Raises UserError if the model cannot read every sequence that the policy can produce.
+        """
+        saved, seed = find_model(path), self.config.train.seed if fresh_head else None
+        check_reads_policy(saved, path, self.config, self.tokenizer)
+        return load_saved(saved, self.mesh, "scalar", self.config.model.dtype, seed=seed)
+
+    def learner(
+        self,
+        model: GPT,
+        total_steps: int,
+        schedule: ScheduleConfig | None = None,
+        lr: float | None = None,
+    ) -> Learner:
+        """Return `model` with an optimizer and a learning-rate schedule over `total_steps` updates."""
+        schedule = schedule or self.config.schedule
+        return Learner(
+            self.mesh, model, self.config.optimizer, schedule, total_steps=total_steps, lr=lr
+        )

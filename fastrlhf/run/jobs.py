@@ -1,0 +1,224 @@
+"""The job of each training command: which data and models it combines into an algorithm for the training loop.
+
+`TrainingCommand.job` in config/commands.py names the function here that builds a command's job.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from fastrlhf.algorithms.ppo import PPO, Models
+from fastrlhf.algorithms.protocols import MovingAverage
+from fastrlhf.algorithms.rewards import Rewards, load_reward_function
+from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
+from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
+from fastrlhf.config import ModelConfig, TrainingCommand
+from fastrlhf.data.batches import (
+    DemonstrationTokens,
+    PackedBatch,
+    TokenizedRanking,
+    demonstration_tokens,
+    pack_demonstrations,
+    pack_rankings,
+    pack_windows,
+    ranking_tokens,
+    window_tokens,
+)
+from fastrlhf.data.datasets import check_groups
+from fastrlhf.data.loader import Loader
+from fastrlhf.data.mix import Mixture
+from fastrlhf.models.gpt import build_model
+from fastrlhf.models.loading import without_dropout
+from fastrlhf.run.builder import RunBuilder
+from fastrlhf.training.loop import Algorithm, Batches
+from fastrlhf.training.metrics import SampleLog
+from fastrlhf.training.optimizer import ExponentialAverage, Learner
+
+AlgorithmT = TypeVar("AlgorithmT", bound=Algorithm)
+
+
+@dataclass
+class TrainingJob(Generic[AlgorithmT]):
+    """What a command hands to the training loop."""
+
+    algorithm: AlgorithmT
+    batches: Batches
+    total_steps: int
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Returns the metrics of a validation."""
+    finish: Callable[[], None] | None = None
+    """Runs after the last update, before the last evaluation and checkpoint."""
+
+
+JobBuilder = Callable[[RunBuilder], TrainingJob[AlgorithmT]]
+
+
+def job_builder(command: TrainingCommand) -> JobBuilder[Algorithm]:
+    """Return the function of this module that builds the job of `command`."""
+    builder: JobBuilder[Algorithm] = globals()[command.job]
+    return builder
+
+
+def pretrain_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
+    """Return language modelling on the windows of data.train (or data.pretrain)."""
+    data = run.config.data
+    text = data.train or data.pretrain
+    assert text is not None
+    valid = (
+        run.one_pass(run.windows(data.valid), pack_windows, window_tokens) if data.valid else None
+    )
+    return _language_model_job(
+        run, run.loader(run.windows(text), pack_windows, cost=window_tokens), valid
+    )
+
+
+def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
+    """Return fine-tuning on the demonstrations of data.train, with pretraining rows mixed in if asked for."""
+    data = run.config.data
+    assert data.train is not None
+    dataset: Sequence[DemonstrationTokens] = run.demonstrations(data.train)
+    if data.pretrain_fraction > 0:
+        assert data.pretrain is not None
+        dataset = Mixture(
+            dataset, run.windows(data.pretrain), data.pretrain_fraction, run.config.train.seed
+        )
+    batches = run.loader(dataset, pack_demonstrations, cost=demonstration_tokens)
+    valid = None
+    if data.valid:
+        valid = run.one_pass(
+            run.demonstrations(data.valid), pack_demonstrations, demonstration_tokens
+        )
+    return _language_model_job(run, batches, valid)
+
+
+def _language_model_job(
+    run: RunBuilder,
+    batches: Loader[Any, PackedBatch],
+    validation: Callable[[], Loader[Any, PackedBatch]] | None,
+) -> TrainingJob[SupervisedFinetuning]:
+    total_steps = run.total_steps(batches)
+    policy = run.learner(run.model(run.config.model, "lm"), total_steps)
+    evaluate = None
+    if validation is not None:
+
+        def evaluate() -> dict[str, float]:
+            return {"valid_loss": evaluate_loss(run.mesh, policy.model, validation())}
+
+    return TrainingJob(SupervisedFinetuning(run.mesh, policy), batches, total_steps, evaluate)
+
+
+def reward_model_job(
+    run: RunBuilder,
+    rankings: Sequence[TokenizedRanking] | None = None,
+    valid: Sequence[TokenizedRanking] | None = None,
+) -> TrainingJob[RewardModelling]:
+    """Return reward modelling on `rankings`, by default those of data.train, validated on data.valid.
+
+    Each prompt's responses stay in one micro-batch.
+    """
+    data, shared = run.config.data, run.config.model.shared_prompt
+    if rankings is None:
+        assert data.train is not None
+        rankings, valid = run.rankings(data.train), run.rankings(data.valid) if data.valid else None
+    collate, cost = (
+        partial(pack_rankings, shared_prompt=shared),
+        partial(ranking_tokens, shared_prompt=shared),
+    )
+    check_groups(rankings, cost, run.config.train.max_tokens_per_micro_batch)
+    batches = run.loader(rankings, collate, cost=cost)
+    total_steps = run.total_steps(batches)
+    algorithm = RewardModelling(
+        run.mesh, run.learner(run.model(run.config.model, "scalar"), total_steps)
+    )
+    evaluate = finish = None
+    if valid is not None:
+        check_groups(valid, cost, run.config.train.max_tokens_per_micro_batch)
+        held_out = run.one_pass(valid, collate, cost)
+
+        def evaluate() -> dict[str, float]:
+            metrics = evaluate_ranking(run.mesh, algorithm.reward.model, held_out())
+            return {f"valid_{name}": metrics[name] for name in ("loss", "accuracy", "margin")}
+
+    if data.demonstrations:
+        dataset = run.demonstrations(data.demonstrations)
+        demonstrations = run.one_pass(dataset, pack_demonstrations, demonstration_tokens)
+
+        def finish() -> None:
+            algorithm.center(demonstrations())
+
+    return TrainingJob(algorithm, batches, total_steps, evaluate, finish)
+
+
+def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
+    """Return PPO-ptx on the prompts of data.prompts: policy, value, reference and reward models on one mesh."""
+    config, mesh = run.config, run.mesh
+    assert config.data.prompts is not None and config.train.steps is not None
+    prompts = run.loader(
+        run.prompts(config.data.prompts), _as_list, global_batch_size=config.ppo.batch_size
+    )
+    updates = config.ppo.inner_epochs * math.ceil(config.ppo.batch_size / config.ppo.minibatch_size)
+    # PPO counts its warm-up in iterations, as it counts its steps.
+    schedule = config.schedule.model_copy(
+        update={"warmup_steps": config.schedule.warmup_steps * updates}
+    )
+    total_updates = config.train.steps * updates
+    # With dropout in any of its models, the ratios of the first update would not be 1.
+    shape = without_dropout(config.model)
+    policy = run.learner(run.model(shape, "lm"), total_updates, schedule)
+    value_start = config.ppo.value_model
+    value = (
+        run.model(shape, "scalar")
+        if value_start is None
+        else run.scorer(value_start, fresh_head=True)
+    )
+    models = Models(
+        policy=policy,
+        value=run.learner(value, total_updates, schedule, config.ppo.value_lr),
+        reference=run.model(shape, "lm"),
+        rewards=_rewards(run),
+        average=_average(run, shape, policy),
+    )
+    samples = SampleLog(Path(config.output_dir) / "samples.jsonl") if mesh.rank == 0 else None
+    algorithm = PPO(mesh, config, models, run.tokenizer, _ptx_batches(run), samples)
+    return TrainingJob(algorithm, prompts, config.train.steps)
+
+
+def _as_list(prompts: list[list[int]]) -> list[list[int]]:
+    """Collate prompts: PPO takes token lists, which it packs once they have responses."""
+    return prompts
+
+
+def _rewards(run: RunBuilder) -> Rewards:
+    ppo = run.config.ppo
+    weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
+    models = [
+        (weight, run.scorer(path)) for weight, path in zip(weights, ppo.reward_models, strict=True)
+    ]
+    if ppo.reward_function is None:
+        return Rewards(models)
+    function = load_reward_function(ppo.reward_function)
+    return Rewards(models, function, f"ppo.reward_function {ppo.reward_function}")
+
+
+def _average(run: RunBuilder, shape: ModelConfig, policy: Learner) -> MovingAverage | None:
+    decay = run.config.ppo.ema_decay
+    if decay is None:
+        return None
+    average = build_model(shape.model_copy(update={"dtype": "fp32"}), run.mesh, run.vocab_size)
+    return ExponentialAverage(policy.model, average, decay)
+
+
+def _ptx_batches(run: RunBuilder) -> Loader[list[int], PackedBatch] | None:
+    ppo, pretrain = run.config.ppo, run.config.data.pretrain
+    if ppo.gamma_ptx == 0:
+        return None
+    assert pretrain is not None
+    examples = ppo.ptx_per_episode * ppo.minibatch_size
+    return run.loader(
+        run.windows(pretrain), pack_windows, global_batch_size=examples, cost=window_tokens
+    )

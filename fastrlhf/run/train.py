@@ -1,0 +1,178 @@
+"""Runs a training command: checks the configuration, builds the job, trains, and writes the run's report.
+
+from fastrlhf.config import load_config
+from fastrlhf.run.train import train
+
+train("sft", load_config("configs/debug/sft.yaml", ["train.steps=10"]))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+from fastrlhf.checkpoint.checkpointer import Checkpointer
+from fastrlhf.checkpoint.folder_writer import raise_on_all_ranks
+from fastrlhf.config import (
+    Config,
+    TrainingCommand,
+    check_batch,
+    dump_config,
+    require,
+    training_command,
+)
+from fastrlhf.errors import UserError
+from fastrlhf.evaluation.report import write_run_report
+from fastrlhf.models.loading import find_model, is_hugging_face
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.builder import RunBuilder
+from fastrlhf.run.jobs import AlgorithmT, JobBuilder, TrainingJob, job_builder
+from fastrlhf.training import loop
+from fastrlhf.training.metrics import MetricsLog
+
+
+def train(command: str, config: Config) -> None:
+    """Run the training command `command` ("pretrain", "sft", "rm" or "ppo") as `config` says.
+
+    Everything is written under `config.output_dir`; a run that is there already is resumed. Raises UserError.
+    """
+    row = training_command(command)
+    train_job(row, config, job_builder(row))
+
+
+def train_job(
+    command: TrainingCommand, config: Config, build: JobBuilder[AlgorithmT]
+) -> TrainingJob[AlgorithmT] | None:
+    """Train the job that `build` returns, with the checks, lock and report of `train`.
+
+    Returns None if the run stopped before its last step (SIGTERM or train.max_seconds). Raises KeyboardInterrupt if
+    Ctrl-C stopped it, after saving.
+    """
+    start = time.monotonic()
+    require(config, command.name)
+    mesh = meshes.initialize(config.parallel, config.train.seed)
+    with Watchdog(config.parallel.timeout_s), _locked_folder(Path(config.output_dir), mesh):
+        with phase("start-up"):
+            for key in command.batch_keys:
+                check_batch(config, mesh.data_size, key)
+            _check_packages(config)
+            _check_model_paths(command, config)
+            job = build(RunBuilder(config, mesh))
+        finished = _loop(command, config, mesh, job, start)
+    dist.barrier()
+    return job if finished else None
+
+
+@contextlib.contextmanager
+def _locked_folder(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Make the folder and hold its lock inside the block; the system releases it if the process is killed.
+
+    Two runs in one folder would delete each other's checkpoints.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    with raise_on_all_ranks(f"output_dir {folder} cannot be written"):
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise OSError(
+                    f"another run is writing it (it holds {lock.lock_file}); give another folder"
+                ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_packages(config: Config) -> None:
+    """Raise UserError if a setting needs an optional package that is not installed."""
+    needs = {
+        "wandb": ("log.wandb_project", config.log.wandb_project is not None, "null"),
+        "flash_attn": ("model.attention=flash", config.model.attention == "flash", "sdpa or auto"),
+    }
+    for package, (setting, is_set, other) in needs.items():
+        if is_set and importlib.util.find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise UserError(
+                f"{setting} needs the package {name}, which is not installed: pip install it, or set {other}"
+            )
+
+
+def _check_model_paths(command: TrainingCommand, config: Config) -> None:
+    """Check that every model path exists before tokenizing, which can take an hour."""
+    load = config.model.load
+    if load is not None and is_hugging_face(load):
+        raise UserError(
+            f"model.load {load} is a Hugging Face model; give it as model.hf, and set model.load=null"
+        )
+    paths = [load, config.model.hf]
+    if "ppo" in command.sections:
+        paths += [*config.ppo.reward_models, config.ppo.value_model]
+    for path in paths:
+        if path is not None:
+            find_model(path)
+
+
+def _loop(
+    command: TrainingCommand, config: Config, mesh: Mesh, job: TrainingJob[AlgorithmT], start: float
+) -> bool:
+    """Train from the newest checkpoint to the last step; return whether the last step was reached."""
+    out = Path(config.output_dir)
+    checkpointer = Checkpointer(
+        mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
+    )
+    done = loop.resume(config, job.algorithm, job.batches, checkpointer)
+    # Not before the checkpoint is known to be this run's: another run's configuration would be overwritten.
+    with raise_on_all_ranks(f"output_dir {out} cannot be written"):
+        if mesh.rank == 0:
+            (out / "config.yaml").write_text(dump_config(config))
+    if done >= job.total_steps:
+        if mesh.rank == 0:
+            fix = "raise train.steps (or train.epochs), or give another output_dir"
+            print(f"{out} is finished (step {done} of {job.total_steps}): {fix}", file=sys.stderr)
+            write_run_report(out)
+        return True
+    if mesh.rank == 0 and done:
+        print(f"resuming {out} after step {done} of {job.total_steps}", file=sys.stderr)
+    log = MetricsLog(
+        out,
+        config.log,
+        title=command.name,
+        total_steps=job.total_steps,
+        start_step=done,
+        is_main=mesh.rank == 0,
+    )
+    with log:
+        stopped = loop.run(
+            config,
+            job.algorithm,
+            job.batches,
+            checkpointer,
+            log,
+            total_steps=job.total_steps,
+            done=done,
+            deadline=start + config.train.max_seconds
+            if config.train.max_seconds is not None
+            else None,
+            evaluate=job.evaluate,
+            finish=job.finish,
+        )
+    if mesh.rank == 0:
+        if stopped is not None:
+            print(stopped.line, file=sys.stderr)
+        page = write_run_report(out)
+        if stopped is None:
+            print(f"{page}: {command.name} finished after step {job.total_steps}")
+    if stopped is not None and stopped.interrupted:
+        raise KeyboardInterrupt
+    return stopped is None
