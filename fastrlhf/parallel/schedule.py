@@ -17,7 +17,10 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from fastrlhf.parallel.mesh import Mesh
 
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 Metrics = dict[str, torch.Tensor]
+LossHead = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Metrics]]
+"""head(hidden [T, H], batch) -> (loss to differentiate, metrics to sum over micro-batches and ranks)."""
 
 
 class PipelineStage(Protocol):
@@ -32,7 +35,7 @@ def forward_backward(
     mesh: Mesh,
     stage: PipelineStage,
     batches: Sequence[Batch],
-    head: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Metrics]],
+    head: LossHead[Batch],
 ) -> list[Metrics]:
     """Forward and backward over all micro-batches, gradients summed into megatron's buffers and over data-parallel
     ranks.
@@ -58,13 +61,13 @@ def forward(
     mesh: Mesh,
     stage: PipelineStage,
     batches: Sequence[Batch],
-    head: Callable[[torch.Tensor, Batch], Any],
-) -> list[Any]:
+    head: Callable[[torch.Tensor, Batch], Result],
+) -> list[Result]:
     """Forward only, without a graph. Returns `head(hidden, batch)` of each micro-batch on the last stage, [] elsewhere.
     Data-parallel ranks do not wait for each other, and some may have no micro-batches.
     """
 
-    def collect(output: torch.Tensor, batch: Batch, non_loss_data: bool) -> Any:
+    def collect(output: torch.Tensor, batch: Batch, non_loss_data: bool) -> Result:
         return head(output, batch)
 
     if not batches:
