@@ -100,7 +100,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """What stands before a command; the help text is the application's."""
+    """Take the options before a command; the help text is the application's."""
 
 
 for _row in TRAINING_COMMANDS.values():
@@ -314,6 +314,39 @@ def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
     select(settings)
 
 
+@app.command("config")
+def show_config(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION|SECTION.KEY] | show CONFIG [KEY=VALUE]...",
+            help="A section, a setting, or `show` and a run's configuration.",
+        ),
+    ] = None,
+) -> None:
+    """Describe settings, or show a resolved configuration.
+
+    Without arguments every setting is printed with its type, default and meaning. `config show
+    CONFIG section.key=value` prints the configuration of a run with the origin of each value.
+    """
+    from fastrlhf.config import reference
+
+    match arguments or []:
+        case []:
+            print(reference.describe())
+        case ["show", path, *overrides]:
+            print(reference.show(path, overrides), end="")
+        case ["show"]:
+            raise UserError("config show: expected the path of a configuration")
+        case [key]:
+            print(reference.describe(key))
+        case [key, *rest]:
+            raise UserError(
+                f"config {key}: unexpected {' '.join(rest)}; expected one section or setting, or "
+                "show CONFIG"
+            )
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
@@ -326,7 +359,7 @@ def doctor(
 
 
 def main() -> None:
-    """The entry point of `fastrlhf` and `python -m fastrlhf`."""
+    """Run `fastrlhf` or `python -m fastrlhf` and exit with its status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:

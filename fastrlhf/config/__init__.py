@@ -1,7 +1,8 @@
 """Configuration of a run: strict pydantic models, read from YAML and command-line overrides.
 
-Imports neither torch nor megatron and opens no data file: each path is checked by the module that opens it. Names are
-imported when they are first used, so that the command line can show its help without loading pydantic and YAML.
+Imports neither torch nor megatron and opens no data file: each path is checked by the module that
+opens it. Names are imported when they are first used, so that the command line can show its help
+without loading pydantic and YAML.
 """
 
 from __future__ import annotations

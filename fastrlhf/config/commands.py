@@ -1,7 +1,8 @@
-"""The table of commands that read a run's configuration: what each one needs, and how a training command is built.
+"""The table of commands: what each needs, and how a training command is built.
 
-The command line, the checks before a run and the help texts read this table and nothing else. Adding an algorithm is
-one row in `TRAINING_COMMANDS` and one file in `algorithms/` (docs/extending.md).
+The command line, the checks before a run and the help texts read this table and nothing else.
+Adding an algorithm is one row in `TRAINING_COMMANDS` and one file in `algorithms/`
+(docs/extending.md).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Command:
     required: tuple[Required, ...] = ()
     """Settings that it cannot do without."""
     longest_sequence: tuple[str, ...] = ()
-    """Settings whose sum is the longest sequence of tokens that it can build, unless it is bounded by the data."""
+    """Settings whose sum is the longest sequence of tokens that it can build, unless it is bounded
+    by the data."""
     reads_windows: Callable[[Config], bool] = _never
     """Whether it reads windows of `data.sequence_length` tokens of pretraining text."""
     check: Callable[[Command, Config], None] = _accept
@@ -121,7 +123,8 @@ def _check_ppo(command: Command, config: Config) -> None:
         )
     budget = config.train.max_tokens_per_micro_batch
     for keys in _sequences(command, config):
-        # Other commands learn their lengths when they read the data; a response's is known only once it is sampled.
+        # Other commands learn their lengths when they read the data; a response's is known only
+        # once it is sampled.
         if budget is not None and _length(config, keys) > budget:
             raise UserError(
                 f"{_terms(config, keys)} is above train.max_tokens_per_micro_batch {budget}; raise it to the sum at "
@@ -246,8 +249,8 @@ def training_command(name: str) -> TrainingCommand:
 def require(config: Config, command: str) -> None:
     """Check that `config` has what `command` needs.
 
-    A command that is not in `COMMANDS` needs nothing beyond a valid configuration. Raises UserError with one line for
-    the first setting that is missing or out of range.
+    A command that is not in `COMMANDS` needs nothing beyond a valid configuration. Raises UserError
+    with one line for the first setting that is missing or out of range.
     """
     row = COMMANDS.get(command)
     if row is None:
@@ -263,7 +266,7 @@ def require(config: Config, command: str) -> None:
 
 
 def _sequences(row: Command, config: Config) -> list[tuple[str, ...]]:
-    """Return, for each kind of sequence that the command builds, the settings whose sum bounds its length."""
+    """Return the settings whose sum bounds the length, for each kind of sequence."""
     sequences = [row.longest_sequence] if row.longest_sequence else []
     return [*sequences, ("data.sequence_length",)] if row.reads_windows(config) else sequences
 

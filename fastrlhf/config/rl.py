@@ -1,6 +1,6 @@
-"""The sections of what a policy does beside training: PPO, generation, sampling.
+"""Config sections for PPO, generation, sampling and evaluation.
 
-Same rules as `configsections.py`: strict pydantic models, a docstring under each field.
+Same rules as `sections.py`: strict pydantic models, a docstring under each field.
 """
 
 from __future__ import annotations
@@ -32,62 +32,66 @@ class PPOConfig(Section):
     """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4)."""
 
     reward_model: str | list[str] | None = None
-    """Checkpoint folder of the reward model, or several whose scores are added. The ppo command needs this or
-    reward_function."""
+    """Folder of the reward model (a run, a checkpoint or a model folder), or several whose scores
+    are added. The ppo command needs this or reward_function."""
     reward_weights: list[float] | None = None
-    """Weight of each reward model's score. None: 1 each."""
+    """Weight of each reward model's score. null: 1 each."""
     reward_function: str | None = None
-    """Python function "module:function" that scores responses, alone or added to the reward models:
-    f(prompts: list[str], responses: list[str]) -> list[float]."""
+    """Python function "module:function" that scores responses: f(prompts: list[str], responses:
+    list[str]) -> list[float]. Its scores are added to those of the reward models, if there are
+    any."""
     value_model: str | None = Field(default_factory=lambda fields: _first(fields["reward_model"]))
-    """Checkpoint folder that the value function starts from. Unset: the (first) reward_model; without one, the
-    policy's start with a fresh scalar head."""
+    """Folder of the model that the value function starts from. Unset: the (first) reward_model;
+    without one, the policy's initial weights with a new scalar head."""
     batch_size: Positive = 512
-    """Episodes in one iteration over all ranks."""
+    """Episodes per iteration over all ranks."""
     minibatch_size: Positive = 64
-    """Episodes in one optimizer step over all ranks."""
+    """Episodes per optimizer step over all ranks."""
     inner_epochs: Positive = 1
     """Passes over the episodes of an iteration."""
     target_kl: Above0 | None = None
-    """Ends an iteration before the minibatch whose approximate KL from the sampling policy (nats a token) is above
-    it. None: every minibatch is taken."""
+    """Stop an iteration's updates before the first minibatch whose approximate KL from the sampling
+    policy (nats per token) exceeds this. null: use every minibatch."""
     kl_coef: AtLeast0 = 0.02
-    """Weight beta of the KL penalty in the reward."""
+    """Coefficient beta of the KL penalty in the reward."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
-    """Per-token estimate of the KL from the reference."""
+    """Estimator of the per-token KL from the reference."""
     kl_clip: Above0 | None = None
-    """Largest absolute per-token KL in the reward. None: no clip."""
+    """Largest absolute per-token KL in the reward. null: no clipping."""
     adaptive_kl_target: Above0 | None = None
-    """KL that an adaptive controller steers kl_coef to (classic: 6). None: kl_coef is fixed."""
+    """KL per response (nats) that an adaptive controller holds by changing kl_coef (classic: 6).
+    null: kl_coef is fixed."""
     adaptive_kl_horizon: Positive = 10000
-    """Episodes over which the controller acts."""
+    """Time constant of the adaptive controller, in episodes."""
     gamma_ptx: AtLeast0 = 27.8
-    """Weight gamma of the pretraining term; 0 is plain PPO."""
+    """Coefficient gamma of the pretraining term; 0 is plain PPO."""
     ptx_per_episode: Positive = 8
-    """Pretraining examples for each episode."""
+    """Pretraining examples per episode."""
     clip: Above0 = 0.2
     """Clip range of the probability ratio."""
     value_clip: Above0 = 0.2
     """Clip range of the value around its rollout value."""
     gamma: Fraction = 1.0
-    """Discount of rewards."""
+    """Discount factor."""
     lam: Fraction = 0.95
     """GAE lambda."""
     entropy_coef: AtLeast0 = 0.0
-    """Weight of the entropy bonus."""
+    """Coefficient of the entropy bonus."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation over the batch, without shifting the mean."""
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0, variance 1 over the batch."""
     no_stop_penalty: float | None = -1.0
-    """Score of a response without a stop token. None: the reward model's."""
+    """Score of a response that did not end with a stop token. null: the reward model's score."""
     ema_decay: Rate | None = 0.992
-    """Decay of the running average of the policy, which is evaluated and exported. None: off."""
+    """Decay of the exponential moving average of the policy, which is evaluated and exported. null:
+    off."""
     value_lr: Above0 = 9e-6
     """Peak learning rate of the value function."""
     offload: bool = False
-    """Keep the reference, the reward models and the running average in host memory while they are not in use. The
-    trained models stay: their memory is part of megatron's contiguous buffers."""
+    """Keep the reference, the reward models and the moving average in host memory while they are
+    not in use. Trained models stay on the device: megatron keeps their parameters in contiguous
+    buffers."""
 
     @model_validator(mode="after")
     def _check(self) -> PPOConfig:
@@ -113,7 +117,7 @@ class PPOConfig(Section):
 
     @property
     def reward_models(self) -> list[str]:
-        """reward_model as a list, empty when there is none."""
+        """The reward models as a list, empty if there are none."""
         if self.reward_model is None:
             return []
         return [self.reward_model] if isinstance(self.reward_model, str) else self.reward_model
@@ -125,22 +129,23 @@ class GenerationConfig(Section):
     max_new_tokens: Positive = 1024
     """Longest response in tokens."""
     min_new_tokens: Count = 0
-    """No stop token before this many tokens."""
+    """Shortest response: stop tokens are not sampled before this many tokens."""
     temperature: AtLeast0 = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Temperature that divides the logits; 0 is greedy decoding."""
     top_k: Count = 0
-    """Sample from the k likeliest tokens; 0: all."""
+    """Sample from the k most likely tokens; 0: all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the likeliest tokens that hold this probability; 1: all."""
+    """Sample from the most likely tokens whose probabilities add up to this; 1: all."""
     stop: Strings = Field(default_factory=list)
-    """Strings that end a response, besides the end-of-text token."""
+    """Strings that end a response, in addition to the end-of-text token."""
     slots: Positive = 64
-    """Sequences decoded at once on one data-parallel rank."""
+    """Sequences decoded at the same time on a data-parallel rank."""
     cache_mb: Above0 | None = None
-    """Most memory of the KV cache on a rank, 10^6 bytes; where it binds, fewer than `slots` decode at once. None: half
-    of a GPU's free memory; on a CPU, no bound."""
+    """Memory limit of the KV cache on a rank, in 10^6 bytes; it may lower the number of sequences
+    decoded at the same time. null: half of a GPU's free memory; on a CPU, no limit."""
     cuda_graphs: bool = False
-    """Decode steps as CUDA graphs, on a GPU without tensor and pipeline parallelism. Off until measured on one."""
+    """Run decode steps as CUDA graphs, on a GPU without tensor and pipeline parallelism. Not
+    measured on a GPU yet."""
 
     @model_validator(mode="after")
     def _check(self) -> GenerationConfig:
@@ -153,7 +158,7 @@ class GenerationConfig(Section):
 
 
 def _range(value: Any) -> Any:
-    """4 -> (4, 4) and "4..9" -> (4, 9); other text is no range."""
+    """Parse 4 as (4, 4) and "4..9" as (4, 9)."""
     if isinstance(value, int):
         return (value, value)
     if isinstance(value, str):
@@ -165,23 +170,23 @@ def _range(value: Any) -> Any:
 
 
 class EvalConfig(Section):
-    """What the eval winrate and eval select commands compare, and who judges."""
+    """Policies and judge of the eval winrate and eval select commands."""
 
     baseline: str | None = None
-    """What the policy (model.load or model.hf) is compared with: a run, a checkpoint, a model folder, or a Hugging
-    Face folder."""
+    """Policy that model.load or model.hf is compared with: a run, a checkpoint, a model folder, or
+    a Hugging Face folder."""
     baseline_prefix: str | None = None
-    """Text file put before each prompt of the baseline (the paper's prompted GPT-3), as data.prompt_prefix is for the
-    policy. The judge sees neither."""
+    """Text file prepended to each prompt of the baseline (the paper's prompted GPT-3), as
+    data.prompt_prefix is for the policy. The judge sees neither."""
     reward_model: str | None = None
-    """Judge: the checkpoint folder of a reward model."""
+    """Judge: the folder of a reward model."""
     judge: str | None = None
-    """Judge: a Python function "module:function", higher for better: f(prompts: list[str], responses: list[str]) ->
-    list[float]."""
+    """Judge: a Python function "module:function" whose scores are higher for better responses:
+    f(prompts: list[str], responses: list[str]) -> list[float]."""
     responses: Positive = 1
-    """Responses of each policy to each prompt."""
+    """Responses per policy and prompt."""
     tie_margin: AtLeast0 = 0.0
-    """Scores no further apart than this are a tie."""
+    """Scores whose difference is at most this are a tie."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
@@ -197,11 +202,11 @@ class EvalConfig(Section):
 
 
 class SampleConfig(Section):
-    """What the sample command writes."""
+    """Output of the sample command."""
 
     k: Annotated[tuple[Positive, Positive], BeforeValidator(_range)] = (4, 9)
-    """Distinct responses to a prompt: a number, or least..most (as "4..9" or [4, 9]) drawn for each prompt.
-    InstructGPT's labelers ranked 4 to 9."""
+    """Distinct responses per prompt: a number, or a range such as "4..9" or [4, 9] from which one
+    is drawn for each prompt. InstructGPT's labelers ranked 4 to 9."""
 
     @model_validator(mode="after")
     def _check(self) -> SampleConfig:

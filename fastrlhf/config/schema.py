@@ -1,7 +1,7 @@
 """The configuration of a run: all sections, the checks that span them, reading and writing.
 
-Fields are defined in `sections.py` and `rl.py`, YAML and overrides in `yaml_file.py`, what each command needs in
-`commands.py`.
+Fields are defined in `sections.py` and `rl.py`, YAML and overrides in `yaml_file.py`, what each
+command needs in `commands.py`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides and validate the result.
 
-    Override values are YAML. Raises UserError with one line that names the file and line (or the override), the key,
-    and what was expected.
+    Override values are YAML. Raises UserError with one line that names the file and line (or the
+    override), the key, and what was expected.
     """
     return yaml_file.load(Config, Path(path), overrides)
 
@@ -104,11 +104,13 @@ def dump_config(config: Config) -> str:
 def check_batch(config: Config, data_parallel: int, key: str = "train.global_batch_size") -> int:
     """Return the micro-batches per data-parallel rank in one batch, by exact division.
 
-    The result is `key` / (train.micro_batch_size * data_parallel); `key` is "train.global_batch_size",
-    "ppo.batch_size" or "ppo.minibatch_size". Under a token budget (train.max_tokens_per_micro_batch) the result is 1:
-    the number of micro-batches depends on the lengths, and a rank only needs one sample.
+    The result is `key` / (train.micro_batch_size * data_parallel); `key` is
+    "train.global_batch_size", "ppo.batch_size" or "ppo.minibatch_size". Under a token budget
+    (train.max_tokens_per_micro_batch) the result is 1: the number of micro-batches depends on the
+    lengths, and a rank only needs one sample.
 
-    Raises UserError if the division leaves a remainder: no sample is ever dropped or repeated silently.
+    Raises UserError if the division leaves a remainder: no sample is ever dropped or repeated
+    silently.
     """
     batch, micro = config.size(key), config.train.micro_batch_size
     if config.train.max_tokens_per_micro_batch is not None:

@@ -1,8 +1,9 @@
-"""The sections that every run has: one strict pydantic model per owner, a docstring under each field.
+"""Config sections that every run has: one strict pydantic model each, a docstring under each field.
 
-After validation every field holds its final value (unset model fields are filled from the family), except those whose
-docstring says what None means. Sections of reinforcement learning are in `configrl.py`; checks that span two sections,
-or that depend on the command, are in `config.py`.
+After validation every field holds its final value (unset model fields are filled from the family),
+except those whose docstring says what null means. Field docstrings are the settings reference
+(`fastrlhf config`). Sections for reinforcement learning are in `rl.py`, checks that span sections
+in `schema.py`, checks of a command in `commands.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from fastrlhf.config.yaml_file import ConfigError
 
 
 def _not_bool(value: Any) -> Any:
-    """pydantic would read `train.steps: true` as one step."""
+    """Refuse a boolean where a number is expected.
+
+    pydantic would read `train.steps: true` as one step.
+    """
     if isinstance(value, bool):
         raise PydanticCustomError("number", "Input should be a number")
     return value
@@ -41,14 +45,15 @@ AtLeast0 = Annotated[float, NotBool, Field(ge=0.0)]
 Strings = Annotated[
     list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
-"""A list of strings; one bare string is a list of one."""
+"""A list of strings; a single string becomes a list of one."""
 Blend = Annotated[
-    # Tags of digits are left out of the key that a mistake is told with, as indices are.
+    # Numeric tags are stripped from error locations, like list indices (see `_describe` in
+    # yaml_file.py).
     Annotated[list[str], Tag("0")] | Annotated[dict[str, Above0], Tag("1")],
     Discriminator(lambda value: "1" if isinstance(value, dict) else "0"),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
-"""Paths, or path: weight."""
+"""Paths, or path -> weight."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {
@@ -66,7 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
     },
 }
-"""What `model.family` puts in the fields that the configuration leaves unset."""
+"""Values that `model.family` gives to unset fields."""
 
 
 def _from_family(key: str) -> Callable[[dict[str, Any]], Any]:
@@ -80,7 +85,10 @@ def _ffn_default(fields: dict[str, Any]) -> int:
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values never change, docstrings are descriptions."""
+    """Base of all sections.
+
+    Unknown keys are errors, instances are immutable, and docstrings are the descriptions of fields.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -93,7 +101,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_means_unset(cls, values: Any) -> Any:
-        """`num_kv_heads: null` asks for the derived default, as leaving the key out does."""
+        """Treat null as unset for fields with a derived default, such as `num_kv_heads: null`."""
         if not isinstance(values, dict):
             return values
         derived = {name for name, field in cls.model_fields.items() if field.default_factory}
@@ -106,8 +114,8 @@ class ModelConfig(Section):
     """The shape of a decoder-only transformer and where its weights come from."""
 
     family: Literal["gpt", "llama"]
-    """Fills unset fields. gpt: learned positions, LayerNorm, tanh GELU, biases, tied embeddings, ffn 4H.
-    llama: RoPE, RMSNorm, SwiGLU, no biases, untied embeddings."""
+    """Fills unset fields. gpt: learned positions, LayerNorm, tanh GELU, biases, tied embeddings,
+    ffn 4H. llama: RoPE, RMSNorm, SwiGLU, no biases, untied embeddings."""
     num_layers: Positive
     """Transformer layers."""
     hidden_size: Positive
@@ -123,7 +131,7 @@ class ModelConfig(Section):
     ffn_size: int = Field(default_factory=_ffn_default)
     """Width of the feed-forward layer. Unset: 4 * hidden_size (gpt); llama must give it."""
     vocab_size: Positive | None = None
-    """True vocabulary size, before padding for tensor parallelism. None: the tokenizer's."""
+    """True vocabulary size, before padding for tensor parallelism. null: the tokenizer's."""
     max_positions: Positive
     """Longest sequence in tokens; the rows of the learned position table."""
     position: Literal["learned", "rope"] = Field(default_factory=_from_family("position"))
@@ -155,21 +163,24 @@ class ModelConfig(Section):
     init_std: Above0 = 0.02
     """Standard deviation of the initial weights."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Type of weights and activations; with bf16 and fp16 the optimizer keeps fp32 masters."""
+    """Dtype of weights and activations; with bf16 and fp16 the optimizer keeps fp32 master weights.
+    """
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward: none, the core attention (selective; flash kernels keep none of it), or
-    whole layers (full)."""
+    """Activations that the backward pass recomputes: none, those of the core attention (selective;
+    flash kernels store none of them), or whole layers (full)."""
     recompute_layers: Positive | None = None
-    """Layers of each pipeline stage that recompute full is about, the first ones; the others keep their activations.
-    None: all."""
+    """With recompute full: number of layers of each pipeline stage that are recomputed, counted
+    from the first. The others keep their activations. null: all."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """Core attention. auto: flash-attn where it is installed and can run, else torch's SDPA."""
+    """Core attention. auto: flash-attn if it is installed and supports the run, else torch's SDPA.
+    """
     shared_prompt: bool = True
-    """Reward models: a prompt is encoded once and its responses branch from it. The scores are the same either way."""
+    """Reward models: encode a prompt once for all its responses. The scores are the same either
+    way."""
     load: str | None = None
-    """Checkpoint folder of this project to start from. None: random weights (or hf)."""
+    """fastrlhf run, checkpoint or model folder to start from. null: hf, or random weights."""
     hf: str | None = None
-    """Hugging Face model folder to start from. None: random weights (or load)."""
+    """Hugging Face model folder to start from. null: load, or random weights."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -212,18 +223,22 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How a model is split over processes; data parallel is what is left of the world size."""
+    """How a model is split over processes.
+
+    Data parallelism uses the rest: world size / (tensor * pipeline).
+    """
 
     tensor: Positive = 1
-    """Ranks that share each layer (tensor parallel)."""
+    """Tensor-parallel ranks, which share each layer."""
     pipeline: Positive = 1
-    """Stages that share the layers (pipeline parallel)."""
+    """Pipeline-parallel stages, which divide the layers."""
     context: Positive = 1
-    """Ranks that share each sequence; only 1 is supported."""
+    """Context-parallel ranks, which share each sequence. Only 1 is supported."""
     sequence: bool = False
-    """Split norms and dropouts along the sequence over the tensor-parallel ranks; no effect with tensor 1."""
+    """Sequence parallelism: split norms and dropout along the sequence over the tensor-parallel
+    ranks. No effect with tensor 1."""
     timeout_s: Positive = 1800
-    """Seconds before a collective that does not finish is an error."""
+    """Seconds after which a collective that has not finished is an error."""
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
@@ -236,38 +251,42 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """The files and how records become token sequences. One path is a list of one."""
+    """Input files, and how records become token sequences. A single path counts as a list of one."""
 
     tokenizer: str
     """Folder of a Hugging Face tokenizer."""
     train: Strings | None = None
     """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
     valid: Strings | None = None
-    """Validation files of the same kind. None: no validation."""
+    """Validation files of the same kind. null: no validation."""
     demonstrations: Strings | None = None
-    """Demonstration files (rm): the head's bias is shifted after training so that they score 0 on average."""
+    """Demonstration files (rm): after training, the head's bias is shifted so that they score 0 on
+    average."""
     prompts: Strings | None = None
     """Prompt files (ppo, sample)."""
     prompt_prefix: str | None = None
-    """Text file that is put before each prompt, such as a few worked examples for a prompted baseline; it counts in
-    max_prompt_tokens. None: nothing."""
+    """Text file prepended to each prompt, such as a few worked examples for a prompted baseline. It
+    counts in max_prompt_tokens. null: no prefix."""
     loss_on: Literal["last", "all"] = "last"
-    """What SFT trains on in a conversation: the response (last), or the assistant's earlier turns too (all)."""
+    """Tokens that SFT trains on in a conversation: the response (last), or the assistant's earlier
+    turns too (all)."""
     pretrain: Blend | None = None
-    """Pretraining text: the ptx term of PPO, the share mixed into SFT, and the pretrain command's when train is not
-    set. Files are read in proportion to their size, or as path: weight in these proportions."""
+    """Pretraining text: for the ptx term of PPO, the share mixed into SFT, and the pretrain command
+    if train is unset. A list of files is read in proportion to their sizes, a mapping of path to
+    weight in proportion to the weights."""
     pretrain_fraction: Rate = 0.0
     """Share of pretraining rows mixed into SFT; InstructGPT's RL starting point uses 0.1."""
     max_prompt_tokens: Positive = 1024
-    """Records with a longer prompt are dropped, and counted."""
+    """Longest prompt in tokens; records with a longer one are dropped and counted."""
     max_response_tokens: Positive = 1024
-    """Longest response kept in training, in tokens."""
+    """Longest response in training, in tokens; longer ones are cut."""
     cache: str | None = None
-    """Folder of tokenized text, which runs may share. None: cache/ in the output folder."""
+    """Folder of tokenized text, which runs may share. null: cache/ in the output folder."""
     sequence_length: Positive = 2048
-    """Tokens in a pretraining window."""
+    """Tokens of a pretraining window."""
     on_error: Literal["strict", "quarantine"] = "strict"
-    """A malformed record stops the run (strict), or is set aside in a file with its reason (quarantine)."""
+    """A malformed record stops the run (strict), or is written to a file with the reason and
+    skipped (quarantine)."""
 
 
 class OptimizerConfig(Section):
@@ -276,58 +295,60 @@ class OptimizerConfig(Section):
     lr: Above0
     """Peak learning rate."""
     beta1: Rate = 0.9
-    """Decay of the gradient average."""
+    """Decay rate of the first moment."""
     beta2: Rate = 0.95
-    """Decay of the squared-gradient average."""
+    """Decay rate of the second moment."""
     eps: Above0 = 1e-8
-    """Adam's epsilon; classic PPO recipes use 1e-5."""
+    """Adam's epsilon. Classic PPO recipes use 1e-5."""
     weight_decay: AtLeast0 = 0.0
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, applied to matrices only."""
     clip_grad: AtLeast0 = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global gradient norm; 0 disables clipping."""
     distributed: bool = True
-    """Shard the optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks (megatron's distributed optimizer)."""
     initial_loss_scale: Above0 = 65536.0
-    """First loss scale (fp16 only)."""
+    """Initial loss scale (fp16 only)."""
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the steps of a run."""
+    """The learning-rate schedule."""
 
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Shape of the decay after the warm-up."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; for PPO, iterations."""
     warmup_start: Fraction = 0.1
-    """Fraction of the peak that the warm-up starts from."""
+    """Learning rate at the start of the warm-up, as a fraction of the peak."""
     min_lr_ratio: Fraction = 0.1
-    """Fraction of the peak that the decay ends at; unused with decay constant."""
+    """Learning rate at the end of the decay, as a fraction of the peak; unused with decay constant.
+    """
 
 
 class TrainConfig(Section):
-    """How long and in what pieces."""
+    """Training length and batch sizes."""
 
     seed: Count = 1234
-    """Seed of weights, data order and sampling."""
+    """Seed of initial weights, data order and sampling."""
     steps: Positive | None = None
-    """Optimizer steps; PPO iterations. None: epochs decides."""
+    """Number of optimizer steps; for PPO, iterations. null: given by epochs."""
     epochs: Above0 | None = None
-    """Passes over the training data. None: steps decides."""
+    """Passes over the training data. null: given by steps."""
     micro_batch_size: Positive = 1
-    """Sequences (rm: prompts with all their responses) in one forward on one rank."""
+    """Sequences (rm: prompts with all their responses) per forward pass and rank."""
     max_tokens_per_micro_batch: Positive | None = None
-    """Token budget of one micro-batch on one rank; sequences are packed first-fit under it and balanced over ranks.
-    None: micro_batch_size sequences."""
+    """Token budget of a micro-batch: sequences are packed first-fit under it and balanced over
+    ranks. null: each micro-batch has micro_batch_size sequences."""
     global_batch_size: Positive = Field(default_factory=lambda fields: fields["micro_batch_size"])
-    """Sequences (rm: prompts) in one optimizer step over all ranks. sft, rm and pretrain must give it; PPO's global
-    batch is ppo.batch_size."""
+    """Sequences (rm: prompts) per optimizer step over all ranks. Required by pretrain, sft and rm;
+    PPO uses ppo.batch_size. Unset: micro_batch_size."""
     max_seconds: Above0 | None = None
-    """Seconds from the start of the process after which the run saves and stops, between two steps; set it below the
-    job's time limit by a step and a checkpoint. The same command goes on from there. None: no limit."""
+    """Seconds after which the run saves a checkpoint and stops, between two steps. Set it below the
+    job's time limit by the time of a step and a checkpoint. The same command then resumes. null: no
+    limit."""
     eval_interval: Count = 0
-    """Steps between validations; 0: only at the end."""
+    """Steps between validations; 0: only at the end of the run."""
     eval_batches: Positive | None = None
-    """Batches in one validation. None: the whole set."""
+    """Batches per validation. null: the whole set."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -347,24 +368,27 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state is saved, and whether a run continues."""
+    """When checkpoints are saved and kept, and whether a run resumes."""
 
     interval: Count = 0
-    """Steps between checkpoints; 0: only the last."""
+    """Steps between checkpoints; 0: only at the end of the run."""
     keep_last: Positive = 2
-    """Newest checkpoints kept; older ones are removed, but for those of keep_every and keep_best."""
+    """Number of newest checkpoints to keep. Older ones are deleted unless keep_every or keep_best
+    keeps them."""
     keep_every: Count = 0
-    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    """Checkpoints whose step is a multiple of this are never deleted; 0: none."""
     keep_best: str | None = None
-    """"lowest METRIC" or "highest METRIC": the checkpoint that is best by a number of metrics.jsonl is kept, and named
-    in checkpoints/best. Checkpoints of steps without that number do not compete. None: no such rule."""
+    """"lowest METRIC" or "highest METRIC", a metric of metrics.jsonl: the best checkpoint by it is
+    kept and named in checkpoints/best. Checkpoints of steps without that metric do not compete.
+    null: off."""
     asynchronous: bool = True
-    """Copy the state to host memory and write it while training goes on; false: training waits for the disk, and the
-    copy is saved."""
+    """Copy the state to host memory and write it in the background. false: training waits for the
+    disk, and host memory holds no copy."""
     resume: Literal["auto", "never"] = "auto"
-    """auto continues from the newest whole checkpoint of output_dir; never starts over and sets them aside."""
+    """auto: resume from the newest complete checkpoint of output_dir. never: rename existing
+    checkpoints and start over."""
     save: bool = True
-    """Write checkpoints at all."""
+    """Write checkpoints."""
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
@@ -378,18 +402,19 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is reported while a run goes on; metrics.jsonl is always written."""
+    """Reporting during a run. metrics.jsonl is always written."""
 
     interval: Positive = 1
-    """Steps between lines."""
+    """Steps between records."""
     tensorboard: bool = True
     """Write TensorBoard files."""
     wandb_project: str | None = None
-    """Weights & Biases project. None: off."""
+    """Weights & Biases project. null: off."""
     samples: Count = 4
-    """Responses of each PPO iteration written to samples.jsonl and shown in the report; 0: none."""
+    """Number of responses of each PPO iteration written to samples.jsonl and shown in the report.
+    """
     progress: bool = True
     """Show a live progress line on rank 0."""
     profile_step: Positive | None = None
-    """Step that torch's profiler traces on rank 0, into trace_STEP.json of the output folder (chrome://tracing,
-    Perfetto); take one after the first few. None: none."""
+    """Step that torch's profiler traces on rank 0, to trace_STEP.json in output_dir (for
+    chrome://tracing or Perfetto). Choose one after the first few. null: no trace."""

@@ -1,12 +1,14 @@
-"""YAML and command-line overrides to a validated pydantic model; every mistake becomes one line that says where it is.
+"""Read YAML and command-line overrides into a validated pydantic model.
 
-Knows no field of the configuration: the model class is an argument. Leaves out includes, interpolation and environment
-variables on purpose: what a run used can be read in one file.
+Each mistake is reported in one line. Independent of the configuration's fields: the model class is
+an argument. Not supported: includes, interpolation and environment variables, so that one file
+shows everything a run used.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +23,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """A cross-field mistake: `key` (dotted, or a name in the validator's own section) says which line to show."""
+    """A mistake that spans fields.
+
+    `key` (dotted, or a name in the validator's own section) gives the line to report.
+    """
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -29,15 +34,27 @@ class ConfigError(ValueError):
 
 
 def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
-    """Read `path`, set each `dotted.key=value` override, validate as `model`. Raises UserError with one line."""
+    """Read `path`, set each `dotted.key=value` override, and validate the result as `model`.
+
+    Raises UserError with one line that names the file and line, or the override.
+    """
+    return load_with_origins(model, path, overrides)[0]
+
+
+def load_with_origins(
+    model: type[Model], path: Path, overrides: Sequence[str] = ()
+) -> tuple[Model, dict[str, str]]:
+    """Return what `load` does, and "file:line" or "override" for each dotted key that was given."""
     data, lines = _read(path)
-    origin: dict[str, str] = {}
+    overridden: dict[str, str] = {}
     for override in overrides:
-        _apply(data, override, model, origin)
+        _apply(data, override, model, overridden)
     try:
-        return model.model_validate(data)
+        config = model.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(error, model, path, lines, origin)) from None
+        raise UserError(_explain(error, model, path, lines, overridden)) from None
+    origins = {key: f"{path}:{line}" for key, line in lines.items()}
+    return config, origins | {key: f"override {override}" for key, override in overridden.items()}
 
 
 def dump(config: BaseModel) -> str:
@@ -46,8 +63,24 @@ def dump(config: BaseModel) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def dump_item(key: str, value: object) -> str:
+    """Return `key: value` as one line of YAML; lists and mappings in flow style."""
+    text = yaml.dump(
+        {key: value},
+        Dumper=_Dumper,
+        default_flow_style=True,
+        allow_unicode=True,
+        sort_keys=False,
+        width=math.inf,
+    )
+    return text.strip()[1:-1]
+
+
 class _Dumper(yaml.SafeDumper):
-    """Writes strings with a Unicode line break double-quoted: in other styles YAML folds the break into a space."""
+    """Write strings with a Unicode line break double-quoted.
+
+    In other styles YAML folds the break into a space.
+    """
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -59,7 +92,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's mapping, and the line (from 1) of each dotted key."""
+    """Return the file's mapping, and the line (from 1) of each dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -88,7 +121,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of every key below `node`; a key given twice is an error, where YAML would keep the last."""
+    """Yield (dotted key, line) of every key below `node`.
+
+    Raises UserError for a key given twice, of which YAML would silently keep the last.
+    """
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}
@@ -106,7 +142,7 @@ def _lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str,
 def _apply(
     data: dict[str, Any], override: str, model: type[BaseModel], origin: dict[str, str]
 ) -> None:
-    """Set one `dotted.key=value` in `data`, and note in `origin` which override set that key."""
+    """Set one `dotted.key=value` in `data`, and record in `origin` which override set that key."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
@@ -128,7 +164,7 @@ def _apply(
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key that `model` accepts, sections included."""
+    """Return every dotted key that `model` accepts, including the sections."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -138,7 +174,10 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _unknown(key: str, model: type[BaseModel]) -> str:
-    """What to say of a key that `model` lacks: the nearest key of its section, else of any section, else the keys."""
+    """Return the message for an unknown key.
+
+    It names the nearest key of the section, else the nearest of any section, else all keys.
+    """
     keys = known_keys(model)
     parent, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
@@ -161,7 +200,10 @@ def _explain(
     lines: dict[str, int],
     origin: dict[str, str],
 ) -> str:
-    """The first mistake in one line; unknown keys come first, for a misspelt key is also a missing one."""
+    """Return the first mistake in one line.
+
+    Unknown keys come first, because a misspelt key is also a missing one.
+    """
     problems = []
     for detail in error.errors(include_url=False):
         if (
@@ -180,7 +222,7 @@ def _explain(
 
 
 def _describe(detail: Any, model: type[BaseModel]) -> tuple[str, str]:
-    """(dotted key, what is wrong) of one pydantic error."""
+    """Return the dotted key and the message of one pydantic error."""
     names = [str(part) for part in detail["loc"]]
     key = ".".join(name for name in names if not name.isdigit())
     kind, value = detail["type"], detail["input"]

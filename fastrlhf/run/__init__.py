@@ -1,1 +1,1 @@
-"""Runs: the parts built from a configuration (builder.py), the jobs of the commands (jobs.py), and train.py."""
+"""Runs: the parts of a run (builder.py), the jobs of the commands (jobs.py), and train.py."""

@@ -1,6 +1,7 @@
 """Builds the parts of a run from its configuration: tokenizer, data, models and learners.
 
-Commands differ in which parts they combine (jobs.py). How a part is built is the same for all of them, and is here.
+Commands differ in which parts they combine (jobs.py). How a part is built is the same for all of
+them, and is here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal, TypedDict, TypeVar
 
 from fastrlhf.checkpoint.model_folder import describe_model, load_model
 from fastrlhf.config import Config, ModelConfig, ScheduleConfig
-from fastrlhf.data.batches import DemonstrationTokens, TokenizedRanking
+from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
 from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
@@ -61,7 +62,7 @@ class RunBuilder:
                 f"{len(self.tokenizer)} tokens; leave model.vocab_size out to take the tokenizer's size"
             )
 
-    # ---- data -------------------------------------------------------------------------------------------------------
+    # ---- data ----
 
     def loader(
         self,
@@ -105,7 +106,10 @@ class RunBuilder:
         collate: Callable[[list[Sample]], MicroBatch],
         cost: Callable[[Sample], int] | None = None,
     ) -> Callable[[], Loader[Sample, MicroBatch]]:
-        """Return a function that makes a new loader over the whole of `dataset`, one for each evaluation."""
+        """Return a function that makes a new loader over the whole of `dataset`.
+
+        It is called once for each evaluation.
+        """
         return partial(
             self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False, cost=cost
         )
@@ -119,13 +123,16 @@ class RunBuilder:
         return max(1, math.ceil(train.epochs * len(batches)))
 
     def windows(self, sources: list[str] | dict[str, float]) -> PretrainWindows:
-        """Return windows of data.sequence_length tokens of the text in `sources`: paths, or path -> weight."""
+        """Return windows of data.sequence_length tokens of pretraining text.
+
+        `sources` are paths, or path -> weight.
+        """
         cache = self.config.data.cache or Path(self.config.output_dir) / "cache"
         stream = TokenStream.open(list(sources), self.tokenizer, cache)
         weights = list(sources.values()) if isinstance(sources, dict) else None
         return PretrainWindows(stream, self.config.data.sequence_length, weights)
 
-    def demonstrations(self, paths: list[str]) -> list[DemonstrationTokens]:
+    def demonstrations(self, paths: list[str]) -> list[TokenizedDemonstration]:
         """Read and tokenize demonstration files."""
         data = self.config.data
         demonstrations, _ = load_demonstrations(
@@ -155,7 +162,8 @@ class RunBuilder:
 
     def _record_options(self, paths: list[str]) -> _RecordOptions:
         data = self.config.data
-        # Under on_error=quarantine rank 0 writes malformed records to one file for each set of inputs.
+        # Under on_error=quarantine rank 0 writes malformed records to one file for each set of
+        # inputs.
         rejected = (
             Path(self.config.output_dir) / "rejected" / Path(paths[0]).name
             if self.mesh.rank == 0
@@ -167,13 +175,14 @@ class RunBuilder:
             "rejected": rejected,
         }
 
-    # ---- models -----------------------------------------------------------------------------------------------------
+    # ---- models ----
 
     def model(self, config: ModelConfig, head: Literal["lm", "scalar"]) -> GPT:
         """Build a model of the shape `config` and load or draw its weights.
 
-        Weights come from config.load, else from config.hf, else they are drawn from train.seed. A scalar head that the
-        source does not have is drawn too. Raises UserError if the source has another shape or vocabulary.
+        Weights come from config.load, else from config.hf, else they are drawn from train.seed. A
+        scalar head that the source does not have is drawn too. Raises UserError if the source has
+        another shape or vocabulary.
         """
         is_fresh, seed = config.load is None and config.hf is None, self.config.train.seed
         model = build_model(
@@ -196,8 +205,9 @@ class RunBuilder:
     def scorer(self, path: str, *, fresh_head: bool = False) -> GPT:
         """Load the reward or value model at `path`, in its own shape and in the policy's dtype.
 
-        A 6B reward model can serve a 175B policy. With `fresh_head`, `path` may also be a language model, which gets a
-        new scalar head. Raises UserError if the model cannot read every sequence that the policy can produce.
+        A 6B reward model can serve a 175B policy. With `fresh_head`, `path` may also be a language
+        model, which gets a new scalar head. Raises UserError if the model cannot read every
+        sequence that the policy can produce.
         """
         saved, seed = find_model(path), self.config.train.seed if fresh_head else None
         check_reads_policy(saved, path, self.config, self.tokenizer)

@@ -1,4 +1,4 @@
-"""The job of each training command: which data and models it combines into an algorithm for the training loop.
+"""The job of each training command: the data and models of an algorithm, for the training loop.
 
 `TrainingCommand.job` in config/commands.py names the function here that builds a command's job.
 """
@@ -19,7 +19,7 @@ from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
 from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
 from fastrlhf.config import ModelConfig, TrainingCommand
 from fastrlhf.data.batches import (
-    DemonstrationTokens,
+    TokenizedDemonstration,
     PackedBatch,
     TokenizedRanking,
     demonstration_tokens,
@@ -29,7 +29,7 @@ from fastrlhf.data.batches import (
     ranking_tokens,
     window_tokens,
 )
-from fastrlhf.data.datasets import check_groups
+from fastrlhf.data.datasets import check_ranking_sizes
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
 from fastrlhf.models.gpt import build_model
@@ -78,10 +78,13 @@ def pretrain_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
 
 
 def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
-    """Return fine-tuning on the demonstrations of data.train, with pretraining rows mixed in if asked for."""
+    """Return fine-tuning on the demonstrations of data.train.
+
+    Pretraining rows are mixed in if data.pretrain_fraction is above 0.
+    """
     data = run.config.data
     assert data.train is not None
-    dataset: Sequence[DemonstrationTokens] = run.demonstrations(data.train)
+    dataset: Sequence[TokenizedDemonstration] = run.demonstrations(data.train)
     if data.pretrain_fraction > 0:
         assert data.pretrain is not None
         dataset = Mixture(
@@ -117,9 +120,10 @@ def reward_model_job(
     rankings: Sequence[TokenizedRanking] | None = None,
     valid: Sequence[TokenizedRanking] | None = None,
 ) -> TrainingJob[RewardModelling]:
-    """Return reward modelling on `rankings`, by default those of data.train, validated on data.valid.
+    """Return reward modelling on `rankings`, validated on `valid`.
 
-    Each prompt's responses stay in one micro-batch.
+    By default they are those of data.train and data.valid. Each prompt's responses stay in one
+    micro-batch.
     """
     data, shared = run.config.data, run.config.model.shared_prompt
     if rankings is None:
@@ -129,7 +133,7 @@ def reward_model_job(
         partial(pack_rankings, shared_prompt=shared),
         partial(ranking_tokens, shared_prompt=shared),
     )
-    check_groups(rankings, cost, run.config.train.max_tokens_per_micro_batch)
+    check_ranking_sizes(rankings, cost, run.config.train.max_tokens_per_micro_batch)
     batches = run.loader(rankings, collate, cost=cost)
     total_steps = run.total_steps(batches)
     algorithm = RewardModelling(
@@ -137,7 +141,7 @@ def reward_model_job(
     )
     evaluate = finish = None
     if valid is not None:
-        check_groups(valid, cost, run.config.train.max_tokens_per_micro_batch)
+        check_ranking_sizes(valid, cost, run.config.train.max_tokens_per_micro_batch)
         held_out = run.one_pass(valid, collate, cost)
 
         def evaluate() -> dict[str, float]:
@@ -155,7 +159,10 @@ def reward_model_job(
 
 
 def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
-    """Return PPO-ptx on the prompts of data.prompts: policy, value, reference and reward models on one mesh."""
+    """Return PPO-ptx on the prompts of data.prompts.
+
+    Policy, value, reference and reward models share one mesh.
+    """
     config, mesh = run.config, run.mesh
     assert config.data.prompts is not None and config.train.steps is not None
     prompts = run.loader(

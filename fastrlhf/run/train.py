@@ -1,4 +1,4 @@
-"""Runs a training command: checks the configuration, builds the job, trains, and writes the run's report.
+"""Run a training command: check the configuration, build the job, train, write the report.
 
 from fastrlhf.config import load_config
 from fastrlhf.run.train import train
@@ -43,7 +43,8 @@ from fastrlhf.training.metrics import MetricsLog
 def train(command: str, config: Config) -> None:
     """Run the training command `command` ("pretrain", "sft", "rm" or "ppo") as `config` says.
 
-    Everything is written under `config.output_dir`; a run that is there already is resumed. Raises UserError.
+    Everything is written under `config.output_dir`; a run that is there already is resumed. Raises
+    UserError.
     """
     row = training_command(command)
     train_job(row, config, job_builder(row))
@@ -54,8 +55,8 @@ def train_job(
 ) -> TrainingJob[AlgorithmT] | None:
     """Train the job that `build` returns, with the checks, lock and report of `train`.
 
-    Returns None if the run stopped before its last step (SIGTERM or train.max_seconds). Raises KeyboardInterrupt if
-    Ctrl-C stopped it, after saving.
+    Returns None if the run stopped before its last step (SIGTERM or train.max_seconds). Raises
+    KeyboardInterrupt if Ctrl-C stopped it, after saving.
     """
     start = time.monotonic()
     require(config, command.name)
@@ -74,9 +75,10 @@ def train_job(
 
 @contextlib.contextmanager
 def _locked_folder(folder: Path, mesh: Mesh) -> Iterator[None]:
-    """Make the folder and hold its lock inside the block; the system releases it if the process is killed.
+    """Make the folder and hold its lock inside the block.
 
-    Two runs in one folder would delete each other's checkpoints.
+    The lock keeps two runs in one folder from deleting each other's checkpoints; the system releases
+    it if the process is killed.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     with raise_on_all_ranks(f"output_dir {folder} cannot be written"):
@@ -132,7 +134,8 @@ def _loop(
         mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
     )
     done = loop.resume(config, job.algorithm, job.batches, checkpointer)
-    # Not before the checkpoint is known to be this run's: another run's configuration would be overwritten.
+    # Not before the checkpoint is known to be this run's: another run's configuration would be
+    # overwritten.
     with raise_on_all_ranks(f"output_dir {out} cannot be written"):
         if mesh.rank == 0:
             (out / "config.yaml").write_text(dump_config(config))
