@@ -1,9 +1,10 @@
-"""The command line: each command parses its arguments, reads the configuration and calls one function.
+"""The command line: parse arguments, read the configuration, call one function per command.
 
     torchrun --nproc-per-node 4 -m fastrlhf sft configs/debug/sft.yaml train.steps=10
 
-Exit status 0 on success, 2 on a user's mistake (one line on stderr), 130 when interrupted, 1 otherwise. Nothing heavy
-is imported until a command needs it, so that --help and a misspelt key answer at once.
+Exit status: 0 on success, 2 on a user's mistake (one line on stderr), 130 when interrupted,
+1 otherwise. Heavy packages are imported only when a command needs them, so that --help and a
+misspelt key are answered at once.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-data = typer.Typer(help="Prepare, convert and look at records.")
-convert = typer.Typer(help="Models from and to Hugging Face folders.")
+data = typer.Typer(help="Prepare, convert, tokenize and print records.")
+convert = typer.Typer(help="Convert models from and to Hugging Face folders.")
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")
-evaluate = typer.Typer(help="Judge trained models.")
+evaluate = typer.Typer(help="Evaluate trained models.")
 app.add_typer(evaluate, name="eval")
 
 ConfigPath = Annotated[
@@ -49,13 +50,16 @@ ConfigPath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that win over CONFIG."),
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that override CONFIG."),
 ]
 Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL, JSONL.gz or parquet.")]
 Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")]
 Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")]
 Broken = Annotated[
-    OnError, typer.Option(help="A malformed record stops the command, or is set aside and counted.")
+    OnError,
+    typer.Option(
+        help="A malformed record stops the command (strict) or is skipped and counted (quarantine)."
+    ),
 ]
 
 
@@ -70,11 +74,12 @@ def _config(command: str, path: Path, overrides: list[str] | None) -> Config:
 def _help(command: Command) -> str:
     """Return a command's help: its summary, what it needs, and the sections that it reads."""
     needs = [f"{' or '.join(required.keys)}: {required.holds}." for required in command.required]
-    return f"{command.summary}\n\nNeeds {' '.join(needs)} Reads the sections {', '.join(command.sections)}."
+    sections = f"Reads the config sections {', '.join(command.sections)}."
+    return f"{command.summary}\n\nRequires {' '.join(needs)} {sections}"
 
 
 def _training(name: str) -> Callable[..., None]:
-    """Return the function of a training command's arguments."""
+    """Return the function that typer calls for a training command."""
 
     def run(config: ConfigPath, overrides: Overrides = None) -> None:
         settings = _config(name, config, overrides)
@@ -117,10 +122,10 @@ def sample(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder of the whole run.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 1234,
     model: Annotated[
         str,
         typer.Option(
@@ -130,7 +135,8 @@ def quickstart(
 ) -> None:
     """Run the whole InstructGPT loop on this machine.
 
-    Pretraining (or a pretrained model), SFT, reward model and PPO-ptx of a small model, and a report.
+    Pretrains a small model (or loads a pretrained one), then runs SFT, reward modelling and
+    PPO-ptx, and writes a report.
     """
     from fastrlhf.quickstart.stages import run
 
@@ -143,14 +149,14 @@ def prepare_data(
         list[str],
         typer.Argument(
             metavar="CONFIG|FILE... [KEY=VALUE]",
-            help="A YAML file, or record files; then settings.",
+            help="A YAML file or record files, followed by settings.",
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder that is written; with a YAML file, instead of its own."),
+        typer.Option(help="Output folder; overrides the one in a YAML file."),
     ] = None,
-    kind: Annotated[Kind, typer.Option(help="What the record files hold.")] = "prompts",
+    kind: Annotated[Kind, typer.Option(help="Kind of the records in the files.")] = "prompts",
 ) -> None:
     """Deduplicate, filter personal data, cap users, split by user."""
     from fastrlhf.data.prepare.prepare import run
@@ -161,18 +167,20 @@ def prepare_data(
 @data.command("convert")
 def convert_data(
     files: Files,
-    kind: Annotated[Kind, typer.Option(help="Records to write, or to read.")],
+    kind: Annotated[
+        Kind, typer.Option(help="Kind of the records to write (--from) or to read (--to).")
+    ],
     out: Annotated[Path, typer.Option(help="A .jsonl or .jsonl.gz file.")],
     source: Annotated[
-        Source | None, typer.Option("--from", help="Layout of the files; records are written.")
+        Source | None, typer.Option("--from", help="Layout of the input files; writes records.")
     ] = None,
     target: Annotated[
-        Source | None, typer.Option("--to", help="Layout to write; the files hold records.")
+        Source | None, typer.Option("--to", help="Layout of the output; reads records.")
     ] = None,
-    rejected: Annotated[Path | None, typer.Option(help="File for rows set aside.")] = None,
+    rejected: Annotated[Path | None, typer.Option(help="File for skipped rows.")] = None,
     on_error: Broken = "strict",
 ) -> None:
-    """Turn other projects' data into records, or records into theirs."""
+    """Convert other projects' data to records, or records to their layouts."""
     from fastrlhf.data.convert import convert
     from fastrlhf.data.export import export
 
@@ -193,13 +201,13 @@ def show_data(
         ),
     ],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder, with record files.")
+        Path | None, typer.Option(help="Tokenizer folder; required with record files.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Records of each file.")] = 3,
+    n: Annotated[int, typer.Option("-n", min=1, help="Records to print from each file.")] = 3,
 ) -> None:
     """Print records as the model will read them.
 
-    Coloured by what the loss counts; without colour it stands between ⟦ and ⟧.
+    Tokens that count in the loss are colored, or enclosed in ⟦ and ⟧ where there is no color.
     """
     from fastrlhf.data.show import run
 
@@ -214,11 +222,11 @@ def tokenize_data(
     tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
     out: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes; the files do not depend on it.")
+        int, typer.Option(min=1, help="Number of processes. The output does not depend on it.")
     ] = 1,
     on_error: Broken = "strict",
 ) -> None:
-    """Tokenize pretraining text once, as megatron's indexed data set."""
+    """Tokenize pretraining text into megatron's indexed data set."""
     from fastrlhf.data.indexed import write_indexed
     from fastrlhf.data.tokenize import load_tokenizer
 
@@ -232,9 +240,9 @@ def from_hf(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Write a Hugging Face model as a model folder.
+    """Convert a Hugging Face model to a model folder for model.load.
 
-    For model.load to start from. Compares their logits.
+    Compares the logits of both models.
     """
     from fastrlhf.commands.convert import convert_from_hf
     from fastrlhf.config import ParallelConfig
@@ -251,9 +259,9 @@ def to_hf(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Write a trained model as a Hugging Face folder.
+    """Convert a trained model to a Hugging Face folder.
 
-    Compares their logits.
+    Compares the logits of both models.
     """
     from fastrlhf.commands.convert import convert_to_hf
     from fastrlhf.config import ParallelConfig
@@ -266,17 +274,20 @@ def evaluate_rm(
     config: ConfigPath,
     overrides: Overrides = None,
     folds: Annotated[
-        int | None, typer.Option(min=2, help="Train so many models, each without one group.")
+        int | None,
+        typer.Option(min=2, help="Number of models to train, each without one group of labelers."),
     ] = None,
     by: Annotated[
-        Literal["labeler_id", "user_id"], typer.Option(help="Whose groups the folds are.")
+        Literal["labeler_id", "user_id"],
+        typer.Option(help="Field by which rankings are grouped into folds."),
     ] = "labeler_id",
 ) -> None:
-    """Judge a reward model on held-out rankings.
+    """Evaluate a reward model on held-out rankings.
 
-    The model is model.load, the rankings data.valid. Pair accuracy with intervals, by K and by rank distance, beside
-    the rule that the longer response wins; calibration; labelers' agreement. With --folds: cross-validation of the
-    training in CONFIG over groups of labelers.
+    The model is model.load, the rankings are data.valid. Reports pair accuracy with intervals, by K
+    and by rank distance, compared with the rule that the longer response wins; calibration; and the
+    agreement of labelers. With --folds: cross-validates the training in CONFIG over groups of
+    labelers.
     """
     settings = _config("eval rm" if folds is None else "rm", config, overrides)
     from fastrlhf.commands import eval_reward
@@ -289,11 +300,12 @@ def evaluate_rm(
 
 @evaluate.command("winrate")
 def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Compare a policy with another on prompts.
+    """Compare two policies on prompts.
 
-    The policies are model.load and eval.baseline, the prompts data.prompts. The judge is a reward model
-    (eval.reward_model) or a Python function (eval.judge). Win rate with a 95 % interval over prompts, ties counted
-    half; pairs.jsonl, winrate.json and winrate.html in output_dir.
+    The policies are model.load and eval.baseline, the prompts are data.prompts. The judge is a
+    reward model (eval.reward_model) or a Python function (eval.judge). Reports the win rate with a
+    95 % interval over prompts, ties counted as half; writes pairs.jsonl, winrate.json and
+    winrate.html to output_dir.
     """
     settings = _config("eval winrate", config, overrides)
     from fastrlhf.commands.eval_policy import winrate
@@ -305,8 +317,8 @@ def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
 def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
     """Name the best checkpoint of a run by a judge's scores.
 
-    As InstructGPT chose its SFT models. The run is output_dir, the prompts are data.prompts. Writes checkpoints/best,
-    which model.load takes; select.json and select.html.
+    InstructGPT chose its SFT models this way. The run is output_dir, the prompts are data.prompts.
+    Writes checkpoints/best, which model.load accepts, select.json and select.html.
     """
     settings = _config("eval select", config, overrides)
     from fastrlhf.commands.eval_policy import select
@@ -351,7 +363,7 @@ def show_config(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Say what this machine can run, and how to get the rest."""
+    """Report what this machine can run, and how to install the rest."""
     from fastrlhf.commands.doctor import report
 
     if not report(as_json):
