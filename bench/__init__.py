@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench --help`. Rivals are used where they are installed."""
+"""Benchmarks: `python -m bench --help`. Rivals are measured where they are installed."""

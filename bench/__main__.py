@@ -5,12 +5,12 @@ python -m bench gae logprobs --quick     some ops, tiny shapes, seconds
 python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --device cuda --providers fastrlhf quack
 python -m bench cpu-targets              the ratios that the CPU kernels are held to
 python -m bench head-memory              memory of the trainers' losses, with the linear ops and with whole logits
-python -m bench end-to-end               SFT, reward model and PPO-ptx of a 1.3B model, beside plain Hugging Face
-python -m bench generation               tokens a second of rollouts (bench/generation.py)
+python -m bench end-to-end               SFT, reward model and PPO-ptx of a 1.3B model, and in plain Hugging Face
+python -m bench generation               tokens per second of rollouts (bench/generation.py)
 python -m bench ppo-iteration            a whole PPO iteration against TRL's trainer (bench/ppo_iteration.py)
 python -m bench shared-prompt            a reward model's step, prompts encoded once or with every response
-python -m bench report --out FOLDER      table and plots of results measured before
-python -m bench list                     ops and providers, and which of them are here
+python -m bench report --out FOLDER      table and plots of earlier results
+python -m bench list                     ops and providers, and which of them are installed
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMMANDS = {
     "ppo-iteration": "bench.ppo_iteration",
     "shared-prompt": "bench.shared_prompt",
 }
-"""Benchmarks with options of their own."""
+"""Benchmarks with separate options."""
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The ops under test: inputs at a shape, the least bytes and operations they need, float64 references."""
+"""Ops under test: inputs of a given shape, lower bounds on bytes and operations, float64 references."""
 
 from __future__ import annotations
 
@@ -44,12 +44,15 @@ class Op:
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
 
     def least(self, mode: str, shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
-        """(bytes, operations) of one call in `mode`."""
+        """Return the bytes and operations that one call in `mode` cannot do without."""
         flops = self.flops.get(mode)
         return self.moved[mode](shape, dtype.itemsize), flops(shape) if flops else 0
 
     def check_shape(self, shape: Shape) -> Shape:
-        """A small shape whose rows keep the alignment of the timed ones, so that what works there is what is timed."""
+        """Return a small shape whose rows have the alignment of the timed ones.
+
+        What is correct at this shape is then correct for the code path that is timed.
+        """
         if self.dims.endswith("x V"):
             vocab = min(shape[-1], 1024 + shape[-1] % 128)
             hidden = tuple(min(h, 64) for h in shape[1:-1])
@@ -61,7 +64,10 @@ class Op:
 
 
 def _logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random with a deviation of 2, filled a block at a time: no fp32 copy of [N, V] beside it."""
+    """Return random logits with a standard deviation of 2.
+
+    Filled one block at a time, so that no fp32 copy of [N, V] exists next to them.
+    """
     out = torch.empty(rows, vocab, dtype=dtype, device=device)
     for block in out.split(CHUNK_ROWS):
         block.copy_(2 * torch.randn(block.shape, device=device))
@@ -101,7 +107,10 @@ def make_linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
 
 
 def make_linear_ppo(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Old log-probs near the new ones, as a few inner epochs of PPO leave them: ratios on both sides of the clip."""
+    """Return inputs whose old log-probs are near the new ones.
+
+    As after a few inner epochs of PPO, ratios lie on both sides of the clip range.
+    """
     x = make_linear(shape, dtype, device)
     old = []
     for hidden, labels in zip(
@@ -115,7 +124,7 @@ def make_linear_ppo(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
 
 
 def _prefix_mask(rows: int, length: int, device: torch.device) -> Tensor:
-    """Responses of random lengths, padded on the right: what rollouts look like."""
+    """Return a mask of responses of random lengths, padded on the right, as in rollouts."""
     lengths = torch.randint(length // 2, length + 1, (rows, 1), device=device)
     return torch.arange(length, device=device) < lengths
 
@@ -141,7 +150,7 @@ def make_gae(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def make_ranking(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """A labeler's ranking of K responses to each prompt, ties in it."""
+    """Return rankings of K responses per prompt, with ties."""
     prompts, responses = shape
     scores = torch.randn(prompts * responses, device=device).to(dtype)
     ranks = torch.randint(responses, (prompts * responses,), device=device)
@@ -199,7 +208,7 @@ def _ref_ranking(x: Inputs) -> Outputs:
 
 
 def _reads(forward: int, backward: int) -> dict[str, Callable[[Shape, int], int]]:
-    """So many passes over [N, V], reading or writing."""
+    """Return the bytes of the given number of passes over [N, V], reading or writing."""
 
     def passes(count: int) -> Callable[[Shape, int], int]:
         return lambda shape, size: count * shape[0] * shape[1] * size
@@ -208,7 +217,7 @@ def _reads(forward: int, backward: int) -> dict[str, Callable[[Shape, int], int]
 
 
 def _linear_moved(forward_only: bool) -> Callable[[Shape, int], int]:
-    """h and W read once, their gradients written once."""
+    """Return the bytes of reading h and W once and writing their gradients once."""
     return lambda s, size: (1 if forward_only else 2) * size * s[1] * (s[0] + s[2])
 
 
@@ -275,7 +284,7 @@ OPS: dict[str, Op] = {op.name: op for op in _ALL}
 
 
 def parse_shape(text: str) -> Shape:
-    """ "8192x128256" -> (8192, 128256)."""
+    """Parse "8192x128256" as (8192, 128256)."""
     parts = text.lower().split("x")
     if not all(p.isdecimal() and int(p) > 0 for p in parts):
         raise ValueError(

@@ -30,7 +30,7 @@ from bench.timing import Effort
 
 HERE = Path(__file__).parent
 PER_TOKEN_BYTES = (
-    64  # statistics, outputs and labels of one token: a rounding error beside V logits
+    64  # statistics, outputs and labels of one token: negligible compared with V logits
 )
 
 
@@ -83,7 +83,10 @@ TARGETS = (
 
 
 def _ratio(target: Target, versus: Row, ours: Row) -> tuple[float, float, float]:
-    """(of the medians, lowest, highest): how many times faster ours is, or for GEMMs how many times slower."""
+    """Return (ratio of the medians, lowest, highest).
+
+    The ratio says how many times faster ours is; against GEMMs, how many times slower.
+    """
     a, b = (versus, ours) if target.at_least else (ours, versus)
     assert a.median_ms and b.median_ms and a.p20_ms and a.p80_ms and b.p20_ms and b.p80_ms
     return a.median_ms / b.median_ms, a.p20_ms / b.p80_ms, a.p80_ms / b.p20_ms
@@ -95,7 +98,7 @@ def _reached(target: Target, ratio: float) -> str:
 
 
 def judge(target: Target, rows: Sequence[Row]) -> list[Outcome]:
-    """One line against what the target names, one for each other provider, one for memory."""
+    """Return one line for the target's rival, one for each other provider, and one for memory."""
     timed = {r.provider: r for r in rows if r.median_ms is not None}
     ours = timed.get("fastrlhf[cpu]") or timed.get("fastrlhf[torch]")
     text = f">= {target.at_least:g}x" if target.at_least else f"<= {target.at_most:.2f}x"
@@ -140,7 +143,7 @@ def judge(target: Target, rows: Sequence[Row]) -> list[Outcome]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown."""
+    """Return the outcomes as a Markdown table."""
     text = results.text_of
     lines = [
         "| op | shape | dtype | measured | against | ours ms | theirs ms | ratio | range | target | reached |",
@@ -165,7 +168,7 @@ def measure(session: Session, target: Target, quick: bool) -> list[Row]:
     rows = run_case(session, op, mode, shape, target.dtype)
     if all(
         r.provider != ours or r.median_ms is None for r in rows
-    ):  # no extension: the torch bodies stand in
+    ):  # no extension: the torch implementations are used
         session.only = ("fastrlhf[torch]", *target.against, *target.also)
         rows += [
             r for r in run_case(session, op, mode, shape, target.dtype) if r.median_ms is not None

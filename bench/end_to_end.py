@@ -1,12 +1,16 @@
-"""python -m bench end-to-end: steps of SFT, of a reward model and of PPO-ptx on one device, beside plain Hugging Face.
+"""python -m bench end-to-end: steps of SFT, reward model and PPO-ptx compared with Hugging Face.
 
-The product's own trainers (trainers.py) and the same work in transformers and torch (plain.py) take turns on the same
-random weights and tokens; losses and gradient norms of the first steps are compared before anything is timed. A row has
-the median of a step's seconds with the 20th and 80th percentile, and what share of it the least time would be, at
-limits measured in the same run: the operations that the step needs (flops.py) at the rate of a large matrix product,
-which makes it the model FLOPs utilisation; for decoding, the bytes that it must read at the rate of a copy. What fails
-or does not fit in memory is listed as such, and the rest goes on. On a GPU: GPT-3 1.3B in bf16. On a CPU: a tiny model,
-a minute. Left out on purpose: several devices, and memory on a CPU, whose allocator keeps no count.
+The product's trainers (trainers.py) and the same work in transformers and torch (plain.py) take
+turns on the same random weights and tokens of one device. Losses and gradient norms of the first
+steps are compared before anything is timed.
+
+A row has the median seconds of a step with the 20th and 80th percentiles, and the share of it that
+the least possible time would be, at limits measured in the same run: the operations that the step
+needs (flops.py) at the rate of a large matrix product, which gives the model FLOPs utilisation; for
+decoding, the bytes that it must read at the rate of a copy. A part that fails or does not fit in
+memory is listed as such and the others continue. On a GPU: GPT-3 1.3B in bf16. On a CPU: a tiny
+model, about a minute. Not supported: several devices, and memory on a CPU, whose allocator keeps no
+count.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ HELP = {
 
 @dataclass(frozen=True)
 class StepRow(results.Row):
-    """`op` is the stage, `mode` the step or a phase of it."""
+    """A measurement; `op` is the stage, `mode` the step or a phase of it."""
 
     tokens_per_s: float | None = None
     rankings_per_s: float | None = None
@@ -82,7 +86,7 @@ class StepRow(results.Row):
 
 
 class Least(NamedTuple):
-    """What something has to do, whoever does it."""
+    """The least operations and bytes of a step, for any implementation."""
 
     tokens: int
     """Counted for tokens a second."""
@@ -118,7 +122,7 @@ def sides_of(part: str, session: Session) -> list[Side]:
 
 
 def run_part(part: str, session: Session) -> list[StepRow]:
-    """All sides of a part, timed in turn; their memory is free again afterwards."""
+    """Time all sides of a part in turn; their memory is free again afterwards."""
     sides, args, ppo = sides_of(part, session), session.args, part == "ppo"
     begin(
         sides, session, 1 if ppo else args.warmup, same=not ppo
@@ -145,7 +149,7 @@ def unbuilt() -> Steps:
 
 
 def least_of(part: str, mode: str, session: Session) -> dict[str, Least]:
-    """Of the whole step, as "", and of its phases."""
+    """Return the least work of the whole step, under "", and of its phases."""
     task, model = session.parts.task, session.parts.task.config.model
     if part == "sft":
         work = flops.work_of(pack_demonstrations(task.demonstrations))
@@ -157,7 +161,7 @@ def least_of(part: str, mode: str, session: Session) -> dict[str, Least]:
 
 
 def ppo_least(session: Session) -> dict[str, Least]:
-    """An iteration and its phases. The scalar heads' operations are not counted."""
+    """Return the least work of a PPO iteration and its phases, without the scalar heads."""
     task, model = session.parts.task, session.parts.task.config.model
     prompts, R, B = (
         [len(prompt) for prompt in task.prompts],
@@ -224,9 +228,9 @@ def timed_row(
     least: Least,
     **more: Any,
 ) -> StepRow:
-    """`times` in seconds."""
+    """Return the row of a mode; `times` are in seconds."""
     time_s, dtype = spread(times), DTYPES[session.args.dtype]
-    # Operations beside reading that cannot wait for it: the slower of the two; the rest comes on top.
+    # Operations overlap with reading: the slower of the two counts; the rest is added.
     floor_ms = session.limits.floor_ms(least.moved, least.decoding, dtype)
     floor_ms += session.limits.floor_ms(0, least.operations - least.decoding, dtype)
     limit = (
@@ -241,7 +245,10 @@ def timed_row(
 
 
 def against(side: Side, sides: Sequence[Side], phase: str = "") -> dict[str, Any]:
-    """The ratio to transformers' neighbouring steps; of shared prompts, to the same trainer's with repeated ones."""
+    """Return the ratio to transformers' neighbouring steps.
+
+    For shared prompts, the ratio is to the same trainer with repeated prompts.
+    """
     wanted = "ours" if side.mode == "prompts shared" else "rival"
     others = [s for s in sides if s is not side and s.kind == wanted and s.times]
     if side.kind == "rival" or not others:
@@ -253,7 +260,7 @@ def against(side: Side, sides: Sequence[Side], phase: str = "") -> dict[str, Any
 
 
 def rows_of(part: str, side: Side, sides: Sequence[Side], session: Session) -> list[StepRow]:
-    """A row for the step, its phases and what was timed by itself, and one for each of these that failed."""
+    """Return a row for the step, its phases and the parts timed separately, or for their failures."""
     rows: list[StepRow] = []
     failures = {side.mode: (side.status, side.note)} if side.status != "ok" else {}
     if side.times:
@@ -283,7 +290,10 @@ def rows_of(part: str, side: Side, sides: Sequence[Side], session: Session) -> l
 def rows_of_others(
     part: str, side: Side, session: Session, least: dict[str, Least]
 ) -> list[StepRow]:
-    """What was timed by itself, and decoding: what a rollout takes beyond its prefill."""
+    """Return rows for the parts timed separately, and for decoding.
+
+    Decoding is what a rollout takes in addition to its prefill.
+    """
     rows = [
         timed_row(session, part, side, name, t, least[name.split(",")[0]])
         for name, t in side.others.items()
@@ -353,7 +363,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=tuple(DTYPES), default="bf16" if device == "cuda" else "fp32"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--alone", action="store_true", help="without transformers beside it")
+    parser.add_argument("--alone", action="store_true", help="do not time transformers")
     parser.add_argument(
         "--budget",
         type=float,

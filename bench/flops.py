@@ -1,12 +1,17 @@
-"""Operations and bytes that a step cannot do without: what the model FLOPs utilisation and the decode limit divide by.
+"""Operations and bytes that a step cannot do without.
 
-A multiply-add is two operations. Forward: 2 N a token, N being the entries of the layers' matrices; 4 * layers * heads
-* head_dim a pair of a query and a key that it may attend to (its score, and its share of the sum); 2 H V a position
-whose logits are read. Backward: twice the forward. So SFT on D tokens takes 6 N D, the attention and the LM head
-(Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B, but for its
-assumption that every query sees every key).
-Left out on purpose: what an implementation does again (flash attention's scores in the backward), vocabulary padding,
-norms, activations, look-ups, the optimizer.
+The model FLOPs utilisation and the decode limit are relative to these counts. A multiply-add is two
+operations.
+
+- Forward: 2 N per token, where N is the number of entries of the layers' matrices; 4 * layers *
+  heads * head_dim per pair of a query and a key that it may attend to (the score, and its share of
+  the sum); 2 H V per position whose logits are read.
+- Backward: twice the forward.
+
+SFT on D tokens therefore takes 6 N D, plus attention and LM head (Kaplan et al. 2020, arXiv
+2001.08361, section 2.1; Chowdhery et al. 2022, arXiv 2204.02311, appendix B, without its assumption
+that every query sees every key). Not counted: recomputation (flash attention's scores in the
+backward), vocabulary padding, norms, activations, look-ups, and the optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass over some sequences has to do, in any shape of model."""
+    """The work of one pass over some sequences, for any shape of model."""
 
     tokens: int = 0
     pairs: int = 0
@@ -40,7 +45,10 @@ class Work:
 
 
 def work_of(batch: PackedBatch) -> Work:
-    """Of one packed micro-batch, prompts that stand in it once counted once. A ranking counts for no LM head."""
+    """Return the work of one packed micro-batch.
+
+    A shared prompt counts once. A ranking needs no LM head.
+    """
     queries = batch.cu_seqlens.diff().long()
     keys = queries if batch.cu_seqlens_kv is None else batch.cu_seqlens_kv.diff().long()
     # The last query of a sequence sees all of its keys, the one before it one fewer, and so on.
@@ -50,19 +58,22 @@ def work_of(batch: PackedBatch) -> Work:
 
 
 def prefill(prompts: Sequence[int]) -> Work:
-    """Prompts of the given lengths; the first token of each response is drawn."""
+    """Return the work of prompts of the given lengths, each followed by one sampled token."""
     return Work(sum(prompts), sum(P * (P + 1) // 2 for P in prompts), len(prompts))
 
 
 def decode(prompts: Sequence[int], response: int) -> Work:
-    """The other `response` - 1 tokens of each: the last is drawn, and never read."""
+    """Return the work of the other `response` - 1 tokens of each prompt.
+
+    The last token is sampled and never read.
+    """
     steps = response - 1
     pairs = sum(steps * P + steps * (steps + 1) // 2 for P in prompts)
     return Work(steps * len(prompts), pairs, steps * len(prompts))
 
 
 def matrix_entries(model: ModelConfig) -> int:
-    """N: of the projections of all layers; no embeddings, no LM head."""
+    """Return N, the entries of the projections of all layers, without embeddings and LM head."""
     H, d = model.hidden_size, model.head_dim
     attention = H * d * (2 * model.num_heads + 2 * model.num_kv_heads)
     mlp = H * model.ffn_size * (3 if model.activation == "swiglu" else 2)
@@ -70,7 +81,7 @@ def matrix_entries(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, work: Work, vocab: int) -> int:
-    """With an LM head of `vocab` columns (1: a scalar head)."""
+    """Return the operations of a forward pass with an LM head of `vocab` columns (1: scalar head)."""
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * work.pairs
     return (
         2 * matrix_entries(model) * work.tokens
@@ -80,13 +91,15 @@ def forward_flops(model: ModelConfig, work: Work, vocab: int) -> int:
 
 
 def training_flops(model: ModelConfig, work: Work, vocab: int) -> int:
-    """Forward and backward."""
+    """Return the operations of a forward and a backward pass."""
     return 3 * forward_flops(model, work, vocab)
 
 
 def decode_bytes(model: ModelConfig, prompts: Sequence[int], response: int, vocab: int) -> int:
-    """Read by the `response` - 1 decode steps of sequences that all decode at once: in each the matrices and the LM
-    head once, and of every sequence the keys and values of the tokens so far.
+    """Return the bytes read by the `response` - 1 decode steps of sequences decoded together.
+
+    Each step reads the matrices and the LM head once, and for each sequence the keys and values of its
+    tokens so far.
     """
     size = BYTES[model.dtype]
     weights = matrix_entries(model) + model.hidden_size * vocab

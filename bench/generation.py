@@ -1,12 +1,13 @@
-"""Tokens a second of rollouts against Hugging Face `generate` with left padding: the same weights, prompts and limits.
+"""Tokens per second of rollouts, compared with Hugging Face `generate` with left padding.
 
     python -m bench generation --threads 2
 
-Responses end at random, as in RLHF: the final norm and the stop token's row are set so that each step stops with
-probability 1 / --mean, so lengths are geometric up to --max-new-tokens. Both sides sample at temperature 1 and decode
---slots sequences at once; ours refills a slot when its sequence ends, Hugging Face runs a batch until its longest
-response is done. Counted are response tokens up to the stop token. The two are run in turn, so that a busy machine
-disturbs both.
+Both sides have the same weights, prompts and limits, sample at temperature 1 and decode --slots
+sequences at the same time. Responses end at random, as in RLHF: the final norm and the stop token's
+row are set so that each step stops with probability 1 / --mean, so lengths are geometric up to
+--max-new-tokens. Ours refills a slot when its sequence ends; Hugging Face runs a batch until its
+longest response ends. Response tokens up to the stop token are counted. The two run in turn, so
+that a busy machine disturbs both.
 """
 
 from __future__ import annotations

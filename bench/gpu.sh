@@ -6,7 +6,7 @@
 # megatron-core and pydantic are there, and times steps of SFT, reward model and PPO of a 1.3B model; 5. runs the kernel
 # benchmarks, each op in a process of its own, so that a rival that breaks the CUDA context takes nothing else along, in
 # the time that is left; 6. prints the tables.
-# What fails is reported and the rest goes on; the exit status is then 1. Results (kernels.csv, kernels.svg,
+# A part that fails is reported and the rest continues; the exit status is then 1. Results (kernels.csv, kernels.svg,
 # end_to_end.csv, *.log, summary.txt) go to $OUT, or else to bench/results/<name of the GPU>.
 #   FASTRLHF_SECONDS=520    time for everything; parts that no longer fit are left out and named
 #   FASTRLHF_OPS="gae ..."  only these benchmarks;  FASTRLHF_SKIP="build tests training end-to-end" leaves parts out
@@ -87,7 +87,7 @@ wheels() { # --target, so that nothing of the machine's own Python is replaced
   done
   return $status
 }
-build() { # beside pyproject.toml an old setuptools would stop at fields that it does not know; these links have none
+build() { # an old setuptools would stop at unknown fields of pyproject.toml; these links have none
   local folder
   folder=$(mktemp -d) || return 1
   ln -s "$PWD/setup.py" "$PWD/csrc" "$PWD/fastrlhf" "$PWD/kernels" "$folder"
@@ -152,7 +152,7 @@ if [[ $SKIP != *" end-to-end "* ]]; then
   if "$PYTHON" -c 'import megatron.core, pydantic' 2>>"$OUT/end_to_end.log"; then
     share=$(($(left) - 12 * waiting)) # no op can be timed in less
     share=$((share > 170 ? 170 : share < 75 ? 75 : share))
-    # beside the budget: imports, and what had begun before it was spent
+    # added to the budget: imports, and what had begun before it was spent
     LINES_SHOWN=40 part "end to end" $share end_to_end.log "$PYTHON" -m bench end-to-end \
       --budget $((share - 65)) --iterations 2 --out "$CSV_FOLDER"
   else

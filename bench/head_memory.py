@@ -1,8 +1,9 @@
-"""python -m bench head-memory: what the LM head's losses hold in a trainer, with the linear ops and with whole logits.
+"""python -m bench head-memory: memory of the LM head's losses in a trainer.
 
-One micro-batch of SFT and one of PPO, forward and backward of a model on packed sequences, once as the trainers run
-them and once with `ops.linear_*` replaced by plain torch on [T, V] logits. Losses and gradients of the two are
-compared; memory is the most that torch's allocator holds beyond what was there before (weights, gradient buffers).
+One micro-batch of SFT and one of PPO, forward and backward of a model on packed sequences, once as
+the trainers run them and once with `ops.linear_*` replaced by plain torch on [T, V] logits. Losses
+and gradients of the two are compared. Memory is the peak of torch's allocator above its level
+before the step (weights, gradient buffers).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _tokens(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, temperature: float = 1.0,
     vocab_size: int | None = None, group: Any = None, num_counted: int | None = None,
 ) -> TokenLogprobs:  # fmt: skip
-    """Log-probs and entropies from whole logits; the vocabulary must be in one process."""
+    """Return log-probs and entropies from whole logits; the vocabulary must be in one process."""
     if group is not None:
         raise ValueError(
             "group: got a process group, expected None: whole logits are made in one process only"
@@ -65,7 +66,7 @@ def _ppo_loss(
 
 @contextlib.contextmanager
 def materialising() -> Iterator[None]:
-    """Within it the trainers make whole logits, as they would without the linear ops."""
+    """Replace the linear ops by whole logits inside the block."""
     plain = {
         "linear_logprobs": _tokens,
         "linear_cross_entropy": _cross_entropy,
@@ -76,7 +77,7 @@ def materialising() -> Iterator[None]:
 
 
 def make_batch(args: argparse.Namespace, mesh: Mesh) -> PackedBatch:
-    """Sequences of `length` tokens, the first half of each a prompt."""
+    """Return sequences of `length` tokens, the first half of each a prompt."""
     generator = torch.Generator().manual_seed(0)
     count = args.tokens // args.length
     sequences = torch.randint(args.vocab, (count, args.length), generator=generator).tolist()
@@ -84,7 +85,7 @@ def make_batch(args: argparse.Namespace, mesh: Mesh) -> PackedBatch:
 
 
 def losses(stage: GPT, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
-    """Forward and backward of each trainer's loss on `batch`; they return the loss."""
+    """Return, for each trainer, a function that runs forward and backward and returns the loss."""
     generator = torch.Generator().manual_seed(1)
     count = batch.loss_mask.sum().float()
     noise = torch.randn(2, batch.tokens.numel(), generator=generator).to(batch.tokens.device)
@@ -117,7 +118,10 @@ def losses(stage: GPT, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
 def measure(
     stage: GPT, step: Callable[[], Tensor], device: torch.device
 ) -> tuple[float, Tensor, int]:
-    """(loss, gradient norms by parameter, bytes) of one step; gradients are there beforehand, as in the trainers."""
+    """Return (loss, gradient norms by parameter, bytes) of one step.
+
+    Gradient buffers exist beforehand, as in the trainers.
+    """
     for parameter in stage.parameters():
         parameter.grad = torch.zeros_like(parameter)
     loss = float(step())

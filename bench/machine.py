@@ -1,4 +1,4 @@
-"""What the measurements ran on: names, versions, clocks, and its limits, measured in the same run."""
+"""The machine of a measurement: names, versions, clocks, and limits measured in the same run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ T = TypeVar("T")
 
 
 class Limits(NamedTuple):
-    """Measured ceilings: bytes read plus written by a copy, and a square product of random matrices."""
+    """Measured limits: the bandwidth of a copy, and the rate of a square matrix product."""
 
     copy_gb_s: float
     matmul_tflop_s: dict[torch.dtype, float]
 
     def floor_ms(self, moved: int, flops: int, dtype: torch.dtype) -> float:
-        """No version that moves `moved` bytes and does `flops` operations runs much faster than this."""
+        """Return the time below which no version that moves `moved` bytes and does `flops` can run."""
         memory = moved / self.copy_gb_s / 1e6
         rate = self.matmul_tflop_s.get(dtype)
         return max(memory, flops / rate / 1e9) if rate else memory
 
 
 def best(*measured: Limits) -> Limits:
-    """What the machine can do, from several measurements of it, some of them disturbed."""
+    """Return the best of several measurements of the limits, some of them disturbed."""
     rates = {
         d: max(limits.matmul_tflop_s[d] for limits in measured) for d in measured[0].matmul_tflop_s
     }
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """(result, seconds), what the call has queued on a GPU included."""
+    """Return (result, seconds) of a call, including what it has queued on a GPU."""
     synchronize(device)
     start = time.perf_counter()
     result = call()
@@ -55,7 +55,7 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 def _best_ms(call, device: torch.device, repeats: int) -> float:  # type: ignore[no-untyped-def]
-    """The fastest: a ceiling is what the machine can do, not what it does on a bad day."""
+    """Return the fastest of several calls: a limit is what the machine can do at its best."""
     call()
     return min(1e3 * timed(call, device)[1] for _ in range(repeats))
 
@@ -63,7 +63,10 @@ def _best_ms(call, device: torch.device, repeats: int) -> float:  # type: ignore
 def measure_limits(
     device: torch.device, dtypes: tuple[torch.dtype, ...], quick: bool = False
 ) -> Limits:
-    """Copy of 2 GiB (64 MiB on a CPU) and products of 8192 (2048) square matrices, smaller when `quick`."""
+    """Measure a copy of 2 GiB (64 MiB on a CPU) and products of 8192 (2048) square matrices.
+
+    Sizes are smaller when `quick`.
+    """
     gpu = device.type == "cuda"
     size = (1 << 31 if gpu else 1 << 26) >> (3 if quick else 0)
     source = torch.empty(size // 4, device=device).normal_()
@@ -85,7 +88,7 @@ def measure_limits(
 
 
 def version_of(package: str | None) -> str:
-    """ "" when it is not installed, or None."""
+    """Return the version of a package, "" if it is not installed."""
     if not package:
         return ""
     try:
@@ -104,7 +107,10 @@ def _git(*arguments: str) -> str:
 
 
 def cpu_name() -> str:
-    """The model; hypervisors hide it, so the vendor's family and model numbers go with it."""
+    """Return the processor's model.
+
+    Hypervisors hide the name, so the vendor's family and model numbers are added.
+    """
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -121,14 +127,14 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """bench/results/<this>: "cpu", or the GPU's name in letters, digits and dashes."""
+    """Return the folder of bench/results: "cpu", or the GPU's name in letters, digits and dashes."""
     if device.type == "cpu":
         return "cpu"
     return "-".join("".join(c if c.isalnum() else " " for c in device_name(device)).split()).lower()
 
 
 def describe(device: torch.device, threads: int) -> dict[str, str | int]:
-    """The columns that tell one machine, build and day from another."""
+    """Return the columns that distinguish machines, builds and days."""
     return {
         "device": device_name(device),
         "threads": threads,
@@ -144,12 +150,15 @@ def describe(device: torch.device, threads: int) -> dict[str, str | int]:
 
 
 def load() -> float:
-    """Mean number of runnable processes over the last minute: above the core count, CPU times are not to be trusted."""
+    """Return the mean number of runnable processes over the last minute.
+
+    Above the number of cores, CPU times are unreliable.
+    """
     return round(os.getloadavg()[0], 2)
 
 
 def sm_clock_mhz(device: torch.device) -> str:
-    """The GPU's clock now (read only; its settings are left alone); "" without nvidia-smi."""
+    """Return the GPU's current clock, "" without nvidia-smi. Only reads it."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return ""
     query = [

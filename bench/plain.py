@@ -1,9 +1,10 @@
-"""The steps of trainers.py in plain Hugging Face and torch: same weights, tokens and losses, written as in a notebook.
+"""The steps of trainers.py in plain Hugging Face and torch: same weights, tokens and losses.
 
-Padded batches, whole logits, `log_softmax` and `gather`, `generate`, a loop over time for the advantages, torch's fused
-AdamW. It is given two advantages: everything is in the model's dtype (no fp32 masters or gradients, which would be
-slower), and sequences are sorted by length before they are padded. Log-probs of the sampled tokens are computed again,
-as TRL does. Left out on purpose: dropout (0 on both sides), several devices.
+Padded batches, whole logits, `log_softmax` and `gather`, `generate`, a loop over time for the
+advantages, torch's fused AdamW. Two choices favor it: everything is in the model's dtype (no fp32
+masters or gradients, which would be slower), and sequences are sorted by length before they are
+padded. Log-probs of the sampled tokens are computed again, as TRL does. Not supported: dropout (0
+on both sides), several devices.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ CLASSES = {
 
 
 def model_like(stage: GPT) -> Any:
-    """transformers' model of the same shape, weights, dtype and device; a scalar head stays in fp32."""
+    """Return transformers' model of the same shape, weights, dtype and device.
+
+    A scalar head stays in fp32.
+    """
     transformers.logging.set_verbosity_error()
     config = hf_config(stage.model_config, stage.vocab_size, stage.head_kind)
     with stage.mesh.device:
@@ -60,7 +64,7 @@ class Learner:
         )  # fmt: skip
 
     def update(self) -> Tensor:
-        """The gradient's norm."""
+        """Update the weights and return the gradient norm."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
@@ -71,7 +75,7 @@ class Learner:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask) [B, L], padded on the right."""
+    """Return (ids, mask) [B, L], padded on the right."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[EOS] * (longest - len(row))] for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -81,7 +85,10 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 def micro_batches(
     items: Sequence[Any], longest: Callable[[Any], int], rows: Callable[[Any], int], most: int
 ) -> Iterator[list[Any]]:
-    """`items` by length, in runs of at most `most` tokens, padding included; an item makes `rows` rows."""
+    """Return `items` sorted by length, in groups of at most `most` tokens including padding.
+
+    An item makes `rows` rows.
+    """
     run: list[Any] = []
     for item in sorted(items, key=longest):  # the last of a run is its longest
         if run and sum(map(rows, [*run, item])) * longest(item) > most:
@@ -92,19 +99,19 @@ def micro_batches(
 
 
 def logprobs(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """fp32 [B, L - 1]: of each token after the first."""
+    """Return the log-prob of each token after the first, fp32 [B, L - 1]."""
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     return torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
 
 
 def hidden_scores(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """fp32 [B, L]: the scalar head at every position."""
+    """Return the scalar head at every position, fp32 [B, L]."""
     hidden = model.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
     return model.score(hidden.float())[..., 0]
 
 
 def ranking_loss(scores: Tensor) -> Tensor:
-    """Of one prompt's K scores, best first: the mean over its pairs."""
+    """Return the mean loss over the pairs of one prompt's K scores, best first."""
     better, worse = torch.combinations(torch.arange(len(scores), device=scores.device)).T
     return -F.logsigmoid(scores[better] - scores[worse]).mean()
 
@@ -160,7 +167,10 @@ def rm(parts: RandomParts) -> Steps:
 
 
 class PPO:
-    """An iteration of PPO-ptx: rollout, scoring, update; every prompt and response has its full length, P and R."""
+    """An iteration of PPO-ptx: rollout, scoring, update.
+
+    Every prompt and response has its full length, P and R.
+    """
 
     def __init__(self, parts: RandomParts) -> None:
         self.task, self.config, self.device = parts.task, parts.task.config.ppo, parts.mesh.device
@@ -188,7 +198,7 @@ class PPO:
 
     @torch.no_grad()
     def rollout(self, length: int) -> Tensor:
-        """int64 [B, P + length]."""
+        """Sample responses and return the tokens, int64 [B, P + length]."""
         self.policy.model.eval()
         ids = self.policy.model.generate(
             self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=True, top_k=0, top_p=1.0,
@@ -199,7 +209,7 @@ class PPO:
 
     @torch.no_grad()
     def score(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(old log-probs, values, advantages) [B, R]."""
+        """Return (old log-probs, values, advantages), each [B, R]."""
         old, reference, values, scores = [], [], [], []
         R = self.R
         for micro in ids.split(self.rows):

@@ -1,12 +1,13 @@
-"""A full PPO iteration (rollout, scoring, update) against TRL's `PPOTrainer`, in paired runs on the same weights.
+"""A PPO iteration (rollout, scoring, update) compared with TRL's `PPOTrainer` on the same weights.
 
     python -m bench ppo-iteration --venv /tmp/trl-venv
 
-The same work on both sides: prompts and responses of fixed length (no stop token is drawn), one inner epoch, the same
-number of updates, plain PPO (no pretraining term, no average of the weights). TRL runs in a virtual environment of its
-own, made at --venv if it is not there, with its log, samples and gradient checkpointing off; --tune looks for its best
-batch sizes. Iterations alternate between the two processes; the one that waits reads from a pipe and computes nothing.
-The rate of a large matrix product, measured in the same run, says what the arithmetic alone would take.
+The same work on both sides: prompts and responses of fixed length (no stop token is sampled), one
+inner epoch, the same number of updates, plain PPO (no pretraining term, no moving average). TRL
+runs in a separate virtual environment, made at --venv if it does not exist, with its logging,
+samples and gradient checkpointing off; --tune searches for its best batch sizes. Iterations
+alternate between the two processes; the one that waits reads from a pipe and computes nothing. The
+rate of a large matrix product, measured in the same run, gives the time of the arithmetic alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ FIELDS = ("side", "pair", "seconds", "cpu_seconds", "ratio", "matmul_tflop_s", "
 
 
 def write_task(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Tokenizer, policy, reward model and prompts for both sides; returns the fingerprint that TRL must agree with."""
+    """Write tokenizer, policy, reward model and prompts for both sides.
+
+    Returns the fingerprint that TRL must reproduce.
+    """
     from fastrlhf import ops
     from fastrlhf.checkpoint.model_folder import save_model
     from fastrlhf.config import ModelConfig, ParallelConfig
@@ -92,7 +96,7 @@ def _shape(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write_tokenizer(path: Path, vocab: int) -> Any:
-    """Token n is the word "wn"; token 0 ends a text."""
+    """Write a tokenizer whose token n is the word "wn"; token 0 ends a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,8 +109,10 @@ def _write_tokenizer(path: Path, vocab: int) -> Any:
 
 
 def matmul_flops(args: argparse.Namespace) -> float:
-    """Of the matrix products that an iteration cannot do without: LM heads at response positions only, prompts
-    prefilled once, attention over whole squares (what a causal kernel skips is not taken off).
+    """Return the operations of the matrix products that an iteration needs.
+
+    LM heads at response positions only, prompts prefilled once, attention over whole squares (the part
+    that a causal kernel skips is not subtracted).
     """
     H, prompt, response = args.hidden, args.prompt, args.response
     length = prompt + response
@@ -130,7 +136,7 @@ def matmul_flops(args: argparse.Namespace) -> float:
 
 
 def ours(folder: Path, options: dict[str, Any]) -> None:
-    """The worker: an iteration for each line on stdin, built as the `ppo` command builds it."""
+    """Run our worker: one iteration per line on stdin, built as the `ppo` command builds it."""
     from fastrlhf.config import load_config
     from fastrlhf.parallel import mesh as meshes
     from fastrlhf.run import builder, jobs
@@ -187,7 +193,7 @@ def say(**message: Any) -> None:
 
 
 class Worker:
-    """A process that does one iteration when told."""
+    """A process that runs one iteration for each line it receives."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -217,7 +223,10 @@ class Worker:
 
 
 def make_venv(path: Path) -> Path:
-    """The python of a virtual environment with TRL and the torch and transformers that run here."""
+    """Return the Python of a virtual environment with TRL.
+
+    It has the same versions of torch and transformers as this process.
+    """
     python = path / "bin" / "python"
     if not python.exists():
         import transformers
@@ -253,7 +262,7 @@ def start(side: str, folder: Path, args: argparse.Namespace) -> Worker:
 
 
 def tune(folder: Path, args: argparse.Namespace) -> None:
-    """Sets TRL's batch sizes to its fastest: the rollout's with the update's as given, then the update's."""
+    """Set TRL's batch sizes to the fastest found, first the rollout's, then the update's."""
     choices = {
         "trl_rollout": (16, 32, 64),
         "trl_micro": (4, 8, 16, 32, 64) if args.minibatches == 1 else (),
@@ -308,7 +317,7 @@ def race(
 
 
 def _check_first(out: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
-    """Before the first update the policy is the reference, and no response is short."""
+    """Check that the first policy equals the reference, and that no response is short."""
     assert abs(out["trl"]["kl"]) < 1e-2 and abs(out["ours"]["kl"]) < 1e-2, out
     assert out["ours"]["response_length"] == args.response and out["ours"]["no_stop"] > 0.9, out
     assert out["ours"]["ratio_deviation"] < 1e-4, out

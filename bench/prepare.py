@@ -1,9 +1,9 @@
-"""A million prompts from 20,000 users through `data prepare`, with planted duplicates, personal data and busy users.
+"""`data prepare` on a million prompts of 20,000 users with planted duplicates and personal data.
 
     python -m bench.prepare [--prompts 1000000] [--users 20000] [--folder FOLDER]
 
-Prints one JSON line: seconds, peak memory, and the recall and precision with which what was planted was found. The same
-check at a smaller size is a test.
+Prints one JSON line: seconds, peak memory, and the recall and precision with which the planted
+duplicates, personal data and busy users were found. The same check at a smaller size is a test.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ ALIKES = (
 
 
 def write_corpus(path: Path, prompts: int, users: int, cap: int, seed: int = 0) -> None:
-    """JSONL in random order; a prompt begins with the number of its group, equal in duplicates, and ends in marks that
-    tell what was planted: "busy" (the user passes the cap), "pii KIND", "alike".
+    """Write prompts as JSONL in random order.
+
+    A prompt begins with the number of its group, which duplicates share, and ends in marks that say
+    what was planted: "busy" (the user exceeds the cap), "pii KIND", "alike".
     """
     draw = random.Random(seed)
     rows = list(_rows(draw, prompts, users, cap))
@@ -92,7 +94,7 @@ def _rows(draw: random.Random, prompts: int, users: int, cap: int) -> Iterator[d
 
 
 def _start(draw: random.Random, number: int) -> str:
-    """A unique beginning of more than 200 characters."""
+    """Return a unique beginning of more than 200 characters."""
     return f"{number:08d} {_words(draw, 45)}"
 
 
@@ -101,7 +103,7 @@ def _words(draw: random.Random, count: int) -> str:
 
 
 def check(corpus: Path, out: Path, manifest: dict[str, Any], cap: int) -> dict[str, float]:
-    """Recall and precision of each filter, from the corpus, the written splits and the reports."""
+    """Return recall and precision of each filter, from the corpus, the splits and the reports."""
     planted, groups = _planted(corpus)
     kept = {
         split: [json.loads(line) for line in (out / f"{split}.jsonl").open(encoding="utf-8")]
@@ -133,7 +135,7 @@ def check(corpus: Path, out: Path, manifest: dict[str, Any], cap: int) -> dict[s
 
 
 def _planted(corpus: Path) -> tuple[set[int], dict[str, bool]]:
-    """The lines with personal data, and for each group whether all of it may rightly be dropped."""
+    """Return the lines with personal data, and for each group whether all of it may be dropped."""
     lines, groups = set(), {}
     for number, line in enumerate(corpus.open(encoding="utf-8"), 1):
         prompt = json.loads(line)["prompt"]

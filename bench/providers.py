@@ -1,7 +1,7 @@
-"""Who runs an op: this library on each backend, plain torch, torch.compile, Python loops, and bare GEMMs as a floor.
+"""Providers of an op: this library on each backend, plain torch, torch.compile, loops, bare GEMMs.
 
-Other libraries are in rivals.py. A provider is registered by a loader that imports what it needs and returns the
-function to measure; ImportError there means "not installed", and is listed as such.
+Other libraries are in rivals.py. A provider is registered by a loader that imports what it needs
+and returns the function to measure; ImportError there means "not installed" and is listed as such.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROVIDERS: dict[str, list[Provider]] = {}
 def provider(
     op: str, name: str, kind: str = "rival", **options: Any
 ) -> Callable[[Callable[[], Function]], Callable[[], Function]]:
-    """Register a loader for `op` (several, joined by spaces)."""
+    """Register a loader for `op` (several, separated by spaces)."""
 
     def register(load: Callable[[], Function]) -> Callable[[], Function]:
         for one in op.split():
@@ -204,7 +204,7 @@ provider("logprobs_entropy", "eager, no upcast", package="torch")(
 
 
 def loop_gae(x: Inputs, gamma: float = 1.0, lam: float = 0.95) -> Outputs:
-    """The loop over time of the usual PPO trainers, for rows padded on the right."""
+    """Return GAE by the usual loop over time, for rows padded on the right."""
     rewards, values = x["rewards"] * x["mask"], x["values"] * x["mask"]
     last, columns = torch.zeros_like(rewards[:, 0]), []
     length = rewards.shape[1]
@@ -217,7 +217,7 @@ def loop_gae(x: Inputs, gamma: float = 1.0, lam: float = 0.95) -> Outputs:
 
 
 def loop_pairs(x: Inputs) -> Outputs:
-    """Prompt by prompt, pair by pair; ranks and offsets are read on the host once."""
+    """Return the ranking loss by loops over prompts and pairs; ranks are read on the host once."""
     scores, ranks, offsets = x["scores"], x["ranks"].tolist(), x["offsets"].tolist()
     prompts = []
     for begin, end in itertools.pairwise(offsets):
@@ -243,7 +243,10 @@ def _() -> Function:
 
 
 def matrix_gae(x: Inputs, gamma: float = 1.0, lam: float = 0.95) -> Outputs:
-    """A = delta M, M_kt = (gamma lam)^(k - t) for k >= t: one [B, T] x [T, T] product."""
+    """Return GAE as one [B, T] x [T, T] product.
+
+    A = delta M with M_kt = (gamma lam)^(k - t) for k >= t.
+    """
     rewards, values = x["rewards"] * x["mask"], x["values"] * x["mask"]
     delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
     t = torch.arange(rewards.shape[1], device=rewards.device)
@@ -261,9 +264,9 @@ def _() -> Function:
 
 
 class BareGemms:
-    """logits = h W^T, dh = dlogits W, dW = dlogits^T h (and logits once more).
+    """The bare products: logits = h W^T, dh = dlogits W, dW = dlogits^T h (and logits once more).
 
-    The logits go into a buffer made beforehand. dh and dW are new tensors, as the gradients of any op must be.
+    The logits go to an existing buffer. dh and dW are new tensors, as the gradients of any op must be.
     """
 
     def __init__(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Results as rows of a CSV file, as a table in the terminal, and as plots."""
+"""Results as rows of a CSV file, as tables in the terminal, and as plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLOT_NAME = "kernels.svg"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider of one case on one clock, keyed by everything that its time may depend on."""
+    """One provider of one case on one clock, keyed by everything its time may depend on."""
 
     op: str
     mode: str
@@ -67,14 +67,18 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 def append_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows, all of one class; called after each case, so that a killed run keeps what it had."""
+    """Add rows of one class to a CSV file.
+
+    Called after each case, so that a killed run keeps its results.
+    """
     columns = tuple(f.name for f in dataclasses.fields(rows[0])) if rows else COLUMNS
     append_table(path, columns, [dataclasses.asdict(row) for row in rows])
 
 
 def append_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows, of which only `columns` are written, the header first in a new file. Raises `ValueError` for a file of
-    other columns.
+    """Add the `columns` of rows to a CSV file, with a header if the file is new.
+
+    Raises ValueError if the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
@@ -110,7 +114,7 @@ def _parse(column: str, text: str) -> float | int | None:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The last measurement of each case, provider and clock; a file may hold several runs."""
+    """Return the last measurement of each case, provider and clock; a file may hold several runs."""
     kept: dict[tuple[str, ...], Row] = {}
     for row in rows:
         key = (row.op, row.mode, row.provider, row.shape, row.dtype, row.device, row.clock)
@@ -120,7 +124,10 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 
 
 def text_of(value: float | None, digits: int = 3) -> str:
-    """`digits` significant ones, never in powers of ten: "0.0123", "1.23", "12345"; "" for None."""
+    """Format a number with `digits` significant digits, never in powers of ten; "" for None.
+
+    Examples: "0.0123", "1.23", "12345".
+    """
     if value is None:
         return ""
     if value == 0 or abs(value) >= 10**digits:
@@ -130,7 +137,7 @@ def text_of(value: float | None, digits: int = 3) -> str:
 
 
 def cases_of(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
-    """Rows by (op, mode, shape, dtype), fastest first, those without a time last."""
+    """Return rows by (op, mode, shape, dtype), fastest first, those without a time last."""
     cases: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         cases.setdefault((row.op, row.mode, row.shape, row.dtype), []).append(row)
@@ -158,7 +165,7 @@ def _one_provider(row: Row, by_clock: dict[str, Row], clocks: Sequence[str]) -> 
 
 
 def print_case(case: str, rows: Sequence[Row], console: Console) -> None:
-    """A line a provider, the fastest first; rates are those of the first clock (cold on a GPU)."""
+    """Print one line per provider, fastest first; rates are those of the first clock."""
     clocks = sorted({r.clock for r in rows}, key=("cold", "hot", "wall").index)
     table = Table(
         title=case,
@@ -187,7 +194,7 @@ def print_case(case: str, rows: Sequence[Row], console: Console) -> None:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Each case's table, then who was not timed and why, then ours beside the best rival."""
+    """Print each case, then the providers that were not timed, then ours and the best rival."""
     others: dict[str, list[str]] = {}
     summary = Table(
         title="ours and the fastest other", title_justify="left", title_style="bold", box=None
@@ -222,7 +229,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 
 def _summary(timed: Sequence[Row]) -> list[str]:
-    """Cells of one case: rows come fastest first within a clock, the cold clock before the others."""
+    """Return the cells of one case; rows come fastest first, the cold clock before the others."""
     best = {
         kind: next((r for r in timed if r.kind == kind), None)
         for kind in ("ours", "rival", "floor")
@@ -240,7 +247,7 @@ def _summary(timed: Sequence[Row]) -> list[str]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """One bar a provider and case, with its p20-p80; False when there is nothing to draw."""
+    """Plot one bar per provider and case with its p20-p80 range; False if there is nothing to plot."""
     from matplotlib.figure import Figure
 
     clock = "cold" if any(r.clock == "cold" for r in rows) else "wall"

@@ -1,6 +1,6 @@
-"""Other libraries' versions of the ops, called as their documentation says; each is used if it is installed.
+"""Other libraries' versions of the ops, called as their documentation says, if installed.
 
-The ops with no rival in any library so far: linear_ppo_loss, pairwise_ranking_loss.
+No library compared here has linear_ppo_loss or pairwise_ranking_loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One case (op, mode, shape, dtype): load every provider, check each against float64, time those that are right."""
+"""Run one case (op, mode, shape, dtype): load providers, check them against float64, time them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass
 class Session:
-    """What all cases of one run share."""
+    """State shared by all cases of a run."""
 
     device: torch.device
     threads: int
@@ -56,7 +56,10 @@ class Session:
 
 
 def foreign_errors() -> tuple[type[Exception], ...]:
-    """What a provider may fail with, its compilers included: one that fails is reported and the others go on."""
+    """Return the exceptions that a provider or its compiler may raise.
+
+    A provider that fails is reported, and the others continue.
+    """
     errors: list[type[Exception]] = [
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
         RuntimeError, TypeError, ValueError,
@@ -76,7 +79,10 @@ def _too_slow(*_: object) -> None:
 
 
 def attempt(what: str, call: Callable[[], T], limit_s: float) -> tuple[T | None, str]:
-    """(result, "") or (None, the reason); the traceback goes to stderr. Python code is stopped after `limit_s`."""
+    """Return (result, "") of a call, or (None, the reason) if it failed.
+
+    The traceback goes to stderr. Python code is stopped after `limit_s`.
+    """
     before = signal.signal(signal.SIGALRM, _too_slow)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
@@ -99,7 +105,10 @@ def with_leaves(op: Op, inputs: Inputs) -> Inputs:
 
 
 def upstream_of(op: Op, outputs: Outputs) -> list[Tensor]:
-    """Random gradients, the same for every provider: ones would let a wrong scale by row pass."""
+    """Return random upstream gradients, the same for every provider.
+
+    Ones would not detect a wrong scale per row.
+    """
     generator = torch.Generator().manual_seed(SEED)
     ones = [
         torch.randn(o.shape, generator=generator) if o.dim() else torch.ones(()) for o in outputs
@@ -117,7 +126,7 @@ def gradients(
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """|| got - exact || / || exact ||; infinite for a NaN or another shape."""
+    """Return || got - exact || / || exact ||; infinite for a NaN or another shape."""
     if got.shape != exact.shape:
         return float("inf")
     error = torch.linalg.vector_norm(got.double() - exact) / torch.linalg.vector_norm(exact).clamp(
@@ -129,7 +138,10 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 def check(
     op: Op, function: Function, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> str:
-    """ "" when outputs and gradients at a small shape are right to the dtype's rounding, else what is wrong."""
+    """Return "" if outputs and gradients at a small shape are right to the dtype's rounding.
+
+    Otherwise the message says what is wrong.
+    """
     torch.manual_seed(SEED)
     plain = op.make(op.check_shape(shape), dtype, device)
     exact_in = with_leaves(
@@ -217,7 +229,10 @@ def row(
 def _ready(
     session: Session, op: Op, provider: Provider, shape: Shape, dtype: torch.dtype
 ) -> tuple[Function | None, str, str]:
-    """(function, "", "") of a provider that is here and right, else (None, status, note); asked once a dtype."""
+    """Return (function, "", "") of a provider that loads and is right, else (None, status, note).
+
+    Checked once per dtype.
+    """
     key = (provider.op, provider.name, op.check_shape(shape), dtype)
     if key not in session.checked:
         session.checked[key] = _load_and_check(session, op, provider, shape, dtype)
@@ -251,7 +266,7 @@ def _load_and_check(
 def _right_ones(
     session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dtype
 ) -> tuple[list[tuple[Provider, Function]], list[Row]]:
-    """Providers that load and give right answers, and rows that say why the others do not."""
+    """Return the providers that are right, and rows that say why the others are not."""
     right, rows = [], []
     for provider in PROVIDERS[op.name]:
         if not session.wants(provider) or mode not in provider.modes:
@@ -279,7 +294,7 @@ def _timed_row(
 
 
 def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dtype) -> list[Row]:
-    """Rows for every provider of `op`, one a clock for those that were timed."""
+    """Return rows for every provider of `op`, one per clock for those that were timed."""
     right, rows = _right_ones(session, op, mode, shape, dtype)
     if not right or session.late():
         return rows + [

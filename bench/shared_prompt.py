@@ -1,10 +1,11 @@
-"""A reward model's step (forward and backward) with its prompt encoded once, against one sequence per response.
+"""A reward model's step with its prompt encoded once, compared with one sequence per response.
 
     python -m bench shared-prompt --threads 2
 
-One prompt with K ranked responses, the same weights and tokens on both sides; both are packed micro-batches of the
-trainer's own kind and end in the pairwise loss. The two are run in turn, so that a busy machine disturbs both, and the
-ratio is of neighbours. Before the clock starts, the losses and gradients are compared.
+One prompt with K ranked responses, the same weights and tokens on both sides; both are packed
+micro-batches as the trainer makes them and end in the pairwise loss. Losses and gradients are
+compared before timing. The two run in turn, so that a busy machine disturbs both, and ratios are of
+neighbouring runs.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def step_of(stage: GPT, batch: RankingBatch) -> Callable[[], torch.Tensor]:
 
 
 def check(stage: GPT, steps: dict[str, Callable[[], torch.Tensor]]) -> float:
-    """The largest difference of a gradient, over the largest gradient of its parameter."""
+    """Return the largest gradient difference relative to the parameter's largest gradient."""
     gradients = []
     for step in steps.values():
         step()

@@ -1,7 +1,8 @@
-"""Sides that do the same steps in turn: built, warmed up, compared, timed; a failure of one leaves the others be.
+"""Sides that do the same steps in turn: built, warmed up, compared and timed.
 
-What is timed is a step of seconds, so one clock, the host's with the device waited for, is enough; kernels are timed in
-timing.py. Left out on purpose: what the steps are (trainers.py, plain.py) and what is made of the times.
+A failure of one side leaves the others unaffected. A step takes seconds, so one clock, the host's
+with the device waited for, is enough; kernels are timed in timing.py. Out of scope: what the steps
+are (trainers.py, plain.py), and the use of the times.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ OTHERS = 3
 
 @dataclass
 class Session:
-    """What all parts of one run share."""
+    """State shared by all parts of a run."""
 
     args: argparse.Namespace
     parts: RandomParts
@@ -54,7 +55,7 @@ class Session:
 
 @dataclass
 class Side:
-    """How one side's step is built, and what has been measured of it."""
+    """How one side's step is built, and its measurements."""
 
     mode: str
     provider: str
@@ -81,7 +82,10 @@ class Side:
 
 
 def guarded(what: str, call: Callable[[], T]) -> tuple[T | None, str, str]:
-    """(result, "ok", "") or (None, "out of memory" or "failed", reason); the traceback goes to stderr."""
+    """Return (result, "ok", "") of a call, or (None, "out of memory" or "failed", reason).
+
+    The traceback goes to stderr.
+    """
     try:
         return call(), "ok", ""
     except (*foreign_errors(), UserError) as error:
@@ -97,14 +101,14 @@ def guarded(what: str, call: Callable[[], T]) -> tuple[T | None, str, str]:
 
 
 def release(device: torch.device) -> None:
-    """Frees what nothing refers to any more; models refer to themselves, so it takes the collector."""
+    """Free unreferenced memory; models have reference cycles, so this runs the collector."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def begin(sides: Sequence[Side], session: Session, warmup: int, *, same: bool) -> None:
-    """Builds and warms up each side. `same`: their first steps have the same loss, which is checked."""
+    """Build and warm up each side; `same` says that their first steps must have equal losses."""
     device, provider, before = session.device, "", 0
     for side in sides:
         if session.late():
@@ -143,7 +147,7 @@ def _starting(side: Side, before: int, warmup: int, device: torch.device) -> Cal
 
 
 def disagreement(mine: Metrics, theirs: Metrics, dtype: str) -> str:
-    """ "" when two first steps had the same loss and gradient norm, else what differs."""
+    """Return "" if two first steps had the same loss and gradient norm, else the difference."""
     for name in ("loss", "grad_norm"):
         if not abs(mine[name] - theirs[name]) <= AGREE[dtype] * abs(mine[name]):
             return (
@@ -153,7 +157,7 @@ def disagreement(mine: Metrics, theirs: Metrics, dtype: str) -> str:
 
 
 def race(sides: Sequence[Side], session: Session, rounds: int) -> None:
-    """Timed steps in turn. A side that fails is out, and keeps what was measured of it before."""
+    """Time steps in turn. A side that fails drops out and keeps its measurements."""
     release(session.device)
     gc.disable()
     try:
@@ -182,7 +186,7 @@ def _one_step(side: Side, device: torch.device) -> None:
 
 
 def time_others(side: Side, calls: dict[str, Callable[[], Any]], session: Session) -> None:
-    """Parts of a step by themselves, each after a call that is not timed; past the deadline once."""
+    """Time parts of a step separately, each after an untimed call; past the deadline once."""
     for name, call in calls.items():
         for repeat in range(OTHERS + 1):
             if session.late() and repeat > 1:

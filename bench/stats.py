@@ -15,7 +15,10 @@ class Spread(NamedTuple):
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics (type 7 of Hyndman and Fan 1996, numpy's default)."""
+    """Return a quantile by linear interpolation between order statistics.
+
+    Type 7 of Hyndman and Fan 1996, numpy's default.
+    """
     if not values or not 0 <= q <= 1:
         raise ValueError(
             f"quantile: got {len(values)} values and q = {q}, expected one or more and 0 <= q <= 1"
@@ -31,7 +34,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def turns(candidates: int, rounds: int) -> Iterator[int]:
-    """A B C, C B A, A B C, ...: each candidate once a round, and nobody always after the same neighbour."""
+    """Yield A B C, C B A, A B C, ...: each candidate once a round, with changing neighbours."""
     for r in range(rounds):
         order = range(candidates)
         yield from order if r % 2 == 0 else reversed(order)

@@ -1,10 +1,13 @@
-"""Timing candidates in turn, and the memory that one call needs beyond its inputs.
+"""Time candidates in turn, and measure the memory that a call needs in addition to its inputs.
 
-A candidate is two functions: `prepare` makes what one call starts from (untimed), `call` is timed on it.
-On a GPU three clocks: "cold" (device time, L2 flushed before each call), "hot" (device time, no flush) and "wall" (host
-time a call when many follow each other). Device clocks hold the GPU back until the host has queued everything, so that
-slow launching is not counted there; "wall" is where it shows. On a CPU "wall" alone. A call shorter than a millisecond
-is timed twenty in a row: waking threads that slept through another candidate's turn takes as long as such a call.
+A candidate is two functions: `prepare` makes the inputs of one call (untimed), `call` is timed on
+them.
+
+There are three clocks on a GPU: "cold" (device time, L2 flushed before each call), "hot" (device
+time, no flush) and "wall" (host time per call when many follow each other). Device clocks hold the
+GPU back until the host has queued everything, so that slow launching is not counted there; it shows
+in "wall". On a CPU there is only "wall". A call shorter than a millisecond is timed twenty times in
+a row: waking threads that slept during another candidate's turn takes as long as such a call.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: whole rounds until the budget is spent, between the two bounds."""
+    """How long to measure: whole rounds until the budget is spent, between two bounds."""
 
     budget_s: float
     min_rounds: int = 5
@@ -64,7 +67,7 @@ def _host_ms(candidate: Candidate, device: torch.device) -> float:
 
 
 def _queue_ms(candidate: Candidate, device: torch.device) -> float:
-    """How long the host needs to queue one call (on a GPU it then still has to run)."""
+    """Return how long the host needs to queue one call; on a GPU it has yet to run then."""
     state = candidate.prepare()
     synchronize(device)
     start = time.perf_counter()
@@ -90,7 +93,7 @@ def _device_ms(candidate: Candidate, hold_ms: float, flush: torch.Tensor | None)
 
 
 def _back_to_back_ms(candidate: Candidate, device: torch.device, calls: int) -> float:
-    """Host time a call, `calls` in a row: what a training loop pays for launching and waking."""
+    """Return the host time per call of `calls` in a row, as a training loop pays it."""
     states = [candidate.prepare() for _ in range(calls)]
     synchronize(device)
     start = time.perf_counter()
@@ -103,7 +106,7 @@ def _back_to_back_ms(candidate: Candidate, device: torch.device, calls: int) -> 
 def _samplers(
     candidates: Sequence[Candidate], device: torch.device, clock: str, warmup: int
 ) -> list[Callable[[], float]]:
-    """One function a candidate that takes one sample in ms; the warm-up happens here."""
+    """Return one function per candidate that takes one sample in ms, after a warm-up."""
     first = []
     for candidate in candidates:
         times = [_host_ms(candidate, device) for _ in range(max(warmup, 1))]
@@ -125,7 +128,7 @@ def _samplers(
 def interleaved(
     candidates: Sequence[Candidate], device: torch.device, clock: str, effort: Effort
 ) -> list[Spread]:
-    """Milliseconds of each candidate, all taking turns so that a disturbance hits all of them."""
+    """Return milliseconds of each candidate, in turns so that a disturbance hits all of them."""
     samplers = _samplers(candidates, device, clock, effort.warmup)
     times: list[list[float]] = [[] for _ in candidates]
     deadline = time.perf_counter() + effort.budget_s
@@ -145,9 +148,9 @@ def interleaved(
 
 
 def peak_extra_bytes(candidate: Candidate, device: torch.device) -> int:
-    """The most memory of torch's allocator that one call holds at a time beyond what was there before it.
+    """Return the peak of torch's allocator during one call, above its level before.
 
-    What the C++ kernels keep of earlier calls is freed first, or it would not count.
+    Memory that the C++ kernels keep from earlier calls is freed first, or it would not count.
     """
     state = candidate.prepare()
     synchronize(device)

@@ -1,7 +1,8 @@
-"""The product's trainers for a benchmark: built by `launch` from random weights and random tokens of real lengths.
+"""The product's trainers for a benchmark, on random weights and random tokens of real lengths.
 
-Weights are drawn on the device (drawing 1.3 billion on a CPU takes 10 to 20 s a model), the data are token lists in
-memory. All else is what the commands run. Left out on purpose: timing, which is end_to_end.py's.
+Built as the commands build them, except that weights are drawn on the device (drawing 1.3 billion
+on a CPU takes 10 to 20 s per model) and data are token lists in memory. Out of scope: timing, which
+is end_to_end.py's.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from fastrlhf.config import (
     TrainConfig,
 )
 from fastrlhf.data.batches import (
-    DemonstrationTokens,
     PackedBatch,
+    TokenizedDemonstration,
     TokenizedRanking,
     pack_rankings,
     ranking_tokens,
@@ -52,15 +53,17 @@ class Task:
 
     config: Config
     vocab: int
-    demonstrations: list[DemonstrationTokens]
+    demonstrations: list[TokenizedDemonstration]
     rankings: list[TokenizedRanking]
     prompts: list[list[int]]
     windows: list[list[int]]
 
 
 def make_task(args: argparse.Namespace) -> Task:
-    """Demonstrations and rankings have prompts and responses of a quarter of the longest to the longest; PPO's prompts
-    and responses all have the full length, so that the iteration's tokens are known beforehand.
+    """Return random demonstrations, rankings and prompts.
+
+    Demonstrations and rankings have prompts and responses of a quarter of the longest to the longest;
+    PPO's all have the full length, so that the iteration's tokens are known beforehand.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -73,9 +76,9 @@ def make_task(args: argparse.Namespace) -> Task:
     def some(longest: int) -> list[int]:
         return draw(number(max(1, longest // 4), longest))
 
-    def demonstration() -> DemonstrationTokens:
+    def demonstration() -> TokenizedDemonstration:
         prompt = some(args.prompt)
-        return DemonstrationTokens(prompt + some(args.response), len(prompt))
+        return TokenizedDemonstration(prompt + some(args.response), len(prompt))
 
     def ranking() -> TokenizedRanking:
         K = number(4, 9)
@@ -95,7 +98,7 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def make_config(args: argparse.Namespace) -> Config:
-    """The paper's algorithm at the sizes of `args`; the paths are stand-ins, `RandomParts` opens none."""
+    """Return the paper's algorithm at the sizes of `args`; no path in it is ever opened."""
     length, nowhere = args.prompt + args.response, "random"
     return Config(
         model=ModelConfig(
@@ -135,7 +138,7 @@ def make_config(args: argparse.Namespace) -> Config:
 
 
 class Tokens:
-    """What PPO asks of a tokenizer where no text is read or written."""
+    """The part of a tokenizer that PPO needs when no text is read or written."""
 
     eos_token_id = EOS
 
@@ -147,7 +150,7 @@ class Tokens:
 
 
 class RandomParts(builder.RunBuilder):
-    """The parts of a run without files: weights and data are those of `task`."""
+    """The parts of a run with the weights and data of `task` instead of files."""
 
     def __init__(self, task: Task, mesh: Mesh) -> None:  # not super's, which opens a tokenizer
         self.config, self.mesh, self.task = task.config, mesh, task
@@ -177,8 +180,9 @@ class RandomParts(builder.RunBuilder):
 
 @torch.no_grad()
 def draw_weights(stage: GPT) -> None:
-    """N(0, init_std) in matrices, the same for stages of one shape; on the device, unlike `initialize_weights`, whose
-    numbers are the same on every machine.
+    """Draw N(0, init_std) in matrices on the device, the same for stages of one shape.
+
+    `initialize_weights`, in contrast, draws numbers that are the same on every machine.
     """
     generator = torch.Generator(stage.mesh.device).manual_seed(SEED)
     for name, parameter in stage.named_parameters():
@@ -196,7 +200,7 @@ def draw_weights(stage: GPT) -> None:
 
 @dataclass
 class Steps:
-    """`step()` is one step of a trainer and gives its metrics."""
+    """A trainer's step: `step()` runs one and returns its metrics."""
 
     step: Callable[[], Metrics]
     others: dict[str, Callable[[], Any]] = field(default_factory=dict)
@@ -206,14 +210,14 @@ class Steps:
 
 
 class Trainers:
-    """The product's side. Each stage's learner is built when first asked for and lives as long as this object."""
+    """The product's side; each stage's learner is built when first used and then kept."""
 
     def __init__(self, parts: RandomParts) -> None:
         self.parts, self.task, self.mesh = parts, parts.task, parts.mesh
         self._reward: jobs.TrainingJob | None = None
 
     def _sized(self, batch: int) -> None:
-        """The parts of a command whose global batch is `batch`."""
+        """Return the parts of a command whose global batch is `batch`."""
         train = self.task.config.train.model_copy(update={"global_batch_size": batch})
         self.parts.config = self.task.config.model_copy(update={"train": train})
 
@@ -238,7 +242,7 @@ class Trainers:
         algorithm = job.algorithm
 
         def rollout(**changes: Any) -> None:
-            """As `PPO.sample`, with other options."""
+            """Sample as `PPO.sample` does, with other options."""
             generate_all(
                 algorithm.policy.model, self.task.prompts, changed(algorithm.sampling, **changes), mesh=self.mesh,
                 eos=EOS, slots=algorithm.slots,
@@ -256,5 +260,5 @@ def _stepping(step: Callable[[Any], Metrics], batches: Iterator[Any]) -> Steps:
 
 
 def ranking_batch(task: Task, shared_prompt: bool) -> PackedBatch:
-    """All rankings in one row, for counting."""
+    """Return all rankings in one row, for counting."""
     return pack_rankings(task.rankings, shared_prompt=shared_prompt)

@@ -1,9 +1,10 @@
-"""TRL's side of bench/ppo_iteration.py: iterations of `trl.experimental.ppo.PPOTrainer`, one for each line on stdin.
-
-Runs in a virtual environment of its own (torch, transformers, trl) and imports nothing of this project. An iteration is
-timed from one `on_step_end` to the next, so that all that TRL does in between is counted, and nothing of ours.
+"""TRL's side of bench/ppo_iteration.py: iterations of `trl.experimental.ppo.PPOTrainer`.
 
     python trl_worker.py FOLDER '{"threads": 2, ...}'
+
+Runs one iteration for each line on stdin, in a separate virtual environment (torch, transformers,
+trl), and imports nothing of this project. An iteration is timed from one `on_step_end` to the next,
+so that everything TRL does in between is counted, and nothing of ours.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def say(**message: Any) -> None:
 
 
 class Timer(TrainerCallback):
-    """Times each iteration, and starts none before a line comes in; an end of stdin ends the process."""
+    """Times each iteration and waits for a line before each; end of stdin ends the process."""
 
     def __init__(self, trainer: PPOTrainer) -> None:
         self.trainer = trainer
@@ -60,7 +61,10 @@ class Timer(TrainerCallback):
 
 @torch.no_grad()
 def fingerprint(policy: Any, reward: Any, tokens: list[list[int]]) -> dict[str, float]:
-    """What the same weights must give: mean log-prob of the second half of each row, and the mean score of its end."""
+    """Return numbers that the same weights must reproduce.
+
+    They are the mean log-prob of the second half of each row, and the mean score at its end.
+    """
     rows = torch.tensor(tokens)
     half = rows.shape[1] // 2
     logprobs = torch.log_softmax(policy(rows).logits[:, half - 1 : -1].float(), -1)
