@@ -6,6 +6,10 @@ PYTHON ?= python3
 WORKERS ?= 0
 PYTEST_ARGS ?=
 OUT ?= runs/quickstart
+# The build of torch: on Linux plain `torch` is the CUDA build, several GB. The CPU build (an extra index, so that torch's
+# own dependencies still come from PyPI in the versions of constraints.txt; pip prefers 2.13.0+cpu to 2.13.0):
+#   make quickstart TORCH="torch --extra-index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,6 +50,7 @@ $(BIN)/python:
 # extensions in csrc are compiled against this very torch.
 $(INSTALLED): $(SOURCES) | $(BIN)/python
 	@$(BIN)/python -c '$(SUPPORTED)' || { echo "make: $(VENV) holds $$($(BIN)/python -V 2>&1), and fastrlhf needs Python 3.10-3.12; make clean, then make PYTHON=python3.11" >&2; exit 1; }
-	$(PIP) setuptools ninja numpy torch
+	$(PIP) setuptools ninja numpy
+	$(PIP) $(TORCH)
 	$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
