@@ -1,12 +1,13 @@
 """Packages of fastrlhf and its two optional extensions, fastrlhf._C_cpu and fastrlhf._C_cuda.
 
-`fastrlhf/kernels` is a link to ../kernels, so namespace discovery finds it as a subpackage. The extensions compile
-against the torch that is installed: `pip install --no-build-isolation .`. What cannot be built (no compiler, no nvcc,
-no torch in sight) is left out with one line on stderr, and the install goes on: every op has a plain torch body.
+`fastrlhf/kernels` is a link to ../kernels, so namespace discovery finds it as a subpackage. The
+extensions compile against the installed torch: `pip install --no-build-isolation .`. An extension
+that cannot be built (no compiler, no nvcc, no torch) is skipped with one line on stderr, and the
+installation continues: every op has a plain torch implementation.
 
   FASTRLHF_SKIP_EXT=1     build neither
-  FASTRLHF_FORCE_CUDA=1   build _C_cuda with the nvcc on PATH even where torch has no CUDA
-  CXX, NVCC               the compilers, when not c++ and nvcc
+  FASTRLHF_FORCE_CUDA=1   build _C_cuda with the nvcc on PATH even if torch has no CUDA
+  CXX, NVCC               the compilers, if not c++ and nvcc
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pathlib import Path
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# The oldest torch and Python that the binaries run on: both are used through their stable interfaces only.
+# The oldest torch and Python that the binaries run on: both are used through their stable
+# interfaces only.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -40,7 +42,7 @@ CUDA_FLAGS = [
 
 
 class Unbuildable(Exception):
-    """Why an extension is left out."""
+    """The reason why an extension is skipped."""
 
 
 def compiler() -> str:
@@ -51,7 +53,7 @@ def compiler() -> str:
 
 
 def torch_folders() -> tuple[list[str], list[str]]:
-    """Include and library folders of the torch that is installed."""
+    """Return the include and library folders of the installed torch."""
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
@@ -62,7 +64,7 @@ def torch_folders() -> tuple[list[str], list[str]]:
 
 
 def nvcc() -> str:
-    """The nvcc to use, when there is one that fits torch's CUDA, or any at all when forced."""
+    """Return the nvcc to use: one that fits torch's CUDA, or any if forced."""
     import torch
 
     forced = os.environ.get("FASTRLHF_FORCE_CUDA") == "1"
@@ -97,7 +99,7 @@ class BuildKernels(build_ext):
         self._remove_left_out()  # in the source tree, which editable installs run from
 
     def _remove_left_out(self) -> None:
-        """What an earlier build left would be loaded with newer Python beside it."""
+        """Remove the extension of an earlier build, which newer Python code would load."""
         for name in self.left_out:
             Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
 
@@ -126,7 +128,7 @@ class BuildKernels(build_ext):
     def build_cpu(
         self, folder: Path, output: Path, includes: list[str], libraries: list[str]
     ) -> None:
-        """kernels.cpp once for each instruction set; the bindings choose at run time."""
+        """Compile kernels.cpp once per instruction set; the bindings choose at run time."""
         cxx = [*compiler().split(), *CXX_FLAGS]
         levels = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
         have = [f"-DFASTRLHF_HAVE_{level.upper()}" for level in levels]
@@ -166,7 +168,8 @@ class BuildKernels(build_ext):
             run(
                 cuda, *CUDA_FLAGS, *STABLE, "-DUSE_CUDA", *includes, "-c", str(source), "-o", target
             )
-        # A torch without CUDA has no libtorch_cuda: the build then shows that everything compiles, and no more.
+        # A torch without CUDA has no libtorch_cuda: the build then shows that everything compiles,
+        # and no more.
         present = [
             name
             for name in ("torch_cpu", "torch_cuda")

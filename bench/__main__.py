@@ -1,16 +1,16 @@
 """Kernel benchmarks.
 
-python -m bench                          every op on this machine, at the default shapes
-python -m bench gae logprobs --quick     some ops, tiny shapes, seconds
-python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --device cuda --providers fastrlhf quack
-python -m bench cpu-targets              the ratios that the CPU kernels are held to
-python -m bench head-memory              memory of the trainers' losses, with the linear ops and with whole logits
-python -m bench end-to-end               SFT, reward model and PPO-ptx of a 1.3B model, and in plain Hugging Face
-python -m bench generation               tokens per second of rollouts (bench/generation.py)
-python -m bench ppo-iteration            a whole PPO iteration against TRL's trainer (bench/ppo_iteration.py)
-python -m bench shared-prompt            a reward model's step, prompts encoded once or with every response
-python -m bench report --out FOLDER      table and plots of earlier results
-python -m bench list                     ops and providers, and which of them are installed
+python -m bench                  every op on this machine, at the default shapes
+python -m bench gae logprobs --quick  some ops, tiny shapes, seconds
+python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --providers fastrlhf quack
+python -m bench cpu-targets      the ratios that the CPU kernels are held to
+python -m bench head-memory      memory of the trainers' losses, with the linear ops and with whole logits
+python -m bench end-to-end       SFT, reward model and PPO-ptx of a 1.3B model, and in plain Hugging Face
+python -m bench generation       tokens per second of rollouts (bench/generation.py)
+python -m bench ppo-iteration    a whole PPO iteration against TRL's trainer (bench/ppo_iteration.py)
+python -m bench shared-prompt    a reward model's step, prompts encoded once or with every response
+python -m bench report --out FOLDER  table and plots of earlier results
+python -m bench list             ops and providers, and which of them are installed
 """
 
 from __future__ import annotations
@@ -111,10 +111,16 @@ def start(args: argparse.Namespace) -> Session:
     else:
         effort = Effort(args.seconds, min_rounds=min(5, args.rounds), max_rounds=args.rounds)
     return Session(
-        device, args.threads, effort, machine.measure_limits(device, dtypes, args.quick),
-        machine.describe(device, args.threads), tuple(args.providers), began + args.budget,
-        tuple(args.clocks or ()) if device.type == "cuda" else (), args.patience,
-    )  # fmt: skip
+        device,
+        args.threads,
+        effort,
+        machine.measure_limits(device, dtypes, args.quick),
+        machine.describe(device, args.threads),
+        tuple(args.providers),
+        began + args.budget,
+        tuple(args.clocks or ()) if device.type == "cuda" else (),
+        args.patience,
+    )
 
 
 def cases(args: argparse.Namespace, op: Op) -> list[tuple[str, Shape, torch.dtype]]:

@@ -1,4 +1,4 @@
-"""Ops under test: inputs of a given shape, lower bounds on bytes and operations, float64 references."""
+"""Ops under test: inputs of a shape, lower bounds on bytes and operations, float64 references."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Op:
     """inputs that get a gradient; none: forward only"""
     outputs: tuple[str, ...]
     moved: dict[str, Callable[[Shape, int], int]]
-    """bytes read and written at least, by mode, from the shape and the element size; its keys are the op's modes"""
+    """bytes read and written at least, by mode, from the shape and the element size; its keys are
+    the op's modes"""
     flops: dict[str, Callable[[Shape], int]] = field(default_factory=dict)
     """operations of the matrix products, by mode"""
     shapes: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class Op:
         return tuple(min(n, 40) for n in shape)
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------
 
 
 def _logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -161,7 +162,7 @@ def make_ranking(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inpu
     }
 
 
-# --- float64 references ----------------------------------------------------------------------------------------------
+# --- float64 references -------------------------------------------------------------------------
 
 
 def _ref_logprobs(x: Inputs) -> Outputs:
@@ -204,7 +205,7 @@ def _ref_ranking(x: Inputs) -> Outputs:
     return (pairwise_ranking_loss_ref(x["scores"], x["ranks"], x["offsets"]).loss,)
 
 
-# --- the table of ops ------------------------------------------------------------------------------------------------
+# --- the table of ops ---------------------------------------------------------------------------
 
 
 def _reads(forward: int, backward: int) -> dict[str, Callable[[Shape, int], int]]:
@@ -246,19 +247,55 @@ def _linear(
     moved = {"fwd": _linear_moved(True), "fwd+bwd": _linear_moved(False)}
     flops = {"fwd": _gemms(1), "fwd+bwd": _gemms(gemms)}
     return Op(
-        name, "N x H x V", make, reference, ("hidden", "weight"), outputs, moved, flops, _HEAD, _HEAD_DTYPES
-    )  # fmt: skip
+        name,
+        "N x H x V",
+        make,
+        reference,
+        ("hidden", "weight"),
+        outputs,
+        moved,
+        flops,
+        _HEAD,
+        _HEAD_DTYPES,
+    )
 
 
 _ALL = (
-    Op("logprobs", "N x V", make_logprobs, _ref_logprobs, ("logits",), ("logprobs",), _reads(1, 2), {}, _LOGITS, _HALF),
     Op(
-        "logprobs_entropy", "N x V", make_logprobs, _ref_logprobs_entropy, ("logits",), ("logprobs", "entropy"),
-        _reads(1, 2), {}, _LOGITS, _HALF,
+        "logprobs",
+        "N x V",
+        make_logprobs,
+        _ref_logprobs,
+        ("logits",),
+        ("logprobs",),
+        _reads(1, 2),
+        {},
+        _LOGITS,
+        _HALF,
     ),
     Op(
-        "logits_kl", "N x V", make_logits_kl, lambda x: (logits_kl_ref(x["logits"], x["ref_logits"]),), ("logits",),
-        ("kl",), _reads(2, 3), {}, _LOGITS, _HALF,
+        "logprobs_entropy",
+        "N x V",
+        make_logprobs,
+        _ref_logprobs_entropy,
+        ("logits",),
+        ("logprobs", "entropy"),
+        _reads(1, 2),
+        {},
+        _LOGITS,
+        _HALF,
+    ),
+    Op(
+        "logits_kl",
+        "N x V",
+        make_logits_kl,
+        lambda x: (logits_kl_ref(x["logits"], x["ref_logits"]),),
+        ("logits",),
+        ("kl",),
+        _reads(2, 3),
+        {},
+        _LOGITS,
+        _HALF,
     ),
     _linear("linear_cross_entropy", make_linear, _ref_linear_cross_entropy, 3),
     _linear("linear_ppo_loss", make_linear_ppo, _ref_linear_ppo, 3),
@@ -266,20 +303,44 @@ _ALL = (
     _linear("linear_logprobs_recompute", make_linear, _ref_linear_logprobs, 4),
     # fp32: six inputs and a mask in, two gradients out
     Op(
-        "ppo_loss", "B x T", make_ppo, _ref_ppo, ("logprobs", "values"), ("loss",), _per_token(33, ("fwd+bwd",)), {},
-        _ROLLOUT, _FULL,
+        "ppo_loss",
+        "B x T",
+        make_ppo,
+        _ref_ppo,
+        ("logprobs", "values"),
+        ("loss",),
+        _per_token(33, ("fwd+bwd",)),
+        {},
+        _ROLLOUT,
+        _FULL,
     ),
     # fp32: rewards, values and a mask in, advantages and returns out
     Op(
-        "gae", "B x T", make_gae, _ref_gae, (), ("advantages", "returns"), _per_token(17, ("fwd",)), {}, _ROLLOUT,
+        "gae",
+        "B x T",
+        make_gae,
+        _ref_gae,
+        (),
+        ("advantages", "returns"),
+        _per_token(17, ("fwd",)),
+        {},
+        _ROLLOUT,
         _FULL,
     ),
     # fp32 scores and int64 ranks in, gradients out
     Op(
-        "pairwise_ranking_loss", "G x K", make_ranking, _ref_ranking, ("scores",), ("loss",),
-        _per_token(16, ("fwd+bwd",)), {}, _RANKING, _FULL,
+        "pairwise_ranking_loss",
+        "G x K",
+        make_ranking,
+        _ref_ranking,
+        ("scores",),
+        ("loss",),
+        _per_token(16, ("fwd+bwd",)),
+        {},
+        _RANKING,
+        _FULL,
     ),
-)  # fmt: skip
+)
 OPS: dict[str, Op] = {op.name: op for op in _ALL}
 
 

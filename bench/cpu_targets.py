@@ -72,14 +72,37 @@ TARGETS = (
     Target("logprobs_entropy", LOGITS, (32, 5003), F32, ("eager",), at_least=8, memory=True),
     Target("logprobs_entropy", LOGITS, (32, 5003), BF16, EAGER, at_least=8, memory=True),
     Target("gae", (512, 1024), (16, 64), F32, ("Python loop over time",), at_least=30),
-    Target("pairwise_ranking_loss", (64, 9), (8, 9), F32, ("Python loop over pairs",), ("eager",), at_least=20),
     Target(
-        "linear_cross_entropy", HEAD, (32, 64, 1009), F32, ("3 bare GEMMs",), ("eager", "F.linear_cross_entropy"),
+        "pairwise_ranking_loss",
+        (64, 9),
+        (8, 9),
+        F32,
+        ("Python loop over pairs",),
+        ("eager",),
+        at_least=20,
+    ),
+    Target(
+        "linear_cross_entropy",
+        HEAD,
+        (32, 64, 1009),
+        F32,
+        ("3 bare GEMMs",),
+        ("eager", "F.linear_cross_entropy"),
         at_most=1.10,
     ),
-    Target("linear_ppo_loss", HEAD, (32, 64, 1009), F32, ("3 bare GEMMs",), ("eager",), at_most=1.10),
-    Target("linear_logprobs_recompute", HEAD, (32, 64, 1009), F32, ("4 bare GEMMs",), ("eager",), at_most=1.10),
-)  # fmt: skip
+    Target(
+        "linear_ppo_loss", HEAD, (32, 64, 1009), F32, ("3 bare GEMMs",), ("eager",), at_most=1.10
+    ),
+    Target(
+        "linear_logprobs_recompute",
+        HEAD,
+        (32, 64, 1009),
+        F32,
+        ("4 bare GEMMs",),
+        ("eager",),
+        at_most=1.10,
+    ),
+)
 
 
 def _ratio(target: Target, versus: Row, ours: Row) -> tuple[float, float, float]:
@@ -124,21 +147,41 @@ def judge(target: Target, rows: Sequence[Row]) -> list[Outcome]:
     for versus in [*held, *(timed[name] for name in target.also if name in timed)]:
         ratio, low, high = _ratio(target, versus, ours)
         is_target = versus is fastest
-        outcomes.append(Outcome(
-            **common, shape=shape, measured=f"{ours.provider}, time", versus=versus.provider, ours_ms=ours.median_ms,
-            versus_ms=versus.median_ms, ratio=ratio, low=low, high=high, target=text if is_target else "",
-            reached=_reached(target, ratio) if is_target else "",
-        ))  # fmt: skip
+        outcomes.append(
+            Outcome(
+                **common,
+                shape=shape,
+                measured=f"{ours.provider}, time",
+                versus=versus.provider,
+                ours_ms=ours.median_ms,
+                versus_ms=versus.median_ms,
+                ratio=ratio,
+                low=low,
+                high=high,
+                target=text if is_target else "",
+                reached=_reached(target, ratio) if is_target else "",
+            )
+        )
     if target.memory:
         tokens, vocab = parse_shape(shape)
         size = tokens * vocab * target.dtype.itemsize
         buffers = (ours.peak_extra_mb or 0.0) * 1e6 / size
         allowed = 1 + tokens * PER_TOKEN_BYTES / size
-        outcomes.append(Outcome(
-            **common, shape=shape, measured=f"{ours.provider}, peak extra memory", versus="one [N, V]", ours_ms=None,
-            versus_ms=None, ratio=buffers, low=None, high=None, target="<= 1 buffer",
-            reached="yes" if buffers <= allowed else "no",
-        ))  # fmt: skip
+        outcomes.append(
+            Outcome(
+                **common,
+                shape=shape,
+                measured=f"{ours.provider}, peak extra memory",
+                versus="one [N, V]",
+                ours_ms=None,
+                versus_ms=None,
+                ratio=buffers,
+                low=None,
+                high=None,
+                target="<= 1 buffer",
+                reached="yes" if buffers <= allowed else "no",
+            )
+        )
     return outcomes
 
 
@@ -152,9 +195,18 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for o in outcomes:
         between = f"{text(o.low)}-{text(o.high)}" if o.low is not None else ""
         cells = (
-            o.op, o.shape, o.dtype, o.measured, o.versus, text(o.ours_ms, 4), text(o.versus_ms, 4), text(o.ratio),
-            between, o.target, o.reached,
-        )  # fmt: skip
+            o.op,
+            o.shape,
+            o.dtype,
+            o.measured,
+            o.versus,
+            text(o.ours_ms, 4),
+            text(o.versus_ms, 4),
+            text(o.ratio),
+            between,
+            o.target,
+            o.reached,
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -47,13 +47,41 @@ HERE = Path(__file__).parent
 CSV_NAME = "end_to_end.csv"
 PARTS = ("sft", "rm", "ppo")
 SIZES: dict[str, dict[str, int]] = {
-    "cuda": {"layers": 24, "hidden": 2048, "heads": 16, "vocab": 50257, "prompt": 256, "response": 256, "episodes": 64,
-             "minibatch": 64, "ptx_per_episode": 1, "sft_batch": 32, "rankings": 16, "micro_tokens": 8192, "steps": 9,
-             "iterations": 3, "warmup": 2},
-    "cpu": {"layers": 2, "hidden": 128, "heads": 2, "vocab": 4096, "prompt": 32, "response": 32, "episodes": 16,
-            "minibatch": 16, "ptx_per_episode": 1, "sft_batch": 16, "rankings": 4, "micro_tokens": 1024, "steps": 5,
-            "iterations": 3, "warmup": 2},
-}  # fmt: skip
+    "cuda": {
+        "layers": 24,
+        "hidden": 2048,
+        "heads": 16,
+        "vocab": 50257,
+        "prompt": 256,
+        "response": 256,
+        "episodes": 64,
+        "minibatch": 64,
+        "ptx_per_episode": 1,
+        "sft_batch": 32,
+        "rankings": 16,
+        "micro_tokens": 8192,
+        "steps": 9,
+        "iterations": 3,
+        "warmup": 2,
+    },
+    "cpu": {
+        "layers": 2,
+        "hidden": 128,
+        "heads": 2,
+        "vocab": 4096,
+        "prompt": 32,
+        "response": 32,
+        "episodes": 16,
+        "minibatch": 16,
+        "ptx_per_episode": 1,
+        "sft_batch": 16,
+        "rankings": 4,
+        "micro_tokens": 1024,
+        "steps": 5,
+        "iterations": 3,
+        "warmup": 2,
+    },
+}
 HELP = {
     "prompt": "tokens of a prompt: PPO's; elsewhere the longest, the others down to a quarter of it",
     "response": "tokens of a response, likewise",
@@ -97,7 +125,7 @@ class Least(NamedTuple):
     """Those of the operations that wait for these bytes."""
 
 
-# ---- the three parts ------------------------------------------------------------------------------------------------
+# ---- the three parts ---------------------------------------------------------------------------
 
 
 def sides_of(part: str, session: Session) -> list[Side]:
@@ -197,7 +225,7 @@ def ppo_least(session: Session) -> dict[str, Least]:
     }
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------
 
 
 def make_row(session: Session, part: str, side: Side, mode: str, **more: Any) -> StepRow:
@@ -212,11 +240,21 @@ def make_row(session: Session, part: str, side: Side, mode: str, **more: Any) ->
     }
     dtype = DTYPES[args.dtype]
     return StepRow(
-        op=part, mode=mode or side.mode, provider=side.provider, kind=side.kind, shape=f"{shape}, x{counts[part]}",
-        dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(side.provider),
-        copy_gb_s=round(session.limits.copy_gb_s, 1), matmul_tflop_s=round(session.limits.matmul_tflop_s[dtype], 3),
-        clock="wall", load=machine.load(), sm_clock_mhz=session.sm_clock, **session.about, **more,
-    )  # fmt: skip
+        op=part,
+        mode=mode or side.mode,
+        provider=side.provider,
+        kind=side.kind,
+        shape=f"{shape}, x{counts[part]}",
+        dtype=str(dtype).removeprefix("torch."),
+        provider_version=machine.version_of(side.provider),
+        copy_gb_s=round(session.limits.copy_gb_s, 1),
+        matmul_tflop_s=round(session.limits.matmul_tflop_s[dtype], 3),
+        clock="wall",
+        load=machine.load(),
+        sm_clock_mhz=session.sm_clock,
+        **session.about,
+        **more,
+    )
 
 
 def timed_row(
@@ -237,11 +275,22 @@ def timed_row(
         "matmul" if not least.moved else "copy" if least.decoding == least.operations else "both"
     )
     return make_row(
-        session, part, side, mode, status="ok", median_ms=1e3 * time_s.median, p20_ms=1e3 * time_s.p20,
-        p80_ms=1e3 * time_s.p80, samples=time_s.samples, tokens_per_s=least.tokens / time_s.median, limit=limit,
-        tflop_per_s=least.operations / time_s.median / 1e12, pct_sol=floor_ms / time_s.median / 10,
-        gb_per_s=least.moved / time_s.median / 1e9 if limit == "copy" else None, **more,
-    )  # fmt: skip
+        session,
+        part,
+        side,
+        mode,
+        status="ok",
+        median_ms=1e3 * time_s.median,
+        p20_ms=1e3 * time_s.p20,
+        p80_ms=1e3 * time_s.p80,
+        samples=time_s.samples,
+        tokens_per_s=least.tokens / time_s.median,
+        limit=limit,
+        tflop_per_s=least.operations / time_s.median / 1e12,
+        pct_sol=floor_ms / time_s.median / 10,
+        gb_per_s=least.moved / time_s.median / 1e9 if limit == "copy" else None,
+        **more,
+    )
 
 
 def against(side: Side, sides: Sequence[Side], phase: str = "") -> dict[str, Any]:
@@ -316,8 +365,20 @@ def rows_of_others(
 
 def print_table(rows: Sequence[StepRow], console: Console) -> None:
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    names = ("", "by", "s (p20-p80)", "share %", "tokens/s", "rankings/s", "TFLOP/s", "GB/s", "% of limit", "peak GB",
-             "n", "times faster than")  # fmt: skip
+    names = (
+        "",
+        "by",
+        "s (p20-p80)",
+        "share %",
+        "tokens/s",
+        "rankings/s",
+        "TFLOP/s",
+        "GB/s",
+        "% of limit",
+        "peak GB",
+        "n",
+        "times faster than",
+    )
     for name in names:
         table.add_column(
             name,
@@ -332,10 +393,20 @@ def print_table(rows: Sequence[StepRow], console: Console) -> None:
         peak = text_of(row.peak_memory_mb / 1e3) if row.peak_memory_mb else ""
         ratio = f"{text_of(row.ratio)} {row.versus}" if row.ratio else ""
         table.add_row(
-            f"{row.op} {row.mode}", row.provider, f"{median} ({low}-{high})", text_of(row.share_pct),
-            text_of(row.tokens_per_s), text_of(row.rankings_per_s), text_of(row.tflop_per_s), text_of(row.gb_per_s),
-            limit, peak, str(row.samples), ratio, style="green" if row.kind == "ours" else "",
-        )  # fmt: skip
+            f"{row.op} {row.mode}",
+            row.provider,
+            f"{median} ({low}-{high})",
+            text_of(row.share_pct),
+            text_of(row.tokens_per_s),
+            text_of(row.rankings_per_s),
+            text_of(row.tflop_per_s),
+            text_of(row.gb_per_s),
+            limit,
+            peak,
+            str(row.samples),
+            ratio,
+            style="green" if row.kind == "ours" else "",
+        )
     console.print(table)
     for row in rows:
         if row.status != "ok":
@@ -344,7 +415,7 @@ def print_table(rows: Sequence[StepRow], console: Console) -> None:
             )
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

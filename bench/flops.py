@@ -98,8 +98,8 @@ def training_flops(model: ModelConfig, work: Work, vocab: int) -> int:
 def decode_bytes(model: ModelConfig, prompts: Sequence[int], response: int, vocab: int) -> int:
     """Return the bytes read by the `response` - 1 decode steps of sequences decoded together.
 
-    Each step reads the matrices and the LM head once, and for each sequence the keys and values of its
-    tokens so far.
+    Each step reads the matrices and the LM head once, and for each sequence the keys and values of
+    its tokens so far.
     """
     size = BYTES[model.dtype]
     weights = matrix_entries(model) + model.hidden_size * vocab

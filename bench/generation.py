@@ -46,7 +46,8 @@ def build(args: argparse.Namespace, mesh: Mesh) -> GPT:
         dtype="fp32",
     )
     stage = build_model(model, mesh, args.vocab, seed=1).eval()
-    # logit(stop) = scale * (x_0 + 10), where x_0 ~ N(0, 1) is the normalised hidden state: nearly the constant wanted.
+    # logit(stop) = scale * (x_0 + 10), where x_0 ~ N(0, 1) is the normalised hidden state: nearly
+    # the constant wanted.
     logit = math.log(args.vocab / (args.mean - 1))
     stage.decoder.final_layernorm.bias[0] = 10.0
     embedding = stage.embedding.word_embeddings.weight

@@ -32,9 +32,15 @@ from fastrlhf.parallel.mesh import Mesh
 
 
 def _tokens(
-    hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, temperature: float = 1.0,
-    vocab_size: int | None = None, group: Any = None, num_counted: int | None = None,
-) -> TokenLogprobs:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    group: Any = None,
+    num_counted: int | None = None,
+) -> TokenLogprobs:
     """Return log-probs and entropies from whole logits; the vocabulary must be in one process."""
     if group is not None:
         raise ValueError(
@@ -54,14 +60,28 @@ def _cross_entropy(
 
 
 def _ppo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-    denominator: Tensor, clip: float, entropy_coef: float, **head: Any,
-) -> PPOLoss:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    denominator: Tensor,
+    clip: float,
+    entropy_coef: float,
+    **head: Any,
+) -> PPOLoss:
     tokens = _tokens(hidden, weight, labels, mask, **head)
     return ppo_loss_ref(
-        tokens.logprobs, old_logprobs, advantages, mask, clip=clip, entropy=tokens.entropy, entropy_coef=entropy_coef,
+        tokens.logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip=clip,
+        entropy=tokens.entropy,
+        entropy_coef=entropy_coef,
         denominator=denominator,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -100,9 +120,16 @@ def losses(stage: GPT, batch: PackedBatch) -> dict[str, Callable[[], Tensor]]:
 
     def ppo() -> Tensor:
         return ops.linear_ppo_loss(
-            stage(batch), labels=batch.labels, old_logprobs=old, advantages=noise[1], mask=batch.loss_mask, clip=0.2,
-            entropy_coef=0.0, denominator=count, **stage.lm_head(),
-        ).loss  # fmt: skip
+            stage(batch),
+            labels=batch.labels,
+            old_logprobs=old,
+            advantages=noise[1],
+            mask=batch.loss_mask,
+            clip=0.2,
+            entropy_coef=0.0,
+            denominator=count,
+            **stage.lm_head(),
+        ).loss
 
     def step(loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -149,9 +176,13 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(args.threads)
     mesh = meshes.initialize(ParallelConfig(), seed=1)
     model = ModelConfig(
-        family="gpt", num_layers=args.layers, hidden_size=args.hidden, num_heads=max(args.hidden // 64, 1),
-        max_positions=args.length, dtype=args.dtype,
-    )  # fmt: skip
+        family="gpt",
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        num_heads=max(args.hidden // 64, 1),
+        max_positions=args.length,
+        dtype=args.dtype,
+    )
     stage = build_model(model, mesh, args.vocab, seed=1).train()
     batch = make_batch(args, mesh)
     logits = args.tokens * args.vocab * (4 if args.dtype == "fp32" else 2)

@@ -59,9 +59,13 @@ class Learner:
         self.model = model
         self.clip = optimizer.clip_grad
         self.adam = torch.optim.AdamW(
-            model.parameters(), optimizer.lr, (optimizer.beta1, optimizer.beta2), optimizer.eps,
-            weight_decay=optimizer.weight_decay, fused=True,
-        )  # fmt: skip
+            model.parameters(),
+            optimizer.lr,
+            (optimizer.beta1, optimizer.beta2),
+            optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
 
     def update(self) -> Tensor:
         """Update the weights and return the gradient norm."""
@@ -71,7 +75,7 @@ class Learner:
         return norm
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
+# ---- losses ------------------------------------------------------------------------------------
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,7 +120,7 @@ def ranking_loss(scores: Tensor) -> Tensor:
     return -F.logsigmoid(scores[better] - scores[worse]).mean()
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
+# ---- steps -------------------------------------------------------------------------------------
 
 
 def sft(parts: RandomParts) -> Steps:
@@ -201,9 +205,16 @@ class PPO:
         """Sample responses and return the tokens, int64 [B, P + length]."""
         self.policy.model.eval()
         ids = self.policy.model.generate(
-            self.prompts, attention_mask=torch.ones_like(self.prompts), do_sample=True, top_k=0, top_p=1.0,
-            max_new_tokens=length, min_new_tokens=length, eos_token_id=EOS, pad_token_id=EOS,
-        )  # fmt: skip
+            self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+        )
         self.policy.model.train()
         return ids
 

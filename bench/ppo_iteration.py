@@ -31,12 +31,32 @@ from bench import machine, results
 TRL = "1.12.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastrlhf" / f"trl-{TRL}"
 HERE = Path(__file__).resolve().parent
-FIELDS = ("side", "pair", "seconds", "cpu_seconds", "ratio", "matmul_tflop_s", "limit_seconds", "episodes", "prompt",
-          "response", "minibatches", "ours_micro", "trl_micro", "trl_rollout", "threads", "torch", "trl", "device",
-          "commit", "time", "load")  # fmt: skip
+FIELDS = (
+    "side",
+    "pair",
+    "seconds",
+    "cpu_seconds",
+    "ratio",
+    "matmul_tflop_s",
+    "limit_seconds",
+    "episodes",
+    "prompt",
+    "response",
+    "minibatches",
+    "ours_micro",
+    "trl_micro",
+    "trl_rollout",
+    "threads",
+    "torch",
+    "trl",
+    "device",
+    "commit",
+    "time",
+    "load",
+)
 
 
-# ---- the task, in a folder ------------------------------------------------------------------------------------------
+# ---- the task, in a folder ---------------------------------------------------------------------
 
 
 def write_task(folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -111,8 +131,8 @@ def _write_tokenizer(path: Path, vocab: int) -> Any:
 def matmul_flops(args: argparse.Namespace) -> float:
     """Return the operations of the matrix products that an iteration needs.
 
-    LM heads at response positions only, prompts prefilled once, attention over whole squares (the part
-    that a causal kernel skips is not subtracted).
+    LM heads at response positions only, prompts prefilled once, attention over whole squares (the
+    part that a causal kernel skips is not subtracted).
     """
     H, prompt, response = args.hidden, args.prompt, args.response
     length = prompt + response
@@ -132,7 +152,7 @@ def matmul_flops(args: argparse.Namespace) -> float:
     return float(args.episodes * (rollout + scoring + update))
 
 
-# ---- our side -------------------------------------------------------------------------------------------------------
+# ---- our side ----------------------------------------------------------------------------------
 
 
 def ours(folder: Path, options: dict[str, Any]) -> None:
@@ -189,7 +209,7 @@ def say(**message: Any) -> None:
     print("@" + json.dumps(message), flush=True)
 
 
-# ---- the race -------------------------------------------------------------------------------------------------------
+# ---- the race ----------------------------------------------------------------------------------
 
 
 class Worker:
@@ -335,8 +355,10 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     ratios = sorted(row["ratio"] for row in rows if row["side"] == "ours")
     best = max(row["matmul_tflop_s"] for row in rows)
     limit = matmul_flops(args) / best / 1e12
-    lines = [f"{args.episodes} episodes of {args.prompt} + {args.response} tokens, {args.minibatches} update(s), "
-             f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.threads} threads"]  # fmt: skip
+    lines = [
+        f"{args.episodes} episodes of {args.prompt} + {args.response} tokens, {args.minibatches} update(s), "
+        f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.threads} threads"
+    ]
     for side, times in seconds.items():
         name = f"TRL {TRL}" if side == "trl" else "fastrlhf"
         median = statistics.median(times)
@@ -346,8 +368,10 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
             f"{name:10}  {median:.2f} s an iteration ({spread}), {cpu[side]:.2f} CPU-s, {share}"
         )
     lines.append(f"{matmul_flops(args) / 1e9:.0f} GFLOP at {best:.3f} TFLOP/s: {limit:.2f} s")
-    lines.append(f"ratio of wall times {statistics.median(ratios):.2f} (median of {len(ratios)} pairs; "
-                 f"{ratios[0]:.2f} .. {ratios[-1]:.2f}), of CPU times {cpu['trl'] / cpu['ours']:.2f}")  # fmt: skip
+    lines.append(
+        f"ratio of wall times {statistics.median(ratios):.2f} (median of {len(ratios)} pairs; "
+        f"{ratios[0]:.2f} .. {ratios[-1]:.2f}), of CPU times {cpu['trl'] / cpu['ours']:.2f}"
+    )
     return lines
 
 

@@ -36,7 +36,8 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     modes: tuple[str, ...] = MODES
     mutates: tuple[str, ...] = ()
-    """inputs it overwrites; it gets copies of its own, restored before each call, outside the clock"""
+    """inputs it overwrites; it gets copies of its own, restored before each call, outside the clock
+    """
 
 
 PROVIDERS: dict[str, list[Provider]] = {}
@@ -55,7 +56,7 @@ def provider(
     return register
 
 
-# --- ours ------------------------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------
 
 
 def _linear_logprobs(x: Inputs, backend: str, recompute: bool) -> Outputs:
@@ -117,7 +118,7 @@ for _op in OURS:
     _register_ours(_op, "torch", ("cpu", "cuda"))
 
 
-# --- plain torch, as a trainer would write it ------------------------------------------------------------------------
+# --- plain torch, as a trainer would write it ---------------------------------------------------
 
 
 def chosen(logp: Tensor, labels: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ provider("logprobs_entropy", "eager, no upcast", package="torch")(
 )
 
 
-# --- Python loops ----------------------------------------------------------------------------------------------------
+# --- Python loops -------------------------------------------------------------------------------
 
 
 def loop_gae(x: Inputs, gamma: float = 1.0, lam: float = 0.95) -> Outputs:
@@ -238,7 +239,8 @@ provider("pairwise_ranking_loss", "Python loop over pairs", package="torch")(lam
 
 @provider("gae", "torch.compile", package="torch", devices=("cuda",))
 def _() -> Function:
-    # the loop would unroll to one graph of T steps, minutes to compile: this is the vectorised product form instead
+    # the loop would unroll to one graph of T steps, minutes to compile: this is the vectorised
+    # product form instead
     return torch.compile(matrix_gae, fullgraph=True, dynamic=False)
 
 
@@ -260,13 +262,14 @@ def _() -> Function:
     return lambda x: _gae_torch(x["rewards"], x["values"], x["mask"], 1.0, 0.95)
 
 
-# --- bare GEMMs ------------------------------------------------------------------------------------------------------
+# --- bare GEMMs ---------------------------------------------------------------------------------
 
 
 class BareGemms:
     """The bare products: logits = h W^T, dh = dlogits W, dW = dlogits^T h (and logits once more).
 
-    The logits go to an existing buffer. dh and dW are new tensors, as the gradients of any op must be.
+    The logits go to an existing buffer. dh and dW are new tensors, as the gradients of any op must
+    be.
     """
 
     def __init__(self, count: int) -> None:
@@ -289,6 +292,9 @@ def _register_gemms(op: str, count: int) -> None:
 
 
 for _op, _count in (
-    ("linear_cross_entropy", 3), ("linear_ppo_loss", 3), ("linear_logprobs", 3), ("linear_logprobs_recompute", 4)
-):  # fmt: skip
+    ("linear_cross_entropy", 3),
+    ("linear_ppo_loss", 3),
+    ("linear_logprobs", 3),
+    ("linear_logprobs_recompute", 4),
+):
     _register_gemms(_op, _count)

@@ -51,7 +51,8 @@ class Row:
     tflop_per_s: float | None = None
     """of the matrix products that the op must do"""
     pct_sol: float | None = None
-    """floor / median: the floor at the limits measured in the same run (the two columns that follow)"""
+    """floor / median: the floor at the limits measured in the same run (the two columns that
+    follow)"""
     copy_gb_s: float | None = None
     matmul_tflop_s: float | None = None
     peak_extra_mb: float | None = None

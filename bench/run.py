@@ -24,7 +24,8 @@ from bench.timing import Candidate, Effort, clocks_of, interleaved, peak_extra_b
 
 __all__ = ["Session", "bench", "foreign_errors", "run_case"]
 
-# Rounding of inputs is not counted (the reference reads the rounded ones); that of logits, dlogits and results is.
+# Rounding of inputs is not counted (the reference reads the rounded ones); that of logits, dlogits
+# and results is.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 SEED = 20220304
 T = TypeVar("T")
@@ -61,9 +62,18 @@ def foreign_errors() -> tuple[type[Exception], ...]:
     A provider that fails is reported, and the others continue.
     """
     errors: list[type[Exception]] = [
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
-        RuntimeError, TypeError, ValueError,
-    ]  # fmt: skip
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        NameError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ]
     triton_errors = sys.modules.get("triton.errors") or sys.modules.get("triton.compiler.errors")
     for name in ("TritonError", "CompilationError"):
         if hasattr(triton_errors, name):
@@ -97,7 +107,7 @@ def attempt(what: str, call: Callable[[], T], limit_s: float) -> tuple[T | None,
         signal.signal(signal.SIGALRM, before)
 
 
-# --- running a provider ----------------------------------------------------------------------------------------------
+# --- running a provider -------------------------------------------------------------------------
 
 
 def with_leaves(op: Op, inputs: Inputs) -> Inputs:
@@ -206,7 +216,7 @@ def candidate(
     )
 
 
-# --- a case ----------------------------------------------------------------------------------------------------------
+# --- a case -------------------------------------------------------------------------------------
 
 
 def row(
@@ -219,11 +229,18 @@ def row(
     **more: Any,
 ) -> Row:
     return Row(
-        op=op.name, mode=mode, provider=provider.name, kind=provider.kind, shape=shape_text(shape),
-        dtype=str(dtype).removeprefix("torch."), provider_version=machine.version_of(provider.package),
+        op=op.name,
+        mode=mode,
+        provider=provider.name,
+        kind=provider.kind,
+        shape=shape_text(shape),
+        dtype=str(dtype).removeprefix("torch."),
+        provider_version=machine.version_of(provider.package),
         copy_gb_s=round(session.limits.copy_gb_s, 1),
-        matmul_tflop_s=round(session.limits.matmul_tflop_s.get(dtype, 0.0), 3), **session.about, **more,
-    )  # fmt: skip
+        matmul_tflop_s=round(session.limits.matmul_tflop_s.get(dtype, 0.0), 3),
+        **session.about,
+        **more,
+    )
 
 
 def _ready(
@@ -280,17 +297,39 @@ def _right_ones(
 
 
 def _timed_row(
-    session: Session, op: Op, provider: Provider, mode: str, shape: Shape, dtype: torch.dtype, clock: str,
-    time_ms: Spread, peak: int, sm_clock: str,
-) -> Row:  # fmt: skip
+    session: Session,
+    op: Op,
+    provider: Provider,
+    mode: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    clock: str,
+    time_ms: Spread,
+    peak: int,
+    sm_clock: str,
+) -> Row:
     moved, flops = op.least(mode, shape, dtype)
     floor = session.limits.floor_ms(moved, flops, dtype)
     return row(
-        session, op, provider, mode, shape, dtype, status="ok", clock=clock, median_ms=time_ms.median,
-        p20_ms=time_ms.p20, p80_ms=time_ms.p80, samples=time_ms.samples, gb_per_s=moved / time_ms.median / 1e6,
-        tflop_per_s=flops / time_ms.median / 1e9, pct_sol=100 * floor / time_ms.median, peak_extra_mb=peak / 1e6,
-        load=machine.load(), sm_clock_mhz=sm_clock,
-    )  # fmt: skip
+        session,
+        op,
+        provider,
+        mode,
+        shape,
+        dtype,
+        status="ok",
+        clock=clock,
+        median_ms=time_ms.median,
+        p20_ms=time_ms.p20,
+        p80_ms=time_ms.p80,
+        samples=time_ms.samples,
+        gb_per_s=moved / time_ms.median / 1e6,
+        tflop_per_s=flops / time_ms.median / 1e9,
+        pct_sol=100 * floor / time_ms.median,
+        peak_extra_mb=peak / 1e6,
+        load=machine.load(),
+        sm_clock_mhz=sm_clock,
+    )
 
 
 def run_case(session: Session, op: Op, mode: str, shape: Shape, dtype: torch.dtype) -> list[Row]:

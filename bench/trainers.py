@@ -44,7 +44,7 @@ EOS = 0
 Metrics = dict[str, float]
 
 
-# ---- what is trained on ---------------------------------------------------------------------------------------------
+# ---- what is trained on ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Task:
 def make_task(args: argparse.Namespace) -> Task:
     """Return random demonstrations, rankings and prompts.
 
-    Demonstrations and rankings have prompts and responses of a quarter of the longest to the longest;
-    PPO's all have the full length, so that the iteration's tokens are known beforehand.
+    Demonstrations and rankings have prompts and responses of a quarter of the longest to the
+    longest; PPO's all have the full length, so that the iteration's tokens are known beforehand.
     """
     generator = torch.Generator().manual_seed(SEED)
 
@@ -134,7 +134,7 @@ def make_config(args: argparse.Namespace) -> Config:
     )
 
 
-# ---- how it is built ------------------------------------------------------------------------------------------------
+# ---- how it is built ---------------------------------------------------------------------------
 
 
 class Tokens:
@@ -195,7 +195,7 @@ def draw_weights(stage: GPT) -> None:
             parameter.normal_(0.0, std, generator=generator)
 
 
-# ---- the steps ------------------------------------------------------------------------------------------------------
+# ---- the steps ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -206,7 +206,8 @@ class Steps:
     others: dict[str, Callable[[], Any]] = field(default_factory=dict)
     """Parts of it to be timed by themselves."""
     last: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    """As `others`, but after everything else: what a failure of one leaves behind then harms nothing."""
+    """As `others`, but after everything else: what a failure of one leaves behind then harms
+    nothing."""
 
 
 class Trainers:
@@ -244,9 +245,13 @@ class Trainers:
         def rollout(**changes: Any) -> None:
             """Sample as `PPO.sample` does, with other options."""
             generate_all(
-                algorithm.policy.model, self.task.prompts, changed(algorithm.sampling, **changes), mesh=self.mesh,
-                eos=EOS, slots=algorithm.slots,
-            )  # fmt: skip
+                algorithm.policy.model,
+                self.task.prompts,
+                changed(algorithm.sampling, **changes),
+                mesh=self.mesh,
+                eos=EOS,
+                slots=algorithm.slots,
+            )
 
         steps = _stepping(algorithm.step, iter(job.batches))
         steps.others["prefill"] = partial(rollout, max_new_tokens=1, min_new_tokens=0)

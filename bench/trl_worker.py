@@ -88,7 +88,8 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     ]
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     batch, updates = options["episodes"], options["minibatches"]
-    # One update: gradients of several micro-batches are summed. More: TRL updates after each of them.
+    # One update: gradients of several micro-batches are summed. More: TRL updates after each of
+    # them.
     micro = batch if updates > 1 else options["micro"]
     args = PPOConfig(
         output_dir=str(folder / "trl"),

@@ -1,4 +1,4 @@
-"""`python -m fastrlhf`, which is how torchrun starts it."""
+"""`python -m fastrlhf`, as torchrun starts it."""
 
 from __future__ import annotations
 

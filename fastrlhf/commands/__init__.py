@@ -1,1 +1,1 @@
-"""Commands other than training: each parses nothing, and is one function called by cli.py."""
+"""Commands other than training; cli.py parses the arguments and calls one function of each."""

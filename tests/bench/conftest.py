@@ -1,4 +1,4 @@
-"""`bench` is a folder of the repository, not of the installed package."""
+"""Makes `bench`, a folder of the repository, importable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainers' steps beside plain Hugging Face: the same work on both sides, and a side that fails fails alone."""
+"""The trainers' steps and plain Hugging Face's: equal work, and a side's failure affects it alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,22 @@ from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.run import jobs
 
-SIZES = {"layers": 1, "hidden": 32, "heads": 2, "vocab": 200, "prompt": 8, "response": 6, "episodes": 4, "minibatch": 2,
-         "sft-batch": 3, "rankings": 2, "micro-tokens": 150, "steps": 2, "iterations": 1, "warmup": 1}  # fmt: skip
+SIZES = {
+    "layers": 1,
+    "hidden": 32,
+    "heads": 2,
+    "vocab": 200,
+    "prompt": 8,
+    "response": 6,
+    "episodes": 4,
+    "minibatch": 2,
+    "sft-batch": 3,
+    "rankings": 2,
+    "micro-tokens": 150,
+    "steps": 2,
+    "iterations": 1,
+    "warmup": 1,
+}
 ABOUT = dict.fromkeys(
     ("device", "torch", "triton", "python", "commit", "dirty", "time"), "here"
 ) | {"threads": 1}
@@ -87,7 +101,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("part", ["sft", "rm"])
 def test_both_sides_take_the_same_steps(session, part):
-    """Three updates long: the optimizers agree too."""
+    """Three updates, so that the optimizers are compared too."""
     ours = Trainers(session.parts)
     mine = ours.sft() if part == "sft" else ours.rm(shared_prompt=True)
     theirs = getattr(plain, part)(session.parts)
@@ -98,7 +112,7 @@ def test_both_sides_take_the_same_steps(session, part):
 
 
 def test_both_sides_update_alike_from_the_same_rollouts(session, monkeypatch):
-    """PPO: the plain side is given our sampled tokens; the weights after an iteration are the same."""
+    """Given our sampled tokens, the plain side has the same weights after an iteration."""
     job = jobs.ppo_job(session.parts)
     algorithm, batches = job.algorithm, iter(job.batches)
     theirs = plain.PPO(session.parts)
@@ -124,7 +138,7 @@ def test_both_sides_update_alike_from_the_same_rollouts(session, monkeypatch):
                 torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-6)
 
 
-def test_what_does_not_fit_is_listed_and_the_rest_goes_on(session, monkeypatch):
+def test_a_part_that_does_not_fit_is_listed_and_the_rest_continues(session, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
@@ -181,8 +195,9 @@ def test_past_the_deadline_nothing_is_begun(session):
     session.deadline = 0.0
     rows = end_to_end.run_part("ppo", session)
     assert [(r.provider, r.status, r.note) for r in rows] == [
-        ("fastrlhf", "skipped", "out of time"), ("transformers", "skipped", "out of time")
-    ]  # fmt: skip
+        ("fastrlhf", "skipped", "out of time"),
+        ("transformers", "skipped", "out of time"),
+    ]
 
 
 def test_memory_of_the_host_that_is_full():

@@ -1,4 +1,4 @@
-"""The counters against torch's, against the tensors of a real model, and by hand."""
+"""The counters agree with torch's, with the tensors of a real model, and with hand counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written: CSV columns, tables, plots, and the ratios of cpu-targets."""
+"""Results that are written: CSV columns, tables, plots, and the ratios of cpu-targets."""
 
 from __future__ import annotations
 
@@ -15,11 +15,35 @@ from bench import cpu_targets, results
 from bench.results import COLUMNS, Row
 
 ROW = Row(
-    op="logprobs", mode="fwd", provider="fastrlhf[cpu]", kind="ours", shape="4x9", dtype="float32", device="a CPU",
-    threads=2, torch="2.13.0", triton="", python="3.11", provider_version="0.1", commit="abc", dirty="no", time="now",
-    status="ok", clock="wall", median_ms=1.5, p20_ms=1.25, p80_ms=2.0, samples=7, gb_per_s=3.0, tflop_per_s=0.0,
-    pct_sol=50.0, copy_gb_s=6.0, matmul_tflop_s=0.1, peak_extra_mb=0.25, load=1.0,
-)  # fmt: skip
+    op="logprobs",
+    mode="fwd",
+    provider="fastrlhf[cpu]",
+    kind="ours",
+    shape="4x9",
+    dtype="float32",
+    device="a CPU",
+    threads=2,
+    torch="2.13.0",
+    triton="",
+    python="3.11",
+    provider_version="0.1",
+    commit="abc",
+    dirty="no",
+    time="now",
+    status="ok",
+    clock="wall",
+    median_ms=1.5,
+    p20_ms=1.25,
+    p80_ms=2.0,
+    samples=7,
+    gb_per_s=3.0,
+    tflop_per_s=0.0,
+    pct_sol=50.0,
+    copy_gb_s=6.0,
+    matmul_tflop_s=0.1,
+    peak_extra_mb=0.25,
+    load=1.0,
+)
 
 
 def rival(**changes) -> Row:
@@ -76,8 +100,13 @@ def test_the_last_measurement_counts():
 def test_numbers_as_text():
     text = results.text_of
     assert [text(v) for v in (None, 0.0, 1.23456, 0.0123456, 98.76, 12345.6)] == [
-        "", "0", "1.23", "0.0123", "98.8", "12346",
-    ]  # fmt: skip
+        "",
+        "0",
+        "1.23",
+        "0.0123",
+        "98.8",
+        "12346",
+    ]
 
 
 def test_table_and_plot(tmp_path):

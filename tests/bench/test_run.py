@@ -1,4 +1,4 @@
-"""Providers are found, checked before they are timed, and none goes missing from the results."""
+"""Providers are found, checked before they are timed, and none is missing from the results."""
 
 from __future__ import annotations
 
@@ -124,8 +124,13 @@ def test_what_cannot_be_measured_is_listed_with_the_reason(extra_provider):
 
 
 def test_a_wrong_gradient_is_caught():
-    wrong = run.check(OPS["logprobs"], lambda x: (EAGER["logprobs"](x)[0] + 0.01 * x["logits"][:, 0],), (8, 130),
-                      torch.float32, CPU)  # fmt: skip
+    wrong = run.check(
+        OPS["logprobs"],
+        lambda x: (EAGER["logprobs"](x)[0] + 0.01 * x["logits"][:, 0],),
+        (8, 130),
+        torch.float32,
+        CPU,
+    )
     assert wrong.startswith("logprobs off")
 
     def detached(x):

@@ -1,4 +1,4 @@
-"""Medians, their spread, and whose turn it is."""
+"""Medians, their spread, and the order of turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit codes, one-line errors and a start that imports nothing heavy."""
+"""Exit statuses, one-line errors, and a start that imports no heavy package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """`fastrlhf ARGUMENTS` in this process: (exit status, stdout, stderr)."""
+    """Return a function that runs `fastrlhf ARGUMENTS` in this process.
+
+    It returns (exit status, stdout, stderr).
+    """
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fastrlhf", *map(str, arguments)])
@@ -54,7 +57,7 @@ def tiny_tokenizer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Stands in for `fastrlhf.run.train`, whose import costs seconds; collects what `train` is called with."""
+    """Replace `fastrlhf.run.train`, whose import takes seconds, and record the calls of `train`."""
     calls: list = []
     module = type(sys)("fastrlhf.run.train")
     monkeypatch.setattr(module, "train", lambda *arguments: calls.append(arguments), raising=False)

@@ -1,4 +1,4 @@
-"""Mistakes around a run that is there: one line, status 2, and nothing that was computed is lost."""
+"""Mistakes around an existing run: one line, status 2, and no computed result is lost."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fastrlhf(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A finished SFT run of one step, and the files to go on with."""
+    """Return a finished SFT run of one step, and the files to continue with."""
     folder = tmp_path_factory.mktemp("runs")
     train_bpe(["the cat sat on the mat"] * 4, 270, folder / "tokenizer")
     train_bpe(["a dog ran"] * 4, 262, folder / "other_tokenizer")
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def refused(folder: Path, capfd: pytest.CaptureFixture[str]):
-    """`refused(COMMAND, settings...)`: the one line of a command that exits with status 2."""
+    """Return `refused(COMMAND, settings...)`: the one line of a command that exits with status 2."""
 
     def call(command: str, *settings: str) -> str:
         capfd.readouterr()
@@ -106,7 +106,7 @@ def test_one_run_a_folder_at_a_time(folder, refused):
 
 
 @pytest.mark.parametrize("command", ["sft", "pretrain", "sample", "eval winrate"])
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
+def test_a_folder_that_cannot_be_written_is_reported_before_anything_is_computed(
     folder, refused, command
 ):
     models = [f"model.load={folder}/sft", f"eval.baseline={folder}/sft", "eval.judge=math:prod"]
@@ -172,7 +172,7 @@ def test_models_are_looked_for_before_the_data(folder, refused):
 
 @pytest.mark.parametrize("command", ["sft", "sample", "eval winrate"])
 def test_a_tokenizer_that_does_not_fit(folder, refused, command):
-    """It has fewer tokens than the model, so that nothing would fail: the ids would only mean something else."""
+    """Nothing would fail with fewer tokens than the model: ids would only mean something else."""
     settings = [f"data.tokenizer={folder}/other_tokenizer", f"model.load={folder}/sft"]
     judge = [f"eval.baseline={folder}/sft", "eval.judge=math:prod"]
     line = refused(command, *settings, *judge, f"output_dir={folder}/new")

@@ -32,5 +32,5 @@ def minimal(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(minimal: Path) -> Callable[..., Config]:
-    """The minimal configuration with overrides."""
+    """Return a function that loads the minimal configuration with overrides."""
     return lambda *overrides: load_config(minimal, list(overrides))

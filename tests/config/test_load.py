@@ -1,4 +1,4 @@
-"""YAML and overrides in, one clear line out when something is wrong."""
+"""YAML and overrides are read; each mistake is one clear line."""
 
 from __future__ import annotations
 

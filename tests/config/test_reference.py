@@ -1,4 +1,4 @@
-"""The settings reference: complete, equal to docs/configuration.md, and readable on the command line."""
+"""The settings reference: complete, equal to docs/configuration.md, and printed by the command."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_page_is_the_reference():
 
 
 def test_every_environment_variable_is_in_the_reference():
-    """Those of bench/gpu.sh are documented in the script; HAVE_, INLINE and TABLE are C++ macros."""
+    """Macros of the C++ files (HAVE_, INLINE, TABLE) look like variables and are left out."""
     listed = subprocess.run(
         ["git", "ls-files", "fastrlhf", "kernels", "csrc", "setup.py", "Makefile"],
         cwd=ROOT,

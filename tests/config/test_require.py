@@ -1,4 +1,4 @@
-"""What each command asks of a configuration that is valid in itself."""
+"""Requirements of each command on a configuration that is valid in itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PPO = ["train.steps=5", "data.prompts=p.jsonl", "data.pretrain=t.jsonl", "ppo.re
 
 
 @pytest.mark.parametrize("command", ["pretrain", "sft", "rm"])
-def test_supervised_commands_are_content(make, command):
+def test_supervised_commands_are_satisfied(make, command):
     require(make(*LENGTH), command)
 
 
-def test_ppo_and_sample_are_content(make):
+def test_ppo_and_sample_are_satisfied(make):
     require(make(*PPO), "ppo")
     require(make("data.prompts=p"), "sample")
     require(make(), "doctor")

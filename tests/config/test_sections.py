@@ -1,4 +1,4 @@
-"""Defaults that depend on other fields, and the checks between fields."""
+"""Defaults that depend on other fields, and checks that span fields."""
 
 from __future__ import annotations
 

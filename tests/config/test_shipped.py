@@ -1,4 +1,4 @@
-"""Every configuration in configs/ is valid for its command, and holds the paper's figures (arXiv 2203.02155)."""
+"""Every file in configs/ is valid for its command and has the paper's values (arXiv 2203.02155)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The parts of the package import only what lies below them (docs/architecture.md); imports inside functions count."""
+"""Parts of the package import only parts below them (docs/design/architecture.md).
+
+Imports inside functions count.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def _part(module: str) -> str:
 
 
 def imports() -> set[tuple[str, str, str]]:
-    """(file, its part, the part that it imports) of every import in the package."""
+    """Return (file, its part, the part that it imports) of every import in the package."""
     found = set()
     for path in ROOT.rglob("*.py"):
         own = path.relative_to(ROOT).with_suffix("").parts[0]

@@ -1,4 +1,4 @@
-"""What must import without the heavy packages: an op in another trainer needs torch alone."""
+"""Modules that must import without the heavy packages: an op needs torch alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_block_does_block():
 
 
 def test_a_run_starts_without_a_word():
-    """megatron's warnings of optional packages would stand above every message of ours, once a rank."""
+    """megatron warns of optional packages on every rank, above every message of ours."""
     result = subprocess.run(
         [sys.executable, "-c", "import fastrlhf.run.train"],
         cwd=ROOT,

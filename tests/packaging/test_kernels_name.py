@@ -1,4 +1,4 @@
-"""No top-level package of ours is called `kernels`: transformers imports Hugging Face's package of that name."""
+"""No top-level package of ours is called `kernels`: transformers imports Hugging Face's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ print("fastrlhf.kernels", list(fastrlhf.kernels.__path__)[0])
 print("kernels", getattr(sys.modules.get("kernels"), "__file__", None))
 """
 
-# What transformers takes from Hugging Face's package while a model is built: names, and one decorator.
+# What transformers takes from Hugging Face's package while a model is built: names, and one
+# decorator.
 STAND_IN = f'''
 __version__ = "{KERNELS_MIN_VERSION}"
 
@@ -42,7 +43,7 @@ def __getattr__(name):
 
 
 def from_root(code: str, **environment: str) -> dict[str, str]:
-    """Run `code` with the repository's root as the first import path, as `python -m` there does."""
+    """Run `code` with the repository's root as the first import path, as `python -m` does."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -56,7 +57,7 @@ def from_root(code: str, **environment: str) -> dict[str, str]:
 
 
 def stand_in(folder: Path) -> Path:
-    """A folder to put on the import path that holds a `kernels` package as pip would leave it."""
+    """Return a folder for the import path with a `kernels` package as pip would install it."""
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text(STAND_IN)
     metadata = folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
@@ -79,18 +80,18 @@ def test_no_package_marker(folder):
 
 
 def test_llama_builds_from_the_root(tmp_path):
-    """The environment of the tests has Hugging Face's package or not: either way it is not ours that is found."""
-    told = from_root(BUILD_LLAMA)
-    assert Path(told["fastrlhf.kernels"]) == ROOT / "fastrlhf" / "kernels"
-    assert not told["kernels"].startswith(str(ROOT / "kernels"))
+    """Whether Hugging Face's package is installed or not, ours is not the one that is found."""
+    found = from_root(BUILD_LLAMA)
+    assert Path(found["fastrlhf.kernels"]) == ROOT / "fastrlhf" / "kernels"
+    assert not found["kernels"].startswith(str(ROOT / "kernels"))
 
 
 def test_llama_builds_from_the_root_with_hugging_faces_kernels(tmp_path):
-    told = from_root(BUILD_LLAMA, PYTHONPATH=str(stand_in(tmp_path)))
-    assert told["kernels"] == str(tmp_path / "kernels" / "__init__.py"), (
+    found = from_root(BUILD_LLAMA, PYTHONPATH=str(stand_in(tmp_path)))
+    assert found["kernels"] == str(tmp_path / "kernels" / "__init__.py"), (
         "transformers must get its own"
     )
-    assert Path(told["fastrlhf.kernels"]) == ROOT / "fastrlhf" / "kernels"
+    assert Path(found["fastrlhf.kernels"]) == ROOT / "fastrlhf" / "kernels"
 
 
 def test_a_package_marker_would_break_it(tmp_path):
@@ -115,7 +116,7 @@ def test_packages_are_ours_alone():
 
 
 def test_a_build_holds_the_kernels_and_no_top_level_of_that_name(tmp_path):
-    """Pure-Python part of a wheel: `build_py` copies what would be in it."""
+    """`build_py` copies the pure-Python part of a wheel."""
     command = [
         sys.executable,
         "setup.py",

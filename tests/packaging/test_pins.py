@@ -1,4 +1,4 @@
-"""constraints.txt pins every dependency once for each Python, within what pyproject.toml asks."""
+"""constraints.txt pins every dependency once per Python version, within pyproject.toml's bounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PINS = [
 
 
 def pins(python: str) -> dict[str, Version]:
-    """The pinned versions for one Python on Linux; a package pinned twice is an error."""
+    """Return the pinned versions for one Python on Linux; a package pinned twice is an error."""
     environment = {
         "python_version": python,
         "python_full_version": f"{python}.0",

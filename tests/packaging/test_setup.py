@@ -1,4 +1,4 @@
-"""setup.py leaves no extension of an earlier build behind when it cannot build it anew."""
+"""setup.py removes the extension of an earlier build if it cannot build it again."""
 
 from __future__ import annotations
 
