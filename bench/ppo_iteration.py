@@ -239,7 +239,7 @@ class Worker:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait(600)  # its interpreter's exit
 
 
 def make_venv(path: Path) -> Path:

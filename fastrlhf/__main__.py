@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastrlhf.cli import main
+from fastrlhf.cli import program
 
-if __name__ == "__main__":  # the checkpoint writer spawns processes that import this module again
-    main()
+if __name__ == "__main__":  # `data tokenize` spawns processes that import this module again
+    program()

@@ -25,6 +25,7 @@ from fastrlhf.config import COMMANDS, TRAINING_COMMANDS, Command
 from fastrlhf.data.convert import Source
 from fastrlhf.data.records import Kind, OnError
 from fastrlhf.errors import UserError
+from fastrlhf.parallel.exit import clean_exit
 
 if TYPE_CHECKING:
     from fastrlhf.config import Config
@@ -180,7 +181,7 @@ def convert_data(
     rejected: Annotated[Path | None, typer.Option(help="File for skipped rows.")] = None,
     on_error: Broken = "strict",
 ) -> None:
-    """Convert other projects' data to records, or records to their layouts."""
+    """Convert other projects' records to ours, or ours to theirs."""
     from fastrlhf.data.convert import convert
     from fastrlhf.data.export import export
 
@@ -370,29 +371,38 @@ def doctor(
         raise typer.Exit(1)
 
 
+def program() -> None:
+    """Run `main` as a whole process: the entry point of `fastrlhf` and `python -m fastrlhf`."""
+    with clean_exit():
+        main()
+
+
 def main() -> None:
-    """Run `fastrlhf` or `python -m fastrlhf` and exit with its status."""
+    """Run the command that sys.argv names, and raise SystemExit with its status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:
         status = app(prog_name="fastrlhf", standalone_mode=False) or 0
-        _leave_process_groups()
+        if status == 0:
+            _leave_process_groups()
     except UserError as error:
-        _tell(f"error: {' '.join(str(error).split())}")
+        _report_error(f"error: {' '.join(str(error).split())}")
         status = 2
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "fastrlhf"
         option = getattr(error, "option_name", "")
         setting = "; settings have no dashes (train.steps=10)" if "." in option else ""
-        _tell(f"error: {error.format_message().rstrip('.')}{setting}; see {command} --help")
+        _report_error(f"error: {error.format_message().rstrip('.')}{setting}; see {command} --help")
         status = 2
     sys.exit(status)
 
 
 def _leave_process_groups() -> None:
-    """Of a command that ended well: NCCL complains of groups that are left at exit. After a failure the other ranks may
-    be anywhere, and to leave would be to wait for them.
+    """Leave the groups of a command that ended well: NCCL warns of groups that are not destroyed.
+
+    After a failure, and when the user has interrupted a collective, the other ranks may be
+    anywhere, and leaving would wait for them. `clean_exit` then ends the process without leaving.
     """
     if (meshes := sys.modules.get("fastrlhf.parallel.mesh")) is not None:
         meshes.finalize()
@@ -402,9 +412,12 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(line: str) -> None:
-    """The line on stderr, once: all ranks usually make the same mistake. What only another rank knows reaches the user
-    through torchrun, which shows the error file of the rank that failed first."""
+def _report_error(line: str) -> None:
+    """Print an error line on stderr, once: all ranks usually make the same mistake.
+
+    An error of another rank alone reaches the user through torchrun, which shows the error file of
+    the rank that failed first.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers  # noqa: F401 (once, not in every rank)
 
 from fastrlhf.run import builder, jobs, train  # noqa: F401
+from fastrlhf.parallel import mesh as meshes
 
 RANKS = 4
 
@@ -48,6 +49,21 @@ def fork(work: Callable[[], Any], environment: dict[str, str], log: Path | None 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def meet(listening: socket.socket, rank: int, world_size: int) -> None:
+    """Has this forked process join the mesh over the port that its parent listens on.
+
+    A port that is free when the parent asks for one may be taken before rank 0 listens there.
+    """
+    port = listening.getsockname()[1]
+    options = {"master_listen_fd": listening.detach()} if rank == 0 else {}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size, rank == 0, wait_for_workers=False, **options
+    )
+    listening.close()
+    meshes._rendezvous = lambda: (store, rank, world_size)
 
 
 def main(script: str, arguments: list[str]) -> int:

@@ -54,7 +54,11 @@ from fastrlhf.parallel.mesh import Mesh
 logger = logging.getLogger(__name__)
 _UNUSED = ".unused"
 _PATIENCE_S = 10.0
-"""A run that breaks off waits so long for the other ranks' part of a checkpoint: they write at the same time."""
+"""A run that breaks off waits this long for the other ranks' part of a checkpoint: they write at the same time.
+
+On a busy machine they may need longer. Then the next start completes the checkpoint (`prepare`), so nothing is lost; a
+longer wait would meet torchrun's SIGKILL, which comes 30 s after its SIGTERM.
+"""
 
 
 class Checkpointable(Protocol):

@@ -77,10 +77,11 @@ class Writing:
                     shutil.rmtree(self._partial)
                 self._partial.mkdir(parents=True)
         self._written: Future[dict[str, Entry] | str]
+        self._executor: ThreadPoolExecutor | None = None
         if in_background:
-            executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._written = executor.submit(self._write, contents)
-            executor.shutdown(wait=False)
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._written = self._executor.submit(self._write, contents)
+            self._executor.shutdown(wait=False)
         else:
             self._written = Future()
             self._written.set_result(self._write(contents))
@@ -104,6 +105,12 @@ class Writing:
             return f"rank {dist.get_rank()}: {describe(error)}"
         return entries
 
+    def _outcome(self) -> dict[str, Entry] | str:
+        """What `_write` returned, once its thread has ended."""
+        if self._executor is not None:
+            self._executor.shutdown()
+        return self._written.result()
+
     def is_done(self, device: torch.device) -> bool:
         """Whether every rank has written its files; the same answer on all."""
         done = torch.tensor(int(self._written.done()), device=device)
@@ -116,7 +123,7 @@ class Writing:
         Raises the same `UserError` on every rank if one could not write; the unfinished folder is removed.
         """
         outcomes: list[dict[str, Entry] | str] = [""] * dist.get_world_size()
-        dist.all_gather_object(outcomes, self._written.result())
+        dist.all_gather_object(outcomes, self._outcome())
         failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
         written = [outcome for outcome in outcomes if not isinstance(outcome, str)]
         if failed and dist.get_rank() == 0:
@@ -138,7 +145,7 @@ class Writing:
         """`finish` without collectives, for a run that is breaking off: rank 0 waits for the others' notes, for so long
         at most, and the others for their own files only. Whether the folder is there now, as rank 0 sees it.
         """
-        written, end = self._written.result(), time.monotonic() + patience_s
+        written, end = self._outcome(), time.monotonic() + patience_s
         if isinstance(written, str) or dist.get_rank() != 0:
             return False
         while not complete(self._partial):

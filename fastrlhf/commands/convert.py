@@ -38,8 +38,7 @@ def convert_from_hf(
     model, head = model_config_from_hf(path), head_from_hf(path)
     _check_layout(model, parallel)
     _check_new(out)
-    mesh = meshes.initialize(parallel, seed=0)
-    try:
+    with meshes.joined(parallel, seed=0) as mesh:
         assert model.vocab_size is not None
         stage = build_model(model, mesh, model.vocab_size, head=head)
         load_hf(path, stage)
@@ -54,8 +53,6 @@ def convert_from_hf(
         difference = verify_logits(stage, path, mesh)
         _report(path, out, stage, difference)
         return difference
-    finally:
-        meshes.finalize()
 
 
 def convert_to_hf(
@@ -72,8 +69,7 @@ def convert_to_hf(
     _check_new(out)
     make_folder(out.resolve().parent)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer else None
-    mesh = meshes.initialize(parallel, seed=0)
-    try:
+    with meshes.joined(parallel, seed=0) as mesh:
         head: Literal["lm", "scalar"] = "scalar" if saved.head == "scalar" else "lm"
         stage = build_model(saved.model, mesh, saved.vocab_size, head=head)
         load_model(saved, stage)
@@ -86,8 +82,6 @@ def convert_to_hf(
         difference = verify_logits(stage, out, mesh)
         _report(checkpoint, out, stage, difference)
         return difference
-    finally:
-        meshes.finalize()
 
 
 def _report(source: str | Path, out: Path, stage: GPT, difference: float) -> None:

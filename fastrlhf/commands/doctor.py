@@ -173,12 +173,12 @@ def _driver() -> str:
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return (
-        subprocess.run(
-            query, capture_output=True, text=True, timeout=30, check=False
-        ).stdout.strip()
-        or "unknown"
-    )
+    try:
+        # A driver that is not loaded takes seconds for each GPU, and a broken one never answers.
+        asked = subprocess.run(query, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "unknown (nvidia-smi has not answered within 120 s)"
+    return asked.stdout.strip() or "unknown"
 
 
 def _nccl() -> list[Check]:
@@ -192,10 +192,12 @@ def _nccl() -> list[Check]:
     return [Check("NCCL", "ok", version)]
 
 
+_GLOO_LIMIT_S = 600
+"""Of two processes that import torch, which takes 3 s on a quiet machine and minutes on a busy one."""
 _GLOO = """
 import datetime, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2,
-                        timeout=datetime.timedelta(seconds=60))
+                        timeout=datetime.timedelta(seconds=180))
 total = torch.tensor([float(dist.get_rank() + 1)])
 dist.all_reduce(total)
 dist.destroy_process_group()
@@ -212,9 +214,9 @@ def _gloo() -> list[Check]:
             for rank in range(2)
         ]
         try:
-            errors = [process.communicate(timeout=120)[1] for process in pair]
+            errors = [process.communicate(timeout=_GLOO_LIMIT_S)[1] for process in pair]
         except subprocess.TimeoutExpired:
-            errors = ["no answer within 120 s"]
+            errors = [f"no answer within {_GLOO_LIMIT_S} s"]
         finally:
             for process in pair:
                 process.kill()

@@ -7,13 +7,14 @@ handed a `Mesh`; none reads megatron's global state.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
 import itertools
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel import cpu
+from fastrlhf.parallel.exit import mark_groups_joined
 
 Group = dist.ProcessGroup
 
@@ -178,9 +180,26 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     return mesh
 
 
+@contextlib.contextmanager
+def joined(parallel: ParallelConfig, seed: int) -> Iterator[Mesh]:
+    """Initialize a mesh for a block, and leave its groups at the end.
+
+    After an exception only a single process leaves them: with several, the others may be anywhere.
+    """
+    mesh = initialize(parallel, seed)
+    try:
+        yield mesh
+    except BaseException:
+        if mesh.world_size == 1:
+            finalize()
+        raise
+    finalize()
+
+
 def _join(backend: str, timeout: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
+    mark_groups_joined()
     if "RANK" in os.environ:
         store, rank, world_size = _rendezvous()
         # torchrun's store outlives a mesh, and with --max-restarts the processes: under one prefix, the next mesh would
@@ -248,7 +267,11 @@ def hashed_seed(*parts: object) -> int:
 
 
 def finalize() -> None:
-    """Leaves the process groups (a second `initialize` may follow, with other sizes)."""
+    """Leaves the process groups (a second `initialize` may follow, with other sizes).
+
+    Groups that a model still refers to keep their threads: see `parallel.exit`. Not for several ranks after a failure:
+    a group that ends waits for its collectives, and the other ranks may never join those.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -80,6 +80,7 @@ class Watchdog:
         self.timeout_s = timeout_s
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
+        # A daemon only for an interrupt between __enter__ and the block: nobody would stop it then.
         self._thread = threading.Thread(target=self._watch, name="collective-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -90,6 +91,7 @@ class Watchdog:
         self, _type: type | None, error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         self._stop.set()
+        self._thread.join()  # at once: it waits for nothing else, and holds no lock
         if error is not None and (line := describe_failure(error)) is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
 

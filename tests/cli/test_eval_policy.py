@@ -63,9 +63,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "prefix.txt").write_text("the cat sat. ")
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
     mesh = meshes.initialize(ParallelConfig(), seed=1)
     shape = ModelConfig(**SHAPE, init_std=0.5)
@@ -228,12 +234,17 @@ from pathlib import Path
 from fastrlhf.config import Config
 from fastrlhf.commands.eval_policy import winrate
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.exit import clean_exit
 
-if __name__ == "__main__":
+def main():
     config, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for name, parallel in {"data": {}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}.items():
         winrate(Config(**{**config, "parallel": parallel, "output_dir": str(out / name)}))
         meshes.finalize()
+
+if __name__ == "__main__":
+    with clean_exit():
+        main()
 """
 
 
@@ -253,7 +264,7 @@ def test_layouts_give_the_same(models: Path, compared: Path, tmp_path: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

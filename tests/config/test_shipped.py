@@ -134,7 +134,7 @@ def test_the_four_stages_read_what_the_others_write():
 def test_debug_data_are_what_the_debug_configurations_read(tmp_path):
     out = tmp_path / "runs" / "debug" / "data"
     subprocess.run(
-        [sys.executable, ROOT / "configs" / "debug" / "make_data.py", out], check=True, timeout=120
+        [sys.executable, ROOT / "configs" / "debug" / "make_data.py", out], check=True, timeout=1800
     )
     kinds = {"pretrain": "text", "sft": "demonstrations", "rm": "rankings", "ppo": "prompts"}
     for stage, kind in kinds.items():

@@ -18,4 +18,4 @@ def test_every_module_imports_without_the_heavy_packages() -> None:
     assert "fastrlhf.data.loader" in modules
     blocks = "".join(f"sys.modules[{name!r}] = None; " for name in BLOCKED)
     program = f"import sys, importlib; {blocks}[importlib.import_module(m) for m in {modules!r}]"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=1800)

@@ -84,4 +84,7 @@ def main(workspace: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    from fastrlhf.parallel.exit import clean_exit
+
+    with clean_exit():
+        main(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run_faults import make_config
 
 from fastrlhf.algorithms.ppo import PPO
+from fastrlhf.parallel.exit import clean_exit
 from fastrlhf.run import train
 
 if __name__ == "__main__":
@@ -25,4 +26,5 @@ if __name__ == "__main__":
             return learn(self, *arguments)
 
         PPO.learn = learn_until_step_4  # type: ignore[method-assign]
-    train.train("ppo", make_config(Path(sys.argv[1]), "dp2", "dp2.elastic"))
+    with clean_exit():
+        train.train("ppo", make_config(Path(sys.argv[1]), "dp2", "dp2.elastic"))

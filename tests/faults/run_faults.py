@@ -17,13 +17,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ranks import fork
+from ranks import fork, meet
 
+from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import Config, ModelConfig
 from fastrlhf.data.tokenize import load_tokenizer
@@ -52,7 +54,7 @@ def make_config(folder: Path, layout: str, out: str, **train: Any) -> Config:
     return Config.model_validate(
         {
             "model": MODEL,
-            "parallel": {**LAYOUTS[layout], "timeout_s": 60},
+            "parallel": {**LAYOUTS[layout], "timeout_s": 1200},
             "data": {
                 "tokenizer": str(data / "tokenizer"),
                 "prompts": str(data / "prompts.jsonl"),
@@ -102,27 +104,23 @@ def prepare(folder: Path) -> None:
     save_model(folder / "rm", stage, tokenizer="")
 
 
-def start(config: Config, log: Path) -> list[int]:
-    """Forks the ranks of one attempt; their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    return [
-        fork(
-            lambda: train.train("ppo", config),
-            {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            log,
-        )
-        for rank in range(RANKS)
-    ]
+def start(config: Config, log: Path, before: Callable[[], None] = lambda: None) -> list[int]:
+    """Forks the ranks of one attempt, which call `before` and train; their process ids."""
+
+    def work(rank: int) -> None:
+        meet(listening, rank, RANKS)
+        before()
+        train.train("ppo", config)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return [fork(partial(work, rank), {}, log) for rank in range(RANKS)]
 
 
 def wait(ranks: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
 
 
-def until(happened: Callable[[], bool], ranks: list[int], limit: float = 60.0) -> bool:
+def until(happened: Callable[[], bool], ranks: list[int], limit: float = 1200.0) -> bool:
     """Waits for an event; False if the ranks ended first."""
     end = time.monotonic() + limit
     while not happened():
@@ -208,15 +206,24 @@ def latest(out: Path) -> str:
     return pointer.read_text() if pointer.is_file() else ""
 
 
+def terminate_in_step_2() -> None:
+    """Have rank 1 get a SIGTERM in its second step: sent from outside, it could come in any later one."""
+    learn = PPO.learn
+
+    def terminated(self: PPO, *arguments: Any) -> Any:
+        if self.iteration == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(self, *arguments)
+
+    PPO.learn = terminated  # type: ignore[method-assign]
+
+
 def preempted(folder: Path) -> list[dict[str, Any]]:
     """A run that is told to stop (one rank is), then runs out of time, then ends."""
     attempts = []
     config = make_config(folder, "dp2", "dp2.preempted")
-    watch = Watch(Path(config.output_dir))
-    ranks = start(config, folder / "preempted.log")
-    until(lambda: watch.has_recorded(1), ranks)
-    os.kill(ranks[1], signal.SIGTERM)
-    attempts.append({"statuses": wait(ranks), "latest": latest(Path(config.output_dir))})
+    statuses = wait(start(config, folder / "preempted.log", before=terminate_in_step_2))
+    attempts.append({"statuses": statuses, "latest": latest(Path(config.output_dir))})
     for limit in (0.01, None):
         config = make_config(folder, "dp2", "dp2.preempted", max_seconds=limit)
         statuses = wait(start(config, folder / "preempted.log"))

@@ -30,7 +30,7 @@ def launch(command: list[str], seconds: float) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two ranks, undisturbed, killed and preempted."""
     out = tmp_path_factory.mktemp("faults")
-    launch([sys.executable, str(HERE / "run_faults.py"), str(out)], 400)
+    launch([sys.executable, str(HERE / "run_faults.py"), str(out)], 1800)
     return out
 
 
@@ -122,7 +122,7 @@ def test_torchrun_restarts_a_killed_rank(folder: Path) -> None:
         "2",
     ]
     told = launch(
-        [*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 240
+        [*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 1800
     )
     # Step 3's checkpoint was still being written in the background, or just done.
     assert re.search(rf"resuming .*dp2\.elastic after step [23] of {STEPS}", told)

@@ -127,7 +127,7 @@ def hugging_face(mesh: Mesh, source: Path, out: Path) -> float:
 
 
 def run(folder: Path, name: str) -> None:
-    mesh = meshes.initialize(ParallelConfig(**LAYOUTS[name], timeout_s=120), seed=3)  # type: ignore[arg-type]
+    mesh = meshes.initialize(ParallelConfig(**LAYOUTS[name], timeout_s=1200), seed=3)  # type: ignore[arg-type]
     out = folder / name
     results: dict[str, Any] = {
         "logits": {},

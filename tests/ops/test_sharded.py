@@ -42,7 +42,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         for r in range(4)
     ]
     try:
-        codes = [p.wait(timeout=300) for p in ranks]
+        codes = [p.wait(timeout=1800) for p in ranks]
     finally:
         for p in ranks:
             p.kill()

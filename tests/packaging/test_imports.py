@@ -36,7 +36,7 @@ def modules(package: str) -> list[str]:
 def import_without(blocked: set[str], names: list[str]) -> subprocess.CompletedProcess[str]:
     code = BLOCKED_IMPORT.format(blocked=blocked, modules=names)
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
 
 

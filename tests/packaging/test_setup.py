@@ -29,7 +29,7 @@ def test_a_stale_extension_is_removed_from_the_source_tree(tmp_path):
         env={**os.environ, "FASTRLHF_SKIP_EXT": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr

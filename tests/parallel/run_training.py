@@ -277,7 +277,7 @@ def half_precision(mesh: Mesh, dtype: str, initial_loss_scale: float, steps: int
 
 def run(folder: Path, name: str) -> None:
     parallel, distributed = LAYOUTS[name]
-    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
+    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=1200), seed=3)
     out = folder / name
     out.mkdir(exist_ok=True)
     results: dict[str, Any] = {"place": [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]}
@@ -301,7 +301,7 @@ def run(folder: Path, name: str) -> None:
 
 def load(folder: Path, name: str) -> None:
     parallel, distributed = LAYOUTS[name]
-    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
+    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=1200), seed=3)
     loaded = {
         saved: load_and_continue(
             mesh, folder / f"saved.{saved}", distributed, folder / f"{saved}.via.{name}"
@@ -315,7 +315,7 @@ def load(folder: Path, name: str) -> None:
 
 def back(folder: Path, name: str) -> None:
     parallel, distributed = LAYOUTS[name]
-    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=120), seed=3)
+    mesh = meshes.initialize(ParallelConfig(**parallel, timeout_s=1200), seed=3)
     same = there_and_back(mesh, folder, name, distributed)
     if mesh.rank == 0:
         (folder / name / "back.json").write_text(json.dumps(same))

@@ -63,7 +63,7 @@ def test_seeds_decide_the_generators() -> None:
 
 
 def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
-    """parallel.timeout_s is 3: rank 0 gives up on rank 1, which sleeps for ten minutes, and torchrun ends both."""
+    """parallel.timeout_s is 10: rank 0 gives up on rank 1, which sleeps for an hour, and torchrun ends both."""
     command = [
         sys.executable,
         "-m",
@@ -74,8 +74,8 @@ def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
         str(STALL),
     ]
     start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert time.monotonic() - start < 280
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert time.monotonic() - start < 1800
     assert done.returncode != 0
     line = next(
         (line for line in done.stderr.splitlines() if "collective" in line and "rank 0" in line),

@@ -140,7 +140,7 @@ class TestAsynchronous:
         opened, save_file = threading.Event(), folder_writer.save_file
 
         def slow(*arguments: Any, **options: Any) -> None:
-            assert opened.wait(30)
+            assert opened.wait(600)
             save_file(*arguments, **options)
 
         monkeypatch.setattr(folder_writer, "save_file", slow)

@@ -1,0 +1,53 @@
+"""Every way in which a run of two ranks ends, again and again on a busy machine: no rank may die at its exit.
+
+FASTRLHF_EXITS sets the number of runs, for a longer search.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+RUNS = int(os.environ.get("FASTRLHF_EXITS", "50"))
+STATUSES = {
+    "done": [0, 0],
+    # Rank 1 fails or is interrupted; rank 0 waits in a collective, and the closed connection ends it.
+    "user error": [1, 2],
+    "defect": [1, 1],
+    "Ctrl-C twice": [1, 130],
+    # All ranks save and stop.
+    "SIGTERM": [0, 0],
+    "Ctrl-C": [130, 130],
+}
+
+
+def test_every_rank_exits_with_its_own_status(tmp_path: Path) -> None:
+    """-6 is SIGABRT at exit, 99 a thread that the program has not ended."""
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("run_exits.py")),
+        str(tmp_path),
+        str(RUNS),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60 * RUNS, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    exits = json.loads((tmp_path / "exits.json").read_text())
+    assert len(exits) == RUNS and {ending for ending, _ in exits} == STATUSES.keys()
+    wrong = [
+        (number, ending, got)
+        for number, (ending, got) in enumerate(exits)
+        if got != STATUSES[ending]
+    ]
+    logs = [
+        path.read_text()[-1000:]
+        for number, *_ in wrong[:1]
+        for path in tmp_path.glob(f"run{number}.*.log")
+    ]
+    assert not wrong, "\n".join([str(wrong), *logs])
+    assert "terminate called" not in "".join(path.read_text() for path in tmp_path.glob("*.log"))
