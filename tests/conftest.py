@@ -1,8 +1,9 @@
-"""Shared fixtures: a mesh of one rank, launches of several ranks, imports of their scripts."""
+"""Shared fixtures: a mesh of one rank, launches of several ranks, and bounds on rounding."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -13,14 +14,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastrlhf.config import ModelConfig
 
 if TYPE_CHECKING:
     from fastrlhf.parallel.mesh import Mesh
 
 # A busy machine makes single examples slow; the duration of one says nothing about the code.
-settings.register_profile("fastrlhf", deadline=None)
-settings.load_profile("fastrlhf")
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,9 @@ def four_ranks() -> Callable[..., None]:
 
 def _run(launcher: list[str], script: Path, *arguments: object) -> None:
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Scripts import the tests' shared modules, as tests do by `pythonpath` in pyproject.toml.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
@@ -75,3 +81,37 @@ def imported() -> Callable[[Path], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def rounding() -> Callable[..., float]:
+    """Return `rounding(model, length, *sums, backward=False)`, a relative bound for fp32."""
+    return _rounding
+
+
+def _rounding(model: ModelConfig, length: int, *sums: int, backward: bool = False) -> float:
+    """Bound the relative difference of two fp32 evaluations of a transformer.
+
+    The instruction set, the BLAS library, the batch and the parallel layout choose the order in
+    which a sum of n products is taken. Each of its n roundings errs by at most u = eps / 2 of a
+    partial sum, which is a standard deviation of at most u / sqrt(3). Independent errors add in
+    squares, so n of them deviate by u sqrt(n / 3) relative to the partial sums (Higham and Mary,
+    SIAM J. Sci. Comput. 41(5), 2019: by sqrt(n), not n). The partial sums are no larger than the
+    result if the terms are positive, and typically if both signs occur (Higham and Mary, SIAM J.
+    Sci. Comput. 42(5), 2020). A result that cancels to far less than its terms has no such bound:
+    compare it on their scale.
+
+    N roundings lie on the path to one result. In each layer: two norms, the query/key/value and the
+    first feed-forward product (hidden_size each), the attention's scores (head_dim), softmax and
+    weighted sum (`length`, the longest sequence) and output product (num_heads * head_dim), the
+    second feed-forward product (ffn_size). After the layers: a norm and the head (hidden_size
+    each), and the `sums` that the caller takes over the model's outputs. The `backward` pass goes
+    through every product twice more: 3 N in all.
+
+    Two evaluations differ by sqrt(2) standard deviations of one. Six are allowed, as thousands of
+    numbers are compared: 6 sqrt(2) u sqrt(N / 3) = eps sqrt(6 N).
+    """
+    projected = model.num_heads * model.head_dim
+    layer = 4 * model.hidden_size + projected + model.head_dim + 2 * length + model.ffn_size
+    steps = model.num_layers * layer + 2 * model.hidden_size + sum(sums)
+    return torch.finfo(torch.float32).eps * math.sqrt(6 * steps * (3 if backward else 1))

@@ -1,15 +1,18 @@
-"""Every parallel layout and every micro-batch size gives the losses and gradients of one process."""
+"""Losses and gradients are the same under every parallel layout and micro-batch size."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import run_layouts
+from algorithms_support import run_layouts
+
+from fastrlhf.config import load_config
 
 LAYOUTS = ("2x2", "4x1", "1x4", "2x1-sequence-dp2")
-# What an update is made of: the loss, the norm of the whole gradient, and for PPO what it is computed from.
+# The loss, the norm of the gradient, and for PPO what they are computed from.
 COMPARED = {
     "sft": ("loss", "grad_norm"),
     "rm": ("loss", "grad_norm", "accuracy", "margin"),
@@ -44,12 +47,16 @@ def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["packed", "dp4-packed", "1x2-dp2-packed"])
-def test_packing_under_a_token_budget_changes_no_loss(workspace: Path, name: str) -> None:
-    """Fifteen samples over two or four ranks: some rank has more of them, and more micro-batches, than another."""
+def test_packing_under_a_token_budget_changes_no_loss(
+    workspace: Path, name: str, rounding: Callable[..., float]
+) -> None:
+    """With fifteen samples, ranks have different numbers of samples and of micro-batches."""
+    model = load_config(run_layouts.CONFIGS / "sft.yaml", []).model
     plain, packed = metrics(workspace / "unpacked" / "sft"), metrics(workspace / name / "sft")
     assert len(plain) == len(packed) == 3
     for expected, got in zip(plain, packed, strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        bound = rounding(model, model.max_positions, int(expected["tokens"]))
+        assert got["loss"] == pytest.approx(expected["loss"], rel=bound)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert got["tokens"] == expected["tokens"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from fastrlhf.config import ParallelConfig
+from fastrlhf.config import ModelConfig, ParallelConfig
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.hf import load_hf, model_config_from_hf
 from fastrlhf.parallel import mesh as meshes
@@ -70,6 +70,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16},
 }
+
+
+@pytest.fixture(scope="session")
+def largest_logit() -> float:
+    """No logit or score of `hf_model`'s models is larger (test_hf_parity.py checks): the scale of their rounding."""
+    return 6.0
+
+
+@pytest.fixture(scope="session")
+def logit_bound(
+    rounding: Callable[..., float], largest_logit: float
+) -> Callable[[ModelConfig], float]:
+    """`logit_bound(model)`: how far two fp32 evaluations of such logits may differ, for the 33 tokens of a sequence."""
+    return lambda model: largest_logit * rounding(model, 33)
 
 
 @pytest.fixture(scope="module")

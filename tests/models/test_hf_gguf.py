@@ -72,15 +72,20 @@ def write_gguf(path: Path, model: Any, *, extra: str | None = None) -> Path:
 
 @pytest.mark.parametrize("variant", ["llama", "smollm"])
 def test_llama_in_gguf(
-    variant: str, hf_model: Callable[..., Any], hf_folder: Any, mesh: Mesh, tmp_path: Path
+    variant: str,
+    hf_model: Callable[..., Any],
+    hf_folder: Any,
+    mesh: Mesh,
+    tmp_path: Path,
+    logit_bound: Any,
 ) -> None:
     path = write_gguf(tmp_path / "model.gguf", hf_model(variant))
     model = model_config_from_hf(path)
     assert model.tie_embeddings == (variant == "smollm")
     stage = build_model(model, mesh, 101)
     load_hf(path, stage)
-    assert verify_logits(stage, path, mesh) < 1e-5
-    assert verify_logits(stage, hf_folder(variant), mesh) < 1e-5
+    assert verify_logits(stage, path, mesh) < logit_bound(model)
+    assert verify_logits(stage, hf_folder(variant), mesh) < logit_bound(model)
 
 
 @pytest.mark.parametrize(

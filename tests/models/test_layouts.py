@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from fastrlhf.config import ModelConfig
+from fastrlhf.models.hf import model_config_from_hf
 from fastrlhf.parallel.mesh import Mesh
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
@@ -65,19 +66,21 @@ def results(layout: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "reward"])
-def test_hugging_face_folders_load_verify_and_come_back_bitwise(variant: str, layout: Path) -> None:
-    assert_back_bitwise(layout, layout.parent / "hf" / variant)
+def test_hugging_face_folders_load_verify_and_come_back_bitwise(
+    variant: str, layout: Path, logit_bound: Callable[..., float]
+) -> None:
+    assert_back_bitwise(layout, layout.parent / "hf" / variant, logit_bound)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS_BOTH, "llama-reward"])
 def test_every_family_comes_back_bitwise_from_tensor_and_pipeline_parallel(
-    variant: str, ran: Path
+    variant: str, ran: Path, logit_bound: Callable[..., float]
 ) -> None:
-    assert_back_bitwise(ran / "both", ran / "hf-both" / variant)
+    assert_back_bitwise(ran / "both", ran / "hf-both" / variant, logit_bound)
 
 
-def assert_back_bitwise(layout: Path, source: Path) -> None:
-    assert results(layout)["logits"][source.name] < 1e-5
+def assert_back_bitwise(layout: Path, source: Path, logit_bound: Callable[..., float]) -> None:
+    assert results(layout)["logits"][source.name] < logit_bound(model_config_from_hf(source))
     before = load_file(source / "model.safetensors")
     files = list((layout / "hf" / source.name).glob("*.safetensors"))
     after = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -88,15 +91,24 @@ def assert_back_bitwise(layout: Path, source: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 def test_scalar_head_equals_one_rank(
-    family: str, layout: Path, script: ModuleType, mesh: Mesh
+    family: str, layout: Path, script: ModuleType, mesh: Mesh, rounding: Callable[..., float]
 ) -> None:
-    fields = script.GPT2 if family == "gpt" else script.LLAMA
-    loss, gradients = script.scalar_head_gradients(mesh, ModelConfig(**fields, dtype="fp32"))
-    assert results(layout)[f"scalar.{family}"] == pytest.approx(loss, rel=1e-6)
+    model = ModelConfig(**(script.GPT2 if family == "gpt" else script.LLAMA), dtype="fp32")
+    loss, gradients = script.scalar_head_gradients(mesh, model)
+    batches = script.micro_batches()
+    longest, tokens = (
+        max(batch.max_seqlen for batch in batches),
+        sum(batch.tokens.numel() for batch in batches),
+    )
+    # The loss is a sum of squares, whose relative error is twice that of the scores.
+    assert results(layout)[f"scalar.{family}"] == pytest.approx(
+        loss, rel=2 * rounding(model, longest, tokens)
+    )
+    bound = rounding(model, longest, tokens, backward=True)
     theirs = load_file(layout / f"scalar.{family}.safetensors")
     assert theirs.keys() == gradients.keys() and "score.bias" in theirs
     for name, gradient in gradients.items():
-        assert (theirs[name] - gradient).abs().max() <= 1e-7 + 1e-5 * gradient.abs().max(), name
+        assert (theirs[name] - gradient).abs().max() <= bound * gradient.abs().max(), name
         assert gradient.abs().max() > 0, name
 
 
@@ -112,9 +124,12 @@ def test_initial_weights_are_those_of_one_rank(
         assert torch.equal(weights[name], weight), name
 
 
-def test_four_ranks_convert_there_and_back(ran: Path) -> None:
-    assert max(json.loads((ran / "converted.json").read_text())) < 2e-5
-    before = load_file(ran / "hf" / "qwen2-tied" / "model.safetensors")
+def test_four_ranks_convert_there_and_back(ran: Path, logit_bound: Callable[..., float]) -> None:
+    source = ran / "hf" / "qwen2-tied"
+    assert max(json.loads((ran / "converted.json").read_text())) < logit_bound(
+        model_config_from_hf(source)
+    )
+    before = load_file(source / "model.safetensors")
     after = load_file(ran / "converted" / "model.safetensors")
     assert before.keys() == after.keys() and all(
         torch.equal(before[name], after[name]) for name in before

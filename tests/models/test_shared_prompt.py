@@ -89,10 +89,12 @@ def assert_same(
     assert scores.std() > 0.1
     torch.testing.assert_close(same_scores, scores, atol=tolerance, rtol=tolerance)
     assert gradients.keys() == same_gradients.keys()
+    # A pairwise loss does not change when all scores move: the biases at the end have gradients of 0, sums of up to 16
+    # terms of size 1 that cancel but for 6 standard deviations of their rounding, eps sqrt(6 * 16) = 1.2e-6.
     for name, gradient in gradients.items():
         assert (
             same_gradients[name] - gradient
-        ).abs().max() <= 1e-7 + tolerance * gradient.abs().max(), name
+        ).abs().max() <= 1.2e-6 + tolerance * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -109,8 +111,8 @@ def test_scores_and_gradients_are_those_of_separate_forwards(
         ranking_tokens(group, shared_prompt=False) for group in groups
     )
     assert (
-        shared.separate_tokens()
-        == separate.separate_tokens()
+        shared.unshared_tokens()
+        == separate.unshared_tokens()
         == separate.tokens.numel()
         > shared.tokens.numel()
     )
