@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import end_to_end, machine, plain, results, sides
-from bench.end_to_end import StepRow
 from bench.machine import Limits
 from bench.sides import Side, guarded
+from bench.step_rows import StepRow
 from bench.trainers import RandomParts, Steps, Trainers, draw_weights, make_task
 from fastrlhf.algorithms.rollouts import gather
 from fastrlhf.config import ParallelConfig
