@@ -1,8 +1,8 @@
-"""`fastrlhf sample`: K distinct responses to each prompt, written as JSONL for labelers to rank.
+"""The command `fastrlhf sample`: K distinct responses per prompt as JSONL, for labelers to rank.
 
-    torchrun --nproc-per-node 4 -m fastrlhf sample CONFIG data.prompts=prompts.jsonl model.load=runs/sft
+    torchrun --nproc-per-node 4 -m fastrlhf sample CONFIG model.load=runs/sft
 
-Out of scope: ranking (the labelers' part) and scoring (evaluation).
+Out of scope: ranking (done by labelers) and scoring (see evaluation).
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 
 def run(config: Config) -> None:
-    """The command: samples the policy of `model.load` (or `model.hf`) and writes `output_dir`/samples.jsonl. A file
-    that is there, be it a PPO run's or what labelers are ranking, is set aside.
+    """Sample from the policy of `model.load` or `model.hf` and write `output_dir`/samples.jsonl.
+
+    An existing samples.jsonl (a PPO run's, or one that labelers are ranking) is renamed first.
     """
     out = Path(config.output_dir) / "samples.jsonl"
     make_folder(out.parent)
@@ -51,11 +52,11 @@ def run(config: Config) -> None:
     params = SamplingParams.from_config(config.generation, config.train.seed)
     saved = find_policy(config.model.load or config.model.hf, "sample")
     check_vocabulary(saved, tokenizer, config.data.tokenizer)
-    stage = load_saved(saved, mesh, "lm", config.model.dtype)
+    model = load_saved(saved, mesh, "lm", config.model.dtype)
     slots = config.generation.slots
     prefix = read_prefix(config.data.prompt_prefix)
     counts = sample(
-        stage,
+        model,
         tokenizer,
         prompts,
         config.sample.k,
@@ -67,30 +68,31 @@ def run(config: Config) -> None:
     )
     if mesh.rank == 0:
         print(
-            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got fewer than asked "
-            f"for, {counts.unusable} were left out with fewer than two, {too_long} were too long)"
+            f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got "
+            f"fewer than sample.k, {counts.unusable} with fewer than two were dropped, {too_long} "
+            "were too long)"
         )
     dist.barrier()
 
 
 ROUNDS = 4
-"""Times that a prompt is drawn from: responses that repeat another or say nothing are drawn anew."""
+"""Sampling rounds per prompt: blank responses and duplicates are sampled again."""
 
 
 @dataclass
 class SampleCounts:
-    """What was written; `short` counts prompts with fewer responses than asked for, `unusable` those with less than
-    two, which are left out: there is nothing to rank.
-    """
+    """Numbers of prompts and responses in a samples file."""
 
     prompts: int = 0
     responses: int = 0
     short: int = 0
+    """Prompts with fewer responses than requested."""
     unusable: int = 0
+    """Prompts with fewer than two responses; they are not written, as there is nothing to rank."""
 
 
 def sample(
-    stage: GPT,
+    model: GPT,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
     k: int | tuple[int, int],
@@ -101,18 +103,24 @@ def sample(
     slots: int = 64,
     prefix: str = "",
 ) -> SampleCounts:
-    """Writes `out`, a line {"prompt", "responses": [K], "user_id"?} a prompt, in the order of `prompts`.
+    """Write one line {"prompt", "responses": [K], "user_id"?} per prompt to `out`, in order.
 
-    K is `k`, or drawn for each prompt from least .. most if `k` is a pair. Responses are without the stop token or
-    string. The data-parallel ranks share the prompts; the file depends on neither their number nor on `slots`. `prefix`
-    stands before each prompt, and not in the file.
+    K is `k`, or sampled per prompt from least .. most if `k` is a pair. Responses do not include
+    the stop token or string. The data-parallel ranks share the prompts; the file depends neither
+    on their number nor on `slots`. The model sees `prefix` before each prompt; the file does not
+    include it.
+
+    Raises UserError if the temperature is 0 and more than one response is requested; ValueError if
+    `k` is below 1 or the pair is not ascending.
     """
     least, most = (k, k) if isinstance(k, int) else k
     if not 1 <= least <= most:
-        raise ValueError(f"k is {k}; expected a number of responses or (least, most), from 1 up")
+        raise ValueError(
+            f"k is {k}; expected a number >= 1 or a pair (least, most) with 1 <= least"
+        )
     if most > 1 and params.temperature == 0:
         raise UserError(
-            "sample needs generation.temperature above 0: greedy responses to a prompt are all the same"
+            "sample needs generation.temperature above 0: greedy responses are identical"
         )
     encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in prompts], prefix)
     mine = range(mesh.data_rank, len(prompts), mesh.data_size)
@@ -120,19 +128,19 @@ def sample(
     found: dict[int, list[str]] = {i: [] for i in mine}
     for attempt in range(ROUNDS):
         missing = {i: wanted[i] - len(found[i]) for i in mine}
-        # One id for each prompt, round and copy, whichever rank draws it.
-        draws = [(i, (i * ROUNDS + attempt) * most + j) for i in mine for j in range(missing[i])]
+        # One id per prompt, round and copy, independent of the rank that samples it.
+        requests = [(i, (i * ROUNDS + attempt) * most + j) for i in mine for j in range(missing[i])]
         responses = generate_all(
-            stage,
-            [encoded[i] for i, _ in draws],
+            model,
+            [encoded[i] for i, _ in requests],
             params,
             mesh=mesh,
             eos=tokenizer.eos_token_id,
             slots=slots,
             tokenizer=tokenizer,
-            ids=[identity for _, identity in draws],
+            ids=[identity for _, identity in requests],
         )
-        for (i, _), response in zip(draws, responses, strict=True):
+        for (i, _), response in zip(requests, responses, strict=True):
             text = response_text(tokenizer, response, params.stop)
             if text.strip() and text not in found[i]:
                 found[i].append(text)
@@ -175,5 +183,5 @@ def _write(
         partial.write_text("".join(lines), encoding="utf-8")
         if out.exists():
             set_aside(out)
-        partial.replace(out)  # a reader never sees half a file
+        partial.replace(out)  # atomic: readers never see a partial file
     return counts

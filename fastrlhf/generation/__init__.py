@@ -1,6 +1,4 @@
-"""In-process rollouts on the training weights: continuous batching over a KV cache, sampling from a sharded
-vocabulary.
-"""
+"""In-process rollouts on the training weights: continuous batching, KV cache, sharded sampling."""
 
 from fastrlhf.generation.engine import Generated, generate, generate_all
 from fastrlhf.generation.sampling import SamplingParams

@@ -1,9 +1,10 @@
 """Continuous batching over the training weights: no copy of the model, no second engine, no server.
 
-`slots` sequences decode at once; one that finishes leaves its slot at once, and waiting prompts are prefilled, packed,
-into the free slots. With pipeline stages the slots are split into as many groups, whose steps overlap. All ranks of a
-model-parallel group (tensor x pipeline) return the same responses; data-parallel ranks take their own prompts and never
-wait for each other. Left out on purpose: prefix sharing, paged caches, preemption.
+`slots` sequences decode at once. A sequence that finishes frees its slot immediately, and queued
+prompts are packed and prefilled into the free slots. With pipeline stages the slots are split into
+one group per stage, so that the steps of the groups overlap. All ranks of a model-parallel group
+(tensor x pipeline) return the same responses. Data-parallel ranks process their own prompts and
+never wait for each other. Not supported: prefix sharing, paged caches, preemption.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
 
 from fastrlhf.errors import UserError
 from fastrlhf.generation import graphs
-from fastrlhf.generation.forward import Forward
+from fastrlhf.generation.forward import EagerStage
 from fastrlhf.generation.graphs import DecodeGraphs
 from fastrlhf.generation.memory import affordable_slots
 from fastrlhf.generation.sampling import Sampler, SamplingParams
-from fastrlhf.generation.slots import Draw, Running, SlotGroup
+from fastrlhf.generation.slots import DecodeBatch, Request, SlotGroup
 from fastrlhf.generation.stopping import StopStrings
 from fastrlhf.models.eager_forward import no_torch_function
 from fastrlhf.models.gpt import GPT
@@ -33,10 +34,11 @@ from fastrlhf.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+    from typing_extensions import Unpack
 
 Tensor = torch.Tensor
 NO_EOS = -1
-"""In place of a stop token: no token."""
+"""Stop-token id that matches no token."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,37 @@ class Generated:
     """The response to one prompt."""
 
     index: int
-    """Place of the prompt in the list."""
+    """Index of the prompt in the list of prompts."""
     tokens: list[int]
-    """Response ids, with the stop token (or the token that completes a stop string) when there is one."""
+    """Response ids, including the stop token or the token that completes a stop string, if any."""
     logprobs: list[float]
-    """log softmax(logits / temperature) of each token over the whole vocabulary (temperature 1 when greedy), fp32."""
+    """Per token, fp32: log softmax(logits / T) over the full vocabulary (T = 1 when greedy)."""
     stopped: bool
-    """True: ended by the stop token or a stop string; False: cut at the length limit."""
+    """True if a stop token or stop string ended the response; False if the length limit did."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of `generate`."""
+
+    mesh: Mesh | None
+    eos: int | None
+    slots: int
+    max_length: int | None
+    tokenizer: PreTrainedTokenizerFast | None
+    ids: Sequence[int] | None
+
+
+class _Sampled(NamedTuple):
+    """The next tokens of the rows first, first + 1, ... of a slot group."""
+
+    group: SlotGroup
+    first: int
+    rows: list[list[float]]
+    """[token, log-probability] of each row."""
 
 
 def generate(
-    stage: GPT,
+    model: GPT,
     prompts: Sequence[list[int]],
     params: SamplingParams,
     *,
@@ -65,16 +87,18 @@ def generate(
     tokenizer: PreTrainedTokenizerFast | None = None,
     ids: Sequence[int] | None = None,
 ) -> Iterator[Generated]:
-    """Responses to this data-parallel rank's `prompts`, each yielded as soon as it is finished.
+    """Yield the responses to this data-parallel rank's `prompts`, each as soon as it is finished.
 
-    A response depends on the weights, its prompt, `params` and its id alone: `ids[i]` is the number of prompt i over
-    all ranks and calls that should differ (default: i). Prompt and response together stay within `max_length` (default
-    and upper bound: the model's positions). `eos` defaults to the tokenizer's; with neither, only stop strings and
-    limits end a response. `tokenizer` is needed for `params.stop`, `mesh` defaults to the model's. Dropout is off until
-    the iterator is exhausted or closed; then the stage's training flag is put back and the cache is freed.
+    A response depends on the weights, its prompt, `params` and its id alone. `ids[i]` identifies
+    prompt i across all ranks and calls that should draw different responses (default: i). Prompt
+    and response together stay within `max_length` (default and upper bound: the model's
+    positions). `eos` defaults to the tokenizer's; without either, only stop strings and limits end
+    a response. `tokenizer` is required if `params.stop` is set. `mesh` defaults to the model's.
+    Dropout is off until the iterator is exhausted or closed; then the model's training flag is
+    restored and the cache is freed.
 
-    Raises `UserError` for a prompt that is empty or leaves no room for a response, and where `params.cache_mb` holds
-    no sequence; `ValueError` for arguments that do not fit.
+    Raises UserError if a prompt is empty or leaves no room for a response, or if `params.cache_mb`
+    is too small for one sequence; ValueError if an argument is out of range.
     """
     if eos is None:
         eos = (
@@ -84,173 +108,187 @@ def generate(
         )
     if slots < 1:
         raise ValueError(f"slots is {slots}; expected 1 or above")
-    if eos != NO_EOS and not 0 <= eos < stage.vocab_size:
+    if eos != NO_EOS and not 0 <= eos < model.vocab_size:
         raise ValueError(
-            f"eos is {eos}; expected a token of the vocabulary, 0 .. {stage.vocab_size - 1}"
+            f"eos is {eos}; expected a token of the vocabulary, 0 .. {model.vocab_size - 1}"
         )
     if ids is not None and len(ids) != len(prompts):
         raise ValueError(f"ids has {len(ids)} entries for {len(prompts)} prompts")
     if params.stop and tokenizer is None:
         raise ValueError("params.stop holds strings, which need the tokenizer argument")
-    waiting = _waiting(stage, prompts, params, max_length, ids)
+    queue = _build_queue(model, prompts, params, max_length, ids)
     return (
-        _Engine(stage, params, mesh or stage.mesh, eos, tokenizer).run(waiting, slots)
-        if waiting
+        _Engine(model, params, mesh or model.mesh, eos, tokenizer).run(queue, slots)
+        if queue
         else iter(())
     )
 
 
 def generate_all(
-    stage: GPT, prompts: Sequence[list[int]], params: SamplingParams, **options: object
+    model: GPT,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    **options: Unpack[GenerateOptions],
 ) -> list[Generated]:
-    """`generate` to the end: the responses in the order of the prompts."""
-    return sorted(generate(stage, prompts, params, **options), key=lambda response: response.index)  # type: ignore[arg-type]
+    """Run `generate` to the end and return the responses in the order of the prompts."""
+    return sorted(generate(model, prompts, params, **options), key=lambda response: response.index)
 
 
-def _waiting(
-    stage: GPT,
+def _build_queue(
+    model: GPT,
     prompts: Sequence[list[int]],
     params: SamplingParams,
     max_length: int | None,
     ids: Sequence[int] | None,
-) -> deque[Running]:
-    """The queue, longest prompts first: neighbours of like length waste no padding, and the longest run is not the
-    last.
+) -> deque[Request]:
+    """Check the prompts and queue them, longest first.
+
+    Neighbours of similar length waste no padding, and the longest sequences do not start last.
     """
-    positions = stage.model_config.max_positions
+    positions = model.model_config.max_positions
     room, name = positions, "model.max_positions"
     if max_length is not None and max_length < positions:
         room, name = max_length, "max_length"
-    sequences = []
+    requests = []
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty; every prompt needs at least one token")
         if len(prompt) >= room:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, and {name} {room} leaves no room for a response; "
-                "drop or shorten it (data.max_prompt_tokens)"
+                f"prompt {i} has {len(prompt)} tokens, and {name} {room} leaves no room for a "
+                "response; drop or shorten it (data.max_prompt_tokens)"
             )
         limit = min(params.max_new_tokens, room - len(prompt))
-        sequences.append(Running(i, i if ids is None else ids[i], list(prompt), limit))
-    return deque(sorted(sequences, key=lambda sequence: -len(sequence.prompt)))
+        requests.append(Request(i, i if ids is None else ids[i], list(prompt), limit))
+    return deque(sorted(requests, key=lambda request: -len(request.prompt)))
 
 
 class _Engine:
+    """The decode loop of one call of `generate`."""
+
     def __init__(
         self,
-        stage: GPT,
+        model: GPT,
         params: SamplingParams,
         mesh: Mesh,
         eos: int,
         tokenizer: PreTrainedTokenizerFast | None,
     ) -> None:
-        self.stage = stage
-        self.forward = Forward(stage)
+        self.model = model
+        self.forward = EagerStage(model)
         self.params = params
         self.mesh = mesh
         self.eos = eos
         self.stop = (
             StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
         )
-        self.sampler = Sampler(params, eos=eos, **stage.lm_head()) if mesh.is_last_stage else None
+        self.sampler = Sampler(params, eos=eos, **model.lm_head()) if mesh.is_last_stage else None
         self.graphs: DecodeGraphs | None = None
 
-    def run(self, waiting: deque[Running], slots: int) -> Iterator[Generated]:
-        length = max(len(sequence.prompt) + sequence.limit for sequence in waiting)
-        slots = affordable_slots(self.stage, min(slots, len(waiting)), length, self.params.cache_mb)
+    def run(self, queue: deque[Request], slots: int) -> Iterator[Generated]:
+        """Yield the responses to the queued requests, at most `slots` of them decoding at once."""
+        length = max(len(request.prompt) + request.limit for request in queue)
+        slots = affordable_slots(self.model, min(slots, len(queue)), length, self.params.cache_mb)
         stages = self.mesh.pipeline_size
-        # ceil(slots / stages) rows a group, and no group without rows.
+        # ceil(slots / stages) rows per group, and no group without rows.
         sizes = [len(range(i, slots, stages)) for i in range(min(stages, slots))]
         groups = [SlotGroup(size, length, self.mesh.device) for size in sizes]
-        if self.params.cuda_graphs and graphs.possible(self.mesh):
+        if self.params.cuda_graphs and graphs.can_capture(self.mesh):
             self.graphs = DecodeGraphs(groups[0], partial(self._static_step, groups[0]))
-        was_training = self.stage.training
-        self.stage.eval()
+        was_training = self.model.training
+        self.model.eval()
         try:
-            while waiting or any(group.running for group in groups):
-                draws = self._refill(groups, waiting, slots)
-                if draws or self.graphs is None:
-                    draws = draws or [group.decode() for group in groups if group.running]
-                    drawn = [
-                        (draw.group, draw.first, rows)
-                        for draw, rows in zip(draws, self._run(draws), strict=True)
+            while queue or any(group.running for group in groups):
+                batches = self._refill(groups, queue, slots)
+                if batches or self.graphs is None:
+                    batches = batches or [group.decode() for group in groups if group.running]
+                    sampled = [
+                        _Sampled(batch.group, batch.first, rows)
+                        for batch, rows in zip(batches, self._run(batches), strict=True)
                     ]
                 else:
-                    drawn = [(groups[0], 0, self._replay(groups[0], self.graphs))]
-                yield from self._finish(drawn)
+                    sampled = [_Sampled(groups[0], 0, self._replay(groups[0], self.graphs))]
+                yield from self._finish(sampled)
         finally:
             self.graphs = None
-            self.stage.train(was_training)
+            self.model.train(was_training)
 
-    def _refill(self, groups: list[SlotGroup], waiting: deque[Running], slots: int) -> list[Draw]:
-        """Prefills into free slots, once an eighth of them is free: nothing decodes during a prefill. (On a CPU, all
-        thresholds from a single slot to a quarter of them are within 5 %.)
+    def _refill(
+        self, groups: list[SlotGroup], queue: deque[Request], slots: int
+    ) -> list[DecodeBatch]:
+        """Prefill queued prompts into the free slots, once an eighth of the slots is free.
+
+        Nothing decodes during a prefill, so prefills are batched. On a CPU, all thresholds from a
+        single slot to a quarter of the slots are within 5 %.
         """
         free = sum(group.free for group in groups)
-        if not waiting or free < max(1, slots // 8):
+        if not queue or free < max(1, slots // 8):
             return []
-        admitted: list[list[Running]] = [[] for _ in groups]
-        for _ in range(min(free, len(waiting))):
+        admitted: list[list[Request]] = [[] for _ in groups]
+        for _ in range(min(free, len(queue))):
             emptiest = max(range(len(groups)), key=lambda g: groups[g].free - len(admitted[g]))
-            admitted[emptiest].append(waiting.popleft())
+            admitted[emptiest].append(queue.popleft())
         return [
-            draw
-            for group, sequences in zip(groups, admitted, strict=True)
-            for draw in group.admit(sequences)
+            batch
+            for group, requests in zip(groups, admitted, strict=True)
+            for batch in group.admit(requests)
         ]
 
-    def _finish(self, drawn: list[tuple[SlotGroup, int, list[list[float]]]]) -> Iterator[Generated]:
-        """Appends to each row of the groups what was drawn for it, from the given first row on; yields and retires the
-        sequences that end.
-        """
+    def _finish(self, sampled: list[_Sampled]) -> Iterator[Generated]:
+        """Append the sampled tokens to their requests; yield and evict the requests that end."""
         finished: list[tuple[SlotGroup, int]] = []
-        for group, first, pairs in drawn:
+        for group, first, pairs in sampled:
             for row, (token, logprob) in enumerate(pairs, first):
-                sequence = group.running[row]
-                sequence.tokens.append(int(token))
-                sequence.logprobs.append(logprob)
+                request = group.running[row]
+                request.tokens.append(int(token))
+                request.logprobs.append(logprob)
                 stopped = token == self.eos or (
-                    self.stop is not None and self.stop.completed_by(sequence.tokens)
+                    self.stop is not None and self.stop.completed_by(request.tokens)
                 )
-                if stopped or len(sequence.tokens) == sequence.limit:
+                if stopped or len(request.tokens) == request.limit:
                     finished.append((group, row))
-                    yield Generated(sequence.index, sequence.tokens, sequence.logprobs, stopped)
-        for group, row in reversed(
-            finished
-        ):  # from the last row: the row that moves is never one that ends
-            group.retire(row)
+                    yield Generated(request.index, request.tokens, request.logprobs, stopped)
+        # Start at the last row: the row that moves into the free place is then never one that ends.
+        for group, row in reversed(finished):
+            group.evict(row)
 
     @torch.no_grad()
-    def _run(self, draws: list[Draw]) -> list[list[list[float]]]:
-        """[token, log-probability] of each micro-batch's rows, on every rank; the groups' states move one token on."""
+    def _run(self, batches: list[DecodeBatch]) -> list[list[list[float]]]:
+        """Return [token, log-probability] of each batch's rows, on every rank.
+
+        The state of each batch's slot group advances by one token.
+        """
         if self.mesh.pipeline_size == 1:
-            drawn = [self._head(self.forward(draw), draw) for draw in draws]
+            sampled = [self._sample(self.forward(batch), batch) for batch in batches]
         else:
-            drawn = schedule.forward(self.mesh, self.forward, draws, self._head)
-        counts = [draw.count for draw in draws]
-        drawn_N2 = self._share(drawn, sum(counts))
-        for draw, tokens in zip(draws, drawn_N2[:, 0].long().split(counts), strict=True):
-            draw.group.advance(draw.rows, tokens)
-        rows = iter(drawn_N2.tolist())  # the one wait for the device
+            sampled = schedule.forward(self.mesh, self.forward, batches, self._sample)
+        counts = [batch.count for batch in batches]
+        sampled_N2 = self._broadcast(sampled, sum(counts))
+        for batch, tokens in zip(batches, sampled_N2[:, 0].long().split(counts), strict=True):
+            batch.group.advance(batch.rows, tokens)
+        rows = iter(sampled_N2.tolist())  # the only device synchronization of a step
         return [list(itertools.islice(rows, count)) for count in counts]
 
     @torch.no_grad()
     def _replay(self, group: SlotGroup, captured: DecodeGraphs) -> list[list[float]]:
-        """`_run` of the one group's decode step, from its graph."""
+        """Return what `_run` returns for a decode step of the only group, from its graph."""
         return captured(len(group.running), group.longest).tolist()
 
     def _static_step(self, group: SlotGroup, rows: int, length: int) -> Tensor:
-        """A decode step that reads and writes nothing but the group's tensors: what a graph may hold."""
-        draw = group.decode_rows(rows, length)
-        drawn_N2 = self._head(self.forward(draw), draw)
-        group.advance(draw.rows, drawn_N2[:, 0].long())
-        return drawn_N2
+        """Run a decode step that can be captured: it uses only the group's tensors."""
+        batch = group.decode_rows(rows, length)
+        sampled_N2 = self._sample(self.forward(batch), batch)
+        group.advance(batch.rows, sampled_N2[:, 0].long())
+        return sampled_N2
 
-    def _head(self, hidden: Tensor, draw: Draw) -> Tensor:
-        """On the last stage: hidden states [T, H] -> float64 [N, 2], each row's next token and its log-probability."""
+    def _sample(self, hidden: Tensor, batch: DecodeBatch) -> Tensor:
+        """Sample on the last stage: hidden states [T, H] -> float64 [N, 2].
+
+        Each row is [next token, its log-probability].
+        """
         assert self.sampler is not None
-        group, rows = draw.group, draw.rows
-        newest = hidden if draw.last is None else hidden[draw.last]
+        group, rows = batch.group, batch.rows
+        newest = hidden if batch.last is None else hidden[batch.last]
         positions = group.positions[rows] + 1
         eos_from = (
             group.prompt_lengths[rows] + self.params.min_new_tokens
@@ -261,13 +299,13 @@ class _Engine:
             tokens, logprobs = self.sampler(newest, group.ids[rows], positions, eos_from)
         return torch.stack([tokens.double(), logprobs.double()], dim=1)
 
-    def _share(self, drawn: list[Tensor], rows: int) -> Tensor:
-        """The last stage's draws, float64 [rows, 2], on every stage: one broadcast."""
+    def _broadcast(self, sampled: list[Tensor], rows: int) -> Tensor:
+        """Broadcast the last stage's samples, float64 [rows, 2], to every stage."""
         if self.mesh.pipeline_size == 1:
-            return torch.cat(drawn)
+            return torch.cat(sampled)
         out = torch.empty(rows, 2, dtype=torch.float64, device=self.mesh.device)
         if self.mesh.is_last_stage:
-            torch.cat(drawn, out=out)
+            torch.cat(sampled, out=out)
         group = self.mesh.pipeline_group
         dist.broadcast(
             out, src=dist.get_global_rank(group, self.mesh.pipeline_size - 1), group=group

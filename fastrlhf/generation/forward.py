@@ -1,17 +1,18 @@
-"""A pipeline stage as generation runs it: the forward pass written out, in the form that megatron's schedules call."""
+"""A pipeline stage with the eager forward pass, in the interface that megatron's schedules call."""
 
 from __future__ import annotations
 
 import torch
 
 from fastrlhf.models.eager_forward import forward
-from fastrlhf.models.gpt import GPT, CachedInput
+from fastrlhf.models.gpt import GPT
+from fastrlhf.models.inputs import CachedInput
 
 Tensor = torch.Tensor
 
 
-class Forward:
-    """`forward(batch)` maps a `CachedInput` of T tokens to hidden states, as `models.direct.forward` does."""
+class EagerStage:
+    """Callable from a `CachedInput` of T tokens to hidden states, by `eager_forward.forward`."""
 
     def __init__(self, stage: GPT) -> None:
         self.stage = stage
@@ -20,7 +21,7 @@ class Forward:
         self._input: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """megatron's schedules hand over the previous stage's output here."""
+        """Receive the previous stage's output; called by megatron's schedules."""
         self._input = input_tensor[0]
 
     def __call__(self, batch: CachedInput) -> Tensor:

@@ -1,9 +1,10 @@
-"""Decode steps as CUDA graphs, one for each bucket of rows and of cache length, captured when first needed.
+"""Decode steps as CUDA graphs: one per bucket of rows and cache length, captured at first use.
 
-Everything that a step reads or writes is a tensor of the group of slots at a fixed address: newest tokens, positions,
-ids, cache, and which rows are active. So a replay depends on nothing that Python held when the step was captured. Rows
-that are not active decode token 0 at position 0 of their own cache row, which a prompt overwrites before it is read.
-Left out on purpose: graphs with collectives in them (tensor or pipeline parallelism).
+Everything that a step reads or writes is a tensor of the slot group at a fixed address: newest
+tokens, positions, ids, cache, and which rows are active. A replay therefore depends on no Python
+value of the time of the capture. Inactive rows decode token 0 at position 0 of their own cache
+row, which a prompt overwrites before it is read. Not supported: graphs that contain collectives
+(tensor or pipeline parallelism).
 """
 
 from __future__ import annotations
@@ -17,26 +18,34 @@ from fastrlhf.generation.slots import SlotGroup
 from fastrlhf.parallel.mesh import Mesh
 
 Tensor = torch.Tensor
-SHORTEST = 128
-"""Cache length of the smallest bucket; the others are its doubles."""
+MIN_CACHE_LENGTH = 128
+"""Cache length of the smallest bucket; each further bucket is twice as long."""
 
 
 class Graph(Protocol):
-    """Records the kernels that `step` launches; `replay` launches them again, on the same addresses."""
+    """A recording of the kernels that `step` launches, replayed on the same addresses."""
 
     def capture(self, step: Callable[[], Tensor]) -> Tensor:
-        """The tensor that every replay fills. Whether `step` runs meanwhile, and how often, is left open."""
+        """Record `step` and return the tensor that every replay fills.
+
+        An implementation may run `step` any number of times.
+        """
         ...
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Launch the recorded kernels again."""
+        ...
 
 
 class CudaGraph:
+    """`Graph` on a GPU."""
+
     def __init__(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, step: Callable[[], Tensor]) -> Tensor:
-        # Libraries allocate their workspaces at the first call, which a capture forbids: so one call before it.
+        # Libraries allocate workspaces in their first call, which is an error during a capture:
+        # run the step once before.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -49,14 +58,16 @@ class CudaGraph:
         self.graph.replay()
 
 
-def possible(mesh: Mesh) -> bool:
-    """Whether a step of a model on this mesh can be captured: a GPU, and no collective inside."""
+def can_capture(mesh: Mesh) -> bool:
+    """Return whether decode steps on this mesh can be captured: a GPU and no collectives."""
     return mesh.device.type == "cuda" and mesh.tensor_size == 1 and mesh.pipeline_size == 1
 
 
 class DecodeGraphs:
-    """The graphs of one group. `step(rows, length)` decodes the group's first rows, advances their state in place, and
-    returns what it drew, [rows, 2].
+    """The graphs of one slot group.
+
+    `step(rows, length)` decodes the group's first `rows` rows, advances their state in place and
+    returns the sampled tokens and log-probabilities, [rows, 2].
     """
 
     def __init__(self, group: SlotGroup, step: Callable[[int, int], Tensor]) -> None:
@@ -65,29 +76,32 @@ class DecodeGraphs:
         self.captured: dict[tuple[int, int], tuple[Graph, Tensor]] = {}
 
     def __call__(self, rows: int, length: int) -> Tensor:
-        """A step over the group's first `rows` rows, all of them active, that attends to `length` positions at most."""
+        """Replay a step over the first `rows` rows that attends to at most `length` positions.
+
+        All of these rows must be active. Returns [rows, 2].
+        """
         bucket = (
-            _up_to(rows, 1, self.group.slots),
-            _up_to(length, SHORTEST, self.group.cache.length),
+            _bucket_size(rows, 1, self.group.slots),
+            _bucket_size(length, MIN_CACHE_LENGTH, self.group.cache.length),
         )
         if bucket not in self.captured:
             self.captured[bucket] = self._capture(*bucket)
-        graph, drawn = self.captured[bucket]
+        graph, sampled = self.captured[bucket]
         graph.replay()
-        return drawn[:rows]
+        return sampled[:rows]
 
     def _capture(self, rows: int, length: int) -> tuple[Graph, Tensor]:
         before = [state.clone() for state in self.group.state]
         graph = CudaGraph()
-        drawn = graph.capture(lambda: self.step(rows, length))
-        # As if the step had not run. What it wrote to the cache, the replay will write again.
+        sampled = graph.capture(lambda: self.step(rows, length))
+        # Undo the step's effect on the state. Its cache entries are rewritten by the replay.
         for state, value in zip(self.group.state, before, strict=True):
             state.copy_(value)
-        return graph, drawn
+        return graph, sampled
 
 
-def _up_to(number: int, smallest: int, largest: int) -> int:
-    """The least of smallest, 2 smallest, 4 smallest, ... that is not below `number`; never above `largest`."""
+def _bucket_size(number: int, smallest: int, largest: int) -> int:
+    """Return the first of smallest, 2 smallest, 4 smallest, ... >= `number`, at most `largest`."""
     size = smallest
     while size < number:
         size *= 2

@@ -1,4 +1,4 @@
-"""Whole responses of a policy to prompts, as text: what sampling, evaluation and the quickstart share."""
+"""Complete responses of a policy as text, for sampling, evaluation and the quickstart."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Response:
-    """One response to one prompt, as a reader sees it."""
+    """The text of one response, and how it ended."""
 
     text: str
     """Without the stop token or string."""
     tokens: int
-    """Its length, the stop token included."""
+    """Its length, including the stop token."""
     stopped: bool
-    """False: cut at the length limit."""
+    """False if the length limit cut it."""
 
 
 def respond(
-    stage: GPT,
+    model: GPT,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[list[int]],
     params: SamplingParams,
@@ -46,25 +46,25 @@ def respond(
     slots: int = 64,
     copies: int = 1,
 ) -> list[list[Response]]:
-    """`copies` responses to each of the tokenized `prompts`, the same on every rank and under every layout.
+    """Return `copies` responses to each of the tokenized `prompts`, the same on every rank.
 
-    They depend on the weights, the prompts and `params` alone; two models asked with the same `params` draw the same
-    noise.
+    The responses depend on the weights, the prompts and `params` alone, not on the parallel
+    layout. Two models with the same `params` use the same random numbers.
     """
     mine = range(mesh.data_rank, len(prompts), mesh.data_size)
-    draws = [(i, j) for i in mine for j in range(copies)]
+    requests = [(i, j) for i in mine for j in range(copies)]
     generated = generate_all(
-        stage,
-        [prompts[i] for i, _ in draws],
+        model,
+        [prompts[i] for i, _ in requests],
         params,
         mesh=mesh,
         eos=tokenizer.eos_token_id,
         slots=slots,
         tokenizer=tokenizer,
-        ids=[i * copies + j for i, j in draws],
+        ids=[i * copies + j for i, j in requests],
     )
     found: dict[int, list[Response]] = {i: [] for i in mine}
-    for (i, _), response in zip(draws, generated, strict=True):
+    for (i, _), response in zip(requests, generated, strict=True):
         text = response_text(tokenizer, response, params.stop)
         found[i].append(Response(text, len(response.tokens), response.stopped))
     gathered = gather_by_prompt(mesh, found)
@@ -88,7 +88,7 @@ Value = TypeVar("Value")
 
 
 def gather_by_prompt(mesh: Mesh, mine: dict[int, Value]) -> dict[int, Value]:
-    """Merge the data-parallel ranks' dictionaries, whose keys are prompt numbers; the same on every rank."""
+    """Return the union of the data-parallel ranks' dictionaries, whose keys are prompt numbers."""
     parts: list[dict[int, Value]] = [{}] * mesh.data_size
     dist.all_gather_object(parts, mine, group=mesh.data_group)
     return {i: value for part in parts for i, value in part.items()}
@@ -97,8 +97,9 @@ def gather_by_prompt(mesh: Mesh, mine: dict[int, Value]) -> dict[int, Value]:
 def fitting_prompts(
     config: Config, tokenizer: PreTrainedTokenizerFast, mesh: Mesh
 ) -> tuple[list[Prompt], int]:
-    """The prompts of `data.prompts` within `data.max_prompt_tokens`, and how many were not. Raises `UserError` if none
-    is.
+    """Return the prompts within `data.max_prompt_tokens`, and the number of longer ones.
+
+    Raises UserError if all are longer.
     """
     data = config.data
     assert data.prompts is not None  # config.require
@@ -113,17 +114,22 @@ def fitting_prompts(
     ]
     if not fitting:
         raise UserError(
-            f"{', '.join(data.prompts)}: none of the {len(prompts)} prompts is within data.max_prompt_tokens "
-            f"{data.max_prompt_tokens}; raise it or shorten the prompts"
+            f"{', '.join(data.prompts)}: none of the {len(prompts)} prompts is within "
+            f"data.max_prompt_tokens {data.max_prompt_tokens}; raise it or shorten the prompts"
         )
     return fitting, len(prompts) - len(fitting)
 
 
 def find_policy(path: str | None, command: str) -> SavedModel:
-    """The language model saved at `path`, in our format or Hugging Face's. Raises `UserError` if there is none."""
+    """Return the language model saved at `path`, in our format or Hugging Face's.
+
+    `command` names the command in error messages. Raises UserError if `path` is None or does not
+    hold a language model.
+    """
     if path is None:
         raise UserError(
-            f"{command} needs a trained model: set model.load to a run's folder or model.hf to a Hugging Face one"
+            f"{command} needs a trained model: set model.load to a run's folder or model.hf to a "
+            "Hugging Face folder"
         )
     saved = find_model(path)
     if saved.head != "lm":

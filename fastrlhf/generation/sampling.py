@@ -1,7 +1,8 @@
-"""Draws next tokens from vocabulary-sharded logits, without gathering them.
+"""Sampling of next tokens from vocabulary-sharded logits, without gathering the logits.
 
-A draw is a pure function of (seed, sequence id, position, logits): batch order, slots and parallel layout never change
-it. Left out on purpose: repetition penalties and beam search; a PPO rollout must follow the policy's own distribution.
+A sample is a pure function of (seed, sequence id, position, logits): batch order, slots and
+parallel layout never change it. Not supported: repetition penalties and beam search, because a PPO
+rollout must follow the policy's own distribution.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from fastrlhf.parallel.mesh import hashed_seed
 
 Tensor = torch.Tensor
 BLOCK = VOCAB_MULTIPLE
-"""Tokens in a block of the vocabulary; every shard is a whole number of blocks."""
+"""Tokens in a block of the vocabulary; every shard consists of full blocks."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are drawn and when they end.
+    """Sampling distribution and end of a response.
 
-    Truncation follows the usual order: temperature, then `top_k`, then `top_p` of what is left. `stop` strings end a
-    response whenever they appear; `min_new_tokens` holds back the stop token only. Temperature 0 is greedy.
+    Truncation follows the usual order: temperature, then `top_k`, then `top_p` of the remaining
+    tokens. `stop` strings end a response whenever they appear; `min_new_tokens` suppresses the
+    stop token only. Temperature 0 is greedy.
     """
 
     max_new_tokens: int = 1024
@@ -36,10 +38,16 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int = 0
     cache_mb: float | None = None
-    """Most memory of the KV cache on a rank, 10^6 bytes: fewer sequences decode at once where it binds, and no response
-    changes. None: half of a GPU's free memory; on a CPU, no bound."""
+    """Maximum size of the KV cache per rank, in 10^6 bytes.
+
+    If it binds, fewer sequences decode at once, and no response changes. None: half of a GPU's
+    free memory; on a CPU, no bound.
+    """
     cuda_graphs: bool = False
-    """Decode steps as CUDA graphs, on a GPU without tensor and pipeline parallelism. Off until measured on one."""
+    """Replay decode steps as CUDA graphs (a GPU without tensor or pipeline parallelism).
+
+    Off by default: not measured on a GPU yet.
+    """
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_new_tokens <= self.max_new_tokens or self.max_new_tokens < 1:
@@ -62,7 +70,7 @@ class SamplingParams:
 
     @classmethod
     def from_config(cls, generation: GenerationConfig, seed: int) -> SamplingParams:
-        """The configuration's `generation` section, with the run's seed."""
+        """Return the parameters of the `generation` section, with the run's seed."""
         return cls(
             max_new_tokens=generation.max_new_tokens,
             min_new_tokens=generation.min_new_tokens,
@@ -77,54 +85,64 @@ class SamplingParams:
 
     @property
     def truncated(self) -> bool:
-        """True when the draw is not from the model's whole distribution."""
+        """Whether samples come from a truncated distribution (top-k or top-p)."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
-# --- counter-based noise ---------------------------------------------------------------------------------------------
+# ---- counter-based noise -------------------------------------------------------------------------
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical, where torch's >> copies the sign
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift; torch's >> copies the sign
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") on int64."""
+    """Apply SplitMix64's finalizer to int64.
+
+    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
+    """
     x = (x ^ _shift(x, 30)) * _MIX[0]
     x = (x ^ _shift(x, 27)) * _MIX[1]
     return x ^ _shift(x, 31)
 
 
 def row_keys(seed: int, ids: Tensor, positions: Tensor) -> Tensor:
-    """int64 [B]: one stream of random numbers for each (seed, sequence id, position of the token to draw).
+    """Return the key of the random stream of each (seed, sequence id, position), int64 [B].
 
-    The seed is hashed, or id 1 under seed 1 would have the stream of id 0 under seed 2.
+    `positions` are those of the tokens to sample. The seed is hashed: otherwise id 1 under seed 1
+    would share its stream with id 0 under seed 2.
     """
     return _mix(_mix(ids + hashed_seed(seed)) + positions)
 
 
 def exponentials(keys: Tensor, counters: Tensor) -> Tensor:
-    """Standard exponentials, float64 [B, N]: number counters[n] (or [b, n]) of stream keys[b], SplitMix64's n-th
-    output.
+    """Return standard exponential variates, float64 [B, N].
+
+    Element [b, n] is made from output number counters[n] (or counters[b, n]) of SplitMix64 stream
+    keys[b].
     """
     bits = _shift(_mix(keys[:, None] + counters * _GOLDEN), 12)
     return -torch.log((bits.double() + 0.5) * 2.0**-52)
 
 
-# --- the sampler -----------------------------------------------------------------------------------------------------
+# ---- the sampler ---------------------------------------------------------------------------------
 
 
 class Sampler:
-    """Next tokens from the hidden states of the last stage, where the LM head's weight [V_local, H] is this rank's
-    shard.
+    """Sampler of next tokens from the last stage's hidden states.
 
-    Without truncation a token is drawn in two races of exponentials (Gumbel-max, written without its logarithms): block
-    b of 128 tokens wins with probability sum_{v in b} p_v, then token v of it with p_v / sum p. The product is p_v, for
-    V / 128 + 128 random numbers a row in place of V. Each shard sends its winner: one gather of four numbers a row.
-    Truncated draws gather top_k candidates of each shard (all tokens if only top_p is set) and race among those kept.
+    `weight` [V_local, H] is this rank's shard of the LM head; `group` is the group over which the
+    vocabulary is sharded (None: not sharded).
+
+    Without truncation a token is sampled in two exponential races (Gumbel-max without logarithms):
+    block b of 128 tokens wins with probability sum_{v in b} p_v, then token v of the block with
+    probability p_v / sum p. The product is p_v, and a row needs V / 128 + 128 random numbers
+    instead of V. Each shard sends its winner: one all-gather of four numbers per row. With
+    truncation, the top_k candidates of each shard (all tokens if only top_p is set) are gathered,
+    and the race is among the tokens kept.
     """
 
     def __init__(
@@ -138,7 +156,7 @@ class Sampler:
         self.params = params
         self.weight = weight.detach()
         self.group = group
-        # The log-probabilities of greedy tokens are those at temperature 1.
+        # Greedy tokens report their log-probabilities at temperature 1.
         self.temperature = params.temperature or 1.0
         columns = weight.shape[0]
         self.start = columns * (group.rank() if group is not None else 0)
@@ -154,20 +172,21 @@ class Sampler:
     def __call__(
         self, hidden: Tensor, ids: Tensor, positions: Tensor, eos_from: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """hidden [B, H] -> (tokens int64 [B], log-probabilities fp32 [B]), the same on every rank of the group.
+        """Sample a token per row of hidden [B, H]: (tokens int64 [B], log-probabilities fp32 [B]).
 
-        `positions` int64 [B] are those of the tokens to draw; the stop token cannot be drawn at positions before
-        `eos_from`. Log-probabilities are of log softmax(logits / temperature) over the whole vocabulary, truncated or
-        not.
+        Every rank of the group returns the same values. `positions` int64 [B] are those of the
+        tokens to sample; the stop token is never sampled at positions before `eos_from`.
+        Log-probabilities are log softmax(logits / temperature) over the full vocabulary, whether
+        or not the samples are truncated.
         """
         logits = (hidden @ self.weight.T).float()
         logits[:, self.columns :] = -torch.inf
-        held_back = None
+        eos_logit = None
         if eos_from is not None and self.eos is not None:
-            held_back = torch.where(positions < eos_from, logits[:, self.eos], -torch.inf)
+            eos_logit = torch.where(positions < eos_from, logits[:, self.eos], -torch.inf)
             logits[:, self.eos].masked_fill_(positions < eos_from, -torch.inf)
         if self.params.truncated:
-            return self._truncated(logits, held_back, row_keys(self.params.seed, ids, positions))
+            return self._truncated(logits, eos_logit, row_keys(self.params.seed, ids, positions))
         if self.params.temperature == 0:
             score, token, value, lse = self._greedy(logits)
         else:
@@ -175,38 +194,45 @@ class Sampler:
                 logits, row_keys(self.params.seed, ids, positions)
             )
         shards = self._gather(
-            torch.stack([score, token + self.start, value, self._whole(lse, held_back)])
+            torch.stack([score, token + self.start, value, self._add_eos(lse, eos_logit)])
         )
         best = shards[:, 0].argmax(0)
         token, value = shards[best, 1:3, torch.arange(best.numel(), device=best.device)].unbind(1)
         return token.long(), (value - shards[:, 3].logsumexp(0)).float()
 
     def _gather(self, x: Tensor) -> Tensor:
-        """Every shard's x, in rank order: [R, *x.shape]. float64 carries token ids exactly."""
+        """Return every shard's x in rank order, [R, *x.shape]; float64 holds token ids exactly."""
         if self.group is None:
             return x[None]
         out = x.new_empty(self.group.size(), *x.shape)
         dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
-    def _whole(self, lse: Tensor, held_back: Tensor | None) -> Tensor:
-        """Log-sum-exp with the stop token's logit put back: holding it back changes the draw, not the policy."""
+    def _add_eos(self, lse: Tensor, eos_logit: Tensor | None) -> Tensor:
+        """Return the log-sum-exp including the suppressed stop token's logit.
+
+        Suppressing the stop token changes what is sampled, not the policy's distribution.
+        """
         return (
             lse
-            if held_back is None
-            else torch.logaddexp(lse, held_back.double() / self.temperature)
+            if eos_logit is None
+            else torch.logaddexp(lse, eos_logit.double() / self.temperature)
         )
 
     def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what `_race` returns, for the token with the largest logit."""
         top, token = logits.max(-1)
         top = top.clamp_min(torch.finfo(top.dtype).min)
         total = (logits - top[:, None]).exp_().sum(-1)
         return top.double(), token.double(), top.double(), top.double() + total.double().log()
 
     def _race(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(score, local token, logit / T, log-sum-exp of logits / T) of this shard, float64 [B]; overwrites logits."""
+        """Return this shard's winner: (score, local token, logit / T, log-sum-exp of logits / T).
+
+        All are float64 [B]. Overwrites `logits`.
+        """
         rows = torch.arange(logits.shape[0], device=logits.device)
-        # A shard of padding only has a maximum of -inf, and -inf - -inf would be NaN.
+        # The maximum of a shard that holds only padding is -inf, and -inf - -inf would be NaN.
         top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
         weights = logits.sub_(top)
         if self.temperature != 1:
@@ -227,16 +253,22 @@ class Sampler:
         )
 
     def _truncated(
-        self, logits: Tensor, held_back: Tensor | None, keys: Tensor
+        self, logits: Tensor, eos_logit: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Return (tokens, log-probabilities) of truncated samples; overwrites `logits`."""
         scaled = logits.div_(self.temperature)
         top = scaled.amax(-1).clamp_min(torch.finfo(scaled.dtype).min)
         lse = (scaled - top[:, None]).exp_().sum(-1).double().log() + top
-        # A shard may hold fewer columns than top_k; shards have equal shapes, so all gather the same number.
+        # A shard may have fewer columns than top_k. All shards have the same shape, so all gather
+        # the same number of candidates.
         k = min(self.params.top_k or scaled.shape[1], scaled.shape[1])
         values, tokens = scaled.topk(k)
         packed = torch.cat(
-            [values.double(), (tokens + self.start).double(), self._whole(lse, held_back)[:, None]],
+            [
+                values.double(),
+                (tokens + self.start).double(),
+                self._add_eos(lse, eos_logit)[:, None],
+            ],
             1,
         )
         shards = self._gather(packed)
@@ -251,7 +283,7 @@ class Sampler:
         probabilities = values.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         weights = torch.where(before < self.params.top_p, probabilities, 0.0)
-        # Counters past both races of the whole vocabulary, one for each token, wherever it stands in the order.
+        # One counter per token, independent of its rank, above the counters of `_race`.
         choice = (weights / exponentials(keys, (1 << 33) + tokens)).argmax(-1, keepdim=True)
         logprob = values.gather(1, choice)[:, 0] - shards[:, :, -1].logsumexp(0)
         return tokens.gather(1, choice)[:, 0], logprob.float()

@@ -1,4 +1,4 @@
-"""The sequences that decode together: their cache rows, kept dense, and the micro-batches made from them."""
+"""Slot groups: the sequences that decode together, their dense cache rows and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,37 +9,44 @@ import torch
 
 from fastrlhf.data.batches import pack
 from fastrlhf.models.attention import KVCache
-from fastrlhf.models.gpt import CachedInput
+from fastrlhf.models.inputs import CachedInput
 
 Tensor = torch.Tensor
 PREFILL_TOKENS = 8192
-"""Prompt tokens in one prefill micro-batch (one longer prompt still goes): bounds the memory of its activations."""
+"""Maximum padded prompt tokens in a prefill micro-batch; bounds the memory of its activations.
+
+A prompt that is longer is prefilled alone.
+"""
 LENGTH_STEP = 32
-"""Attention reads the cache up to the longest active sequence, rounded up to this."""
+"""Attention reads the cache up to the longest active sequence, rounded up to a multiple of this."""
 
 
 @dataclass
-class Running:
-    """A sequence in flight; `limit` is the most tokens its response may have."""
+class Request:
+    """A prompt and the response generated so far."""
 
     index: int
+    """Index of the prompt in the caller's list."""
     id: int
+    """Key of its random numbers."""
     prompt: list[int]
     limit: int
+    """Maximum length of the response."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass
-class Draw(CachedInput):
-    """A micro-batch that ends with one new token for each of the rows first .. first + count - 1 of `group`."""
+class DecodeBatch(CachedInput):
+    """A prefill or decode micro-batch; yields a token for rows first .. first + count - 1."""
 
     group: SlotGroup
     first: int
     count: int
     last: Tensor | None
-    """int64 [count]: index in the micro-batch of each row's newest token; None in a decode step, where every token
-    is one.
+    """int64 [count]: index in the micro-batch of each row's newest token.
+
+    None in a decode step, where each row has one token.
     """
 
     @property
@@ -48,80 +55,85 @@ class Draw(CachedInput):
 
 
 class SlotGroup:
-    """Up to `slots` running sequences. Row r of the cache and of the state belongs to running[r]: there are no holes,
-    so a decode step is over rows 0 .. B - 1 and spends nothing on finished sequences.
+    """Up to `slots` running requests.
+
+    Row r of the cache and of the state belongs to running[r]. There are no holes: a decode step
+    processes rows 0 .. B - 1 and computes nothing for finished sequences.
     """
 
     def __init__(self, slots: int, length: int, device: torch.device) -> None:
         self.slots = slots
         self.cache = KVCache(slots, length)
-        self.running: list[Running] = []
+        self.running: list[Request] = []
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
-        """[slots]: newest token of each row, which the cache does not hold yet."""
+        """[slots]: newest token of each row, not yet in the cache."""
         self.positions = torch.zeros_like(self.tokens)
         """[slots]: its position."""
         self.ids = torch.zeros_like(self.tokens)
-        """[slots]: the sequence's id."""
+        """[slots]: the request's id."""
         self.prompt_lengths = torch.zeros_like(self.tokens)
         """[slots]"""
         self.active = torch.zeros_like(self.tokens, dtype=torch.bool)
-        """bool [slots]: rows of running sequences. The others stand at token 0, position 0."""
+        """bool [slots]: rows of running requests. The others hold token 0 at position 0."""
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """What is known of each row, besides the cache."""
+        """The state tensors of the rows, without the cache."""
         return self.tokens, self.positions, self.ids, self.prompt_lengths, self.active
 
     @property
     def free(self) -> int:
+        """Number of free slots."""
         return self.slots - len(self.running)
 
-    def admit(self, sequences: Sequence[Running]) -> list[Draw]:
-        """Gives free rows to `sequences`; returns the micro-batches that prefill them and draw their first tokens."""
-        return [self._prefill(chunk) for chunk in _chunks(sequences)]
+    def admit(self, requests: Sequence[Request]) -> list[DecodeBatch]:
+        """Assign free rows to `requests`; return the micro-batches that prefill them."""
+        return [self._prefill(chunk) for chunk in _chunks(requests)]
 
-    def _prefill(self, sequences: list[Running]) -> Draw:
-        first, count = len(self.running), len(sequences)
-        self.running += sequences
+    def _prefill(self, requests: list[Request]) -> DecodeBatch:
+        first, count = len(self.running), len(requests)
+        self.running += requests
         device = self.tokens.device
-        prompts = pack([sequence.prompt for sequence in sequences], [0] * count).to(device)
+        prompts = pack([request.prompt for request in requests], [0] * count).to(device)
         lengths = prompts.cu_seqlens.diff()
         rows = torch.arange(first, first + count, device=device).repeat_interleave(
             lengths, output_size=prompts.tokens.numel()
         )
-        batch = CachedInput.prefill(prompts, self.cache, rows)
-        draw = Draw(
-            batch.tokens, batch.layout, self, first, count, prompts.cu_seqlens[1:].long() - 1
-        )
-        self.ids[draw.rows] = torch.tensor([sequence.id for sequence in sequences], device=device)
-        self.prompt_lengths[draw.rows] = lengths.long()
-        self.positions[draw.rows] = lengths.long() - 1
-        self.active[draw.rows] = True
-        return draw
+        cached = CachedInput.prefill(prompts, self.cache, rows)
+        last = prompts.cu_seqlens[1:].long() - 1
+        batch = DecodeBatch(cached.tokens, cached.layout, self, first, count, last)
+        self.ids[batch.rows] = torch.tensor([request.id for request in requests], device=device)
+        self.prompt_lengths[batch.rows] = lengths.long()
+        self.positions[batch.rows] = lengths.long() - 1
+        self.active[batch.rows] = True
+        return batch
 
-    def advance(self, rows: slice, drawn: Tensor) -> None:
-        """Appends the drawn tokens, int64 [rows], to the rows that are active."""
+    def advance(self, rows: slice, sampled: Tensor) -> None:
+        """Append the sampled tokens, int64 [rows], to the active ones of `rows`."""
         active = self.active[rows]
-        self.tokens[rows] = drawn * active
+        self.tokens[rows] = sampled * active
         self.positions[rows] = (self.positions[rows] + 1) * active
 
-    def decode(self) -> Draw:
-        """The micro-batch that continues every running sequence by one token."""
+    def decode(self) -> DecodeBatch:
+        """Return the micro-batch that continues every running sequence by one token."""
         length = min(-(-self.longest // LENGTH_STEP) * LENGTH_STEP, self.cache.length)
         return self.decode_rows(len(self.running), length)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest running sequence."""
-        return max(len(sequence.prompt) + len(sequence.tokens) for sequence in self.running)
+        """Length of the longest running sequence, in tokens of prompt and response."""
+        return max(len(request.prompt) + len(request.tokens) for request in self.running)
 
-    def decode_rows(self, B: int, length: int) -> Draw:
-        """The micro-batch that continues the first B rows, none of them longer than `length` with the new token."""
+    def decode_rows(self, B: int, length: int) -> DecodeBatch:
+        """Return the micro-batch that continues the first B rows by one token.
+
+        With the new token, none of them may be longer than `length`.
+        """
         batch = CachedInput.decode(self.tokens[:B], self.positions[:B], self.cache, length)
-        return Draw(batch.tokens, batch.layout, self, 0, B, None)
+        return DecodeBatch(batch.tokens, batch.layout, self, 0, B, None)
 
-    def retire(self, row: int) -> None:
-        """Frees a row; the last one moves into its place."""
+    def evict(self, row: int) -> None:
+        """Free a row and move the last row into its place."""
         last = len(self.running) - 1
         if row != last:
             moved = self.running[last]
@@ -134,14 +146,17 @@ class SlotGroup:
         self.running.pop()
 
 
-def _chunks(sequences: Sequence[Running]) -> list[list[Running]]:
-    """Runs of sequences whose prompts, padded to the longest of the run, stay within PREFILL_TOKENS."""
-    chunks: list[list[Running]] = []
+def _chunks(requests: Sequence[Request]) -> list[list[Request]]:
+    """Split requests into chunks of at most PREFILL_TOKENS prompt tokens.
+
+    Tokens count as padded to the longest prompt of the chunk. Longer prompts get their own chunk.
+    """
+    chunks: list[list[Request]] = []
     longest = 0
-    for sequence in sequences:
-        longest = max(longest, len(sequence.prompt))
+    for request in requests:
+        longest = max(longest, len(request.prompt))
         if not chunks or longest * (len(chunks[-1]) + 1) > PREFILL_TOKENS:
             chunks.append([])
-            longest = len(sequence.prompt)
-        chunks[-1].append(sequence)
+            longest = len(request.prompt)
+        chunks[-1].append(request)
     return chunks

@@ -1,5 +1,4 @@
-"""Generates with two small models under one process or several layouts of four, for test_layouts.py and the other
-tests.
+"""Generation with two small models in one process or under several layouts of four processes.
 
 torchrun --nproc-per-node 4 cases.py FOLDER        writes FOLDER/LAYOUT.RANK.json
 """
@@ -30,9 +29,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline-2": {"pipeline": 2},
     "all": {"tensor": 2, "sequence": True, "pipeline": 2},
 }
-# Tokens that these models draw often enough to end some of the responses, and not all.
+# Tokens that these models sample often enough to end some of the responses, but not all.
 EOS = {"gpt": 223, "llama": 81}
-# 300 tokens leave the second of two shards 44 of its 256 columns, 100 tokens none.
+# With 300 tokens the second of two shards has 44 real columns of 256; with 100 tokens it has none.
 VOCAB = {"gpt": 300, "llama": 100}
 MODEL: dict[str, Any] = {
     "num_layers": 2,
@@ -58,21 +57,24 @@ DRAWS = 8_000
 
 
 def build(family: str, mesh: Mesh, **changes: Any) -> GPT:
-    model = ModelConfig(family=family, **{**MODEL, **FAMILY[family], **changes})  # type: ignore[arg-type]
-    return build_model(model, mesh, VOCAB[family], seed=5)
+    config = ModelConfig(**{"family": family, **MODEL, **FAMILY[family], **changes})
+    return build_model(config, mesh, VOCAB[family], seed=5)
 
 
 def prompts(vocab_size: int, count: int = NUM_PROMPTS) -> list[list[int]]:
-    """Lengths 1, 4, 7, ... in a mixed order."""
+    """Return prompts of lengths 1, 4, 7, ... in a mixed order."""
     generator = torch.Generator().manual_seed(9)
     lengths = [1 + 3 * ((4 * i) % count) for i in range(count)]
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 def recomputed(
-    stage: GPT, mesh: Mesh, prompts: list[list[int]], responses: list[Generated], temperature: float
-) -> Any:
-    """Each response's log-probabilities by the training forward and op, one packed micro-batch a response."""
+    model: GPT, mesh: Mesh, prompts: list[list[int]], responses: list[Generated], temperature: float
+) -> list[list[float]]:
+    """Return each response's log-probabilities from the training forward pass and op.
+
+    Each response is one packed micro-batch.
+    """
     batches = [
         pack([prompt + response.tokens], [len(prompt)])
         for prompt, response in zip(prompts, responses, strict=True)
@@ -81,31 +83,31 @@ def recomputed(
     def head(hidden: torch.Tensor, batch: PackedBatch) -> list[float]:
         keep = batch.loss_mask
         out = ops.linear_logprobs(
-            hidden[keep], labels=batch.labels[keep], temperature=temperature, **stage.lm_head()
+            hidden[keep], labels=batch.labels[keep], temperature=temperature, **model.lm_head()
         )
         return out.logprobs.tolist()
 
-    stage.eval()
-    return schedule.forward(mesh, stage, batches, head)
+    model.eval()
+    return schedule.forward(mesh, model, batches, head)
 
 
 def run_model(family: str, mesh: Mesh) -> dict[str, Any]:
-    """All cases of one model: this data-parallel rank's share of the prompts, by their global ids."""
-    stage = build(family, mesh)
+    """Run all cases of one model on this data-parallel rank's share of the prompts."""
+    model = build(family, mesh)
     everything = prompts(VOCAB[family])
     ids = list(range(len(everything)))[mesh.data_rank :: mesh.data_size]
     mine = [everything[i] for i in ids]
     results: dict[str, Any] = {"ids": ids}
     for name, params in PARAMS.items():
-        out = generate_all(stage, mine, params, mesh=mesh, eos=EOS[family], slots=5, ids=ids)
+        out = generate_all(model, mine, params, mesh=mesh, eos=EOS[family], slots=5, ids=ids)
         results[name] = [asdict(response) for response in out]
         if name == "sampled":
-            results["recomputed"] = recomputed(stage, mesh, mine, out, params.temperature)
+            results["recomputed"] = recomputed(model, mesh, mine, out, params.temperature)
     return results
 
 
 def histogram(mesh: Mesh, **changes: Any) -> list[int]:
-    """Counts of DRAWS draws from `target_logits`."""
+    """Count the tokens of DRAWS samples from the logits of `target`."""
     hidden, weight = target()
     columns = weight.shape[0] // mesh.tensor_size
     shard = weight[mesh.tensor_rank * columns : (mesh.tensor_rank + 1) * columns]
@@ -118,7 +120,10 @@ def histogram(mesh: Mesh, **changes: Any) -> list[int]:
 
 
 def target() -> tuple[torch.Tensor, torch.Tensor]:
-    """A hidden state [1, H] and a padded LM head [512, H] whose padding would win if it were not left out."""
+    """Return a hidden state [1, H] and a padded LM head [512, H].
+
+    The padding would always be sampled if it were not masked.
+    """
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(1, 16, generator=generator)
     weight = 0.4 * torch.randn(512, 16, generator=generator)
@@ -128,7 +133,7 @@ def target() -> tuple[torch.Tensor, torch.Tensor]:
 
 def main(folder: Path) -> None:
     for name, layout in LAYOUTS.items():
-        mesh = meshes.initialize(ParallelConfig(**layout, timeout_s=120), seed=1)
+        mesh = meshes.initialize(ParallelConfig(**layout, timeout_s=1200), seed=1)
         results: dict[str, Any] = {family: run_model(family, mesh) for family in FAMILY}
         results["histogram"] = histogram(mesh) if mesh.is_last_stage else None
         results["last_stage"] = mesh.is_last_stage

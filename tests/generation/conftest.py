@@ -1,25 +1,16 @@
-"""A mesh of one rank, the shared cases, and their results under the layouts of four ranks."""
+"""Fixtures: the shared cases and their results under the layouts of four ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from fastrlhf.config import ParallelConfig
-from fastrlhf.parallel import mesh as meshes
-
 SCRIPT = Path(__file__).with_name("cases.py")
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[meshes.Mesh]:
-    yield meshes.initialize(ParallelConfig(), seed=7)
-    meshes.finalize()
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +22,7 @@ def cases(imported: Callable[[Path], ModuleType]) -> ModuleType:
 def parallel_results(
     tmp_path_factory: pytest.TempPathFactory, four_ranks: Callable[..., None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Layout -> results of each rank."""
+    """Return layout -> results of each rank."""
     folder = tmp_path_factory.mktemp("generation")
     four_ranks(SCRIPT, folder)
     results: dict[str, list[dict[str, Any]]] = {}

@@ -1,6 +1,4 @@
-"""The engine in one process: against a loop without a cache, and its promises on order, endings and the model's
-state.
-"""
+"""The engine in one process: equality with a loop without a cache, order, endings, model state."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def stage(cases: ModuleType, mesh: Mesh) -> GPT:
+def model(cases: ModuleType, mesh: Mesh) -> GPT:
     return cases.build("gpt", mesh)
 
 
@@ -51,13 +49,13 @@ def variant(cases: ModuleType, mesh: Mesh, name: str) -> GPT:
 
 
 @torch.no_grad()
-def greedy_loop(stage: GPT, prompt: list[int], count: int) -> list[int]:
-    """The whole sequence anew for every token."""
-    stage.eval()
+def greedy_loop(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """Decode greedily without a cache: a full forward pass per token."""
+    model.eval()
     sequence = list(prompt)
-    head = stage.lm_head()
+    head = model.lm_head()
     while len(sequence) < len(prompt) + count:
-        hidden = stage(pack([sequence], [0]))
+        hidden = model(pack([sequence], [0]))
         sequence.append(int((hidden[-1] @ head["weight"][: head["vocab_size"]].T).argmax()))
         if sequence[-1] == EOS:
             break
@@ -66,62 +64,62 @@ def greedy_loop(stage: GPT, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_greedy_equals_a_loop_without_cache(cases: ModuleType, mesh: Mesh, name: str) -> None:
-    stage = variant(cases, mesh, name)
-    prompts = cases.prompts(stage.vocab_size)
+    model = variant(cases, mesh, name)
+    prompts = cases.prompts(model.vocab_size)
     params = SamplingParams(max_new_tokens=9, temperature=0.0)
-    out = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, slots=4)
+    out = generate_all(model, prompts, params, mesh=mesh, eos=EOS, slots=4)
     assert [response.tokens for response in out] == [
-        greedy_loop(stage, prompt, 9) for prompt in prompts
+        greedy_loop(model, prompt, 9) for prompt in prompts
     ]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision(cases: ModuleType, mesh: Mesh, dtype: str) -> None:
-    """Log-probabilities are within the dtype's rounding of a training forward's (logits of size 4: steps of 2^-6)."""
-    stage = cases.build("llama", mesh, dtype=dtype)
-    prompts = cases.prompts(stage.vocab_size)
+    """Log-probabilities equal a training forward's up to rounding (2^-6 for logits of size 4)."""
+    model = cases.build("llama", mesh, dtype=dtype)
+    prompts = cases.prompts(model.vocab_size)
     out = generate_all(
-        stage, prompts, SamplingParams(max_new_tokens=9, seed=1), mesh=mesh, eos=EOS, slots=4
+        model, prompts, SamplingParams(max_new_tokens=9, seed=1), mesh=mesh, eos=EOS, slots=4
     )
-    again = cases.recomputed(stage, mesh, prompts, out, 1.0)
+    again = cases.recomputed(model, mesh, prompts, out, 1.0)
     for response, logprobs in zip(out, again, strict=True):
         assert response.logprobs == pytest.approx(logprobs, abs=0.04)
 
 
 def test_order_slots_and_neighbours_change_nothing(
-    cases: ModuleType, mesh: Mesh, stage: GPT
+    cases: ModuleType, mesh: Mesh, model: GPT
 ) -> None:
-    prompts = cases.prompts(stage.vocab_size)
+    prompts = cases.prompts(model.vocab_size)
     params = SamplingParams(max_new_tokens=20, seed=4)
-    expected = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, slots=64)
+    expected = generate_all(model, prompts, params, mesh=mesh, eos=EOS, slots=64)
     for slots in (1, 3, 8):
-        out = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, slots=slots)
+        out = generate_all(model, prompts, params, mesh=mesh, eos=EOS, slots=slots)
         assert [response.tokens for response in out] == [response.tokens for response in expected]
     ids = [7, 2, 9]
-    some = generate_all(stage, [prompts[i] for i in ids], params, mesh=mesh, eos=EOS, ids=ids)
+    some = generate_all(model, [prompts[i] for i in ids], params, mesh=mesh, eos=EOS, ids=ids)
     assert [response.tokens for response in some] == [expected[i].tokens for i in ids]
-    again = generate_all(stage, [prompts[0]] * 2, params, mesh=mesh, eos=EOS)
+    again = generate_all(model, [prompts[0]] * 2, params, mesh=mesh, eos=EOS)
     assert again[0].tokens != again[1].tokens  # ids differ
 
 
 def test_two_hundred_prompts_through_sixteen_slots(
-    mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch
+    mesh: Mesh, model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None lost, none twice, and no step computed for a sequence that has ended."""
+    """No prompt is lost or repeated, and no step is computed for a sequence that has ended."""
     generator = torch.Generator().manual_seed(0)
     lengths = [int(n) + 1 for n in torch.randperm(200, generator=generator)]
     prompts = [torch.randint(0, 300, (n,), generator=generator).tolist() for n in lengths]
     rows = []
     decode = slots_module.SlotGroup.decode
 
-    def counting(group: slots_module.SlotGroup) -> slots_module.Draw:
-        draw = decode(group)
-        rows.append(draw.count)
-        return draw
+    def counting(group: slots_module.SlotGroup) -> slots_module.DecodeBatch:
+        batch = decode(group)
+        rows.append(batch.count)
+        return batch
 
     monkeypatch.setattr(slots_module.SlotGroup, "decode", counting)
     params = SamplingParams(max_new_tokens=16, seed=3)
-    out = list(generate(stage, prompts, params, mesh=mesh, eos=EOS, slots=16))
+    out = list(generate(model, prompts, params, mesh=mesh, eos=EOS, slots=16))
     assert sorted(response.index for response in out) == list(range(200))
     assert [response.index for response in out] != list(range(200))  # streamed as they finish
     assert sum(rows) == sum(len(response.tokens) - 1 for response in out)
@@ -135,36 +133,36 @@ def test_two_hundred_prompts_through_sixteen_slots(
 
 
 def test_prefill_in_many_micro_batches(
-    cases: ModuleType, mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch
+    cases: ModuleType, mesh: Mesh, model: GPT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = cases.prompts(stage.vocab_size)
+    prompts = cases.prompts(model.vocab_size)
     params = SamplingParams(max_new_tokens=5, seed=4)
-    expected = generate_all(stage, prompts, params, mesh=mesh, eos=EOS)
+    expected = generate_all(model, prompts, params, mesh=mesh, eos=EOS)
     monkeypatch.setattr(slots_module, "PREFILL_TOKENS", 40)
-    chunks = slots_module._chunks([slots_module.Running(0, 0, prompt, 5) for prompt in prompts])
+    chunks = slots_module._chunks([slots_module.Request(0, 0, prompt, 5) for prompt in prompts])
     assert len(chunks) > 3
     assert all(
         max(len(s.prompt) for s in chunk) * len(chunk) <= 40 or len(chunk) == 1 for chunk in chunks
     )
-    out = generate_all(stage, prompts, params, mesh=mesh, eos=EOS)
+    out = generate_all(model, prompts, params, mesh=mesh, eos=EOS)
     assert [response.tokens for response in out] == [response.tokens for response in expected]
 
 
-def test_lengths(cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
-    prompts = cases.prompts(stage.vocab_size)
+def test_lengths(cases: ModuleType, mesh: Mesh, model: GPT) -> None:
+    prompts = cases.prompts(model.vocab_size)
     one = generate_all(
-        stage, prompts, SamplingParams(max_new_tokens=1), mesh=mesh, eos=EOS, slots=3
+        model, prompts, SamplingParams(max_new_tokens=1), mesh=mesh, eos=EOS, slots=3
     )
     assert [len(response.tokens) for response in one] == [1] * len(prompts)
     params = SamplingParams(max_new_tokens=30, min_new_tokens=30)
     longest = max(len(prompt) for prompt in prompts)
-    cut = generate_all(stage, prompts, params, mesh=mesh, eos=EOS, max_length=longest + 2)
+    cut = generate_all(model, prompts, params, mesh=mesh, eos=EOS, max_length=longest + 2)
     assert [len(r.tokens) for r in cut] == [
         min(30, longest + 2 - len(prompt)) for prompt in prompts
     ]
-    full = generate_all(stage, [[5] * 255], params, mesh=mesh, eos=EOS)
+    full = generate_all(model, [[5] * 255], params, mesh=mesh, eos=EOS)
     assert len(full[0].tokens) == 1  # the model's last position is used
-    assert generate_all(stage, [], params, mesh=mesh, eos=EOS) == []
+    assert generate_all(model, [], params, mesh=mesh, eos=EOS) == []
 
 
 @pytest.mark.parametrize(
@@ -188,12 +186,12 @@ def test_lengths(cases: ModuleType, mesh: Mesh, stage: GPT) -> None:
         ([[1]], {"ids": [1, 2]}, ValueError, "ids has 2 entries for 1 prompts"),
     ],
 )
-def test_mistakes(
-    mesh: Mesh, stage: GPT, prompts: list, options: dict, error: type, says: str
+def test_invalid_arguments(
+    mesh: Mesh, model: GPT, prompts: list, options: dict, error: type, says: str
 ) -> None:
     with pytest.raises(error, match=says) as caught:
         generate(
-            stage,
+            model,
             prompts,
             SamplingParams(max_new_tokens=2),
             **{"mesh": mesh, "eos": EOS, **options},
@@ -201,7 +199,7 @@ def test_mistakes(
     assert "\n" not in str(caught.value)
 
 
-def test_dropout_is_off_and_the_training_flag_returns(cases: ModuleType, mesh: Mesh) -> None:
+def test_dropout_is_off_and_the_training_flag_is_restored(cases: ModuleType, mesh: Mesh) -> None:
     params = SamplingParams(max_new_tokens=8, seed=2)
     prompts = cases.prompts(300)
     quiet = cases.build("gpt", mesh, residual_dropout=0.0)
@@ -221,7 +219,7 @@ def test_dropout_is_off_and_the_training_flag_returns(cases: ModuleType, mesh: M
     assert all(module.training for module in dropping.modules())
 
 
-def test_cache_is_freed(mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_freed(mesh: Mesh, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = []
 
     class Watched(KVCache):
@@ -230,18 +228,18 @@ def test_cache_is_freed(mesh: Mesh, stage: GPT, monkeypatch: pytest.MonkeyPatch)
             caches.append(weakref.ref(self))
 
     monkeypatch.setattr(slots_module, "KVCache", Watched)
-    generate_all(stage, [[1], [2]], SamplingParams(max_new_tokens=3), mesh=mesh, eos=EOS)
+    generate_all(model, [[1], [2]], SamplingParams(max_new_tokens=3), mesh=mesh, eos=EOS)
     assert [cache() for cache in caches] == [None]
 
 
 def test_cache_stays_within_its_budget(
     mesh: Mesh,
     cases: ModuleType,
-    stage: GPT,
+    model: GPT,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Fewer slots, one line about it, and the same responses."""
+    """A small budget means fewer slots, one log line, and the same responses."""
     made = []
 
     class Watched(KVCache):
@@ -250,16 +248,16 @@ def test_cache_stays_within_its_budget(
             made.append(self)
 
     monkeypatch.setattr(slots_module, "KVCache", Watched)
-    prompts = cases.prompts(stage.vocab_size)
-    free = generate_all(stage, prompts, SamplingParams(max_new_tokens=9, seed=4), eos=EOS)
+    prompts = cases.prompts(model.vocab_size)
+    free = generate_all(model, prompts, SamplingParams(max_new_tokens=9, seed=4), eos=EOS)
     assert made[0].rows == len(prompts)
     # 2 layers, keys and values, (longest prompt + 9) tokens of 32 numbers of 4 bytes.
     row = 2 * 2 * (max(map(len, prompts)) + 9) * 32 * 4
     params = SamplingParams(max_new_tokens=9, seed=4, cache_mb=4.9 * row / 1e6)
-    bounded = generate_all(stage, prompts, params, eos=EOS)
+    bounded = generate_all(model, prompts, params, eos=EOS)
     assert made[1].rows == 3
     used = sum(buffer.nbytes for layer in made[1]._layers.values() for buffer in layer)
-    assert used == 4 * row  # the three and the spare one
+    assert used == 4 * row  # three rows and the scratch row
     assert [response.tokens for response in bounded] == [response.tokens for response in free]
     (line,) = [record.message for record in caplog.records if "decode at once" in record.message]
     assert "3 sequences" in line and "generation.cache_mb" in line
@@ -268,23 +266,23 @@ def test_cache_stays_within_its_budget(
         match=r"generation.cache_mb .* holds no sequence: one sequence of 40 tokens takes",
     ):
         generate_all(
-            stage, prompts, SamplingParams(max_new_tokens=9, cache_mb=1.9 * row / 1e6), eos=EOS
+            model, prompts, SamplingParams(max_new_tokens=9, cache_mb=1.9 * row / 1e6), eos=EOS
         )
 
 
 def test_stop_token_and_mesh_by_default(
-    tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT
+    tokenizer: Any, cases: ModuleType, mesh: Mesh, model: GPT
 ) -> None:
-    """The tokenizer's stop token; without a tokenizer none, and nothing stops before its limit."""
+    """`eos` defaults to the tokenizer's; without a tokenizer every response reaches its limit."""
     prompts, params = cases.prompts(300), SamplingParams(max_new_tokens=40, seed=4, top_k=3)
-    explicit = generate_all(stage, prompts, params, mesh=mesh, eos=tokenizer.eos_token_id)
-    assert generate_all(stage, prompts, params, tokenizer=tokenizer) == explicit
-    endless = generate_all(stage, prompts, SamplingParams(max_new_tokens=40, seed=4))
+    explicit = generate_all(model, prompts, params, mesh=mesh, eos=tokenizer.eos_token_id)
+    assert generate_all(model, prompts, params, tokenizer=tokenizer) == explicit
+    endless = generate_all(model, prompts, SamplingParams(max_new_tokens=40, seed=4))
     assert {len(response.tokens) for response in endless} == {40}
     assert not any(response.stopped for response in endless)
 
 
-# ---- stop strings ---------------------------------------------------------------------------------------------------
+# ---- stop strings --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +295,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def first_completed(tokenizer: Any, stop: tuple[str, ...], tokens: list[int]) -> int | None:
-    """Length of the shortest prefix whose whole text holds a stop string."""
+    """Return the length of the shortest prefix whose text contains a stop string."""
     for n in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:n], clean_up_tokenization_spaces=False)
         if any(s in text for s in stop):
@@ -322,7 +320,7 @@ def test_stop_strings_cut_by_any_tokens(tokenizer: Any, stop: tuple[str, ...]) -
 
 
 def test_stop_strings_end_responses(
-    tokenizer: Any, cases: ModuleType, mesh: Mesh, stage: GPT
+    tokenizer: Any, cases: ModuleType, mesh: Mesh, model: GPT
 ) -> None:
     prompts = cases.prompts(300)
     params = {"max_new_tokens": 24, "seed": 11, "top_k": 20}
@@ -330,7 +328,7 @@ def test_stop_strings_end_responses(
     def run(stop: tuple[str, ...]) -> list[Generated]:
         sampling = SamplingParams(**params, stop=stop)  # type: ignore[arg-type]
         return generate_all(
-            stage, prompts, sampling, mesh=mesh, eos=EOS, slots=4, tokenizer=tokenizer
+            model, prompts, sampling, mesh=mesh, eos=EOS, slots=4, tokenizer=tokenizer
         )
 
     free = run(())
@@ -344,4 +342,4 @@ def test_stop_strings_end_responses(
         assert cut.stopped == (whole.stopped or n is not None)
     assert len(ended[2].tokens) < len(free[2].tokens)
     with pytest.raises(ValueError, match="tokenizer"):
-        generate(stage, prompts, SamplingParams(stop=("x",)), mesh=mesh, eos=EOS)
+        generate(model, prompts, SamplingParams(stop=("x",)), mesh=mesh, eos=EOS)

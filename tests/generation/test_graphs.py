@@ -1,5 +1,7 @@
-"""Decode steps as graphs. Here the graph is a record of torch calls that a replay makes again, on the same tensors:
-like a CUDA graph it knows nothing of Python's values, and it refuses what waits for the device.
+"""Decode steps as graphs, with a CPU stand-in for CUDA graphs.
+
+The stand-in records torch calls and repeats them on the same tensors. Like a CUDA graph it does not
+see Python values, and it rejects calls that synchronize with the device.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ CASES = {
 
 
 class Recorded(TorchDispatchMode):
-    """A graph for a CPU. Capturing runs the step once, where CUDA would not; either is allowed."""
+    """`Graph` on a CPU. Its capture runs the step once, which the protocol allows."""
 
     made: list[Recorded]
 
@@ -56,9 +58,8 @@ class Recorded(TorchDispatchMode):
             for old, new in zip(
                 tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True
             ):
-                if (
-                    isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr()
-                ):  # neither a view nor in place
+                # Views and in-place results share memory with the recorded tensor already.
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
@@ -66,23 +67,23 @@ class Recorded(TorchDispatchMode):
 def recorded(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
     Recorded.made = []
     monkeypatch.setattr(graphs, "CudaGraph", Recorded)
-    monkeypatch.setattr(graphs, "possible", lambda mesh: True)
-    monkeypatch.setattr(graphs, "SHORTEST", 16)
+    monkeypatch.setattr(graphs, "can_capture", lambda mesh: True)
+    monkeypatch.setattr(graphs, "MIN_CACHE_LENGTH", 16)
     return Recorded
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 @pytest.mark.parametrize("case", CASES)
-def test_replays_draw_what_steps_draw(
+def test_replays_sample_the_same_tokens_as_steps(
     cases: ModuleType, mesh: Mesh, recorded: type[Recorded], family: str, case: str
 ) -> None:
-    """Slots are refilled, rows move and buckets change on the way."""
-    stage: GPT = cases.build(family, mesh)
-    prompts, params = cases.prompts(stage.vocab_size), CASES[case]
-    expected = generate_all(stage, prompts, params, eos=cases.EOS[family], slots=5)
+    """Slots are refilled, rows move and buckets change during the run."""
+    model: GPT = cases.build(family, mesh)
+    prompts, params = cases.prompts(model.vocab_size), CASES[case]
+    expected = generate_all(model, prompts, params, eos=cases.EOS[family], slots=5)
     assert not recorded.made
     captured = SamplingParams(**{**vars(params), "cuda_graphs": True})
-    out = generate_all(stage, prompts, captured, eos=cases.EOS[family], slots=5)
+    out = generate_all(model, prompts, captured, eos=cases.EOS[family], slots=5)
     assert [response.tokens for response in out] == [response.tokens for response in expected]
     for ours, eager in zip(out, expected, strict=True):
         assert ours.logprobs == pytest.approx(eager.logprobs, abs=1e-5)
@@ -92,7 +93,7 @@ def test_replays_draw_what_steps_draw(
 
 
 def test_a_graph_of_python_values_would_be_caught(mesh: Mesh, recorded: type[Recorded]) -> None:
-    """The record is a test of its own: a number that Python held at the capture stays as it was."""
+    """The stand-in replays with the Python number that it captured, as a CUDA graph does."""
     number, total = [1.0], torch.zeros(())
     graph = recorded()
     graph.capture(lambda: total.add_(number[0]))

@@ -1,8 +1,8 @@
 """Every parallel layout returns the responses of one process.
 
-Tokens are compared exactly. Layouts round the logits differently (1e-6 here), which changes a draw only where the two
-best tokens are that close: about once in 1e5 tokens; the seeds are fixed and none of the 1,500 tokens here is such a
-one.
+Tokens are compared exactly. Layouts round the logits differently (1e-6 here), which changes a token
+only if the two best candidates are that close, about once in 1e5 tokens. The seeds are fixed, and
+no such token is among the 1,500 here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_same_as_one_process(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_of_a_model_agree_exactly(parallel_results: Results, layout: str) -> None:
-    """Not even a rounding error apart: a trainer slices the same batch on each of them."""
+    """Results are bitwise equal, because a trainer slices the same batch on each of the ranks."""
     by_prompts: dict[tuple, list[dict[str, Any]]] = {}
     for rank in parallel_results[layout]:
         by_prompts.setdefault(tuple(rank["gpt"]["ids"]), []).append(rank)
@@ -63,7 +63,7 @@ def test_ranks_of_a_model_agree_exactly(parallel_results: Results, layout: str) 
 def test_logprobs_are_those_of_a_training_forward(
     serial: dict[str, Any], parallel_results: Results, family: str
 ) -> None:
-    """The first PPO ratio is 1, whatever the layout."""
+    """The first PPO ratio is 1 under every layout."""
     ranks = [serial] + [
         rank for ranks in parallel_results.values() for rank in ranks if rank["last_stage"]
     ]
@@ -85,7 +85,7 @@ def test_cases_cover_both_endings(serial: dict[str, Any]) -> None:
         assert all(len(response["tokens"]) > 12 for response in serial[family]["min"])
 
 
-def test_shards_draw_what_the_whole_draws(
+def test_sharded_samples_equal_unsharded_ones(
     serial: dict[str, Any], parallel_results: Results
 ) -> None:
     for ranks in parallel_results.values():

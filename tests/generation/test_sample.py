@@ -1,4 +1,4 @@
-"""`fastrlhf sample`: different responses to each prompt, the same file however it is made."""
+"""`fastrlhf sample`: distinct responses per prompt, and a file that is reproducible."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world() -> Iterator[Mesh]:
-    """Its own mesh for each test, because `run` makes one itself."""
+    """Return a new mesh for each test, because `run` initializes one itself."""
     yield meshes.initialize(ParallelConfig(), seed=1)
     meshes.finalize()
 
 
 def policy(cases: ModuleType, world: Mesh, head: str = "lm") -> GPT:
-    model = cases.ModelConfig(**{**cases.MODEL, "family": "gpt"})
-    return cases.build_model(model, world, 290, head=head, seed=5)
+    config = cases.ModelConfig(**{**cases.MODEL, "family": "gpt"})
+    return cases.build_model(config, world, 290, head=head, seed=5)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    # not splitlines(), which also splits at what a response may hold, such as U+2028
+    # Not splitlines(): it also splits at characters that a response may contain, such as U+2028.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path) -> None:
-    tokenizer, stage = load_tokenizer(tokenizer_folder), policy(cases, world)
+    tokenizer, model = load_tokenizer(tokenizer_folder), policy(cases, world)
     out = tmp_path / "made" / "samples.jsonl"
-    counts = sample(stage, tokenizer, PROMPTS, (2, 5), PARAMS, mesh=world, out=out)
+    counts = sample(model, tokenizer, PROMPTS, (2, 5), PARAMS, mesh=world, out=out)
     written = rows(out)
     assert [row["prompt"] for row in written] == [prompt.prompt for prompt in PROMPTS]
     assert [row.get("user_id") for row in written] == [None, "u1", "u2", None]
@@ -78,10 +78,10 @@ def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: 
     assert not list(out.parent.glob("*.partial"))
 
     again = tmp_path / "again.jsonl"
-    sample(stage, tokenizer, PROMPTS, (2, 5), PARAMS, mesh=world, out=again, slots=2)
+    sample(model, tokenizer, PROMPTS, (2, 5), PARAMS, mesh=world, out=again, slots=2)
     assert again.read_text() == out.read_text()
 
-    # Ready to be ranked.
+    # The file can be ranked as it is.
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(
         "".join(
@@ -92,16 +92,16 @@ def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: 
     assert len(list(read_records(ranked, "rankings"))) == 4
 
 
-def test_repeats_are_drawn_anew_and_given_up_in_the_end(
+def test_duplicates_are_sampled_again_up_to_a_limit(
     cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    """Two likely one-token responses: three different ones are never found, two are, though not at once."""
-    tokenizer, stage = load_tokenizer(tokenizer_folder), policy(cases, world)
+    """With two likely one-token responses, three distinct ones are never found, but two are."""
+    tokenizer, model = load_tokenizer(tokenizer_folder), policy(cases, world)
     params = SamplingParams(max_new_tokens=1, top_k=2, seed=4)
     prompts = [Prompt("the cat " * n) for n in range(1, 13)]
-    counts = sample(stage, tokenizer, prompts, 3, params, mesh=world, out=tmp_path / "a.jsonl")
+    counts = sample(model, tokenizer, prompts, 3, params, mesh=world, out=tmp_path / "a.jsonl")
     assert counts.short == 12
-    counts = sample(stage, tokenizer, prompts, 2, params, mesh=world, out=tmp_path / "b.jsonl")
+    counts = sample(model, tokenizer, prompts, 2, params, mesh=world, out=tmp_path / "b.jsonl")
     assert counts.prompts >= 9
     assert counts.unusable == counts.short == 12 - counts.prompts
     assert all(len(set(row["responses"])) == 2 for row in rows(tmp_path / "b.jsonl"))
@@ -110,11 +110,11 @@ def test_repeats_are_drawn_anew_and_given_up_in_the_end(
 def test_stop_string_is_cut_off(
     cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    tokenizer, stage = load_tokenizer(tokenizer_folder), policy(cases, world)
-    sample(stage, tokenizer, PROMPTS, 2, PARAMS, mesh=world, out=tmp_path / "free.jsonl")
+    tokenizer, model = load_tokenizer(tokenizer_folder), policy(cases, world)
+    sample(model, tokenizer, PROMPTS, 2, PARAMS, mesh=world, out=tmp_path / "free.jsonl")
     stop = rows(tmp_path / "free.jsonl")[0]["responses"][0][3:5]
     params = SamplingParams(max_new_tokens=6, seed=3, stop=(stop,))
-    sample(stage, tokenizer, PROMPTS, 2, params, mesh=world, out=tmp_path / "cut.jsonl")
+    sample(model, tokenizer, PROMPTS, 2, params, mesh=world, out=tmp_path / "cut.jsonl")
     free, cut = (
         rows(tmp_path / "free.jsonl")[0]["responses"],
         rows(tmp_path / "cut.jsonl")[0]["responses"],
@@ -123,7 +123,7 @@ def test_stop_string_is_cut_off(
     assert not any(stop in response for response in cut)
 
 
-def test_greedy_is_refused(
+def test_greedy_is_rejected(
     cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     greedy = SamplingParams(temperature=0.0, max_new_tokens=2)

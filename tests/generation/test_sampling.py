@@ -1,4 +1,4 @@
-"""The sampler against plain softmaxes: frequencies, truncation, log-probabilities, and what a draw may depend on."""
+"""The sampler against plain softmaxes: frequencies, truncation, log-probabilities, streams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def probabilities(cases: ModuleType, temperature: float = 1.0) -> torch.Tensor:
 
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
-    """Standard deviations by which Pearson's statistic exceeds its mean; rare tokens (< 5 expected) are pooled."""
+    """Return the standard deviations by which Pearson's statistic exceeds its mean.
+
+    Rare tokens (< 5 expected) are pooled.
+    """
     expected = p * counts.sum()
     rare = expected < 5
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
@@ -35,7 +38,7 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies(cases: ModuleType, mesh: Mesh, temperature: float) -> None:
-    """Sharded draws are compared one by one with these in test_layouts.py."""
+    """Token frequencies follow the softmax; test_layouts.py compares sharded samples with these."""
     counts = torch.tensor(cases.histogram(mesh, temperature=temperature))
     assert chi_square(counts, probabilities(cases, temperature)) < 4
     assert chi_square(counts, probabilities(cases, temperature * 1.3)) > 8  # the test has power
@@ -45,7 +48,7 @@ def test_frequencies(cases: ModuleType, mesh: Mesh, temperature: float) -> None:
     ("top_k", "top_p"), [(1, 1.0), (9, 1.0), (0, 0.6), (0, 0.95), (40, 0.5), (1000, 1.0)]
 )
 def test_truncation(cases: ModuleType, mesh: Mesh, top_k: int, top_p: float) -> None:
-    """The fewest likeliest tokens among top_k that hold top_p, in proportion."""
+    """Samples come from the smallest set of likeliest top_k tokens with probability top_p."""
     p, order = probabilities(cases).sort(descending=True)
     kept = p[: top_k or None] / p[: top_k or None].sum()
     size = int((kept.cumsum(0) < top_p).sum()) + 1
@@ -56,7 +59,7 @@ def test_truncation(cases: ModuleType, mesh: Mesh, top_k: int, top_p: float) -> 
         assert chi_square(counts[: kept.numel()], kept) < 4
 
 
-def test_logprobs_of_truncated_draws_are_the_whole_distributions(cases: ModuleType) -> None:
+def test_logprobs_of_truncated_samples_are_untruncated(cases: ModuleType) -> None:
     hidden, weight = cases.target()
     ids = torch.arange(50)
     sampler = Sampler(SamplingParams(top_k=5, temperature=0.8), weight, VOCAB, None, 0)
@@ -69,8 +72,8 @@ def test_logprobs_of_truncated_draws_are_the_whole_distributions(cases: ModuleTy
 @pytest.mark.parametrize(
     "params", [SamplingParams(), SamplingParams(top_k=50), SamplingParams(temperature=0.0)]
 )
-def test_stop_token_held_back(params: SamplingParams, cases: ModuleType) -> None:
-    """It is never drawn before its position, and keeps its share of the log-probabilities."""
+def test_stop_token_is_suppressed(params: SamplingParams, cases: ModuleType) -> None:
+    """The stop token is never sampled before its position; log-probabilities still count it."""
     hidden, weight = cases.target()
     p = probabilities(cases)
     eos = int(p.argmax())
@@ -83,7 +86,7 @@ def test_stop_token_held_back(params: SamplingParams, cases: ModuleType) -> None
     torch.testing.assert_close(logprobs, p.log()[tokens].float(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_draw_depends_on_seed_id_and_position_alone(cases: ModuleType) -> None:
+def test_a_sample_depends_on_seed_id_and_position_alone(cases: ModuleType) -> None:
     hidden, weight = cases.target()
     ids, positions = torch.arange(200), torch.arange(200) % 7
 
@@ -111,8 +114,8 @@ def test_noise_is_positive_finite_and_standard(seed: int, identity: int, positio
     assert abs(noise.var().item() - 1) < 0.2
 
 
-def test_every_seed_id_and_position_has_a_stream_of_its_own() -> None:
-    """Neighbouring seeds too, under which neighbouring ids could have shared theirs."""
+def test_streams_are_unique_per_seed_id_and_position() -> None:
+    """Neighbouring ids under neighbouring seeds do not share a stream either."""
     ids, positions = torch.arange(100).repeat_interleave(50), torch.arange(50).repeat(100)
     keys = torch.stack([row_keys(seed, ids, positions) for seed in (-1, 0, 1, 2, 3)])
     assert keys.unique().numel() == keys.numel()
@@ -127,7 +130,7 @@ def test_streams_do_not_correlate() -> None:
 
 
 def test_extreme_logits() -> None:
-    """One token far above all others, and a vocabulary of one token."""
+    """Sampling is exact with one dominating logit and with a vocabulary of one token."""
     weight = torch.zeros(2 * BLOCK, 1)
     weight[200] = 1e4
     for params in (SamplingParams(), SamplingParams(temperature=0.01), SamplingParams(top_p=0.5)):
