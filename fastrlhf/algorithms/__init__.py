@@ -1,1 +1,1 @@
-"""The algorithms, one file each: SFT (and plain language modelling), the reward model, PPO-ptx."""
+"""Training algorithms, one file each: SFT and language modelling, the reward model, and PPO-ptx."""

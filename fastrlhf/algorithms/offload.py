@@ -1,7 +1,8 @@
-"""Models that wait in host memory while another phase runs.
+"""Offloading of models to host memory while they are not in use.
 
-Whole stages are moved, by their parameters' storage. Left out on purpose: trained models (megatron keeps their
-parameters and gradients in contiguous buffers that other tensors are views of) and their optimizer states.
+The storage of every parameter and buffer is moved. Not supported: models in training, because
+megatron keeps their parameters and gradients in contiguous buffers that other tensors are views of;
+and optimizer states.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ import torch
 HOST = torch.device("cpu")
 
 
-def move(stage: torch.nn.Module, device: torch.device) -> None:
-    """Moves the storage of all parameters and buffers; the tensors themselves stay, and with them megatron's marks.
+def move(model: torch.nn.Module, device: torch.device) -> None:
+    """Move the storage of all parameters and buffers of `model` to `device`.
 
-    Host memory is pinned when it comes from a GPU. Where the tensors are on `device` already, nothing happens.
+    The tensor objects stay, and with them the attributes that megatron sets on them. Host copies of
+    GPU tensors are pinned. Tensors that are already on `device` are left alone.
     """
-    for tensor in itertools.chain(stage.parameters(), stage.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.is_cuda and device == HOST:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             tensor.data = host.copy_(tensor.data, non_blocking=True)
         else:
             tensor.data = tensor.data.to(device, non_blocking=True)
     if torch.cuda.is_available() and device == HOST:
-        torch.cuda.synchronize()  # a checkpoint reads host memory without asking the stream
+        torch.cuda.synchronize()  # a checkpoint reads host memory without waiting for the stream
 
 
 class Offload:
-    """Keeps parked models in host memory but inside `with offload(stage):`. On a CPU host and device are the same."""
+    """Keeps offloaded models in host memory except inside `with offload(model):`.
+
+    On a CPU, host and device are the same.
+    """
 
     def __init__(
         self, device: torch.device, move: Callable[[torch.nn.Module, torch.device], None] = move
@@ -39,14 +44,15 @@ class Offload:
         self._device = device
         self._move = move
 
-    def park(self, stage: torch.nn.Module) -> None:
-        """Sends a model to host memory."""
-        self._move(stage, HOST)
+    def to_host(self, model: torch.nn.Module) -> None:
+        """Move a model to host memory."""
+        self._move(model, HOST)
 
     @contextmanager
-    def __call__(self, stage: torch.nn.Module) -> Iterator[None]:
-        self._move(stage, self._device)
+    def __call__(self, model: torch.nn.Module) -> Iterator[None]:
+        """Hold `model` on the device for a block."""
+        self._move(model, self._device)
         try:
             yield
         finally:
-            self._move(stage, HOST)
+            self._move(model, HOST)

@@ -1,11 +1,13 @@
-"""PPO-ptx: maximise E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] + gamma E_pretrain[log pi(x)] (InstructGPT, equation
-2).
+"""PPO-ptx (InstructGPT, equation 2).
 
-An iteration: sample responses on the training weights; score them with the reward, reference and value models; shape
-the rewards with the per-token KL, estimate advantages; update policy and value over minibatches, the pretraining
-gradient summed into the policy's. Sizes: B episodes of the iteration over all data-parallel ranks, R the longest
-response, T the tokens of a packed micro-batch. Every rank holds all of an iteration's rollouts. docs/ppo.md sets each
-equation beside the paper's.
+Maximises E[r(x, y) - beta log(pi(y|x) / pi_SFT(y|x))] + gamma E_pretrain[log pi(x)].
+
+An iteration samples responses on the training weights, scores them with the reward, reference and
+value models, shapes the rewards with the per-token KL, estimates advantages, and updates policy and
+value over minibatches; the pretraining gradient is added to the policy's. Sizes: B episodes of the
+iteration over all data-parallel ranks, R the longest response, T the tokens of a packed
+micro-batch. Every rank holds all of an iteration's rollouts. docs/ppo.md compares each equation
+with the paper's.
 
     torchrun --nproc-per-node 8 -m fastrlhf ppo configs/instructgpt/1.3b/ppo_ptx.yaml
 """
@@ -13,77 +15,81 @@ equation beside the paper's.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 import torch.distributed as dist
 
 from fastrlhf import ops
+from fastrlhf.algorithms.kl_controller import KLController
 from fastrlhf.algorithms.offload import Offload
-from fastrlhf.algorithms.ppo_metrics import PhaseTimer, over_updates, rollout_metrics
+from fastrlhf.algorithms.ppo_metrics import (
+    PhaseTimer,
+    average_updates,
+    check_losses_finite,
+    rollout_metrics,
+)
 from fastrlhf.algorithms.ppo_warnings import RunMonitor
-from fastrlhf.algorithms.rewards import Rewards
+from fastrlhf.algorithms.protocols import Learner, MovingAverage
+from fastrlhf.algorithms.rewards import OnDevice, Rewards
 from fastrlhf.algorithms.rollouts import (
     PPOBatch,
     Rollouts,
-    counted_places,
+    SampleRecord,
+    counted_positions,
     gather,
     own_rows,
     sample_records,
     training_batch,
 )
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
-from fastrlhf.config import Config, PPOConfig
+from fastrlhf.config import Config
 from fastrlhf.data.batches import PackedBatch
 from fastrlhf.data.loader import Loader, permutation
-from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
-from fastrlhf.ops import RolloutTargets
+from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.schedule import Metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Tensor = torch.Tensor
-Metrics = dict[str, Tensor]
 logger = logging.getLogger(__name__)
-
-
-class KLController:
-    """The KL coefficient: fixed, or adapted to hold a target (Ziegler et al. 2019, section 2.2; arXiv 1909.08593)."""
-
-    def __init__(self, config: PPOConfig) -> None:
-        self.coefficient = config.kl_coef
-        self._target = config.adaptive_kl_target
-        self._horizon = config.adaptive_kl_horizon
-
-    def update(self, kl: float, episodes: int) -> None:
-        """`kl` in nats a response, measured over `episodes`; one that is not finite (fp16) changes nothing."""
-        if self._target is not None and math.isfinite(kl):
-            error = min(max(kl / self._target - 1.0, -0.2), 0.2)
-            self.coefficient *= 1.0 + error * episodes / self._horizon
 
 
 @dataclass(kw_only=True)
 class Models:
-    """What PPO runs, all without dropout; `policy` and `value` are learners, the others stages."""
+    """The models of PPO, all without dropout."""
 
-    policy: Any
-    value: Any
-    reference: Any
-    """The policy's start, never changed."""
+    policy: Learner
+    value: Learner
+    reference: GPT
+    """The policy at the start of the run, never changed."""
     rewards: Rewards
-    average: Any | None = None
-    """Running average of the policy (`ExponentialAverage`)."""
+    average: MovingAverage | None = None
+    """Moving average of the policy."""
+
+
+class PPOState(TypedDict):
+    """State of a run in addition to its models and prompts, for JSON."""
+
+    iteration: int
+    kl_coefficient: float
+    pretraining: dict[str, object] | None
+    """State of the loader of pretraining windows; None without the ptx term."""
 
 
 class PPO:
-    """`step(prompts)` is one iteration; `prompts` are this rank's, in micro-batches as loaded.
+    """Proximal policy optimization, one iteration a step.
 
-    `pretraining` is the stream of the ptx term (None: plain PPO). `write_samples(iteration, records)` takes a few
-    responses of each iteration, on the rank that writes files.
+    `pretraining` loads the windows of the ptx term (None: plain PPO). `write_samples(iteration,
+    records)` is called after each iteration with some of its responses; only the rank that writes
+    files passes it.
     """
 
     def __init__(
@@ -91,9 +97,10 @@ class PPO:
         mesh: Mesh,
         config: Config,
         models: Models,
-        tokenizer: Any,
-        pretraining: Loader | None = None,
-        write_samples: Callable[[int, list[dict[str, Any]]], None] | None = None,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        pretraining: Loader[list[int], PackedBatch] | None = None,
+        write_samples: Callable[[int, list[SampleRecord]], None] | None = None,
     ) -> None:
         self.mesh = mesh
         self.config = config.ppo
@@ -111,33 +118,34 @@ class PPO:
         self.write_samples = write_samples
         self.samples = config.log.samples
         self.kl = KLController(config.ppo)
-        self.watch = RunMonitor(config.model.dtype, config.ppo.adaptive_kl_target)
+        self.monitor = RunMonitor(config.model.dtype, config.ppo.adaptive_kl_target)
         self.iteration = 0
-        self._on_device: Callable[[Any], Any] = (
-            self._offload() if config.ppo.offload else nullcontext
-        )
+        self._on_device: OnDevice = self._offload() if config.ppo.offload else nullcontext
 
     def step(self, prompts: Sequence[Sequence[list[int]]]) -> dict[str, float]:
-        clock = PhaseTimer()
-        with clock("rollout"):
+        """Run one iteration on this rank's prompts, in micro-batches as loaded; return metrics."""
+        timer = PhaseTimer()
+        with timer("rollout"):
             episodes = self.sample([prompt for micro_batch in prompts for prompt in micro_batch])
-        with clock("scoring"):
+        with timer("scoring"):
             rollouts = self.score(gather(self.mesh, episodes))
-        with clock("update"):
+        with timer("update"):
             metrics = self.learn(rollouts)
         self.iteration += 1
-        metrics |= clock.metrics(
+        metrics |= timer.metrics(
             sampled_tokens=rollouts.response_lengths.sum().item(),
             trained_tokens=metrics.pop("trained_tokens"),
         )
         self._report(rollouts, metrics)
         return metrics
 
-    # ---- rollout ----------------------------------------------------------------------------------------------------
+    # ---- rollout --------------------------------------------------------------------------------
 
     def sample(self, prompts: list[list[int]]) -> list[tuple[list[int], Generated]]:
-        """One response to each of this rank's prompts; randomness follows the episode's global number, not the
-        layout.
+        """Sample one response to each of this rank's prompts; return (prompt, response) pairs.
+
+        Sampling noise is keyed by global episode index, so the result does not depend on the
+        parallel layout.
         """
         first = self.iteration * self.config.batch_size + self.mesh.data_rank * len(prompts)
         generated = generate_all(
@@ -153,11 +161,10 @@ class PPO:
         return list(zip(prompts, generated, strict=True))
 
     def score(self, rollouts: Rollouts) -> Rollouts:
-        """With reference log-probs, values and scores, each data-parallel rank those of its share of the tokens."""
+        """Fill in reference log-probs, values and scores; data-parallel ranks share the work."""
         mesh = self.mesh
-        micro_batches = own_rows(
-            mesh, torch.arange(rollouts.scores.numel()), rollouts.lengths, self.train
-        )
+        episodes = torch.arange(rollouts.scores.numel())
+        micro_batches = own_rows(mesh, episodes, rollouts.lengths, self.train)
         batches = [rollouts.pack(rows) for rows in micro_batches]
         rows = torch.cat(micro_batches)
         with self._on_device(self.reference):
@@ -177,26 +184,26 @@ class PPO:
         )
 
     def _reference_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self._logprobs(self.reference, hidden, batch)[counted_places(batch)]
+        return self._logprobs(self.reference, hidden, batch)[counted_positions(batch)]
 
-    def _logprobs(self, stage: Any, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Of the labels, at the sampling temperature, fp32 [T], 0 outside loss_mask."""
+    def _logprobs(self, model: GPT, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the labels' log-probs at the sampling temperature; fp32 [T], 0 where masked."""
         return ops.linear_logprobs(
             hidden,
             labels=batch.labels,
             mask=batch.loss_mask,
             num_counted=batch.num_counted,
             temperature=self.sampling.temperature,
-            **stage.lm_head(),
+            **model.lm_head(),
         ).logprobs
 
     def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self.value.model.score(hidden[counted_places(batch)])
+        return self.value.model.score(hidden[counted_positions(batch)])
 
-    # ---- update -----------------------------------------------------------------------------------------------------
+    # ---- update ---------------------------------------------------------------------------------
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
-        """Advantages, then minibatch updates of policy and value; returns the iteration's metrics."""
+        """Estimate advantages, then update policy and value over minibatches; return metrics."""
         config = self.config
         scores = self.apply_no_stop_penalty(rollouts)
         targets = self.targets(rollouts, scores)
@@ -218,24 +225,24 @@ class PPO:
             with self._on_device(self.average.model):
                 self.average.update()
         self.kl.update(metrics["kl"], rollouts.scores.numel())
-        metrics |= over_updates(updates)
-        # The sum of all that is minimised, as the other algorithms report it.
-        metrics["loss"] = (
-            metrics["policy_loss"]
-            - config.entropy_coef * metrics["entropy"]
-            + metrics["value_loss"]
-        )
-        metrics["loss"] += config.gamma_ptx * metrics.get("ptx_loss", 0.0)
+        metrics |= average_updates(updates)
+        # The sum of all losses that are minimised, as in the other algorithms.
+        loss = metrics["policy_loss"] - config.entropy_coef * metrics["entropy"]
+        loss += metrics["value_loss"]
+        metrics["loss"] = loss + config.gamma_ptx * metrics.get("ptx_loss", 0.0)
         return metrics
 
     def apply_no_stop_penalty(self, rollouts: Rollouts) -> Tensor:
-        """Scores [B]; a response without a stop token has ppo.no_stop_penalty instead of its own."""
+        """Return the scores [B], with ppo.no_stop_penalty for responses without a stop token."""
         if self.config.no_stop_penalty is None:
             return rollouts.scores
         return torch.where(rollouts.stopped, rollouts.scores, self.config.no_stop_penalty)
 
-    def targets(self, rollouts: Rollouts, scores: Tensor) -> RolloutTargets:
-        """KL-shaped rewards, advantages and returns [B, R]; whitening is over the whole batch, which every rank has."""
+    def targets(self, rollouts: Rollouts, scores: Tensor) -> ops.RolloutTargets:
+        """Return KL-shaped rewards, advantages and returns [B, R].
+
+        Whitening is over all B episodes, which every rank has.
+        """
         config, mask = self.config, rollouts.mask
         targets = ops.rollout_targets(
             scores,
@@ -261,49 +268,56 @@ class PPO:
         return targets._replace(advantages=advantages, returns=returns)
 
     def minibatches(self, episodes: int) -> Iterator[Tensor]:
-        """Rows of each minibatch, int64, the same on every rank: `inner_epochs` passes, each a fresh shuffle."""
+        """Yield the rows of each minibatch, int64, the same on every rank.
+
+        There are ppo.inner_epochs passes over all episodes, each in a new order.
+        """
         first = self.iteration * self.config.inner_epochs
         for epoch in range(first, first + self.config.inner_epochs):
             order = torch.from_numpy(permutation(episodes, self.train.seed, epoch))
             yield from order.split(self.config.minibatch_size)
 
     def update(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float] | None:
-        """One update of both models on this rank's micro-batches. None, and nothing updated, when the policy is
-        further from the sampling policy than ppo.target_kl.
+        """Update policy and value once, on this rank's micro-batches of a minibatch.
+
+        Returns the metrics; None if nothing was updated because approx_kl is above ppo.target_kl.
         """
         metrics = self.policy_gradient(batches, first)
-        if not first and self._too_far(metrics["approx_kl"]):
+        if not first and self._exceeds_target_kl(metrics["approx_kl"]):
             return None
         metrics |= self.value_gradient(batches)
-        self._check_finite(metrics)
+        if not self.policy.model.config.fp16:  # its optimizer skips updates that are not finite
+            check_losses_finite(self.iteration + 1, metrics)
         value = self.value.step()
         metrics |= {"value_grad_norm": value["grad_norm"], "value_lr": value["lr"]}
         return metrics | self.policy.step()
 
-    def _too_far(self, approx_kl: float) -> bool:
-        """Rank 0's answer: the ranks of a tensor-parallel group may differ in the last bits of what each holds whole,
-        and one that stops while others go on leaves them waiting.
+    def _exceeds_target_kl(self, approx_kl: float) -> bool:
+        """Return whether rank 0's `approx_kl` is above ppo.target_kl.
+
+        Rank 0 decides for all: the ranks of a tensor-parallel group may differ in the last bits of
+        values that each computes itself, and a rank that stops while others continue would leave
+        them waiting.
         """
         if self.config.target_kl is None:
             return False
-        too_far = torch.tensor(
+        exceeds = torch.tensor(
             approx_kl > self.config.target_kl, dtype=torch.uint8, device=self.mesh.device
         )
-        dist.broadcast(too_far, src=0)
-        return bool(too_far)
+        dist.broadcast(exceeds, src=0)
+        return bool(exceeds)
 
     def policy_gradient(self, batches: Sequence[PPOBatch], first: bool) -> dict[str, float]:
-        """PPO gradients, then pretraining gradients, summed in the same buffers.
+        """Accumulate PPO and pretraining gradients in the same buffers; return the metrics.
 
-        The first minibatch of an iteration also measures the norm of each (`ppo_grad_norm`, and `ptx_grad_norm` with
-        gamma), which takes a gradient reduction and a pipeline flush more than the others.
+        The first minibatch of an iteration also measures the norm of each (`ppo_grad_norm`, and
+        `ptx_grad_norm` with gamma), which takes one more gradient reduction and pipeline flush than
+        the others.
         """
         tokens = counted_tokens(self.mesh, batches)
-        pretraining = (
-            [b.to(self.mesh.device) for b in next(self._windows)]
-            if self._windows is not None
-            else []
-        )
+        pretraining: list[PackedBatch] = []
+        if self._windows is not None:
+            pretraining = [batch.to(self.mesh.device) for batch in next(self._windows)]
         pretraining_tokens = counted_tokens(self.mesh, pretraining) if pretraining else tokens
 
         def head(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Metrics]:
@@ -345,23 +359,23 @@ class PPO:
             "approx_kl": loss.approx_kl,
         }
         if first:
-            # Rollouts run on the training weights, so the first update's ratios are 1 but for rounding.
+            # Rollouts run on the training weights: the first update's ratios are 1 up to rounding.
             with torch.no_grad():
                 now = self._logprobs(self.policy.model, hidden, batch)
             metrics["ratio_deviation"] = torch.expm1((now - batch.old_logprobs).abs().max())
         return loss.loss, metrics
 
     def value_gradient(self, batches: Sequence[PPOBatch]) -> dict[str, float]:
-        """Gradient of the clipped squared error."""
+        """Accumulate the gradients of the clipped squared error; return the metrics."""
         tokens = counted_tokens(self.mesh, batches)
 
         def head(hidden: Tensor, batch: PPOBatch) -> tuple[Tensor, Metrics]:
-            # The value model shares nothing with the policy, so the policy's terms are switched off by zero advantages.
-            nothing = torch.zeros_like(batch.old_values)
+            # Zero advantages switch off the terms of the policy, which is another model.
+            zeros = torch.zeros_like(batch.old_values)
             loss = ops.ppo_loss(
-                nothing,
-                nothing,
-                nothing,
+                zeros,
+                zeros,
+                zeros,
                 batch.loss_mask,
                 values=self.value.model.score(hidden),
                 old_values=batch.old_values,
@@ -376,54 +390,44 @@ class PPO:
 
         return self.mesh.sum_metrics(self.value.accumulate(batches, head))
 
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        """Stops before a loss that is NaN or infinite reaches the weights. With fp16 the optimizer skips such updates
-        by itself and lowers its loss scale.
-        """
-        if self.policy.model.config.fp16:
-            return
-        for name in ("policy_loss", "value_loss", "ptx_loss"):
-            if not math.isfinite(metrics.get(name, 0.0)):
-                raise UserError(
-                    f"iteration {self.iteration + 1}: {name} is {metrics[name]}; stopped before this update, and the "
-                    "last checkpoint is untouched: resume from it with a lower optimizer.lr (or ppo.value_lr), and "
-                    "check the scores in samples.jsonl"
-                )
-
-    # ---- reporting and memory ---------------------------------------------------------------------------------------
+    # ---- reporting and memory -------------------------------------------------------------------
 
     def _report(self, rollouts: Rollouts, metrics: dict[str, float]) -> None:
-        for line in self.watch.check(self.iteration, metrics):
+        """Log warnings and write samples."""
+        for line in self.monitor.check(self.iteration, metrics):
             if self.mesh.rank == 0:
                 logger.warning("warning: %s", line)
         if self.write_samples is not None and self.samples:
             scores = self.apply_no_stop_penalty(rollouts)
-            self.write_samples(
-                self.iteration, sample_records(rollouts, scores, self.tokenizer, self.samples)
-            )
+            records = sample_records(rollouts, scores, self.tokenizer, self.samples)
+            self.write_samples(self.iteration, records)
 
     def _offload(self) -> Offload:
-        """Sends what only some phases use to host memory."""
+        """Move the models that only some phases use to host memory."""
         offload = Offload(self.mesh.device)
         self.rewards.on_device = offload
         averaged = [self.average.model] if self.average is not None else []
-        for stage in (self.reference, *(stage for _, stage in self.rewards.models), *averaged):
-            offload.park(stage)
+        for model in (self.reference, *(model for _, model in self.rewards.models), *averaged):
+            offload.to_host(model)
         return offload
 
-    # ---- what a checkpoint holds ------------------------------------------------------------------------------------
+    # ---- contents of a checkpoint ---------------------------------------------------------------
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> dict[str, GPT]:
+        """Return the models that a checkpoint holds."""
         average = {"ema": self.average.model} if self.average is not None else {}
         return {"policy": self.policy.model, "value": self.value.model, **average}
 
-    def learners(self) -> dict[str, Any]:
+    def learners(self) -> dict[str, Learner]:
+        """Return the learners whose optimizer state a checkpoint holds."""
         return {"policy": self.policy, "value": self.value}
 
     def statistics(self) -> dict[str, float]:
+        """Return nothing: only reward models have statistics."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PPOState:
+        """Return the state of the run in addition to its models and prompts, for JSON."""
         pretraining = self.pretraining.state_dict() if self.pretraining is not None else None
         return {
             "iteration": self.iteration,
@@ -431,11 +435,14 @@ class PPO:
             "pretraining": pretraining,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.iteration = state["iteration"]
-        self.kl.coefficient = state["kl_coefficient"]
-        if (
-            self.pretraining is not None and state["pretraining"] is not None
-        ):  # None: gamma_ptx was 0
-            self.pretraining.load_state_dict(state["pretraining"])
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` returned.
+
+        Without pretraining state (ppo.gamma_ptx was 0) the windows start from the beginning.
+        """
+        saved = cast("PPOState", state)
+        self.iteration = saved["iteration"]
+        self.kl.coefficient = saved["kl_coefficient"]
+        if self.pretraining is not None and saved["pretraining"] is not None:
+            self.pretraining.load_state_dict(saved["pretraining"])
             self._windows = iter(self.pretraining)

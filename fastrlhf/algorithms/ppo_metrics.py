@@ -1,10 +1,12 @@
-"""The numbers of a PPO iteration: what the episodes were like, how the updates went, where the time went.
+"""Metrics of a PPO iteration: of its episodes, of its updates, and of the time of its phases.
 
-Means of losses come from the updates themselves (ppo.py); nothing here changes training.
+Mean losses come from the updates themselves (ppo.py). Nothing in this module changes training,
+except that a loss that is not finite stops the run.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from fastrlhf.algorithms.rollouts import Rollouts
+from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
 
 Tensor = torch.Tensor
@@ -20,10 +23,11 @@ Tensor = torch.Tensor
 def rollout_metrics(
     rollouts: Rollouts, scores: Tensor, rewards: Tensor, returns: Tensor
 ) -> dict[str, float]:
-    """Means over the iteration's episodes.
+    """Return means over the iteration's episodes; scores [B], rewards and returns [B, R].
 
-    `score` [B] with penalties but without the KL, `reward` (rewards [B, R] summed over a response) with it; `kl` (k1)
-    and `kl_k3` in nats a response: log-ratio and its low-variance estimate, both of KL(policy || reference).
+    `score` includes penalties but not the KL; `reward`, summed over a response, includes both. `kl`
+    (k1) and `kl_k3` are in nats per response: the log-ratio and its low-variance estimate, both of
+    KL(policy || reference).
     """
     mask = rollouts.mask
     log_ratio = (rollouts.ref_logprobs - rollouts.logprobs) * mask
@@ -41,9 +45,11 @@ def rollout_metrics(
     return {name: value.item() for name, value in metrics.items()}
 
 
-def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the updates of an iteration, but that `trained_tokens` are added up; what only the first one reports
-    (ratio_deviation, the norms of the two parts) as it is; and the number of `updates`.
+def average_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the metrics of an iteration's updates.
+
+    `trained_tokens` is summed; metrics that only the first update reports (ratio_deviation,
+    ppo_grad_norm, ptx_grad_norm) are kept as they are; `updates` counts them.
     """
     total = {name: sum(update[name] for update in updates) for name in updates[-1]}
     mean = {name: value / len(updates) for name, value in total.items()}
@@ -51,24 +57,38 @@ def over_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {**updates[0], **mean, **counts}
 
 
+def check_losses_finite(iteration: int, metrics: Mapping[str, float]) -> None:
+    """Raise UserError if a loss is NaN or infinite; call before the weights are updated."""
+    for name in ("policy_loss", "value_loss", "ptx_loss"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise UserError(
+                f"iteration {iteration}: {name} is {metrics[name]}; stopped before this update, and the last "
+                "checkpoint is untouched: resume from it with a lower optimizer.lr (or ppo.value_lr), and check the "
+                "scores in samples.jsonl"
+            )
+
+
 class PhaseTimer:
-    """Wall-clock seconds of an iteration's phases, each named to the watchdog too."""
+    """Wall-clock seconds of an iteration's phases, whose names the watchdog reports too."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Time the phase `name`, a block."""
         start = time.perf_counter()
         with phase(name):
             yield
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # what the phase has queued is its own
+                torch.cuda.synchronize()  # work that the phase has queued belongs to it
         self._seconds[name] = time.perf_counter() - start
 
     def metrics(self, *, sampled_tokens: float, trained_tokens: float) -> dict[str, float]:
-        """seconds_* and share_* of each phase; tokens a second over all ranks: response tokens in the rollout, tokens
-        of episodes and pretraining windows in the update.
+        """Return seconds_* and share_* of each phase, and tokens per second over all ranks.
+
+        The rollout counts response tokens, the update the tokens of episodes and pretraining
+        windows.
         """
         total = sum(self._seconds.values())
         return {

@@ -1,23 +1,19 @@
-"""What an algorithm is handed: models that learn, and a running average of one.
+"""Interfaces of what an algorithm trains: models with an optimizer, and a moving average of one.
 
-`training/optimizer.py` implements both. Algorithms know only these protocols, so that they do not depend on the
-training loop or on the optimizer.
+`training/optimizer.py` implements both. Algorithms import only these protocols, so they do not
+depend on the training loop or on the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
-
-import torch
 
 from fastrlhf.checkpoint.state import SavedLearner
 from fastrlhf.models.gpt import GPT
+from fastrlhf.parallel.schedule import LossHead, Metrics
 
 Batch = TypeVar("Batch")
-Metrics = dict[str, torch.Tensor]
-LossHead = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Metrics]]
-"""head(hidden [T, H], batch) -> (loss to differentiate, metrics to add up over micro-batches and ranks)."""
 
 
 class Learner(SavedLearner, Protocol):
@@ -40,15 +36,15 @@ class Learner(SavedLearner, Protocol):
         ...
 
     def reload_weights(self) -> None:
-        """Tell the optimizer that the weights were changed from outside."""
+        """Copy the model's weights to the optimizer, after they were changed outside `step`."""
         ...
 
 
 class MovingAverage(Protocol):
-    """A running average of a model's weights, itself a model."""
+    """A moving average of a model's weights, itself a model."""
 
     model: GPT
 
     def update(self) -> None:
-        """Move the average towards the weights as they are now."""
+        """Move the average towards the current weights."""
         ...

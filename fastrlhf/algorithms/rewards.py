@@ -1,7 +1,8 @@
-"""The reward r(x, y) of a whole response: a weighted sum of reward models, a Python function, or both.
+"""The reward r(x, y) of a response: a weighted sum of reward models, a Python function, or both.
 
-A model reads prompt and response; its score is taken at the last real token (InstructGPT, section 3.5). Left out on
-purpose: rewards of single tokens, and the KL penalty, which PPO adds per token.
+A model reads prompt and response; its score is taken at the last token that is not padding
+(InstructGPT, section 3.5). Not supported: rewards of single tokens. Out of scope: the KL penalty,
+which PPO adds per token.
 """
 
 from __future__ import annotations
@@ -10,36 +11,41 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from fastrlhf.algorithms.rm import score_responses
-from fastrlhf.algorithms.rollouts import Rollouts, texts
+from fastrlhf.algorithms.rollouts import Rollouts, decode_texts
 from fastrlhf.data.batches import PackedBatch
 from fastrlhf.errors import UserError
+from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Tensor = torch.Tensor
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""f(prompts, responses) -> one score for each response."""
+"""function(prompts, responses) -> one score for each response."""
+OnDevice = Callable[[GPT], AbstractContextManager[object]]
+"""`with on_device(model):` holds a model on the device for a block (offload.py)."""
 
 
 @dataclass
 class Rewards:
-    """What scores the episodes."""
+    """The reward models and the reward function that score episodes."""
 
-    models: Sequence[tuple[float, Any]] = ()
-    """(weight, stage with a scalar head)."""
+    models: Sequence[tuple[float, GPT]] = ()
+    """(weight, model with a scalar head)."""
     function: RewardFunction | None = None
     name: str = "the reward function"
-    """What to call the function in errors."""
-    on_device: Callable[[Any], AbstractContextManager[None]] = field(default=nullcontext)
-    """Holds a model on the device while it is used (offload.py)."""
+    """Name of the function in errors."""
+    on_device: OnDevice = field(default=nullcontext)
 
     def score(
         self,
@@ -47,15 +53,17 @@ class Rewards:
         rollouts: Rollouts,
         rows: Tensor,
         batches: Sequence[PackedBatch],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerFast,
     ) -> Tensor:
-        """Scores of the episodes `rows`, packed in that order in `batches`: fp32 [rows], the same on every rank of the
-        model-parallel group. Raises `UserError` when a score is not a finite number.
+        """Score the episodes `rows`, which `batches` hold packed in the same order.
+
+        Returns fp32 [len(rows)], the same on every rank of a model-parallel group. Raises UserError
+        if a score is not a finite number.
         """
         total = torch.zeros(rows.numel(), device=mesh.device)
-        for weight, stage in self.models:
-            with self.on_device(stage):
-                scored = score_responses(mesh, stage, [batches])
+        for weight, model in self.models:
+            with self.on_device(model):
+                scored = score_responses(mesh, model, [batches])
             if not scored.isfinite().all():
                 raise UserError(
                     f"a reward model scored {scored[~scored.isfinite()][0].item()}; check the checkpoint in "
@@ -63,18 +71,26 @@ class Rewards:
                 )
             total += weight * scored
         if self.function is not None:
-            total += self._by_function(mesh, rollouts, rows, tokenizer)
+            total += self._function_scores(self.function, mesh, rollouts, rows, tokenizer)
         return total
 
-    def _by_function(self, mesh: Mesh, rollouts: Rollouts, rows: Tensor, tokenizer: Any) -> Tensor:
-        """Called once in a model-parallel group, so that a function that is not deterministic gives its ranks one
-        answer.
+    def _function_scores(
+        self,
+        function: RewardFunction,
+        mesh: Mesh,
+        rollouts: Rollouts,
+        rows: Tensor,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> Tensor:
+        """Score the episodes `rows` with the reward function, fp32 [len(rows)].
+
+        The function is called once in a model-parallel group, so that its ranks have the same
+        scores even if it is not deterministic.
         """
-        assert self.function is not None
         scores = torch.zeros(rows.numel(), device=mesh.device)
         if mesh.is_last_stage and mesh.tensor_rank == 0:
-            prompts, responses = texts(rollouts, rows, tokenizer)
-            checked = checked_scores(self.function(prompts, responses), responses, self.name)
+            prompts, responses = decode_texts(rollouts, rows, tokenizer)
+            checked = checked_scores(function(prompts, responses), responses, self.name)
             scores = torch.tensor(checked, device=mesh.device)
         if mesh.is_last_stage and mesh.tensor_size > 1:
             dist.broadcast(
@@ -83,26 +99,31 @@ class Rewards:
         return mesh.from_last_stage(scores if mesh.is_last_stage else None)
 
 
-def checked_scores(scores: Any, responses: Sequence[str], name: str) -> list[float]:
-    """The scores that the function `name` gave. Raises `UserError` unless they are one finite number a response."""
+def checked_scores(scores: Iterable[object], responses: Sequence[str], name: str) -> list[float]:
+    """Return the scores of the function `name` as floats.
+
+    Raises UserError unless there is one finite number for each response.
+    """
     got = list(scores)
     if len(got) != len(responses):
         raise UserError(
             f"{name} returned {len(got)} scores for {len(responses)} responses; expected one each"
         )
+    checked = []
     for score, response in zip(got, responses, strict=True):
         if not isinstance(score, (int, float)) or not math.isfinite(score):
             raise UserError(
                 f"{name} scored {score!r} for the response {response[:60]!r}; expected a finite float"
             )
-    return [float(score) for score in got]
+        checked.append(float(score))
+    return checked
 
 
 def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardFunction:
-    """The function that "module:function" names, as the setting `key` does; the module may lie in the working
-    directory.
+    """Import the function that `spec`, "module:function", names.
 
-    Raises `UserError` when there is no such module or function.
+    The module may be in the working directory. Raises UserError with the setting `key` if there is
+    no such module or function.
     """
     module_name, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:  # the console script's path starts elsewhere
@@ -113,8 +134,8 @@ def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardF
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an import inside the user's module
         raise UserError(
-            f"{key} {spec}: no module {error.name}; run where {module_name.replace('.', '/')}.py lies, "
-            "or add its folder to PYTHONPATH"
+            f"{key} {spec}: no module {error.name}; run in the folder of "
+            f"{module_name.replace('.', '/')}.py, or add that folder to PYTHONPATH"
         ) from None
     function = getattr(module, name, None)
     if not callable(function):

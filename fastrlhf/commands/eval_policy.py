@@ -168,6 +168,7 @@ class _Evaluation:
         answered = [
             TokenizedRanking(prompt, self._tokens(row), [0] * len(row)) for prompt, row in rows
         ]
+        assert self.reward is not None
         scores = finite_scores(
             self.config, self.mesh, self.reward, answered, str(self.config.eval.reward_model)
         )

@@ -191,7 +191,14 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
         average=_average(run, shape, policy),
     )
     samples = SampleLog(Path(config.output_dir) / "samples.jsonl") if mesh.rank == 0 else None
-    algorithm = PPO(mesh, config, models, run.tokenizer, _ptx_batches(run), samples)
+    algorithm = PPO(
+        mesh,
+        config,
+        models,
+        run.tokenizer,
+        pretraining=_ptx_batches(run),
+        write_samples=samples,
+    )
     return TrainingJob(algorithm, prompts, config.train.steps)
 
 

@@ -1,4 +1,4 @@
-"""Each trainer learns: these fail if a sign, a mask, a shift or an update is wrong, however smoothly it runs."""
+"""Each trainer learns: these tests fail if a sign, a mask, a shift or an update is wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_sft_learns_its_demonstrations(metrics: dict[str, list[dict[str, float]]
 
 
 def test_reward_model_learns_the_ranking(metrics: dict[str, list[dict[str, float]]]) -> None:
-    """Right answer > wrong answer > "No idea.": the last is easy to tell and in two pairs of three."""
+    """The ranking is right answer > wrong answer > "No idea."; two of three pairs have the last."""
     accuracy = [line["accuracy"] for line in metrics["rm"]]
     assert accuracy[0] < 0.7
     assert mean(accuracy[-5:]) > 0.8
@@ -49,7 +49,7 @@ def test_pretraining_mix_keeps_learning_text(metrics: dict[str, list[dict[str, f
     assert mean(line["ptx_loss"] for line in ppo[-3:]) < ppo[0]["ptx_loss"] - 1.0
 
 
-def test_run_leaves_what_users_read(workspace: Path) -> None:
+def test_run_leaves_report_config_and_checkpoint(workspace: Path) -> None:
     folder = workspace / "learn" / "sft"
     assert (folder / "report.html").stat().st_size > 1000
     assert (folder / "config.yaml").is_file()

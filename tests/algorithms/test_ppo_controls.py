@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_ppo
 import torch
+from algorithms_support import tiny_ppo
 
 from fastrlhf.algorithms import offload
+from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.algorithms.ppo_warnings import WINDOW, RunMonitor
 from fastrlhf.algorithms.rewards import load_reward_function
-from fastrlhf.algorithms.rollouts import gather, texts
+from fastrlhf.algorithms.rollouts import decode_texts, gather
 from fastrlhf.checkpoint.model_folder import describe_model
 from fastrlhf.config import require
 from fastrlhf.data.tokenize import train_bpe
@@ -50,17 +51,17 @@ number = 3
 
 @pytest.fixture
 def build(build: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`build` of conftest.py, with the module tiny_rewards to be named in settings."""
+    """Return `build` of conftest.py, after making the module tiny_rewards importable."""
     (tiny / "tiny_rewards.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tiny))
     return build
 
 
-def scores(ppo: Any) -> torch.Tensor:
+def scores(ppo: PPO) -> torch.Tensor:
     return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.model.vocab_size))).scores
 
 
-# ---- rewards ---------------------------------------------------------------------------------------------------------
+# ---- rewards ------------------------------------------------------------------------------------
 
 
 def test_reward_models_and_function_add_up(build: Make, tiny: Path) -> None:
@@ -83,7 +84,7 @@ def test_reward_models_and_function_add_up(build: Make, tiny: Path) -> None:
 
 
 def test_a_rule_alone_needs_no_reward_model_and_sees_plain_text(build: Make, tiny: Path) -> None:
-    """The value function then starts from the policy with a fresh head."""
+    """The value function starts from the policy with a new head."""
     ppo = build(ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"})
     body = dict(ppo.policy.model.named_parameters())
     for name, weights in ppo.value.model.named_parameters():
@@ -94,7 +95,7 @@ def test_a_rule_alone_needs_no_reward_model_and_sees_plain_text(build: Make, tin
     rollouts = ppo.score(gather(ppo.mesh, episodes))
     prompts, responses = load_reward_function("tiny_rewards:seen").calls.pop()
     assert prompts[0].startswith("What is ")
-    assert (prompts, responses) == texts(rollouts, torch.arange(16), ppo.tokenizer)
+    assert (prompts, responses) == decode_texts(rollouts, torch.arange(16), ppo.tokenizer)
     assert ppo.tokenizer.decode([eos]) not in responses[0]
     require(
         tiny_ppo.config(tiny, ppo={"reward_model": None, "reward_function": "tiny_rewards:seen"}),
@@ -140,7 +141,7 @@ def test_not_a_function(build: Make) -> None:
         ({"reward_model": []}, "ppo needs ppo.reward_model or ppo.reward_function"),
     ],
 )
-def test_something_must_score(tiny: Path, ppo: dict[str, Any], expected: str) -> None:
+def test_without_any_reward_ppo_is_refused(tiny: Path, ppo: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         require(tiny_ppo.config(tiny, ppo=ppo), "ppo")
 
@@ -155,7 +156,9 @@ def test_something_must_score(tiny: Path, ppo: dict[str, Any], expected: str) ->
         ({"reward_function": "module"}, "expected module:function"),
     ],
 )
-def test_mistaken_rewards_are_refused(tiny: Path, ppo: dict[str, Any], expected: str) -> None:
+def test_inconsistent_reward_settings_are_refused(
+    tiny: Path, ppo: dict[str, Any], expected: str
+) -> None:
     with pytest.raises(ValueError, match=expected):
         tiny_ppo.config(tiny, ppo=ppo)
 
@@ -183,10 +186,10 @@ def test_a_budget_must_hold_the_longest_episode(tiny: Path) -> None:
         ),
     ],
 )
-def test_what_scores_must_read_what_the_policy_writes(
+def test_models_that_score_must_read_every_sequence_of_the_policy(
     build: Make, tiny: Path, key: str, section: str, change: dict[str, Any], expected: str
 ) -> None:
-    """Refused before training, not by an index that is out of range in some later iteration."""
+    """The error comes before training, not as an index out of range in a later iteration."""
     if "tokenizer" in change:
         train_bpe([(tiny / "data" / "text.jsonl").read_text()], 400, tiny / "larger")
         change = {"tokenizer": str(tiny / "larger")}
@@ -200,11 +203,11 @@ def test_what_scores_must_read_what_the_policy_writes(
         build(ppo=ppo, model={"max_positions": 128}, **{section: change})
 
 
-# ---- early stop and broken numbers ----------------------------------------------------------------------------------
+# ---- early stop and values that are not finite --------------------------------------------------
 
 
-def test_target_kl_ends_an_iteration_before_the_update_that_is_too_far(build: Make) -> None:
-    """With a tiny target the first minibatch (KL 0) is taken and no other; the weights stay as after it."""
+def test_target_kl_ends_an_iteration_before_the_update_that_exceeds_it(build: Make) -> None:
+    """With a tiny target only the first minibatch, whose KL is 0, updates the weights."""
     settings = {"inner_epochs": 2, "minibatch_size": 4}
     ppo = build(ppo=settings)
     free = ppo.step([ppo.first_prompts])
@@ -269,7 +272,7 @@ def test_a_nan_gradient_of_a_finite_loss_stops_the_run(build: Make) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_gradient_norms_do_not_depend_on_the_loss_scale(build: Make, dtype: str) -> None:
-    """Of both parts and their sum, against fp32's; they would be 256 times too large."""
+    """Norms of both parts and of their sum are fp32's, not 256 times as large."""
 
     def norms(**sections: dict[str, Any]) -> list[float]:
         ppo = build(**sections)
@@ -285,8 +288,8 @@ def test_gradient_norms_do_not_depend_on_the_loss_scale(build: Make, dtype: str)
     assert half == pytest.approx(norms(), rel=0.1)
 
 
-def test_the_pretraining_term_may_come_with_a_resumed_run(build: Make) -> None:
-    """From a checkpoint of plain PPO: the text is read from its start."""
+def test_a_resumed_run_may_add_the_pretraining_term(build: Make) -> None:
+    """The checkpoint of plain PPO has no position in the text, which is read from the start."""
     plain = build(ppo={"gamma_ptx": 0.0}).state_dict()
     ppo = build()
     ppo.load_state_dict(plain | {"iteration": 3})
@@ -294,7 +297,7 @@ def test_the_pretraining_term_may_come_with_a_resumed_run(build: Make) -> None:
     assert ppo.step([ppo.first_prompts])["ptx_loss"] > 0
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory -------------------------------------------------------------------------------------
 
 
 def test_offloaded_models_are_on_the_device_while_they_are_used(
@@ -304,11 +307,11 @@ def test_offloaded_models_are_on_the_device_while_they_are_used(
     names: dict[int, str] = {}
     real = offload.move
 
-    def fake(stage: Any, device: torch.device) -> None:
+    def fake(model: torch.nn.Module, device: torch.device) -> None:
         moves.append(
-            (names.get(id(stage), "start"), "host" if device is offload.HOST else "device")
+            (names.get(id(model), "start"), "host" if device is offload.HOST else "device")
         )
-        real(stage, device)
+        real(model, device)
 
     monkeypatch.setattr(offload.Offload.__init__, "__defaults__", (fake,))
     plain, ppo = build(), build(ppo={"offload": True})
@@ -318,7 +321,7 @@ def test_offloaded_models_are_on_the_device_while_they_are_used(
         id(ppo.rewards.models[0][1]): "reward",
         id(ppo.average.model): "average",
     }
-    device = torch.device("cpu", 0)  # tells the fake device from the host
+    device = torch.device("cpu", 0)  # not the same object as the host
     ppo._on_device._device = device
     moves.clear()
     metrics = ppo.step([ppo.first_prompts])
@@ -330,17 +333,17 @@ def test_offloaded_models_are_on_the_device_while_they_are_used(
     assert metrics["grad_norm"] == expected["grad_norm"]
 
 
-def test_move_keeps_the_parameters_and_their_marks() -> None:
-    stage = torch.nn.Linear(3, 2)
-    stage.weight.partition_dim = 0  # type: ignore[assignment]
-    weights, value = stage.weight, stage.weight.detach().clone()
-    offload.move(stage, torch.device("cpu"))
-    assert stage.weight is weights
-    assert stage.weight.partition_dim == 0
-    assert torch.equal(stage.weight, value)
+def test_move_keeps_the_parameters_and_their_attributes() -> None:
+    model = torch.nn.Linear(3, 2)
+    model.weight.partition_dim = 0  # type: ignore[assignment]
+    weights, value = model.weight, model.weight.detach().clone()
+    offload.move(model, torch.device("cpu"))
+    assert model.weight is weights
+    assert model.weight.partition_dim == 0
+    assert torch.equal(model.weight, value)
 
 
-# ---- what a run says ------------------------------------------------------------------------------------------------
+# ---- warnings and logs --------------------------------------------------------------------------
 
 HEALTHY = {
     "kl": 1.0,
@@ -352,11 +355,11 @@ HEALTHY = {
 }
 
 
-def names(watch: RunMonitor, *iterations: dict[str, float]) -> list[str]:
+def names(monitor: RunMonitor, *iterations: dict[str, float]) -> list[str]:
     lines = [
         line
         for i, metrics in enumerate(iterations, 1)
-        for line in watch.check(i, {**HEALTHY, **metrics})
+        for line in monitor.check(i, {**HEALTHY, **metrics})
     ]
     return [line.split(":")[0] for line in lines]
 
@@ -386,7 +389,7 @@ def test_each_trouble_has_a_name(expected: str, iterations: list[dict[str, float
     assert names(RunMonitor("fp32"), *iterations) == [expected]
 
 
-def test_a_warning_is_given_once_in_a_while() -> None:
+def test_a_warning_is_repeated_after_a_window() -> None:
     assert names(RunMonitor("fp32"), *[{"no_stop": 1.0}] * (WINDOW + 1)) == ["no-stop", "no-stop"]
 
 
@@ -407,7 +410,7 @@ def test_a_run_logs_samples_metrics_and_warnings(
     ).model_copy(update={"output_dir": str(tiny / "logged")})
     with caplog.at_level(logging.WARNING, "fastrlhf"):
         train.train("ppo", chosen)
-        train.train("ppo", chosen)  # starts over: earlier samples are not kept beside the new ones
+        train.train("ppo", chosen)  # starts over: the samples of the first run are dropped
     assert any(message.startswith("warning: no-stop: iteration 1: ") for message in caplog.messages)
     rows = [
         json.loads(line) for line in (tiny / "logged" / "samples.jsonl").read_text().splitlines()
@@ -453,6 +456,5 @@ def test_a_run_logs_samples_metrics_and_warnings(
     assert metrics["rollout_tokens_per_second"] == pytest.approx(
         lengths / metrics["seconds_rollout"]
     )
-    assert (
-        metrics["train_tokens_per_second"] * metrics["seconds_update"] > lengths + 16 * 24
-    )  # with the windows' tokens
+    trained_tokens = metrics["train_tokens_per_second"] * metrics["seconds_update"]
+    assert trained_tokens > lengths + 16 * 24  # with the tokens of the windows

@@ -1,4 +1,7 @@
-"""One PPO-ptx iteration equals golden_ppo.py's, which is written from the equations: one process and every layout."""
+"""A PPO-ptx iteration equals golden_ppo.py's, in one process and under every layout.
+
+golden_ppo.py is written from the equations and shares no code with the package.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import golden_layouts
-import golden_ppo as golden
 import pytest
-import tiny_ppo
 import torch
+from algorithms_support import golden_layouts, tiny_ppo
+from algorithms_support import golden_ppo as golden
 
-from fastrlhf.models.gpt import global_names
+from fastrlhf.data.batches import PackedBatch
+from fastrlhf.models.gpt import GPT, global_names
 from fastrlhf.parallel import mesh as meshes
 
-LAYOUTS = [*golden_layouts.PAIRS, *golden_layouts.WHOLE]
+LAYOUTS = [*golden_layouts.PAIRS, *golden_layouts.FULL_WORLD]
 
 
-def whole_state(stage: Any) -> golden.State:
-    return {name: weights.detach().double().clone() for name, weights in global_names(stage)}
+def float64_state(model: GPT) -> golden.State:
+    return {name: weights.detach().double().clone() for name, weights in global_names(model)}
 
 
 @pytest.fixture(scope="module")
 def run(tiny: Path, four_ranks: Callable[..., None]) -> dict[str, Any]:
-    """The same iteration by the golden implementation, by one process and by four."""
+    """Return the results of an iteration: of golden_ppo.py, of one process, of four ranks."""
     folder, chosen = tiny, golden_layouts.settings(tiny, {})
     ppo, _ = golden_layouts.build(folder, {})
-    states = {name: whole_state(learner.model) for name, learner in ppo.learners().items()}
+    states = {name: float64_state(learner.model) for name, learner in ppo.learners().items()}
     states |= {
-        "reference": whole_state(ppo.reference),
-        "reward": whole_state(ppo.rewards.models[0][1]),
+        "reference": float64_state(ppo.reference),
+        "reward": float64_state(ppo.rewards.models[0][1]),
     }
     optimizer, section = chosen.optimizer, chosen.ppo
     c = {
@@ -48,13 +51,15 @@ def run(tiny: Path, four_ranks: Callable[..., None]) -> dict[str, Any]:
         "clip_grad": optimizer.clip_grad,
     }
     c |= section.model_dump()
-    episodes = made_episodes(states["policy"], c)
-    windows = [[window for batch in next(ppo._windows) for window in cut(batch)] for _ in range(2)]
+    episodes = random_episodes(states["policy"], c)
+    windows = [
+        [window for batch in next(ppo._windows) for window in windows_of(batch)] for _ in range(2)
+    ]
     ppo.pretraining.load_state_dict({**ppo.pretraining.state_dict(), "epoch": 0, "cursor": 0})
     minibatches = [rows.tolist() for rows in ppo.minibatches(golden_layouts.B)]
     expected = golden.iteration(states, episodes, minibatches, windows, c)
     one = golden_layouts.iteration(ppo, episodes)
-    apart = golden_layouts.differences(one, expected, ppo.mesh)
+    differences = golden_layouts.differences(one, expected, ppo.mesh)
     stored = {"episodes": [asdict(e) for e in episodes], "expected": expected}
     torch.save(stored, folder / "golden.pt")
     meshes.finalize()
@@ -65,20 +70,23 @@ def run(tiny: Path, four_ranks: Callable[..., None]) -> dict[str, Any]:
     }
     return {
         "expected": expected,
-        "ranks": {"1,1,1": [{"metrics": one["metrics"], "apart": apart}], **ranks},
+        "ranks": {"1,1,1": [{"metrics": one["metrics"], "differences": differences}], **ranks},
     }
 
 
-def cut(batch: Any) -> list[list[int]]:
-    """The windows of a packed batch, each with its last label."""
+def windows_of(batch: PackedBatch) -> list[list[int]]:
+    """Return the windows of a packed batch, each with its last label."""
     ends = batch.cu_seqlens.tolist()
     return [
         [*batch.tokens[s:e].tolist(), int(batch.labels[e - 1])] for s, e in itertools.pairwise(ends)
     ]
 
 
-def made_episodes(policy: golden.State, c: dict[str, Any]) -> list[golden.Episode]:
-    """Random responses whose given log-probs are off the policy's, so that ratios reach both sides of the clip."""
+def random_episodes(policy: golden.State, c: dict[str, Any]) -> list[golden.Episode]:
+    """Return random episodes whose log-probs differ from the policy's.
+
+    The ratios reach both sides of the clip.
+    """
     generator = torch.Generator().manual_seed(1)
     episodes = []
     for prompt, answer in tiny_ppo.episodes(golden_layouts.B, c["vocab"]):
@@ -102,7 +110,7 @@ def test_losses_are_those_of_the_equations(run: dict[str, Any], layout: str) -> 
 
 @pytest.mark.parametrize("layout", ["1,1,1", *LAYOUTS])
 def test_gradient_norms_are_those_of_the_equations(run: dict[str, Any], layout: str) -> None:
-    """Of each part by itself, and of their sum: the two parts point in different directions."""
+    """Compare the norm of each part and of their sum: the parts point in different directions."""
     updates = run["expected"]["updates"]
     for rank in run["ranks"][layout]:
         metrics = rank["metrics"]
@@ -117,11 +125,11 @@ def test_gradient_norms_are_those_of_the_equations(run: dict[str, Any], layout: 
 @pytest.mark.parametrize("layout", ["1,1,1", *LAYOUTS])
 def test_gradients_are_those_of_the_equations(run: dict[str, Any], layout: str) -> None:
     if layout == "2,1,2":
-        # The distributed optimizer's buffers hold the whole sum only in a rank's own shard: its norms and its weights
-        # are compared by the other tests.
+        # The distributed optimizer's buffers hold the full sum only in a rank's own shard. The
+        # other tests compare its norms and weights.
         return
     for rank in run["ranks"][layout]:
-        found = {name: apart for name, apart in rank["apart"].items() if ".grads." in name}
+        found = {name: value for name, value in rank["differences"].items() if ".grads." in name}
         assert len(found) == 4
         assert max(found.values()) < 1e-5, found
 
@@ -129,20 +137,20 @@ def test_gradients_are_those_of_the_equations(run: dict[str, Any], layout: str) 
 @pytest.mark.parametrize("layout", ["1,1,1", *LAYOUTS])
 def test_updated_weights_are_those_of_the_equations(run: dict[str, Any], layout: str) -> None:
     for rank in run["ranks"][layout]:
-        found = {name: apart for name, apart in rank["apart"].items() if name.endswith(".weights")}
+        found = {
+            name: value for name, value in rank["differences"].items() if name.endswith(".weights")
+        }
         assert set(found) == {"policy.weights", "value.weights", "ema.weights"}
         assert max(found.values()) < 1e-5, found
 
 
 def test_the_iteration_exercises_every_term(run: dict[str, Any]) -> None:
-    """Both clips cut something, and the weights move by far more than the tolerance."""
+    """Both clips are active, and the gradients are clipped."""
     metrics = run["ranks"]["1,1,1"][0]["metrics"]
     assert 0.05 < metrics["clip_fraction"] < 0.6
     assert 0.01 < metrics["value_clip_fraction"] < 0.9
     updates = run["expected"]["updates"]
-    assert all(
-        norm > 1.0 for update in updates for norm in update["norms"].values()
-    )  # the gradients are clipped
+    assert all(norm > 1.0 for update in updates for norm in update["norms"].values())
     assert metrics["updates"] == 2
 
 
@@ -152,7 +160,7 @@ def test_first_ratio_is_one_after_an_update(run: dict[str, Any], layout: str) ->
 
 
 def test_four_ranks_draw_by_data_rank(run: dict[str, Any]) -> None:
-    """Data-parallel ranks differ, those of a tensor-parallel group agree: in noise, and in responses to one prompt."""
+    """Noise and responses differ between data-parallel ranks only."""
     by_data: dict[int, list[Any]] = {}
     for rank in run["ranks"]["2,1,2"]:
         by_data.setdefault(rank["draws"]["data_rank"], []).append(rank["draws"])
@@ -168,8 +176,9 @@ def test_four_ranks_draw_by_data_rank(run: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_stop_an_iteration_together(run: dict[str, Any], layout: str) -> None:
-    """Whatever each has measured: one that goes on alone would wait for the others for ever."""
-    assert [rank["too_far"] for rank in run["ranks"][layout]] == [False] * len(run["ranks"][layout])
+    """Ranks with different KLs decide the same: one that continued alone would wait forever."""
+    ranks = run["ranks"][layout]
+    assert [rank["exceeds_target_kl"] for rank in ranks] == [False] * len(ranks)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""PPO reaches the optimum of a task whose optimum is known, beta holds the KL down, ptx holds the text loss down."""
+"""PPO reaches a known optimum, beta limits the KL, and ptx limits the loss of pretraining text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from statistics import mean
 from typing import Any
 
 import pytest
-import tiny_ppo
+from algorithms_support import tiny_ppo
 
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.run import train
 
-# Shares of a response's characters: at most 1. Responses have no stop token to find, so none is penalised.
+# Shares of a response's characters, at most 1. All responses run to the limit, so none is
+# penalised.
 RULES = """
 def share_of_a(prompts, responses):
     return [response.count("a") / max(len(response), 1) for response in responses]
@@ -48,7 +49,7 @@ def learn(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def run(steps: int, **sections: dict[str, Any]) -> list[dict[str, float]]:
-        """The metrics of `steps` iterations of the task."""
+        """Run `steps` iterations of the task; return their metrics."""
         merged = {
             name: {**TASK.get(name, {}), **sections.get(name, {})} for name in TASK | sections
         }
@@ -76,7 +77,7 @@ def test_a_higher_beta_ends_at_a_lower_kl(learn: Learn) -> None:
 
 
 def test_ptx_keeps_the_pretraining_loss_down(learn: Learn, tiny: Path) -> None:
-    """From one pretrained model; both runs measure the loss by the ptx term, whose gamma of 1e-6 weighs nothing."""
+    """Both runs start from one model and report the ptx loss; a gamma of 1e-6 has no effect."""
     out = tiny / "pretrained"
     shared = {"model": {**tiny_ppo.MODEL, **TASK["model"]}, "optimizer": {"lr": 1e-2}}
     text = {"train": str(tiny / "data" / "text.jsonl")}

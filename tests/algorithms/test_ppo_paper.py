@@ -1,4 +1,4 @@
-"""The details that decide PPO's correctness, numbered as in docs/ppo.md: each test fails when its detail breaks."""
+"""Details that decide whether PPO is correct, numbered as in docs/ppo.md, with one test each."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_ppo
 import torch
+from algorithms_support import tiny_ppo
 
-from fastrlhf.algorithms.ppo import KLController
+from fastrlhf.algorithms.kl_controller import KLController
+from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.algorithms.rollouts import Rollouts, gather, own_rows, training_batch
 from fastrlhf.checkpoint.model_folder import describe_model, load_model
 from fastrlhf.config import ModelConfig, PPOConfig, load_config, require
 from fastrlhf.data.batches import pack
 from fastrlhf.errors import UserError
-from fastrlhf.models.gpt import build_model
+from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.run import train
 
 Build = Callable[..., Any]
 
 
-def made_rollouts(ppo: Any) -> Rollouts:
-    """Scored made-up episodes of unequal lengths."""
+def random_rollouts(ppo: PPO) -> Rollouts:
+    """Return scored random episodes of different lengths."""
     return ppo.score(gather(ppo.mesh, tiny_ppo.episodes(16, ppo.policy.model.vocab_size)))
 
 
-def alone(stage: Any, sequence: list[int]) -> torch.Tensor:
-    """Hidden states [T, H] of one sequence by itself."""
+def hidden_states(model: GPT, sequence: list[int]) -> torch.Tensor:
+    """Return hidden states [T, H] of a sequence that is alone in its batch."""
     with torch.no_grad():
-        return stage(pack([sequence], [0]))
+        return model(pack([sequence], [0]))
 
 
-def own_logprobs(stage: Any, sequence: list[int], temperature: float) -> torch.Tensor:
-    """Log-probs of every token but the first, from the logits."""
-    logits = alone(stage, sequence) @ stage.lm_head()["weight"][: stage.vocab_size].T
+def logprobs_from_logits(model: GPT, sequence: list[int], temperature: float) -> torch.Tensor:
+    """Return log-probs of every token but the first."""
+    logits = hidden_states(model, sequence) @ model.lm_head()["weight"][: model.vocab_size].T
     return (logits / temperature).log_softmax(-1)[torch.arange(len(sequence) - 1), sequence[1:]]
 
 
@@ -49,16 +50,15 @@ def flat(rollouts: Rollouts, per_token: torch.Tensor) -> np.ndarray:
 
 def test_01_reward_and_value_read_prompt_and_response_up_to_the_last_token(build: Build) -> None:
     ppo = build()
-    rollouts = made_rollouts(ppo)
+    rollouts = random_rollouts(ppo)
     reward, value = ppo.rewards.models[0][1], ppo.value.model
     for i, sequence in enumerate(rollouts.sequences(torch.arange(16))):
         prompt, response = int(rollouts.prompt_lengths[i]), int(rollouts.response_lengths[i])
-        expected = reward.score(alone(reward, sequence)[-1])
+        expected = reward.score(hidden_states(reward, sequence)[-1])
         assert rollouts.scores[i].item() == pytest.approx(expected.item(), abs=1e-5)
-        states = value.score(alone(value, sequence))[
-            prompt - 1 : -1
-        ]  # the value of the state before each token
-        torch.testing.assert_close(rollouts.values[i, :response], states, atol=1e-5, rtol=0)
+        # The value of the state before each token.
+        values = value.score(hidden_states(value, sequence))[prompt - 1 : -1]
+        torch.testing.assert_close(rollouts.values[i, :response], values, atol=1e-5, rtol=0)
     episodes = tiny_ppo.episodes(16, value.vocab_size)
     changed = [([prompt[0] % 100 + 1, *prompt[1:]], answer) for prompt, answer in episodes]
     other = ppo.score(gather(ppo.mesh, changed))
@@ -67,11 +67,12 @@ def test_01_reward_and_value_read_prompt_and_response_up_to_the_last_token(build
 
 
 def test_02_no_padding_reaches_a_model(build: Build) -> None:
-    """Sequences are packed: positions start at 0 in each, nothing stands between them, and what fills the tensors
-    behind a sequence is never read. The stop token is a token like any other.
+    """Sequences are packed without gaps, and entries past the end of a sequence are never read.
+
+    Positions start at 0 in each sequence. The stop token is a token like any other.
     """
     ppo = build()
-    rollouts = made_rollouts(ppo)
+    rollouts = random_rollouts(ppo)
     batch = rollouts.pack(torch.arange(16))
     assert batch.tokens.numel() == rollouts.lengths.sum()
     assert (batch.positions[batch.cu_seqlens[:-1].long()] == 0).all()
@@ -93,7 +94,8 @@ def test_02_no_padding_reaches_a_model(build: Build) -> None:
     )
     rescored = ppo.score(replace(ended))
     reward = ppo.rewards.models[0][1]
-    expected = reward.score(alone(reward, ended.sequences(torch.tensor([0]))[0])[-1]).item()
+    (sequence,) = ended.sequences(torch.tensor([0]))
+    expected = reward.score(hidden_states(reward, sequence)[-1]).item()
     assert rescored.scores[0].item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -102,14 +104,15 @@ def test_03_one_temperature_and_no_truncation(build: Build, tiny: Path) -> None:
     rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
     for i, sequence in enumerate(rollouts.sequences(torch.arange(16))):
         R = int(rollouts.response_lengths[i])
-        for stage, got in (
+        for model, got in (
             (ppo.policy.model, rollouts.logprobs),
             (ppo.reference, rollouts.ref_logprobs),
         ):
             torch.testing.assert_close(
-                got[i, :R], own_logprobs(stage, sequence, 0.7)[-R:], atol=1e-5, rtol=0
+                got[i, :R], logprobs_from_logits(model, sequence, 0.7)[-R:], atol=1e-5, rtol=0
             )
-    assert ppo.learn(rollouts)["ratio_deviation"] < 1e-5  # so the training pass divides by it too
+    # So the training pass divides by the temperature too.
+    assert ppo.learn(rollouts)["ratio_deviation"] < 1e-5
     assert not ppo.sampling.truncated
     for truncation in ({"top_k": 5}, {"top_p": 0.9}):
         with pytest.raises(UserError, match="ppo needs generation"):
@@ -127,7 +130,7 @@ def test_04_responses_end_at_the_first_stop_then_are_scored(build: Build) -> Non
         ]
         ended = "1" in text[-1] or answer.tokens[-1] == ppo.tokenizer.eos_token_id
         assert ended == answer.stopped
-        assert "1" not in text[-2]  # nothing was kept behind the stop
+        assert "1" not in text[-2]  # nothing is kept after the stop
         assert ppo.tokenizer.eos_token_id not in answer.tokens[:-1]
     rollouts = ppo.score(gather(ppo.mesh, episodes))
     scores = ppo.apply_no_stop_penalty(rollouts)
@@ -135,9 +138,8 @@ def test_04_responses_end_at_the_first_stop_then_are_scored(build: Build) -> Non
     assert torch.equal(scores[rollouts.stopped], rollouts.scores[rollouts.stopped])
     last = rollouts.response_lengths - 1
     rewards = ppo.targets(rollouts, scores).rewards[torch.arange(32), last]
-    torch.testing.assert_close(
-        rewards, scores, atol=1e-4, rtol=0
-    )  # the KL from the reference is 0 before an update
+    # The KL from the reference is 0 before an update.
+    torch.testing.assert_close(rewards, scores, atol=1e-4, rtol=0)
     own = build(ppo={"no_stop_penalty": None})
     assert torch.equal(own.apply_no_stop_penalty(rollouts), rollouts.scores)
 
@@ -148,13 +150,13 @@ def test_05_dropout_is_off_in_all_models(build: Build, tiny: Path) -> None:
     tiny_ppo.save_reward_model(tiny, mesh, "rm_dropout", **dropout)
     ppo = build(model=dropout, ppo={"reward_model": str(tiny / "rm_dropout")})
     average = ppo.average.model
-    stages = [ppo.policy.model, ppo.value.model, ppo.reference, ppo.rewards.models[0][1], average]
+    models = [ppo.policy.model, ppo.value.model, ppo.reference, ppo.rewards.models[0][1], average]
     batch = pack([list(range(1, 20))], [3])
     dropping = build_model(ModelConfig(**tiny_ppo.MODEL, **dropout), mesh, 300, seed=1)
     with torch.no_grad():
-        for stage in stages:
-            stage.train()
-            assert torch.equal(stage(batch), stage(batch))
+        for model in models:
+            model.train()
+            assert torch.equal(model(batch), model(batch))
         assert not torch.equal(dropping(batch), dropping(batch))
 
 
@@ -170,7 +172,7 @@ def test_06_the_first_ratio_is_one_and_its_deviation_is_logged(build: Build) -> 
 def test_07_whitening_is_masked_biased_and_over_the_whole_batch(build: Build) -> None:
     """Rewards without a mean shift, advantages with one."""
     ppo = build(ppo={"whiten_rewards": True, "lam": 0.9, "gamma": 0.97})
-    rollouts = made_rollouts(ppo)
+    rollouts = random_rollouts(ppo)
     scores = ppo.apply_no_stop_penalty(rollouts)
     targets = ppo.targets(rollouts, scores)
     rewards = flat(rollouts, targets.rewards)
@@ -198,7 +200,7 @@ def test_07_whitening_is_masked_biased_and_over_the_whole_batch(build: Build) ->
 def test_08_the_value_is_clipped_around_its_rollout_value(build: Build) -> None:
     """0.5 max((v - R)^2, (v_clipped - R)^2) with a range of 0.2."""
     ppo = build()
-    rollouts = made_rollouts(ppo)
+    rollouts = random_rollouts(ppo)
     now = flat(rollouts, rollouts.values)
     generator = torch.Generator().manual_seed(0)
     rollouts.values = rollouts.values + 0.4 * torch.randn(
@@ -231,7 +233,7 @@ def test_09_adams_epsilon_is_the_configured_one(build: Build) -> None:
         assert load_config(path).optimizer.eps == 1e-5, path
 
 
-def test_10_every_inner_epoch_is_a_fresh_shuffle(build: Build) -> None:
+def test_10_every_inner_epoch_has_a_new_order(build: Build) -> None:
     ppo = build(ppo={"inner_epochs": 3})
     seen: list[list[int]] = []
     ppo.update = lambda batches, first: (
@@ -242,7 +244,7 @@ def test_10_every_inner_epoch_is_a_fresh_shuffle(build: Build) -> None:
             "entropy": 0.0,
         }
     )
-    ppo.learn(made_rollouts(ppo))
+    ppo.learn(random_rollouts(ppo))
     assert len(seen) == 6  # three epochs of two minibatches
     orders = [torch.cat(list(ppo.minibatches(16))).split(16)]
     ppo.iteration += 1
@@ -251,16 +253,15 @@ def test_10_every_inner_epoch_is_a_fresh_shuffle(build: Build) -> None:
     assert len(epochs) == 6
     assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert torch.equal(
-        torch.cat(list(ppo.minibatches(16))), torch.cat(orders[1])
-    )  # the same on every rank
-    other = build(ppo={"inner_epochs": 3}, train={"seed": 12})  # the seed after this one
+    # The order is a function of the iteration and the seed, so it is the same on every rank.
+    assert torch.equal(torch.cat(list(ppo.minibatches(16))), torch.cat(orders[1]))
+    other = build(ppo={"inner_epochs": 3}, train={"seed": 12})  # the next seed
     others = {tuple(epoch.tolist()) for epoch in torch.cat(list(other.minibatches(16))).split(16)}
     assert not others & {tuple(epoch) for epoch in epochs}
 
 
 def test_11_seeds_differ_by_data_rank_and_agree_inside_a_tensor_group(build: Build) -> None:
-    """Four real ranks do the same in test_ppo_golden.py."""
+    """test_ppo_golden.py checks the same on four real ranks."""
     ppo = build()
     place, draws = ppo.mesh, {}
     for data, tensor in ((0, 0), (0, 1), (1, 0)):
@@ -275,7 +276,7 @@ def test_11_seeds_differ_by_data_rank_and_agree_inside_a_tensor_group(build: Bui
 
 def test_12_the_reward_holds_k1_and_the_controller_is_optional(build: Build) -> None:
     ppo = build(ppo={"kl_coef": 0.3})
-    rollouts = made_rollouts(ppo)
+    rollouts = random_rollouts(ppo)
     scores = ppo.apply_no_stop_penalty(rollouts)
     expected = -0.3 * (rollouts.logprobs - rollouts.ref_logprobs)
     expected[torch.arange(16), rollouts.response_lengths - 1] += scores
@@ -293,7 +294,7 @@ def test_12_the_reward_holds_k1_and_the_controller_is_optional(build: Build) -> 
         controller.update(kl, 512)
         assert controller.coefficient == pytest.approx(0.1 * (1 + error * 512 / 10_000))
         before = controller.coefficient
-        controller.update(math.nan, 512)  # a step that fp16 skips must not spoil all that follow
+        controller.update(math.nan, 512)  # a step that fp16 skips must not affect later ones
         assert controller.coefficient == before
 
 
@@ -302,15 +303,15 @@ def test_13_the_average_is_what_is_evaluated_and_exported(tiny: Path) -> None:
         update={"output_dir": str(tiny / "averaged")}
     )
     train.train("ppo", chosen)
-    saved = describe_model(chosen.output_dir)  # what eval, sample and export read
+    saved = describe_model(chosen.output_dir)  # as eval, sample and export find it
     assert saved.path.name == "ema"
     mesh = tiny_ppo.mesh_of(chosen)
     weights = {}
     for name in ("ema", "policy"):
         found = describe_model(saved.path.with_name(name))
-        stage = build_model(found.model, mesh, found.vocab_size)
-        load_model(found, stage)
-        weights[name] = dict(stage.named_parameters())
+        model = build_model(found.model, mesh, found.vocab_size)
+        load_model(found, model)
+        weights[name] = dict(model.named_parameters())
     start = dict(
         build_model(chosen.model, mesh, saved.vocab_size, seed=chosen.train.seed).named_parameters()
     )
@@ -321,7 +322,7 @@ def test_13_the_average_is_what_is_evaluated_and_exported(tiny: Path) -> None:
 
 
 def test_14_losses_are_divided_by_the_global_token_count(build: Build) -> None:
-    """Any micro-batch size and any token budget give the same losses and gradients of unequal sequences."""
+    """Micro-batch sizes and token budgets change no loss and no gradient of unequal sequences."""
     found = []
     settings = (
         {"micro_batch_size": 8},
@@ -330,11 +331,10 @@ def test_14_losses_are_divided_by_the_global_token_count(build: Build) -> None:
     )
     for section in settings:
         ppo = build(train=section)
-        rollouts = made_rollouts(ppo)
-        assert len(own_rows(ppo.mesh, torch.arange(8), rollouts.lengths, ppo.train)) == {
-            8: 1,
-            1: 8,
-        }.get(train.get("micro_batch_size", 0), 3)
+        rollouts = random_rollouts(ppo)
+        micro_batches = {8: 1, 1: 8}.get(section.get("micro_batch_size", 0), 3)
+        rows = own_rows(ppo.mesh, torch.arange(8), rollouts.lengths, ppo.train)
+        assert len(rows) == micro_batches
         metrics = ppo.learn(rollouts)
         names = (
             "policy_loss",

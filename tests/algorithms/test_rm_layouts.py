@@ -1,4 +1,4 @@
-"""Sharing prompts, packing by tokens and splitting the model change no loss and no gradient of the reward model."""
+"""Shared prompts, token budgets and layouts change no loss and no gradient of the reward model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_same_as_one_process(workspace: Path, name: str) -> None:
 
 
 def test_tokens_are_counted(workspace: Path) -> None:
-    """Three responses of a prompt of p tokens and responses of r: p + 3 r tokens shared, 3 p + 3 r apart."""
+    """Three responses of r tokens to a prompt of p: p + 3 r tokens shared, 3 p + 3 r separate."""
     shared, separate = metrics(workspace, "serial"), metrics(workspace, "separate")
     for one, other in zip(shared, separate, strict=True):
         assert other["tokens"] == other["tokens_unshared"] == one["tokens_unshared"]
@@ -44,7 +44,7 @@ def test_tokens_are_counted(workspace: Path) -> None:
 
 @pytest.mark.parametrize("name", [*SERIAL, *PARALLEL])
 def test_demonstrations_score_the_same(workspace: Path, name: str) -> None:
-    """What the bias is shifted by at the end: the mean over 21 demonstrations, unevenly shared among ranks."""
+    """Compare the statistics of 21 demonstrations, which are unevenly split among the ranks."""
 
     def statistics(which: str) -> dict[str, float]:
         return json.loads((workspace / which / "rm" / "statistics.json").read_text())
@@ -54,7 +54,7 @@ def test_demonstrations_score_the_same(workspace: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dp4", "1x2-dp2-budget"])
-def test_judged_the_same_by_every_layout(workspace: Path, name: str) -> None:
+def test_every_layout_evaluates_the_same(workspace: Path, name: str) -> None:
     serial, other = (
         json.loads((workspace / which / "eval_rm.json").read_text()) for which in ("separate", name)
     )

@@ -1,18 +1,16 @@
-"""The reward model fits what it is shown, generalizes what can be, and finds nothing where there is nothing."""
+"""The reward model fits its rankings, generalizes a rule, and finds none in random ranks."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
-from fastrlhf.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from fastrlhf.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from fastrlhf.data.batches import TokenizedRanking, pack_rankings
-from fastrlhf.models.gpt import build_model
-from fastrlhf.parallel import mesh as meshes
+from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.optimizer import Learner
 
@@ -26,14 +24,11 @@ MODEL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    yield meshes.initialize(ParallelConfig(), seed=3)
-    meshes.finalize()
-
-
 def rankings(count: int, rng: random.Random, *, shuffled: bool) -> list[TokenizedRanking]:
-    """Random tokens; the more GOOD tokens, the better the response. `shuffled`: ranks are drawn instead."""
+    """Return rankings of random tokens: more GOOD tokens are better, or ranks are random.
+
+    `shuffled` chooses random ranks.
+    """
     groups = []
     for _ in range(count):
         counts = rng.sample(range(K + 1), K)
@@ -50,26 +45,26 @@ def rankings(count: int, rng: random.Random, *, shuffled: bool) -> list[Tokenize
     return groups
 
 
-def train(mesh: Mesh, groups: list[TokenizedRanking], steps: int, batch: int) -> Any:
-    stage = build_model(
+def train(mesh: Mesh, groups: list[TokenizedRanking], steps: int, batch: int) -> GPT:
+    model = build_model(
         ModelConfig(**MODEL, dtype="fp32"), mesh, VOCAB, head="scalar", seed=1
     ).train()
     learner = Learner(
-        mesh, stage, OptimizerConfig(lr=3e-3), ScheduleConfig(decay="constant"), total_steps=steps
+        mesh, model, OptimizerConfig(lr=3e-3), ScheduleConfig(decay="constant"), total_steps=steps
     )
     algorithm = RewardModelling(mesh, learner)
     for step in range(steps):
         start = step * batch % len(groups)
         algorithm.step([pack_rankings(groups[start : start + batch], shared_prompt=True)])
-    return stage
+    return model
 
 
-def evaluate(mesh: Mesh, stage: Any, groups: list[TokenizedRanking]) -> dict[str, float]:
-    return evaluate_ranking(mesh, stage, [[pack_rankings(groups, shared_prompt=True)]])
+def evaluate(mesh: Mesh, model: GPT, groups: list[TokenizedRanking]) -> dict[str, float]:
+    return evaluate_ranking(mesh, model, [[pack_rankings(groups, shared_prompt=True)]])
 
 
 def test_overfits_eight_ranked_prompts(mesh: Mesh) -> None:
-    """Ranks without a rule, so that each response must be told apart by itself."""
+    """Ranks follow no rule, so each response must be learnt separately."""
     groups = rankings(8, random.Random(0), shuffled=True)
     results = evaluate(mesh, train(mesh, groups, steps=60, batch=8), groups)
     assert results["accuracy"] == 1.0 and results["pairs"] == 8 * 6
@@ -78,7 +73,7 @@ def test_overfits_eight_ranked_prompts(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_held_out_accuracy_is_chance_for_shuffled_ranks_alone(mesh: Mesh, shuffled: bool) -> None:
-    """A leak of the ranks into the input (order, length, position) would be found with shuffled ranks too."""
+    """A leak of the ranks into the input (order, length, position) would help random ranks too."""
     rng = random.Random(1)
     groups, held_out = rankings(96, rng, shuffled=shuffled), rankings(300, rng, shuffled=shuffled)
     accuracy = evaluate(mesh, train(mesh, groups, steps=50, batch=24), held_out)["accuracy"]

@@ -1,7 +1,8 @@
-"""One PPO-ptx iteration from the equations, in plain float64 torch on one process: what the trainer is held to.
+"""Reference of a PPO-ptx iteration, written from the equations in float64 torch on one process.
 
-It shares no code with the package. The model is GPT-2's on megatron's parameter names, a sequence at a time without
-padding; gradients are autograd's of the losses as they are written.
+It shares no code with the package. The model is GPT-2's with megatron's parameter names; it reads
+one sequence at a time, without padding. Gradients are autograd's. `c` holds the settings of the
+run.
 """
 
 from __future__ import annotations
@@ -18,25 +19,32 @@ State = dict[str, Tensor]
 
 @dataclass
 class Episode:
+    """A prompt and its sampled response."""
+
     prompt: list[int]
     response: list[int]
     logprobs: list[float]
-    """By the policy that sampled, given."""
+    """Of the response under the policy that sampled it; given."""
     stopped: bool
 
 
 def layer_norm(x: Tensor, state: State, name: str) -> Tensor:
+    """Return LayerNorm of x [..., H]."""
     centred = x - x.mean(-1, keepdim=True)
     scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
     return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
 def gelu(x: Tensor) -> Tensor:
+    """Return the tanh approximation of GELU."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def hidden_states(state: State, tokens: list[int], heads: int) -> Tensor:
-    """[T, H] after the final norm. The fused projection holds (query, key, value) head by head."""
+    """Return hidden states [T, H] after the final norm.
+
+    The fused projection holds (query, key, value) head by head.
+    """
     T = len(tokens)
     x = (
         state["embedding.word_embeddings.weight"][tokens]
@@ -63,12 +71,14 @@ def hidden_states(state: State, tokens: list[int], heads: int) -> Tensor:
 
 
 def log_softmax(state: State, hidden: Tensor, vocab: int, temperature: float) -> Tensor:
+    """Return log-probs [T, vocab] of hidden states [T, H]."""
     return (
         (hidden @ state["embedding.word_embeddings.weight"][:vocab].T) / temperature
     ).log_softmax(-1)
 
 
 def response_logprobs(state: State, episode: Episode, c: dict[str, Any]) -> Tensor:
+    """Return log-probs [R] of the response tokens."""
     hidden = hidden_states(state, episode.prompt + episode.response, c["heads"])
     before = hidden[len(episode.prompt) - 1 : -1]  # the states that predict the response's tokens
     table = log_softmax(state, before, c["vocab"], c["temperature"])
@@ -76,19 +86,20 @@ def response_logprobs(state: State, episode: Episode, c: dict[str, Any]) -> Tens
 
 
 def scalars(state: State, episode: Episode, c: dict[str, Any]) -> Tensor:
-    """The scalar head at every position of prompt and response."""
+    """Return the scalar head's output at every position of prompt and response."""
     hidden = hidden_states(state, episode.prompt + episode.response, c["heads"])
     return hidden @ state["score.weight"] + state["score.bias"]
 
 
 def response_values(state: State, episode: Episode, c: dict[str, Any]) -> Tensor:
+    """Return the values [R] of the states before each response token."""
     return scalars(state, episode, c)[len(episode.prompt) - 1 : -1]
 
 
 def advantages_and_returns(
     episodes: list[Episode], states: dict[str, State], c: dict[str, Any]
-) -> Any:
-    """Per episode: values, advantages (whitened over all tokens) and returns."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return values, advantages (whitened over all tokens) and returns [R] of each episode."""
     values, advantages, returns = [], [], []
     for e in episodes:
         score = scalars(states["reward"], e, c)[-1].item() if e.stopped else c["no_stop_penalty"]
@@ -112,7 +123,7 @@ def advantages_and_returns(
 
 
 class Adam:
-    """Adam behind a clip of the gradient's norm (Kingma and Ba 2015)."""
+    """Adam (Kingma and Ba 2015) after clipping the gradient's norm."""
 
     def __init__(self, state: State, lr: float, c: dict[str, Any]) -> None:
         self.state, self.lr, self.c, self.t = state, lr, c, 0
@@ -120,6 +131,7 @@ class Adam:
         self.v = {name: torch.zeros_like(w) for name, w in state.items()}
 
     def step(self, grads: State) -> float:
+        """Update the weights; return the norm of the gradients before clipping."""
         norm = torch.sqrt(sum(g.square().sum() for g in grads.values())).item()  # type: ignore[arg-type]
         shrink = min(1.0, self.c["clip_grad"] / (norm + 1e-6))
         (b1, b2), self.t = self.c["betas"], self.t + 1
@@ -133,6 +145,7 @@ class Adam:
 
 
 def gradients(loss: Tensor, state: State) -> State:
+    """Return the gradient of each parameter, 0 where the loss does not depend on it."""
     found = torch.autograd.grad(loss, list(state.values()), allow_unused=True)
     return {
         n: torch.zeros_like(w) if g is None else g
@@ -143,7 +156,7 @@ def gradients(loss: Tensor, state: State) -> State:
 def policy_losses(
     state: State, rows: list[int], episodes: list[Episode], A: list[Tensor], c: dict[str, Any]
 ) -> Tensor:
-    """Mean over the minibatch's tokens of max(-A r, -A clip(r))."""
+    """Return the mean over the minibatch's tokens of max(-A r, -A clip(r))."""
     terms = []
     for i in rows:
         old = torch.tensor(episodes[i].logprobs, dtype=torch.float64)
@@ -155,9 +168,14 @@ def policy_losses(
 
 
 def value_losses(
-    state: State, rows: list[int], episodes: list[Episode], old: Any, R: Any, c: dict[str, Any]
+    state: State,
+    rows: list[int],
+    episodes: list[Episode],
+    old: list[Tensor],
+    R: list[Tensor],
+    c: dict[str, Any],
 ) -> Tensor:
-    """Mean over the minibatch's tokens of 0.5 max((v - R)^2, (v clipped - R)^2)."""
+    """Return the mean over the minibatch's tokens of 0.5 max((v - R)^2, (v clipped - R)^2)."""
     terms = []
     for i in rows:
         v = response_values(state, episodes[i], c)
@@ -167,7 +185,7 @@ def value_losses(
 
 
 def ptx_loss(state: State, windows: list[list[int]], c: dict[str, Any]) -> Tensor:
-    """Mean cross-entropy of the pretraining tokens."""
+    """Return the mean cross-entropy of the pretraining tokens."""
     terms = []
     for window in windows:
         table = log_softmax(state, hidden_states(state, window[:-1], c["heads"]), c["vocab"], 1.0)
@@ -182,9 +200,11 @@ def iteration(
     windows: list[list[list[int]]],
     c: dict[str, Any],
 ) -> dict[str, Any]:
-    """States after one iteration, and each minibatch's losses, gradients (before clipping) and their norms.
+    """Run one iteration.
 
-    `states`: policy, value, reference, reward; `windows`: the pretraining examples of each minibatch.
+    `states` are those of policy, value, reference and reward; `windows` the pretraining examples of
+    each minibatch. Returns the states "after" it and, for each of the "updates", the losses, the
+    gradients before clipping, and their norms.
     """
     policy, value = dict(states["policy"]), dict(states["value"])
     values, A, R = advantages_and_returns(episodes, states, c)

@@ -1,13 +1,13 @@
-"""A PPO run small enough to be built in a test: data, a random reward model, the job as `fastrlhf ppo` builds it."""
+"""A PPO run that is small enough for a test: data, a random reward model, and the PPO object."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import Config, ModelConfig
 from fastrlhf.data.tokenize import load_tokenizer
@@ -17,8 +17,7 @@ from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.run import builder, jobs
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
-# Large initial weights, so that no term of an equation is too small to be seen.
+# Large initial weights, so that no term of an equation is too small to matter.
 MODEL: dict[str, Any] = {
     "family": "gpt",
     "num_layers": 2,
@@ -31,9 +30,8 @@ MODEL: dict[str, Any] = {
 
 
 def make_data(folder: Path) -> None:
-    """The debug configurations' data and tokenizer in folder/data."""
-    sys.path.insert(0, str(CONFIGS))
-    import make_data as debug
+    """Write the data and the tokenizer of the debug configurations to folder/data."""
+    from configs.debug import make_data as debug  # the root of the repository is on pytest's path
 
     debug.main(folder / "data")
 
@@ -41,14 +39,17 @@ def make_data(folder: Path) -> None:
 def save_reward_model(
     folder: Path, mesh: Mesh, name: str = "rm", seed: int = 7, **model: Any
 ) -> None:
-    """A random reward model in folder/name; `model` are fields of its configuration."""
+    """Save a random reward model to folder/name; `model` are fields of its configuration."""
     vocab_size = len(load_tokenizer(folder / "data" / "tokenizer"))
-    stage = build_model(ModelConfig(**MODEL, **model), mesh, vocab_size, head="scalar", seed=seed)
-    save_model(folder / name, stage, tokenizer=str(folder / "data" / "tokenizer"))
+    reward = build_model(ModelConfig(**MODEL, **model), mesh, vocab_size, head="scalar", seed=seed)
+    save_model(folder / name, reward, tokenizer=str(folder / "data" / "tokenizer"))
 
 
 def config(folder: Path, **sections: dict[str, Any]) -> Config:
-    """16 episodes an iteration in minibatches of 8, with ptx; `sections` add to and override what is here."""
+    """Return a configuration: 16 episodes an iteration in minibatches of 8, with ptx.
+
+    `sections` are merged into it.
+    """
     data = folder / "data"
     base: dict[str, dict[str, Any]] = {
         "model": dict(MODEL),
@@ -82,27 +83,28 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
     return Config.model_validate({**base, "output_dir": str(folder / "out")})
 
 
-def build(mesh: Mesh, chosen: Config) -> tuple[Any, list[list[list[int]]]]:
-    """(the PPO object, this rank's prompts of the first iteration) of a run."""
+def build(mesh: Mesh, chosen: Config) -> tuple[PPO, list[list[list[int]]]]:
+    """Return the PPO object of a run and this rank's prompts of the first iteration."""
     job = jobs.ppo_job(builder.RunBuilder(chosen, mesh))
     return job.algorithm, next(iter(job.batches))
 
 
 def mesh_of(chosen: Config) -> Mesh:
+    """Initialize the mesh of a configuration."""
     return meshes.initialize(chosen.parallel, chosen.train.seed)
 
 
 def episodes(count: int, vocab_size: int, seed: int = 0) -> list[tuple[list[int], Generated]]:
-    """Made-up episodes of all lengths, every third without a stop token; log-probs are filled in by the test."""
+    """Return random episodes of different lengths, every third without a stop token."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    made = []
+    pairs = []
     for i in range(count):
         prompt = torch.randint(1, vocab_size, (number(3, 12),), generator=generator).tolist()
         response = torch.randint(1, vocab_size, (number(2, 11),), generator=generator).tolist()
         logprobs = (torch.rand(len(response), generator=generator) - 6.0).tolist()
-        made.append((prompt, Generated(i, response, logprobs, i % 3 > 0)))
-    return made
+        pairs.append((prompt, Generated(i, response, logprobs, i % 3 > 0)))
+    return pairs

@@ -1,6 +1,8 @@
-"""Trains SFT, RM and PPO-ptx: a few steps under several layouts for test_layouts.py, more for test_learning.py.
+"""Runs of SFT, RM and PPO-ptx: a few steps under each layout, and longer ones that learn.
 
-`one_process(WORKSPACE)` comes first; torchrun --nproc-per-node 4 run_layouts.py WORKSPACE goes on from it.
+test_layouts.py, test_rm_layouts.py, test_learning.py and test_full_logits.py read their metrics.
+`one_process(WORKSPACE)` comes first; as a script on four ranks, `run_layouts.py WORKSPACE`
+continues.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ CONFIGS = ROOT / "configs" / "debug"
 STEPS = {"sft": 3, "rm": 3, "ppo": 2}
 LAYOUTS = {
     "2x2": ["parallel.tensor=2", "parallel.pipeline=2"],
-    # Every collective of four ranks on two cores costs milliseconds: few, large micro-batches.
+    # On two cores a collective of four ranks takes milliseconds: few, large micro-batches.
     "4x1": ["parallel.tensor=4", "train.micro_batch_size=8"],
     "1x4": ["parallel.pipeline=4"],
     "2x1-sequence-dp2": ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch_size=4"],
 }
 SHORT = {
     "sft": [],
-    # The gradient of the head's bias is 0 but for rounding, which Adam blows up to steps when eps is below it.
+    # The gradient of the head's bias is 0 up to rounding, which Adam scales to full steps if eps is
+    # smaller.
     "rm": ["optimizer.eps=1e-3"],
     "ppo": ["generation.max_new_tokens=8"],
 }
-# SFT with micro-batches cut by tokens: data-parallel ranks get different numbers of them. "unpacked": the same batches.
+# SFT with a token budget: data-parallel ranks get different numbers of micro-batches. "unpacked"
+# has the same global batches.
 MIXED = [
     "train.steps=3",
     "train.global_batch_size=15",
@@ -41,9 +45,10 @@ MIXED = [
 ]
 BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
 PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
-# Serially, the same global batch in other micro-batches.
+# In one process: the same global batch in micro-batches of other sizes.
 MICRO_BATCHES = {"serial": 4, "micro-1": 1, "micro-8": 8}
-# The reward model alone: prompts once or with every response, micro-batches by number or by tokens, every layout.
+# The reward model alone: shared or repeated prompts, micro-batches by number or by tokens, all
+# layouts.
 GROUPS = "train.max_tokens_per_micro_batch=160"
 REWARD_SERIAL = {
     "separate": ["model.shared_prompt=false"],
@@ -61,11 +66,11 @@ REWARD_PARALLEL = {
         GROUPS,
     ],
 }
-JUDGED = {"separate", "dp4", "1x2-dp2-budget"}
+EVALUATED = {"separate", "dp4", "1x2-dp2-budget"}
 
 
 def data_overrides(workspace: Path) -> dict[str, list[str]]:
-    """The debug configurations' paths, moved into the workspace."""
+    """Return the overrides that move the paths of the debug configurations into the workspace."""
     data, loaded = workspace / "data", workspace / "start"
     common = [f"data.tokenizer={data / 'tokenizer'}", "log.progress=false", "log.tensorboard=false"]
     return {
@@ -92,6 +97,7 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
 
 
 def run(workspace: Path, command: str, name: str, extra: list[str]) -> None:
+    """Run a training command into workspace/name/command, and write its statistics.json."""
     paths = data_overrides(workspace)[command]
     output = f"output_dir={workspace / name / command}"
     config = load_config(CONFIGS / f"{command}.yaml", [*paths, output, *extra])
@@ -102,19 +108,21 @@ def run(workspace: Path, command: str, name: str, extra: list[str]) -> None:
         (workspace / name / command / "statistics.json").write_text(
             json.dumps(job.algorithm.statistics())
         )
-    meshes.finalize()  # every layout's groups keep threads, a thousand a rank in the end
+    meshes.finalize()  # the groups of each layout keep threads, in the end a thousand per rank
 
 
-def trained(workspace: Path, name: str, extra: list[str], commands: Iterable[str] = STEPS) -> None:
+def run_short(
+    workspace: Path, name: str, extra: list[str], commands: Iterable[str] = STEPS
+) -> None:
+    """Run a few steps of each of `commands` without checkpoints."""
     for command in commands:
         length = [f"train.steps={STEPS[command]}", "checkpoint.save=false"]
         run(workspace, command, name, [*length, *SHORT[command], *extra])
 
 
 def prepare(workspace: Path) -> None:
-    """Data, and the short runs that the others start from."""
-    sys.path.insert(0, str(CONFIGS))
-    import make_data
+    """Make the data and the models that the other runs start from."""
+    from configs.debug import make_data  # the root of the repository is on pytest's path
 
     make_data.main(workspace / "data")
     for name, source, count in (("valid", "rankings", 41), ("few", "demonstrations", 21)):
@@ -125,7 +133,7 @@ def prepare(workspace: Path) -> None:
 
 
 def learn(workspace: Path) -> None:
-    """Long enough to see learning: SFT, then a reward model, then PPO from the one against the other."""
+    """Run SFT, a reward model, and PPO from the one with the other, long enough to learn."""
     run(workspace, "sft", "learn", ["train.steps=60", "optimizer.lr=3e-3"])
     run(workspace, "rm", "learn", ["train.steps=30"])
     models = [
@@ -133,7 +141,7 @@ def learn(workspace: Path) -> None:
         f"ppo.reward_model={workspace / 'learn' / 'rm'}",
     ]
     size = ["train.steps=16", "ppo.batch_size=32", "ppo.minibatch_size=16", "checkpoint.save=false"]
-    # The reward model's score alone, so that what PPO should find is known: higher scores.
+    # The reward model's score with almost no KL term, so PPO should find higher scores.
     rates = [
         "optimizer.lr=1e-3",
         "ppo.value_lr=1e-3",
@@ -143,21 +151,22 @@ def learn(workspace: Path) -> None:
     run(workspace, "ppo", "learn", [*models, *size, *rates])
 
 
-def mixed(workspace: Path, name: str, extra: list[str]) -> None:
-    """SFT on demonstrations and pretraining windows, so that lengths differ."""
+def run_mixed(workspace: Path, name: str, extra: list[str]) -> None:
+    """Run SFT on demonstrations and pretraining windows, whose lengths differ."""
     text = f"data.pretrain={workspace / 'data' / 'text.jsonl'}"
     run(workspace, "sft", name, [text, "checkpoint.save=false", *extra])
 
 
-def reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
+def run_reward_layouts(workspace: Path, layouts: dict[str, list[str]]) -> None:
+    """Run a few steps of the reward model under each of `layouts`."""
     for name, layout in layouts.items():
-        trained(workspace, name, layout, commands=("rm",))
-        if name in JUDGED:
-            judge(workspace, name, layout)
+        run_short(workspace, name, layout, commands=("rm",))
+        if name in EVALUATED:
+            evaluate_reward(workspace, name, layout)
 
 
-def judge(workspace: Path, name: str, layout: list[str]) -> None:
-    """`fastrlhf eval rm` of the reward model that the others start from, on 41 prompts."""
+def evaluate_reward(workspace: Path, name: str, layout: list[str]) -> None:
+    """Run `fastrlhf eval rm` on the reward model that all others start from, with 41 prompts."""
     valid = workspace / "data" / "valid.jsonl"
     overrides = [
         f"data.valid={valid}",
@@ -170,33 +179,33 @@ def judge(workspace: Path, name: str, layout: list[str]) -> None:
     meshes.finalize()
 
 
-def whole_logits(workspace: Path) -> None:
-    """SFT and PPO with the linear ops replaced by plain torch on whole logits."""
-    sys.path.insert(0, str(ROOT))
-    from bench.head_memory import materialising
+def run_full_logits(workspace: Path) -> None:
+    """Run SFT and PPO with the linear ops replaced by plain torch on materialised logits."""
+    from bench.head_memory import materialising  # the repository's root is on pytest's path
 
     with materialising():
-        trained(workspace, "whole-logits", [], commands=("sft", "ppo"))
+        run_short(workspace, "full-logits", [], commands=("sft", "ppo"))
 
 
 def one_process(workspace: Path) -> None:
-    """What all others start from, what they are compared with, and what needs one process alone."""
+    """Run what the other runs start from or are compared with, and what needs only one process."""
     prepare(workspace)
     learn(workspace)
     for name, size in MICRO_BATCHES.items():
-        trained(workspace, name, [f"train.micro_batch_size={size}"])
-    mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
-    mixed(workspace, "packed", BUDGET)
-    reward_layouts(workspace, REWARD_SERIAL)
-    whole_logits(workspace)
+        run_short(workspace, name, [f"train.micro_batch_size={size}"])
+    run_mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
+    run_mixed(workspace, "packed", BUDGET)
+    run_reward_layouts(workspace, REWARD_SERIAL)
+    run_full_logits(workspace)
 
 
 def four_ranks(workspace: Path) -> None:
+    """Run all layouts of four ranks."""
     for name, layout in LAYOUTS.items():
-        trained(workspace, name, layout)
+        run_short(workspace, name, layout)
     for name, layout in PACKED.items():
-        mixed(workspace, name, layout)
-    reward_layouts(workspace, REWARD_PARALLEL)
+        run_mixed(workspace, name, layout)
+    run_reward_layouts(workspace, REWARD_PARALLEL)
 
 
 if __name__ == "__main__":
