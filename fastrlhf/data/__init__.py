@@ -1,1 +1,4 @@
-"""From files to packed batches: records, tokens, loaders. Imports without megatron, triton, transformers and a GPU."""
+"""Data pipeline from record files to packed batches.
+
+Every module imports without megatron, triton, transformers and a GPU.
+"""

@@ -1,9 +1,11 @@
-"""Packed micro-batches: one flat row of T tokens holds S sequences back to back, told apart by cu_seqlens. No padding.
+"""Packed micro-batches: one flat row of T tokens holds S sequences back to back, without padding.
 
-`pack` builds them from sequences with prompts (SFT, sampling, PPO), `pack_rankings` from K ranked responses a prompt
-(reward model), `pack_branches` from prompts that stand in the row once with several responses behind them,
-`pack_windows` from pretraining windows. Left out on purpose: truncation (datasets.py) and batch composition
-(loader.py).
+The sequences are delimited by `cu_seqlens`. `pack` builds a batch from sequences with prompts (SFT,
+sampling, PPO), `pack_rankings` from K ranked responses per prompt (reward model), `pack_branches`
+from prompts that each occur once in the row, followed by several responses, and `pack_windows` from
+pretraining windows.
+
+Out of scope: truncation (datasets.py) and batch composition (loader.py).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ Batch = TypeVar("Batch", bound="PackedBatch")
 
 
 @dataclass(frozen=True)
-class DemonstrationTokens:
-    """Prompt and response as one sequence; of the first `prompt_length` tokens only the spans [start, end) in
-    `trained` are trained on: earlier turns of the assistant.
+class TokenizedDemonstration:
+    """Prompt and response as one sequence of tokens.
+
+    The loss counts the tokens after the first `prompt_length`. Of the prompt it counts only the
+    spans [start, end) in `trained`: earlier turns of the assistant.
     """
 
     tokens: list[int]
@@ -33,7 +37,11 @@ class DemonstrationTokens:
 
 @dataclass(frozen=True)
 class TokenizedRanking:
-    """One prompt, its K responses, each response's rank (lower is better, equal is a tie), and whose ranking it is."""
+    """One prompt with K ranked responses.
+
+    A lower rank is better; equal ranks are a tie. `user_id` wrote the prompt, `labeler_id` ranked
+    the responses.
+    """
 
     prompt_tokens: list[int]
     responses: list[list[int]]
@@ -44,19 +52,24 @@ class TokenizedRanking:
 
 @dataclass(kw_only=True)
 class PackedBatch:
-    """S sequences in one row of T tokens; all tensors on one device.
+    """S sequences in one row of T tokens; all tensors are on one device.
 
-    tokens int64 [T]; positions int64 [T], from 0 in each sequence; cu_seqlens int32 [S+1], sequence s is
-    [cu_seqlens[s], cu_seqlens[s+1]); labels int64 [T], the next token of the same sequence, -100 where there is none;
-    loss_mask bool [T], True where the label counts; max_seqlen, the longest sequence, a Python int so that attention
-    kernels get it without waiting for the device (0: computed here).
+    - tokens int64 [T].
+    - positions int64 [T], counted from 0 in each sequence.
+    - cu_seqlens int32 [S+1]: sequence s is [cu_seqlens[s], cu_seqlens[s+1]).
+    - labels int64 [T]: the next token of the same sequence, -100 at its last token.
+    - loss_mask bool [T]: True where the label counts.
+    - max_seqlen: length of the longest sequence. It is a Python int so that attention kernels do
+      not wait for the device. 0 means: computed here.
 
-    Where sequences branch from a prompt that the row holds once (`pack_branches`), the tokens that sequence s attends
-    to, its prompt's before its own, are key_index[cu_seqlens_kv[s] : cu_seqlens_kv[s+1]]: key_index int64,
-    cu_seqlens_kv int32 [S+1], max_seqlen_kv the longest of them. Positions of a branch continue from its prompt's.
+    If sequences branch from a prompt that the row holds once (`pack_branches`), sequence s attends
+    to the tokens key_index[cu_seqlens_kv[s] : cu_seqlens_kv[s+1]]: those of its prompt, then its
+    own. key_index is int64, cu_seqlens_kv int32 [S+1], and max_seqlen_kv the longest such range.
+    Positions of a branch continue from its prompt's.
 
-    num_counted: how many labels count, kept by `to` from before the mask left the host, so that on a GPU the LM head
-    can pass over the others without waiting; None on a CPU, where the mask itself can be read.
+    num_counted is the number of labels that count. `to` computes it before the mask leaves the
+    host, so that on a GPU the LM head can skip the other labels without a synchronization. It is
+    None on a CPU, where the mask itself can be read.
     """
 
     tokens: torch.Tensor
@@ -76,11 +89,11 @@ class PackedBatch:
 
     @property
     def num_sequences(self) -> int:
-        """S."""
+        """S, the number of sequences."""
         return self.cu_seqlens.numel() - 1
 
     def to(self: Batch, device: torch.device | str) -> Batch:
-        """A copy with every tensor on `device`."""
+        """Return a copy with every tensor on `device`."""
         moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -93,12 +106,15 @@ class PackedBatch:
 
 @dataclass(kw_only=True)
 class RankingBatch(PackedBatch):
-    """G prompts with N = sum K responses, the responses of a prompt side by side.
+    """G prompts with N = sum K responses; the responses of a prompt are adjacent.
 
-    The row holds prompt + response for each response, or each prompt once with its responses branching from it.
-    ranks int64 or float32 [N]; prompt_offsets int64 [G+1], prompt g owns responses [prompt_offsets[g],
-    prompt_offsets[g+1]); last_index int64 [N], the place in the row of each response's last token, where the score is
-    read.
+    The row holds prompt + response for each response, or each prompt once with its responses
+    branching from it.
+
+    - ranks int64 or float32 [N].
+    - prompt_offsets int64 [G+1]: prompt g has the responses
+      [prompt_offsets[g], prompt_offsets[g+1]).
+    - last_index int64 [N]: index in the row of each response's last token, where the score is read.
     """
 
     ranks: torch.Tensor
@@ -107,19 +123,23 @@ class RankingBatch(PackedBatch):
 
     @property
     def num_prompts(self) -> int:
-        """G."""
+        """G, the number of prompts."""
         return self.prompt_offsets.numel() - 1
 
-    def separate_tokens(self) -> torch.Tensor:
-        """Tokens that one forward per response would process, prompt and response each time; int64 scalar."""
+    def unshared_tokens(self) -> torch.Tensor:
+        """Return the number of tokens if every response had its own copy of the prompt.
+
+        The result is an int64 scalar tensor.
+        """
         return (self.positions[self.last_index] + 1).sum()
 
 
 def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> PackedBatch:
-    """Pack S >= 1 non-empty sequences; labels inside the first `prompt_lengths[s]` tokens of sequence s do not count.
+    """Pack S >= 1 non-empty sequences into one row.
 
-    A prompt length of 0 counts every label. The label of a prompt's last token is the first response token, so it
-    counts.
+    Labels that are among the first `prompt_lengths[s]` tokens of sequence s do not count; with a
+    prompt length of 0 every label counts. The label of a prompt's last token is the first response
+    token, so it counts. Raises ValueError if a sequence is empty or the lengths do not match.
     """
     lengths = _lengths(sequences)
     if len(prompt_lengths) != len(lengths):
@@ -144,12 +164,13 @@ def pack(sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> P
     )
 
 
-def pack_demonstrations(demonstrations: Sequence[DemonstrationTokens]) -> PackedBatch:
-    """The micro-batch of SFT: one sequence a demonstration, loss on the response and on the `trained` spans."""
+def pack_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> PackedBatch:
+    """Pack demonstrations: one sequence each, with loss on the response and the `trained` spans."""
     packed = pack([d.tokens for d in demonstrations], [d.prompt_length for d in demonstrations])
     for start, demonstration in zip(packed.cu_seqlens.tolist(), demonstrations, strict=False):
         for first, end in demonstration.trained:
-            # A token is trained where it is the label, one place before it; a sequence's first token is no label.
+            # A token is trained where it is the label, one position earlier; a sequence's first
+            # token is no label.
             packed.loss_mask[start + max(first, 1) - 1 : start + end - 1] = True
     return packed
 
@@ -157,11 +178,11 @@ def pack_demonstrations(demonstrations: Sequence[DemonstrationTokens]) -> Packed
 def pack_rankings(
     rankings: Sequence[TokenizedRanking], *, shared_prompt: bool = False
 ) -> RankingBatch:
-    """The micro-batch of the reward model: every response of a prompt is in it, so that all C(K,2) pairs can be
-    formed.
+    """Pack rankings with all responses of each prompt, so that all C(K,2) pairs can be formed.
 
-    With `shared_prompt` a prompt stands in the row once and its responses branch from it: the same scores from fewer
-    tokens.
+    With `shared_prompt` the row holds each prompt once and its responses branch from it, which
+    gives the same scores from fewer tokens. Raises ValueError if a response is empty or the number
+    of ranks differs from the number of responses.
     """
     for g, r in enumerate(rankings):
         if len(r.ranks) != len(r.responses):
@@ -170,7 +191,8 @@ def pack_rankings(
             )
         if not all(r.responses):
             raise ValueError(
-                f"ranking {g}: response {r.responses.index([])} is empty; each has at least one token"
+                f"ranking {g}: response {r.responses.index([])} is empty; "
+                "expected at least one token"
             )
     if shared_prompt:
         packed, last = pack_branches(
@@ -181,10 +203,10 @@ def pack_rankings(
         packed = pack(sequences, [len(r.prompt_tokens) for r in rankings for _ in r.responses])
         last = packed.cu_seqlens[1:].long() - 1
     ranks = [rank for r in rankings for rank in r.ranks]
-    whole = all(isinstance(rank, int) for rank in ranks)
+    integral = all(isinstance(rank, int) for rank in ranks)
     return RankingBatch(
         **vars(packed),
-        ranks=torch.tensor(ranks, dtype=torch.int64 if whole else torch.float32),
+        ranks=torch.tensor(ranks, dtype=torch.int64 if integral else torch.float32),
         prompt_offsets=torch.from_numpy(
             _offsets(np.array([len(r.responses) for r in rankings], dtype=np.int64))
         ),
@@ -193,7 +215,7 @@ def pack_rankings(
 
 
 def ranking_tokens(ranking: TokenizedRanking, *, shared_prompt: bool) -> int:
-    """Tokens of one ranking in a row of `pack_rankings`: what it costs of a token budget."""
+    """Return the number of tokens that `pack_rankings` needs for `ranking`."""
     copies = 1 if shared_prompt else len(ranking.responses)
     return copies * len(ranking.prompt_tokens) + sum(map(len, ranking.responses))
 
@@ -201,18 +223,21 @@ def ranking_tokens(ranking: TokenizedRanking, *, shared_prompt: bool) -> int:
 def pack_branches(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[PackedBatch, torch.Tensor]:
-    """Each prompt once, its responses behind it: prompt 0, its K responses, prompt 1, ...; and int64 [N], the place of
-    each response's last token.
+    """Pack each prompt once, followed by its responses: prompt 0, its K responses, prompt 1, ...
 
-    Every prompt and every response is a sequence of the row. A response's tokens stand at the positions after its
-    prompt and attend to prompt and response, to no other response, so its hidden states are those of the two in one
-    sequence. The label of a prompt's last token, which would be each response's first, is left out.
+    Returns the batch and an int64 tensor [N] with the index in the row of each response's last
+    token.
+
+    Every prompt and every response is a sequence of the row. A response's positions continue from
+    its prompt's, and its tokens attend to the prompt and to the response itself, but to no other
+    response. Its hidden states are therefore those of prompt + response in one sequence. The label
+    of a prompt's last token does not count: it would be the first token of each response.
     """
     sequences: list[Sequence[int]] = []
     prompt_of: list[int] = []  # the sequence that holds a sequence's prompt
     offsets: list[int] = []  # tokens of the prompt before a sequence's own
-    uncounted: list[int] = []  # tokens at a sequence's start whose labels do not count
-    branches: list[int] = []
+    uncounted: list[int] = []  # tokens at a sequence's start that do not count as labels
+    branches: list[int] = []  # the sequences that are responses
     for prompt, continuations in zip(prompts, responses, strict=True):
         first, roots = len(sequences), 1 if prompt else 0
         sequences += [prompt, *continuations] if prompt else continuations
@@ -221,11 +246,8 @@ def pack_branches(
         uncounted += [len(prompt)] * roots + [0] * len(continuations)
         branches += range(first + roots, len(sequences))
     packed = pack(sequences, uncounted)
-    starts, lengths, shared = (
-        packed.cu_seqlens.numpy().astype(np.int64),
-        _lengths(sequences),
-        np.array(offsets),
-    )
+    starts = packed.cu_seqlens.numpy().astype(np.int64)
+    lengths, shared = _lengths(sequences), np.array(offsets)
     keys = [
         np.concatenate(
             [np.arange(starts[prompt], starts[prompt] + offset), np.arange(start, start + length)]
@@ -240,9 +262,7 @@ def pack_branches(
 
 
 def pack_windows(windows: Sequence[Sequence[int]]) -> PackedBatch:
-    """The micro-batch of pretraining: a window of L + 1 tokens becomes one sequence of L tokens whose L labels all
-    count.
-    """
+    """Pack windows: L + 1 tokens become a sequence of L tokens whose labels all count."""
     packed = pack([window[:-1] for window in windows], [0] * len(windows))
     labels = np.concatenate([np.asarray(window[1:], dtype=np.int64) for window in windows])
     packed.labels = torch.from_numpy(labels)
@@ -250,13 +270,13 @@ def pack_windows(windows: Sequence[Sequence[int]]) -> PackedBatch:
     return packed
 
 
-def demonstration_tokens(demonstration: DemonstrationTokens) -> int:
-    """Tokens that `demonstration` adds to a micro-batch."""
+def demonstration_tokens(demonstration: TokenizedDemonstration) -> int:
+    """Return the number of tokens that `demonstration` adds to a micro-batch."""
     return len(demonstration.tokens)
 
 
 def window_tokens(window: Sequence[int]) -> int:
-    """Tokens that a pretraining window of L + 1 adds to a micro-batch: L."""
+    """Return the number of tokens that a window of L + 1 tokens adds to a micro-batch: L."""
     return len(window) - 1
 
 
@@ -266,7 +286,8 @@ def _lengths(sequences: Sequence[Sequence[int]]) -> np.ndarray:
         raise ValueError("sequences is empty; a packed batch holds at least one")
     if lengths.min() == 0:
         raise ValueError(
-            f"sequence {int(lengths.argmin())} is empty; every packed sequence has at least one token"
+            f"sequence {int(lengths.argmin())} is empty; "
+            "every packed sequence has at least one token"
         )
     if lengths.sum() > np.iinfo(np.int32).max:
         raise ValueError(

@@ -1,12 +1,13 @@
-"""Other projects' preference and instruction data as our records.
+"""Convert preference and instruction data of other projects to fastrlhf records.
 
-    pairs       TRL, OpenRLHF and Alpaca rows: prompt or none, chosen and rejected as text or turns; messages; prompt
-                and completion; instruction, input and output
-    transcripts HH-RLHF: chosen and rejected are whole conversations, "\\n\\nHuman: ...\\n\\nAssistant: ..."
-    trees       OpenAssistant: one tree of messages a line, replies to a prompt ranked by people
+    pairs       TRL, OpenRLHF and Alpaca rows: chosen and rejected as text or turns, with or without
+                prompt; messages; prompt and completion; instruction, input and output
+    transcripts HH-RLHF: chosen and rejected are complete conversations,
+                "\\n\\nHuman: ...\\n\\nAssistant: ..."
+    trees       OpenAssistant: one tree of messages per line, replies to a prompt ranked by people
 
-A row that does not fit is refused with its file, line and reason, or set aside. The way back
-is export.py. Left out on purpose: downloading.
+A row that does not fit is rejected with its file, line and reason, or quarantined. export.py
+converts in the other direction. Not supported: downloading.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from fastrlhf.data.records import (
 )
 from fastrlhf.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Source: TypeAlias = Literal["pairs", "transcripts", "trees"]
 Row: TypeAlias = dict[str, Any]
 Turns: TypeAlias = list[dict[str, str]]
-Maker: TypeAlias = Callable[[Any], Iterator[Row]]
+Converter: TypeAlias = Callable[[Any], Iterator[Row]]
 
 PARTIAL = ".partial"
 _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
@@ -53,25 +54,25 @@ def convert(
 ) -> Counts:
     """Write the `kind` records found in `paths` to `out` (.jsonl or .jsonl.gz); return the counts.
 
-    A row may hold several records (a tree) or none of this kind (a tree without two ranked replies). UserError when
-    the source has nothing of this kind at all.
+    A row may hold several records (a tree) or none of this kind (a tree without two ranked
+    replies). Raises UserError if the layout `source` cannot hold this kind.
     """
-    make = checked_maker(source, kind, _makers(source))
+    converter = select_converter(source, kind, _converters(source))
 
     def parse(row: Row) -> list[Any]:
-        return [parse_record(found, kind) for found in make(row)]
+        return [parse_record(found, kind) for found in converter(row)]
 
-    return rewrite(paths, kind, parse, to_json, Path(out), on_error, rejected, what=kind)
-
-
-def checked_maker(layout: Source, kind: Kind, makers: dict[Kind, Maker]) -> Maker:
-    """The function that `makers` has for `kind`; UserError with those there are."""
-    if kind not in makers:
-        raise UserError(f"{layout} hold no {kind}; choose one of {', '.join(makers)}")
-    return makers[kind]
+    return convert_rows(paths, kind, parse, to_json, Path(out), on_error, rejected, what=kind)
 
 
-def rewrite(
+def select_converter(layout: Source, kind: Kind, converters: dict[Kind, Converter]) -> Converter:
+    """Return the converter for `kind`; raise UserError with the possible kinds if there is none."""
+    if kind not in converters:
+        raise UserError(f"{layout} hold no {kind}; choose one of {', '.join(converters)}")
+    return converters[kind]
+
+
+def convert_rows(
     paths: Paths,
     kind: Kind,
     parse: Callable[[Row], list[Any]],
@@ -82,10 +83,11 @@ def rewrite(
     *,
     what: str,
 ) -> Counts:
-    """Write a line for everything that `parse` makes of the rows of `paths` to `out`, which appears when it is whole;
-    `what` names the lines.
+    """Write one line to `out` for each item that `parse` returns for the rows of `paths`.
 
-    UserError for a name other than .jsonl or .jsonl.gz, one that is read, and one that cannot be written.
+    `out` appears under its name only when it is complete. `what` names the lines in the log. Raises
+    UserError if `out` does not end in .jsonl or .jsonl.gz, is one of the inputs, or cannot be
+    written.
     """
     if not out.name.removesuffix(".gz").endswith(".jsonl"):
         raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
@@ -103,7 +105,7 @@ def rewrite(
         raise UserError(f"{name}: cannot be written ({error.strerror or error})") from None
     finally:
         partial.unlink(missing_ok=True)
-    log.info(
+    logger.info(
         "%s: %d %s from %d rows, %d rows set aside",
         out,
         counts.kept,
@@ -115,13 +117,12 @@ def rewrite(
 
 
 def _gzipped(raw: BinaryIO) -> gzip.GzipFile:
-    return gzip.GzipFile(
-        "", "wb", fileobj=raw, mtime=0
-    )  # without a time: the same rows give the same bytes
+    # Without a time stamp, the same rows give the same bytes.
+    return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
 
 
-def _makers(source: Source) -> dict[Kind, Maker]:
-    """For each kind of record a source can give, the function from its row to our rows."""
+def _converters(source: Source) -> dict[Kind, Converter]:
+    """Return the converter from a row of `source` to our rows, for each kind that it can hold."""
     if source == "pairs":
         return {"rankings": _pair, "demonstrations": _example, "prompts": _prompt}
     if source == "transcripts":
@@ -148,7 +149,8 @@ def _pair(row: Row) -> Iterator[Row]:
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), (str, list)):
             raise BadRecord(
-                f'"{name}" is missing or neither text nor turns; expected chosen and rejected responses'
+                f'"{name}" is missing or neither text nor turns; '
+                "expected chosen and rejected responses"
             )
     prompt = row.get("prompt")
     if prompt is None:
@@ -159,24 +161,29 @@ def _pair(row: Row) -> Iterator[Row]:
 
 
 def _split_pair(chosen: Any, rejected: Any) -> Row:
-    """A pair whose conversations carry the prompt: what they share is the prompt, one last message each is left."""
+    """Split two conversations into the shared prompt and the last message of each.
+
+    Raises BadRecord if they differ before the last message.
+    """
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise BadRecord(
-            '"chosen" and "rejected" are text and there is no "prompt"; add one, or use source transcripts'
+            '"chosen" and "rejected" are text and there is no "prompt"; '
+            "add one, or use source transcripts"
         )
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise BadRecord(
-            '"chosen" and "rejected" differ before their last message; expected one shared conversation'
+            '"chosen" and "rejected" differ before their last message; '
+            "expected one shared conversation"
         )
     return {"prompt": chosen[:-1], "chosen": _reply(chosen[-1:]), "rejected": _reply(rejected[-1:])}
 
 
 def _reply(value: Any) -> Any:
-    """The text of a response given as text or as one assistant message."""
+    """Return the text of a response given as text or as one assistant message."""
     if isinstance(value, str):
         return value
     if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-        raise BadRecord("a response has other than one assistant message; expected exactly one")
+        raise BadRecord("a response is not a single assistant message; expected exactly one")
     return value[0].get("content")
 
 
@@ -202,7 +209,7 @@ def _example(row: Row) -> Iterator[Row]:
         found = {"prompt": pair["prompt"], "response": pair["chosen"]}
     else:
         keys = "messages; prompt and completion; instruction and output; chosen and rejected"
-        raise BadRecord(f"no example in it (keys {', '.join(row) or 'none'}); expected {keys}")
+        raise BadRecord(f"no known keys (found {', '.join(row) or 'none'}); expected {keys}")
     yield found | _kept_ids(row)
 
 
@@ -215,11 +222,11 @@ def _prompt(row: Row) -> Iterator[Row]:
 
 
 def _transcript(text: Any) -> Turns:
-    """The turns of one transcript; a speaker talking twice in a row is one turn."""
+    """Split one transcript into turns; consecutive messages of one speaker become one turn."""
     pieces = _SPEAKER.split("\n\n" + text.strip()) if isinstance(text, str) else []
     if len(pieces) < 3 or pieces[0].strip():
         raise BadRecord(
-            r'not a transcript; expected text beginning with "\n\nHuman:"; turns are source pairs'
+            r'not a transcript; expected text beginning with "\n\nHuman:" (for turns use pairs)'
         )
     turns: Turns = []
     for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -234,9 +241,8 @@ def _transcript(text: Any) -> Turns:
 
 
 def _transcript_pair(row: Row) -> Iterator[Row]:
-    yield _split_pair(_transcript(row.get("chosen")), _transcript(row.get("rejected"))) | _kept_ids(
-        row
-    )
+    chosen, rejected = _transcript(row.get("chosen")), _transcript(row.get("rejected"))
+    yield _split_pair(chosen, rejected) | _kept_ids(row)
 
 
 def _transcript_chosen(row: Row) -> Iterator[Row]:
@@ -252,11 +258,11 @@ def _transcript_prompt(row: Row) -> Iterator[Row]:
 
 
 def _tree(row: Row) -> Iterator[tuple[Turns, Row, list[Row]]]:
-    """Every (conversation up to and with a user's message, that message, its usable replies), depth first."""
+    """Yield (turns up to a user's message, that message, its usable replies), depth first."""
     root = row.get("prompt")
     if not isinstance(root, dict) or not isinstance(root.get("replies", []), list):
         raise BadRecord(
-            '"prompt" is no message with "replies"; expected one OpenAssistant tree a line'
+            '"prompt" is no message with "replies"; expected one OpenAssistant tree per line'
         )
     stack: list[tuple[Turns, Row]] = [([], root)]
     while stack:
@@ -272,7 +278,10 @@ def _tree(row: Row) -> Iterator[tuple[Turns, Row, list[Row]]]:
 
 
 def _usable(message: Row) -> bool:
-    """Messages that reviewers refused, deleted, synthetic or empty ones are left out, and what follows them too."""
+    """Return whether a message is kept: not deleted, refused by reviewers, synthetic or empty.
+
+    The replies to a message that is not kept are dropped with it.
+    """
     text = message.get("text")
     refused = (
         message.get("deleted") or message.get("review_result") is False or message.get("synthetic")
@@ -280,7 +289,7 @@ def _usable(message: Row) -> bool:
     return not refused and isinstance(text, str) and bool(text.strip())
 
 
-def _owner(message: Row) -> Row:
+def _user_id(message: Row) -> Row:
     return {"user_id": message["user_id"]} if message.get("user_id") is not None else {}
 
 
@@ -288,28 +297,24 @@ def _tree_rankings(row: Row) -> Iterator[Row]:
     for turns, message, replies in _tree(row):
         ranked = [reply for reply in replies if reply.get("rank") is not None]
         if len({reply["rank"] for reply in ranked}) >= 2:
-            responses, ranks = (
-                [reply["text"] for reply in ranked],
-                [reply["rank"] for reply in ranked],
-            )
-            yield {"prompt": turns, "responses": responses, "ranks": ranks} | _owner(message)
+            responses = [reply["text"] for reply in ranked]
+            ranks = [reply["rank"] for reply in ranked]
+            yield {"prompt": turns, "responses": responses, "ranks": ranks} | _user_id(message)
 
 
 def _tree_demonstrations(row: Row) -> Iterator[Row]:
-    """The reply people ranked best; where nobody ranked, a single reply."""
+    """Yield the reply ranked best; without ranks, the reply if there is exactly one."""
     for turns, message, replies in _tree(row):
         ranked = [reply for reply in replies if reply.get("rank") is not None]
-        best = (
-            min(ranked, key=lambda reply: reply["rank"])
-            if ranked
-            else replies[0]
-            if len(replies) == 1
-            else None
-        )
-        if best is not None:
-            yield {"prompt": turns, "response": best["text"]} | _owner(message)
+        if ranked:
+            best = min(ranked, key=lambda reply: reply["rank"])
+        elif len(replies) == 1:
+            best = replies[0]
+        else:
+            continue
+        yield {"prompt": turns, "response": best["text"]} | _user_id(message)
 
 
 def _tree_prompts(row: Row) -> Iterator[Row]:
     for turns, message, _ in _tree(row):
-        yield {"prompt": turns} | _owner(message)
+        yield {"prompt": turns} | _user_id(message)

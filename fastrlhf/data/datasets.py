@@ -1,8 +1,9 @@
-"""Record files to token lists in memory, with the paper's length limits and a count of what they cost.
+"""Load record files as token lists in memory, with the paper's length limits.
 
-"Prompts over 1k tokens dropped, responses at most 1k" (arXiv 2203.02155, appendix C): a record with a longer prompt is
-left out, a longer response is cut and then has no eos, since it did not end there. Everything is held in memory:
-InstructGPT's largest set, 33k prompts with up to 9 responses, is under a gigabyte.
+"Prompts over 1k tokens dropped, responses at most 1k" (arXiv 2203.02155, appendix C): a record with
+a longer prompt is dropped. A longer response is cut and then has no eos, since it did not end
+there. The loaders count both. All records are held in memory: InstructGPT's largest set, 33k
+prompts with up to 9 responses, is under a gigabyte.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from fastrlhf.data.batches import DemonstrationTokens, TokenizedRanking
+from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
 from fastrlhf.data.records import (
     Counts,
     Demonstration,
@@ -30,7 +31,7 @@ from fastrlhf.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -46,9 +47,11 @@ def load_demonstrations(
     on_error: OnError = "strict",
     rejected: Path | None = None,
     loss_on: Literal["last", "all"] = "last",
-) -> tuple[list[DemonstrationTokens], Counts]:
-    """Demonstrations as prompt + response + eos, in file order; `loss_on` "all" also trains on the assistant's turns in
-    the prompt.
+) -> tuple[list[TokenizedDemonstration], Counts]:
+    """Load demonstrations as prompt + response + eos, in file order.
+
+    `loss_on` "all" also trains on the assistant's turns in the prompt. Raises UserError if no
+    record is usable.
     """
     counts, loaded, shared = Counts(), [], _SharedInts()
     records: Iterator[Demonstration] = read_records(
@@ -62,7 +65,7 @@ def load_demonstrations(
         for (prompt, spans), response in zip(prompts, responses, strict=True):
             if _fits(prompt, max_prompt_tokens, counts):
                 tokens = shared(prompt + _cut(response, max_response_tokens, counts))
-                loaded.append(DemonstrationTokens(tokens, len(prompt), tuple(spans)))
+                loaded.append(TokenizedDemonstration(tokens, len(prompt), tuple(spans)))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
 
 
@@ -75,7 +78,10 @@ def load_rankings(
     on_error: OnError = "strict",
     rejected: Path | None = None,
 ) -> tuple[list[TokenizedRanking], Counts]:
-    """Rankings with eos at the end of every response that was not cut, in file order."""
+    """Load rankings, in file order; every response that was not cut ends in eos.
+
+    Raises UserError if no record is usable.
+    """
     counts, loaded, shared = Counts(), [], _SharedInts()
     records: Iterator[Ranking] = read_records(paths, "rankings", on_error, rejected, counts)
     for chunk in _chunks(records):
@@ -84,26 +90,28 @@ def load_rankings(
             encode_responses(tokenizer, [text for record in chunk for text in record.responses])
         )
         for record, prompt in zip(chunk, prompts, strict=True):
-            own = list(islice(responses, len(record.responses)))
+            ranked = list(islice(responses, len(record.responses)))
             if _fits(prompt, max_prompt_tokens, counts):
-                cut = [shared(_cut(response, max_response_tokens, counts)) for response in own]
+                cut = [shared(_cut(response, max_response_tokens, counts)) for response in ranked]
                 ids = (record.user_id, record.labeler_id)
                 loaded.append(TokenizedRanking(shared(prompt), cut, record.ranks, *ids))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
 
 
-def check_groups(
+def check_ranking_sizes(
     rankings: Sequence[TokenizedRanking],
     cost: Callable[[TokenizedRanking], int],
     max_tokens: int | None,
 ) -> None:
-    """Logs the longest prompt with its responses, which stay in one micro-batch; UserError when it is over the budget.
+    """Check that the longest ranking fits into one micro-batch, and log its size.
 
-    `cost` is a ranking's tokens (`batches.ranking_tokens`), `max_tokens` the budget of a micro-batch, None for none.
+    All responses of a prompt stay in one micro-batch. `cost` returns a ranking's tokens
+    (`batches.ranking_tokens`); `max_tokens` is the budget of a micro-batch, None for no limit.
+    Raises UserError if the longest ranking is above the budget.
     """
     longest = max(rankings, key=cost)
     K, tokens = len(longest.responses), cost(longest)
-    log.info(
+    logger.info(
         "longest prompt with its responses: %d tokens (K = %d)%s",
         tokens,
         K,
@@ -111,9 +119,9 @@ def check_groups(
     )
     if max_tokens is not None and tokens > max_tokens:
         raise UserError(
-            f"a prompt with its {K} responses has {tokens} tokens, which cannot be cut into micro-batches of "
-            f"train.max_tokens_per_micro_batch {max_tokens}: raise that to {tokens} or more, or lower "
-            "data.max_prompt_tokens or data.max_response_tokens"
+            f"a prompt with its {K} responses has {tokens} tokens and cannot be split, but "
+            f"train.max_tokens_per_micro_batch is {max_tokens}; raise it to {tokens} or more, "
+            "or lower data.max_prompt_tokens or data.max_response_tokens"
         )
 
 
@@ -126,7 +134,11 @@ def load_prompts(
     rejected: Path | None = None,
     prefix: str = "",
 ) -> tuple[list[list[int]], Counts]:
-    """Prompts as token lists, in file order; `prefix` stands before each and counts in its length."""
+    """Load prompts as token lists, in file order.
+
+    `prefix` is prepended to each and counts towards its length. Raises UserError if no record is
+    usable.
+    """
     counts, loaded, shared = Counts(), [], _SharedInts()
     records: Iterator[Prompt] = read_records(paths, "prompts", on_error, rejected, counts)
     for chunk in _chunks(records):
@@ -136,7 +148,7 @@ def load_prompts(
 
 
 class _SharedInts:
-    """Rewrites a token list with one int object per token id: 8 bytes a token in a list instead of 36."""
+    """Rewrite token lists to share one int object per token id: 8 bytes per token instead of 36."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
@@ -169,7 +181,8 @@ def _finish(loaded: list[Item], counts: Counts, paths: Paths, max_prompt_tokens:
     if not loaded:
         limit = f"the prompt limit is {max_prompt_tokens} tokens"
         raise UserError(
-            f"{names}: no usable record ({counts}; {limit}); check the data and data.max_prompt_tokens"
+            f"{names}: no usable record ({counts}; {limit}); "
+            "check the data and data.max_prompt_tokens"
         )
-    log.info("%s: %s", names, counts)
+    logger.info("%s: %s", names, counts)
     return loaded

@@ -1,12 +1,12 @@
-"""Our records as other projects' rows: the way back from convert.py.
+"""Export fastrlhf records to the row layouts of other projects; the inverse of convert.py.
 
-    pairs       TRL and OpenRLHF: prompt, chosen and rejected; prompt and completion; prompt; responses are messages
-                where prompts are
-    transcripts HH-RLHF: chosen and rejected are whole conversations
-    trees       OpenAssistant: one tree a record, replies with their ranks
+    pairs       TRL and OpenRLHF: prompt, chosen and rejected; prompt and completion; prompt.
+                Responses are messages if prompts are
+    transcripts HH-RLHF: chosen and rejected are complete conversations
+    trees       OpenAssistant: one tree per record, replies with their ranks
 
-A ranking of K responses becomes a row for each pair of which one is better (trees hold it whole). Left out on purpose:
-joining records with a common beginning into one tree.
+A ranking of K responses becomes one row for each pair that is not a tie; trees keep the K responses
+together. Not supported: joining records with a common beginning into one tree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.convert import Maker, Row, Source, Turns, checked_maker, rewrite
+from fastrlhf.data.convert import Converter, Row, Source, Turns, convert_rows, select_converter
 from fastrlhf.data.records import (
     BadRecord,
     Counts,
@@ -43,22 +43,23 @@ def export(
     on_error: OnError = "strict",
     rejected: Path | None = None,
 ) -> Counts:
-    """Write the `kind` records of `paths` as rows of `target` to `out` (.jsonl or .jsonl.gz); return the counts.
+    """Write the `kind` records of `paths` as `target` rows to `out`; return the counts.
 
-    A record that the layout cannot hold (a system turn in a transcript) is refused like a malformed one.
+    `out` ends in .jsonl or .jsonl.gz. A record that the layout cannot hold (a system turn in a
+    transcript) is rejected like a malformed one.
     """
-    make = checked_maker(target, kind, _makers(target))
+    converter = select_converter(target, kind, _converters(target))
 
     def parse(row: Row) -> list[Row]:
-        return [found | _ids(row) for found in make(parse_record(row, kind))]
+        return [found | _ids(row) for found in converter(parse_record(row, kind))]
 
     to_line = partial(json.dumps, ensure_ascii=False)
-    return rewrite(
+    return convert_rows(
         paths, kind, parse, to_line, Path(out), on_error, rejected, what=f"{target} rows"
     )
 
 
-def _makers(target: Source) -> dict[Kind, Maker]:
+def _converters(target: Source) -> dict[Kind, Converter]:
     if target == "pairs":
         return {"rankings": _pairs, "demonstrations": _completion, "prompts": _prompt}
     if target == "transcripts":
@@ -75,7 +76,7 @@ def _turns(prompt: Any) -> Turns:
 
 
 def _strict_pairs(ranking: Ranking) -> Iterator[tuple[str, str]]:
-    """(better, worse) of every pair that is no tie."""
+    """Yield (better, worse) for every pair that is not a tie."""
     ranked = zip(ranking.ranks, ranking.responses, strict=True)
     for (rank, response), (other_rank, other) in itertools.combinations(ranked, 2):
         if rank != other_rank:
@@ -86,7 +87,7 @@ def _strict_pairs(ranking: Ranking) -> Iterator[tuple[str, str]]:
 
 
 def _reply(prompt: Any, text: str) -> Any:
-    """A response in the form of its prompt: text to text, a message to turns."""
+    """Return a response in the form of its prompt: text for text, a message for turns."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -128,7 +129,8 @@ def _transcript(prompt: Any, response: str) -> str:
             )
         if any(f"\n\n{name}:" in "\n\n" + turn["content"] for name in _SPEAKERS.values()):
             raise BadRecord(
-                "a text holds a line that begins with Human: or Assistant:, which would split it in two"
+                "a turn contains a paragraph that begins with Human: or Assistant:, "
+                "which a transcript would split into two turns"
             )
         lines.append(f"\n\n{speaker}: {turn['content']}")
     return "".join(lines)
@@ -138,7 +140,7 @@ def _transcript(prompt: Any, response: str) -> str:
 
 
 def _tree(record: Any, replies: list[Row]) -> Row:
-    """The conversation as a chain of messages, `replies` below the last."""
+    """Return the conversation as a chain of messages with `replies` below the last one."""
     turns = _turns(record.prompt)
     owner = {"user_id": record.user_id} if record.user_id is not None else {}
     for turn in turns:
@@ -147,7 +149,7 @@ def _tree(record: Any, replies: list[Row]) -> Row:
                 f'a tree has no messages of "{turn["role"]}"; expected user and assistant'
             )
     if turns[0]["role"] != "user" or turns[-1]["role"] != "user":
-        raise BadRecord("a tree begins with a user's message, and is answered below one")
+        raise BadRecord("the prompt does not begin and end with a user's turn, as a tree must")
     below = replies
     for turn in reversed(turns):
         message = {"role": _TREE_ROLES[turn["role"]], "text": turn["content"], "replies": below}

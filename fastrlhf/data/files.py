@@ -1,41 +1,47 @@
-"""Rows of record files, unchecked: JSONL, gzipped JSONL, parquet, arrow, Hugging Face data sets on disk, plain text.
+"""Read the raw rows of record files: JSONL, parquet, arrow and plain text.
 
-A file is read as a stream, so that its size does not matter. What its rows mean is records.py's business. Left out on
-purpose: downloading, and the `datasets` package (its folders are arrow files, which pyarrow reads).
+Also read are gzipped JSONL and text, and Hugging Face data sets on disk. A file is read as a
+stream, so its size does not matter. records.py checks and interprets the rows.
+
+Not supported: downloading. The `datasets` package is not needed: its folders are arrow files, which
+pyarrow reads.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from fastrlhf.errors import UserError
 
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
 Paths: TypeAlias = str | Path | Sequence[str | Path]
 
-LONGEST_LINE = (
-    64 << 20
-)  # bytes; a longer one is a file without line ends, and would fill the memory
-_TOLD = 64  # rows between two looks at the position in a file
+# Bytes. A longer line means a file without line ends, which would fill the memory.
+LONGEST_LINE = 64 << 20
+_ROWS_BETWEEN_UPDATES = 64  # of the position in a file
 _NOT_HERE = "no such file; check the path"
 
 
 @dataclass
-class Position:
-    """How much of the files has been read, in bytes as they lie on disk; for a progress bar."""
+class ReadPosition:
+    """Progress of reading files, in bytes on disk, for a progress bar."""
 
-    before: int = 0  # files already read
-    inside: int = 0  # the file being read
+    finished: int = 0  # of the files read to the end
+    current: int = 0  # of the file being read
 
 
-class Damaged(Exception):
-    """A file broke off or cannot be decoded; `row` is the last good line or row."""
+class DamagedFile(Exception):
+    """A file is truncated or cannot be decoded; `row` is the last good line or row."""
 
     def __init__(self, row: int, message: str) -> None:
         super().__init__(message)
@@ -43,12 +49,12 @@ class Damaged(Exception):
 
 
 def as_paths(paths: Paths) -> list[Path]:
-    """One path or many, as a list of Path."""
+    """Return one path or several as a list of Path."""
     return [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
 
 
 def as_files(paths: Paths) -> list[Path]:
-    """The files to read: those given, and the arrow files of each Hugging Face data set folder given."""
+    """Return the files to read: a Hugging Face data set folder becomes its arrow files."""
     return [
         file
         for path in as_paths(paths)
@@ -57,14 +63,15 @@ def as_files(paths: Paths) -> list[Path]:
 
 
 def raw_rows(
-    path: Path, text: bool = False, position: Position | None = None
+    path: Path, text: bool = False, position: ReadPosition | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """(line or row number from 1, the line's bytes or the row) of one file; blank lines are no rows.
+    """Yield (line or row number from 1, the line's bytes or the row) of one file.
 
-    `text` also takes .txt files, each one row. A line above LONGEST_LINE comes cut to one byte more than it. Raises
-    UserError for a path of the wrong kind, Damaged when the file breaks off.
+    Blank lines are skipped. With `text`, .txt files are read too, each as one row. A line longer
+    than LONGEST_LINE is cut to LONGEST_LINE + 1 bytes. Raises UserError if the path is missing or
+    has an unknown extension, DamagedFile if the file is truncated or cannot be decoded.
     """
-    position = Position() if position is None else position
+    position = ReadPosition() if position is None else position
     name = path.name.lower()
     plain = name.removesuffix(".gz")
     if not path.is_file():
@@ -76,15 +83,18 @@ def raw_rows(
     elif plain.endswith(".txt") and text:
         yield 1, {"text": _whole_text(path)}
     else:
-        wanted = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
+        expected = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
         raise UserError(
-            f"{path}: unknown kind of file for records; expected a name ending in {wanted}"
+            f"{path}: unknown kind of file for records; expected a name ending in {expected}"
         )
-    position.before, position.inside = position.before + path.stat().st_size, 0
+    position.finished, position.current = position.finished + path.stat().st_size, 0
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Makes the folder and returns it. UserError if files cannot be written there, before anything is computed."""
+    """Create the folder and return it; raise UserError if files cannot be written in it.
+
+    Commands call it before they compute anything.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -97,12 +107,12 @@ def make_folder(folder: str | Path) -> Path:
 
 
 def printable(text: str) -> str:
-    """`text` with a question mark for every character that could disturb a terminal or a log."""
+    """Return `text` with every character that could disturb a terminal or a log as "?"."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    """The parts of a data set that `datasets` wrote with save_to_disk, in its order."""
+    """Return the files of a data set that `datasets` wrote with save_to_disk, in its order."""
     state = folder / "state.json"
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
@@ -116,7 +126,8 @@ def _arrow_files(folder: Path) -> list[Path]:
         ]
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: a folder without state.json; expected a file, or a data set written by save_to_disk"
+            f"{folder}: a folder without state.json; "
+            "expected a file, or a data set written by save_to_disk"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
@@ -125,7 +136,7 @@ def _arrow_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, position: ReadPosition) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with (
@@ -136,16 +147,16 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     _skip_line(file)
-                if number % _TOLD == 0:
-                    position.inside = raw.tell()
+                if number % _ROWS_BETWEEN_UPDATES == 0:
+                    position.current = raw.tell()
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise Damaged(number, _reason(error)) from None
+        raise DamagedFile(number, _reason(error)) from None
 
 
-def _skip_line(file: Any) -> None:
+def _skip_line(file: io.BufferedIOBase) -> None:
     while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
         pass
 
@@ -155,25 +166,27 @@ def _whole_text(path: Path) -> str:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
             return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Damaged(
+        raise DamagedFile(
             1, f"byte {error.start + 1} is not UTF-8; convert the file, e.g. with iconv"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise Damaged(0, _reason(error)) from None
+        raise DamagedFile(0, _reason(error)) from None
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, (EOFError, zlib.error)):
-        return "the gzip data break off or are damaged here; copy the file again"
+        return "the gzip data is truncated or damaged here; copy the file again"
     return f"cannot be read ({error}); check the file and its permissions"
 
 
-def _table_rows(path: Path, position: Position) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow as pa
     except ModuleNotFoundError:
-        cure = "run pip install pyarrow, or convert the file to .jsonl"
-        raise UserError(f"{path}: reading {path.suffix} needs pyarrow; {cure}") from None
+        raise UserError(
+            f"{path}: reading {path.suffix} needs pyarrow; "
+            "run pip install pyarrow, or convert the file to .jsonl"
+        ) from None
     number, size = 0, path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -183,14 +196,15 @@ def _table_rows(path: Path, position: Position) -> Iterator[tuple[int, dict[str,
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-                position.inside = int(size * done)
+                position.current = int(size * done)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = printable(" ".join(str(error).split()))[:200]
         kind = "arrow" if path.suffix == ".arrow" else "parquet"
-        raise Damaged(number, f"not readable as {kind} ({reason}); copy it again") from None
+        raise DamagedFile(number, f"not readable as {kind} ({reason}); copy it again") from None
 
 
-def _parquet_batches(file: Any) -> Iterator[tuple[float, Any]]:
+def _parquet_batches(file: IO[bytes]) -> Iterator[tuple[float, RecordBatch]]:
+    """Yield (share of the file read so far, batch of rows)."""
     import pyarrow.parquet as pq
 
     table, rows = pq.ParquetFile(file), 0
@@ -199,15 +213,18 @@ def _parquet_batches(file: Any) -> Iterator[tuple[float, Any]]:
         yield rows / table.metadata.num_rows, batch
 
 
-def _arrow_batches(file: Any) -> Iterator[tuple[float, Any]]:
-    """`datasets` writes arrow streams; a file in arrow's other layout begins with its magic."""
+def _arrow_batches(file: IO[bytes]) -> Iterator[tuple[float, RecordBatch]]:
+    """Yield (share of the file read so far, batch of rows) of an arrow stream or file.
+
+    `datasets` writes arrow streams. Arrow's file format begins with the magic bytes ARROW1.
+    """
     import pyarrow as pa
 
     size = file.seek(0, 2)
     file.seek(0)
     magic = file.read(6)
     file.seek(0)
-    batches: Iterable[Any]
+    batches: Iterable[RecordBatch]
     if magic == b"ARROW1":
         reader = pa.ipc.open_file(file)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))

@@ -1,7 +1,8 @@
-"""Text files to megatron-core's indexed data set (.bin of tokens, .idx of document ends), by one process or several.
+"""Tokenize text files into megatron-core's indexed data set: .bin of tokens, .idx of document ends.
 
-Documents are cut into pieces, which processes tokenize; this one writes them in their order, so that the bytes do not
-depend on the number of processes. megatron-core does the writing and is imported only for it.
+Documents are cut into pieces, which one or several worker processes tokenize. This process writes
+the pieces in order, so the bytes do not depend on the number of workers. megatron-core writes the
+files and is imported only then.
 """
 
 from __future__ import annotations
@@ -14,34 +15,37 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fastrlhf.data.files import Paths, Position, as_files, make_folder
-from fastrlhf.data.records import Counts, OnError, parse_record, placed_rows
+from fastrlhf.data.files import Paths, ReadPosition, as_files, make_folder
+from fastrlhf.data.records import Counts, OnError, located_rows, parse_record
 from fastrlhf.data.tokenize import encode_plain
 from fastrlhf.errors import UserError
 from fastrlhf.progress import Meter
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-log = logging.getLogger(__name__)
+    from fastrlhf.parallel.indexed_dataset import IndexedDatasetBuilder
 
-PIECE = (
-    1 << 20
-)  # characters tokenized in one call, so that a book-sized document needs little memory
-Pieces = list[tuple[str, bool]]  # text, and whether its document ends there
+logger = logging.getLogger(__name__)
+
+# Characters tokenized in one call, so that a book-sized document needs little memory.
+PIECE = 1 << 20
+Pieces: TypeAlias = list[tuple[str, bool]]
+"""Texts, each with whether its document ends there."""
 
 
 def bin_file(prefix: Path) -> Path:
-    """The tokens of the data set `prefix`."""
+    """Return the path of the tokens of the data set `prefix`."""
     return Path(f"{prefix}.bin")
 
 
 def idx_file(prefix: Path) -> Path:
-    """The index of the data set `prefix`."""
+    """Return the path of the index of the data set `prefix`."""
     return Path(f"{prefix}.idx")
 
 
@@ -53,47 +57,33 @@ def write_indexed(
     workers: int = 1,
     on_error: OnError = "strict",
 ) -> dict[str, int]:
-    """Write {prefix}.bin and {prefix}.idx, each document ended by eos; returns the numbers of documents and tokens.
+    """Write {prefix}.bin and {prefix}.idx with eos after each document; return the counts.
 
-    Both appear under their names when they are whole. Under "quarantine" malformed records go to
-    {prefix}.rejected.jsonl.
+    The counts are `documents`, `tokens` and `rejected` (malformed records). Both files appear under
+    their names only when they are complete. With on_error="quarantine", malformed records are
+    written to {prefix}.rejected.jsonl. Raises UserError if a file is missing or no record is
+    usable.
     """
-    import torch
-
     from fastrlhf.parallel.indexed_dataset import DType, IndexedDatasetBuilder
 
-    files, position, counts, tokens = as_files(paths), Position(), Counts(), 0
-    _check_there(files)
+    files, position, counts, tokens = as_files(paths), ReadPosition(), Counts(), 0
+    _check_files_exist(files)
     make_folder(prefix.parent)
     partial = Path(f"{prefix}.partial{os.getpid()}")
     builder = IndexedDatasetBuilder(
         str(bin_file(partial)), dtype=DType.optimal_dtype(len(tokenizer))
     )
-    eos = torch.tensor([tokenizer.eos_token_id])
-    title = f"tokenizing {files[0].name}" + (
-        f" and {len(files) - 1} more" if len(files) > 1 else ""
-    )
     try:
         with ExitStack() as stack:
-            aside = None
+            write_rejected = None
             if on_error == "quarantine":
-                rejected = stack.enter_context(
-                    open(f"{prefix}.rejected.jsonl", "w", encoding="utf-8")
-                )
-                aside = rejected.write
-            chunks = _chunks(files, on_error, aside, counts, position)
-            progress = stack.enter_context(
-                Meter(title, sum(path.stat().st_size for path in files), percent=True)
-            )
-            for ids, ends in _encoded(chunks, tokenizer, workers, stack):
-                for own, last in zip(ids, ends, strict=True):
-                    builder.add_item(torch.from_numpy(own))
-                    tokens += len(own)
-                    if last:
-                        builder.add_item(eos)
-                        builder.end_document()
-                        tokens += 1
-                progress.update(position.before + position.inside, f"{tokens:,} tokens")
+                path = f"{prefix}.rejected.jsonl"
+                write_rejected = stack.enter_context(open(path, "w", encoding="utf-8")).write
+            chunks = _chunks(files, on_error, write_rejected, counts, position)
+            progress = stack.enter_context(_meter(files))
+            for token_ids, ends in _tokenize_chunks(chunks, tokenizer, workers, stack):
+                tokens += _add_pieces(builder, token_ids, ends, tokenizer.eos_token_id)
+                progress.update(position.finished + position.current, f"{tokens:,} tokens")
         if tokens == 0:
             raise UserError(
                 f"{files[0]}: no usable record in {len(files)} files ({counts.rejected} malformed)"
@@ -105,26 +95,42 @@ def write_indexed(
         builder.data_file.close()
         bin_file(partial).unlink(missing_ok=True)
         idx_file(partial).unlink(missing_ok=True)
-    documents = counts.read - counts.rejected
-    log.info(
-        "%s: %d documents, %d tokens, %d records set aside",
-        bin_file(prefix),
-        documents,
-        tokens,
-        counts.rejected,
-    )
-    return {"documents": documents, "tokens": tokens, "rejected": counts.rejected}
+    documents, malformed = counts.read - counts.rejected, counts.rejected
+    message = "%s: %d documents, %d tokens, %d records set aside"
+    logger.info(message, bin_file(prefix), documents, tokens, malformed)
+    return {"documents": documents, "tokens": tokens, "rejected": malformed}
 
 
-def _check_there(files: list[Path]) -> None:
+def _add_pieces(
+    builder: IndexedDatasetBuilder, token_ids: list[np.ndarray], ends: list[bool], eos: int
+) -> int:
+    """Append pieces to the data set, with `eos` where a document ends; return the tokens added."""
+    import torch
+
+    for ids, last in zip(token_ids, ends, strict=True):
+        builder.add_item(torch.from_numpy(ids))
+        if last:
+            builder.add_item(torch.tensor([eos]))
+            builder.end_document()
+    return sum(map(len, token_ids)) + sum(ends)
+
+
+def _meter(files: list[Path]) -> Meter:
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    size = sum(path.stat().st_size for path in files)
+    return Meter(f"tokenizing {files[0].name}{more}", size, percent=True)
+
+
+def _check_files_exist(files: list[Path]) -> None:
     for path in files:
         if not path.is_file():
             raise UserError(f"{path}: no such file; check the path")
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long document after line ends, where a tokenizer would seldom join, into pieces of at most about PIECE
-    characters.
+    """Cut a document into pieces of at most PIECE characters.
+
+    The cuts are after line ends if possible, since tokenizers seldom merge across them.
     """
     start = 0
     while len(text) - start > PIECE:
@@ -137,26 +143,26 @@ def pieces(text: str) -> Iterator[str]:
 def _chunks(
     files: list[Path],
     on_error: OnError,
-    aside: Callable[[str], Any] | None,
+    write_rejected: Callable[[str], object] | None,
     counts: Counts,
-    position: Position,
+    position: ReadPosition,
 ) -> Iterator[Pieces]:
-    """The documents' pieces, about PIECE characters at a time."""
+    """Yield lists of pieces with about PIECE characters in total."""
     chunk: Pieces = []
     size = 0
-    rows = placed_rows(
+    rows = located_rows(
         files,
         "text",
         lambda row: [parse_record(row, "text")],
         on_error,
-        aside,
+        write_rejected,
         counts,
         position=position,
     )
     for _, (record,) in rows:
-        own = list(pieces(record.text))
-        for number, piece in enumerate(own, 1):
-            chunk.append((piece, number == len(own)))
+        cut = list(pieces(record.text))
+        for number, piece in enumerate(cut, 1):
+            chunk.append((piece, number == len(cut)))
             size += len(piece)
             if size >= PIECE:
                 yield chunk
@@ -165,16 +171,21 @@ def _chunks(
         yield chunk
 
 
-def _encoded(
+def _tokenize_chunks(
     chunks: Iterator[Pieces], tokenizer: PreTrainedTokenizerFast, workers: int, stack: ExitStack
 ) -> Iterator[tuple[list[np.ndarray], list[bool]]]:
-    """Each chunk's token ids, in order. At most two chunks a process are under way, so memory does not grow."""
+    """Yield the token ids of each chunk's pieces, and whether each ends its document, in order.
+
+    At most two chunks per worker are in flight, so memory does not grow.
+    """
     if workers == 1:
         for chunk in chunks:
-            ids = encode_plain(tokenizer, [text for text, _ in chunk])
-            yield [np.asarray(own, dtype=np.int64) for own in ids], [last for _, last in chunk]
+            token_ids = encode_plain(tokenizer, [text for text, _ in chunk])
+            ends = [last for _, last in chunk]
+            yield [np.asarray(ids, dtype=np.int64) for ids in token_ids], ends
         return
-    # Spawned, as the tokenizer's threads do not survive a fork; the vocabulary alone travels, so a start is cheap.
+    # Spawned, because the tokenizer's threads do not survive a fork. Only the vocabulary is sent,
+    # so starting a worker is cheap.
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
@@ -182,34 +193,34 @@ def _encoded(
         initargs=(tokenizer.backend_tokenizer.to_str(),),
     )
     stack.callback(pool.shutdown, cancel_futures=True)
-    waiting: deque[tuple[Future[list[np.ndarray]], list[bool]]] = deque()
+    in_flight: deque[tuple[Future[list[np.ndarray]], list[bool]]] = deque()
     for chunk in chunks:
-        waiting.append(
+        in_flight.append(
             (pool.submit(_encode, [text for text, _ in chunk]), [last for _, last in chunk])
         )
-        if len(waiting) > 2 * workers:
-            future, ends = waiting.popleft()
+        if len(in_flight) > 2 * workers:
+            future, ends = in_flight.popleft()
             yield future.result(), ends
-    while waiting:
-        future, ends = waiting.popleft()
+    while in_flight:
+        future, ends = in_flight.popleft()
         yield future.result(), ends
 
 
-_worker: Any = None
+_worker_tokenizer: Tokenizer | None = None
 
 
 def _start_worker(vocabulary: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
-    global _worker
-    _worker = Tokenizer.from_str(vocabulary)
-    _worker.encode_special_tokens = (
-        True  # as plain characters: what `encode_plain` asks of transformers
-    )
-    _worker.no_truncation()
+    global _worker_tokenizer
+    _worker_tokenizer = Tokenizer.from_str(vocabulary)
+    # Special tokens in the text are plain characters, as for `encode_plain`.
+    _worker_tokenizer.encode_special_tokens = True
+    _worker_tokenizer.no_truncation()
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
-    found = _worker.encode_batch(texts, add_special_tokens=False)
-    return [np.asarray(own.ids, dtype=np.int64) for own in found]
+    assert _worker_tokenizer is not None
+    encodings = _worker_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]

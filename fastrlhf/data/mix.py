@@ -1,29 +1,31 @@
-"""Pretraining rows mixed into demonstrations, for the RL starting point (arXiv 2203.02155, appendix C: 10 %)."""
+"""Pretraining rows mixed into demonstrations, for the model that PPO starts from.
+
+InstructGPT mixed in 10 % (arXiv 2203.02155, appendix C).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
 
-from fastrlhf.data.batches import DemonstrationTokens
+from fastrlhf.data.batches import TokenizedDemonstration
+from fastrlhf.data.loader import Dataset
 from fastrlhf.data.pretrain import PretrainWindows
 from fastrlhf.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class Mixture(Sequence[DemonstrationTokens]):
-    """All demonstrations, then as many pretraining rows as make `fraction` of the whole; the Loader's shuffle mixes
-    them.
+class Mixture:
+    """A data set of all demonstrations, then pretraining rows that make up `fraction` of the total.
 
-    The rows are windows drawn by `seed` without repetition as long as there are enough. A row is the window's first L
-    tokens with every label counting, so that it is no longer than `sequence_length`.
+    The Loader's shuffle mixes them. The rows are windows drawn with `seed`, without repetition if
+    there are enough. A row is the window's first L tokens with every label counting, so it is no
+    longer than `sequence_length`. Raises UserError if `fraction` is outside [0, 1).
     """
 
     def __init__(
         self,
-        demonstrations: Sequence[DemonstrationTokens],
+        demonstrations: Dataset[TokenizedDemonstration],
         windows: PretrainWindows,
         fraction: float,
         seed: int,
@@ -36,7 +38,7 @@ class Mixture(Sequence[DemonstrationTokens]):
         self.windows = windows
         self.rows = round(len(demonstrations) * fraction / (1.0 - fraction))
         if self.rows > len(windows):
-            log.warning(
+            logger.warning(
                 "%d pretraining rows are drawn from only %d windows, so some repeat",
                 self.rows,
                 len(windows),
@@ -44,14 +46,14 @@ class Mixture(Sequence[DemonstrationTokens]):
         self._order = windows.order(seed, epoch=0)
 
     def __len__(self) -> int:
-        """Demonstrations and pretraining rows."""
+        """Return the number of demonstrations and pretraining rows."""
         return len(self.demonstrations) + self.rows
 
-    def __getitem__(self, index: Any) -> Any:
-        """Demonstration `index`, or after them a pretraining row with a prompt length of 0."""
+    def __getitem__(self, index: int) -> TokenizedDemonstration:
+        """Return demonstration `index`, or after them a pretraining row with prompt length 0."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         if index < len(self.demonstrations):
             return self.demonstrations[index]
         row = (index - len(self.demonstrations)) % len(self.windows)
-        return DemonstrationTokens(self.windows[int(self._order[row])][:-1], 0)
+        return TokenizedDemonstration(self.windows[int(self._order[row])][:-1], 0)

@@ -1,8 +1,10 @@
-"""Which samples go into which micro-batch: pure functions of their lengths, the same on every rank.
+"""Assignment of samples to micro-batches: pure functions of their lengths, equal on every rank.
 
-`share` gives data-parallel ranks token-balanced shares of a global batch and cuts each into micro-batches under a token
-budget by `first_fit`. Samples of a micro-batch stay apart in attention (batches.py), so packing changes no loss. Left
-out on purpose: cutting a sample to fill a gap.
+`assign_micro_batches` balances the tokens of a global batch over the data-parallel ranks and cuts
+each rank's samples into micro-batches under a token budget (`first_fit`). Samples of a micro-batch
+do not attend to each other (batches.py), so packing does not change the loss.
+
+Not supported: cutting a sample to fill a gap.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ from fastrlhf.errors import UserError
 
 
 def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: each sample, longest first, into the first micro-batch with room for it.
+    """Pack samples first-fit decreasing: longest first, each into the first list with room for it.
 
-    Returns index lists that hold every index of `lengths` (tokens, each at least 1) once, ascending inside a list. At
-    most 11/9 of the fewest lists possible, plus one (Johnson 1973). O(n log n): the first list with room is found in a
-    tree of the largest rooms. UserError when a sample alone is above `max_tokens`.
+    Returns lists that together hold every index of `lengths` (tokens, each at least 1) once; the
+    indices are ascending inside a list. There are at most 11/9 of the fewest possible lists, plus
+    one (Johnson 1973). Takes O(n log n): the first list with room is found in a tree of maxima.
+    Raises UserError if a single sample is above `max_tokens`.
     """
     _check_budget(lengths, max_tokens)
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
-    room = [max_tokens] * (
-        2 * leaves
-    )  # of node i, the larger of nodes 2i and 2i + 1; lists are the last `leaves`
+    # Free tokens: node i holds the larger of nodes 2i and 2i + 1; the last `leaves` are the lists.
+    room = [max_tokens] * (2 * leaves)
     lists: list[list[int]] = [[] for _ in range(leaves)]
     for index in _longest_first(lengths):
         length, node = lengths[index], 1
@@ -38,10 +40,11 @@ def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """`parts` index lists of about equal tokens: each sample, longest first, to the list with the fewest so far.
+    """Split samples into `parts` index lists with about equal tokens.
 
-    The largest list is at most 4/3 of the best possible (Graham 1969), in practice within the shortest sample of it.
-    Every list has a sample when there are at least `parts`.
+    Each sample, longest first, goes to the list with the fewest tokens so far. The largest list is
+    at most 4/3 of the best possible (Graham 1969), in practice within the shortest sample of it. No
+    list is empty if there are at least `parts` samples.
     """
     lists: list[list[int]] = [[] for _ in range(parts)]
     loads = [(0, 0, part) for part in range(parts)]
@@ -52,37 +55,39 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(indices) for indices in lists]
 
 
-def share(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """For each of `ranks`, its micro-batches as lists of indices into `lengths`.
+def assign_micro_batches(
+    lengths: Sequence[int], ranks: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Return each rank's micro-batches as lists of indices into `lengths`.
 
-    Every index is in one micro-batch, none is above `max_tokens`, and ranks have about equal tokens; their numbers of
-    micro-batches may differ. With fewer samples than ranks, some ranks have none.
+    Every index is in one micro-batch, and no micro-batch is above `max_tokens`. Ranks have about
+    equal tokens, but their numbers of micro-batches may differ. With fewer samples than ranks, some
+    ranks have none. Raises UserError if a single sample is above `max_tokens`.
     """
     _check_budget(lengths, max_tokens)
-    shares = []
-    for own in balance(lengths, ranks):
-        micro_batches = first_fit([lengths[index] for index in own], max_tokens)
-        shares.append([[own[place] for place in places] for places in micro_batches])
-    return shares
+    by_rank = []
+    for samples in balance(lengths, ranks):
+        micro_batches = first_fit([lengths[index] for index in samples], max_tokens)
+        by_rank.append([[samples[i] for i in micro_batch] for micro_batch in micro_batches])
+    return by_rank
 
 
 def efficiency(
-    lengths: Sequence[int], shares: Sequence[Sequence[Sequence[int]]], max_tokens: int
+    lengths: Sequence[int], by_rank: Sequence[Sequence[Sequence[int]]], max_tokens: int
 ) -> float:
-    """Tokens over the room of all micro-batches of `shares`: 1 when each is full."""
-    return sum(lengths) / (max_tokens * sum(len(micro_batches) for micro_batches in shares))
+    """Return the filled share of the token budget of all micro-batches; 1 if each is full."""
+    return sum(lengths) / (max_tokens * sum(len(micro_batches) for micro_batches in by_rank))
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(
-        range(len(lengths)), key=lambda index: -lengths[index]
-    )  # stable, so equal lengths keep their order
+    # The sort is stable, so equal lengths keep their order.
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
 def _check_budget(lengths: Sequence[int], max_tokens: int) -> None:
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise UserError(
-            f"a sample has {longest} tokens, above train.max_tokens_per_micro_batch {max_tokens}; raise it to the "
-            f"longest sample at least, or shorten samples in the data section"
+            f"a sample has {longest} tokens, above train.max_tokens_per_micro_batch {max_tokens}; "
+            f"raise it to at least {longest}, or lower the limits in the data section"
         )

@@ -1,7 +1,9 @@
-"""Rows of files (files.py) as checked demonstrations, rankings, prompts and text.
+"""Checked records: demonstrations, rankings, prompts and text from the rows of files (files.py).
 
-What is wrong in a record is said once, in one line, with the file and the line. Columns nobody asked for are ignored,
-because public data sets carry many. Left out on purpose: tokenizing (tokenize.py), cleaning (prepare.py).
+A malformed record is reported in one line with its file and line. Unknown columns are ignored,
+because public data sets have many.
+
+Out of scope: tokenizing (tokenize.py), cleaning (prepare/).
 """
 
 from __future__ import annotations
@@ -27,12 +29,20 @@ from pydantic_core import from_json
 from typing_extensions import TypedDict
 
 from fastrlhf.data import files
-from fastrlhf.data.files import Damaged, Paths, Position, as_files, as_paths, printable, raw_rows
+from fastrlhf.data.files import (
+    DamagedFile,
+    Paths,
+    ReadPosition,
+    as_files,
+    as_paths,
+    printable,
+    raw_rows,
+)
 from fastrlhf.errors import UserError
 
 __all__ = ["Paths", "as_paths"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["demonstrations", "rankings", "prompts", "text"]
 OnError: TypeAlias = Literal["strict", "quarantine"]
@@ -49,15 +59,14 @@ def _id_to_str(value: Any) -> Any:
 
 
 def _no_blank_id(value: str | None) -> str | None:
-    return (
-        value if value is None else _not_blank(value)
-    )  # one user for all who have no id would be capped as one
+    # All records with a blank id would count as one user, and be capped as one.
+    return value if value is None else _not_blank(value)
 
 
 Str = Annotated[str, Strict()]
-Filled = Annotated[Str, AfterValidator(_not_blank)]
+NonEmptyStr = Annotated[Str, AfterValidator(_not_blank)]
 Id = Annotated[str | None, BeforeValidator(_id_to_str), AfterValidator(_no_blank_id)]
-_EXACT = 2**53  # ranks are compared as float64 at the most
+_EXACT = 2**53  # ranks may be compared as float64, which is exact up to here
 Rank = (
     Annotated[int, Strict(), Field(ge=-_EXACT, le=_EXACT)]
     | Annotated[float, Strict(), AllowInfNan(False)]
@@ -67,28 +76,31 @@ Rank = (
 class Turn(TypedDict):
     """One message of a conversation."""
 
-    role: Filled
+    role: NonEmptyStr
     content: Str
 
 
-PromptLike: TypeAlias = Filled | Annotated[list[Turn], Field(min_length=1)]
+PromptLike: TypeAlias = NonEmptyStr | Annotated[list[Turn], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the response a labeler wrote for it."""
+    """A prompt and the response that a labeler wrote for it."""
 
     prompt: PromptLike
-    response: Filled
+    response: NonEmptyStr
     user_id: Id = None
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """K >= 2 responses to one prompt and the rank of each: lower is better, equal is a tie, not all are tied."""
+    """K >= 2 responses to one prompt and their ranks.
+
+    A lower rank is better, equal ranks are a tie, and not all ranks are equal.
+    """
 
     prompt: PromptLike
-    responses: tuple[Filled, ...]
+    responses: tuple[NonEmptyStr, ...]
     ranks: tuple[Rank, ...]
     user_id: Id = None
     labeler_id: Id = None
@@ -106,7 +118,7 @@ class Prompt:
 class Text:
     """One pretraining document."""
 
-    text: Filled
+    text: NonEmptyStr
 
 
 Record: TypeAlias = Demonstration | Ranking | Prompt | Text
@@ -114,18 +126,18 @@ Record: TypeAlias = Demonstration | Ranking | Prompt | Text
 
 @dataclass(frozen=True)
 class _Pair:
-    """The other spelling of a ranking with K = 2."""
+    """The other notation for a ranking with K = 2."""
 
     prompt: PromptLike
-    chosen: Filled
-    rejected: Filled
+    chosen: NonEmptyStr
+    rejected: NonEmptyStr
     user_id: Id = None
     labeler_id: Id = None
 
 
 @dataclass
 class Counts:
-    """What became of the records of one file set; printed by the loaders, written into manifests."""
+    """Counts of the records of one file set; the loaders log them, manifests contain them."""
 
     read: int = 0
     kept: int = 0
@@ -168,17 +180,21 @@ _EXPECTED = {
     "labeler_id": "a string or an integer",
 }
 
-_SHOWN = 1000  # bytes of a giant line that are set aside
-_CURE = "; fix the line, or set on_error to quarantine to leave such lines out"
-_FILE_CURE = ", or set on_error to quarantine to go on without the rest of it"
+_LONG_LINE_KEPT = 1000  # bytes of a line above LONGEST_LINE that are written to rejected.jsonl
+_LINE_FIX = "; fix the line, or set on_error to quarantine to skip such lines"
+_FILE_FIX = ", or set on_error to quarantine to skip the rest of it"
+
+Row: TypeAlias = dict[str, Any]
+ParseRow: TypeAlias = Callable[[Row], list[Any]]
+"""Returns the records of a row; raises BadRecord if it is malformed."""
 
 
 class BadRecord(Exception):
-    """One record is unusable; the message says why, without the place."""
+    """A record is malformed; the message says why, without its location."""
 
 
 class RecordLocation(NamedTuple):
-    """Where a record stands: the file's number among those read, its path, the line or row from 1."""
+    """Location of a record: number of the file among those read, its path, line or row from 1."""
 
     file: int
     path: Path
@@ -195,14 +211,17 @@ def read_records(
     rejected: Path | None = None,
     counts: Counts | None = None,
 ) -> Iterator[Any]:
-    """Yield the records of `paths`, in file order, as the dataclass of `kind` (pairs become a Ranking with K = 2).
+    """Yield the records of `paths`, in file order, as the dataclass of `kind`.
 
-    Read are .jsonl, .parquet and .arrow files, for text also .txt (a file is one document), .gz after .jsonl or .txt,
-    and folders that the `datasets` package saved.
-    A record that cannot be used, a file without records and one that breaks off raise UserError with `file:line`; with
-    on_error="quarantine" each is counted in `counts.rejected` and, when `rejected` is a path, written there as one JSON
-    line {"source", "reason", "record"}. A path that is missing or of another kind always raises UserError. Where
-    several processes read the same files, `rejected` is for one of them.
+    Pairs become a Ranking with K = 2. Supported are .jsonl, .parquet and .arrow files, for text
+    also .txt (a file is one document), .jsonl.gz and .txt.gz, and folders that the `datasets`
+    package saved.
+
+    A malformed record, a file without records and a truncated file raise UserError with
+    `file:line`. With on_error="quarantine" each is counted in `counts.rejected` instead and, if
+    `rejected` is a path, written there as one JSON line {"source", "reason", "record"}. A path that
+    is missing or has an unknown extension always raises UserError. If several processes read the
+    same files, give `rejected` to only one of them.
     """
     yield from parse_rows(
         paths, kind, lambda row: [parse_record(row, kind)], on_error, rejected, counts
@@ -212,83 +231,85 @@ def read_records(
 def parse_rows(
     paths: Paths,
     kind: Kind,
-    parse: Callable[[dict[str, Any]], list[Any]],
+    parse: ParseRow,
     on_error: OnError = "strict",
     rejected: Path | None = None,
     counts: Counts | None = None,
 ) -> Iterator[Any]:
-    """As `read_records`, with `parse` turning each row into any number of records; BadRecord refuses it."""
+    """Yield what `parse` returns for each row, which may be several records; see `read_records`."""
     counts = Counts() if counts is None else counts
     before = counts.rejected
     with ExitStack() as stack:
-        aside: Callable[[str], Any] | None = None
+        write_rejected: Callable[[str], object] | None = None
         if rejected is not None and on_error == "quarantine":
             Path(rejected).parent.mkdir(parents=True, exist_ok=True)
-            aside = stack.enter_context(open(rejected, "w", encoding="utf-8")).write
-        for _, found in placed_rows(as_files(paths), kind, parse, on_error, aside, counts):
+            write_rejected = stack.enter_context(open(rejected, "w", encoding="utf-8")).write
+        for _, found in located_rows(
+            as_files(paths), kind, parse, on_error, write_rejected, counts
+        ):
             yield from found
     if counts.rejected > before:
         see = f", see {rejected}" if rejected else ""
-        log.warning("%d malformed records left out%s", counts.rejected - before, see)
+        logger.warning("%d malformed records skipped%s", counts.rejected - before, see)
 
 
-def placed_rows(
+def located_rows(
     paths: list[Path],
     kind: Kind,
-    parse: Callable[[dict[str, Any]], list[Any]],
+    parse: ParseRow,
     on_error: OnError,
-    aside: Callable[[str], Any] | None,
+    write_rejected: Callable[[str], object] | None,
     counts: Counts,
     *,
     after: tuple[int, int] = (0, 0),
-    position: Position | None = None,
+    position: ReadPosition | None = None,
 ) -> Iterator[tuple[RecordLocation, list[Any]]]:
-    """(place, what `parse` made of it) of each good row of the files `paths` behind `after`: (file, line).
+    """Yield (location, what `parse` returned) for each good row of the files `paths`.
 
-    `aside` is given the line of rejected.jsonl for each bad row.
+    Rows up to `after`, (file number, line), are skipped. `write_rejected` is called with the line
+    of rejected.jsonl for each malformed row.
     """
-    position = Position() if position is None else position
+    position = ReadPosition() if position is None else position
     for number, path in enumerate(paths):
         skip = after[1] if number == after[0] else 0
         if number < after[0]:
-            position.before += path.stat().st_size
+            position.finished += path.stat().st_size
             continue
         for line, raw, found in _parsed(path, kind, parse, skip, position):
             counts.read += 1
             if not isinstance(found, BadRecord):
                 yield RecordLocation(number, path, line), found
             elif on_error == "strict":
-                raise UserError(f"{path}:{line}: {found}{_FILE_CURE if raw is None else _CURE}")
+                raise UserError(f"{path}:{line}: {found}{_FILE_FIX if raw is None else _LINE_FIX}")
             else:
                 counts.rejected += 1
-                _set_aside(aside, f"{path}:{line}", str(found), raw)
+                _write_rejection(write_rejected, f"{path}:{line}", str(found), raw)
 
 
 def _parsed(
     path: Path,
     kind: Kind,
-    parse: Callable[[dict[str, Any]], list[Any]],
+    parse: ParseRow,
     skip: int,
-    position: Position,
-) -> Iterator[tuple[int, Any, list[Any] | BadRecord]]:
-    """(line, the raw row, its records or what is wrong) of one file behind line `skip`; no row where the file is at
-    fault.
+    position: ReadPosition,
+) -> Iterator[tuple[int, bytes | Row | None, list[Any] | BadRecord]]:
+    """Yield (line, raw row, its records or what is wrong) for one file after line `skip`.
+
+    The raw row is None if the file itself is damaged or empty.
     """
     line = 0
     try:
         for line, raw in raw_rows(path, kind == "text", position):
             if line > skip:
-                yield line, raw, _refusable(parse, raw)
-    except Damaged as damage:
+                yield line, raw, _parsed_or_bad(parse, raw)
+    except DamagedFile as damage:
         yield damage.row + 1, None, BadRecord(str(damage))
     else:
         if line == 0:
-            yield 1, None, BadRecord("the file holds no record; check how it was made")
+            yield 1, None, BadRecord("the file has no record; check how it was made")
 
 
-def _refusable(
-    parse: Callable[[dict[str, Any]], list[Any]], raw: bytes | dict[str, Any]
-) -> list[Any] | BadRecord:
+def _parsed_or_bad(parse: ParseRow, raw: bytes | Row) -> list[Any] | BadRecord:
     try:
         return parse(_decode(raw) if isinstance(raw, bytes) else raw)
     except BadRecord as bad:
@@ -296,17 +317,20 @@ def _refusable(
 
 
 def to_json(record: Record) -> str:
-    """The record as one JSON line without its end, as `read_records` reads it; unset ids are left out."""
+    """Return the record as JSON on one line, without line end and without unset ids."""
     return json.dumps(
         {key: value for key, value in vars(record).items() if value is not None}, ensure_ascii=False
     )
 
 
 def detect_kind(path: Path) -> Kind:
-    """What a file holds, told by the keys of its first row."""
+    """Return the kind of records in a file, by the keys of its first row.
+
+    Raises UserError if no key is known.
+    """
     if path.name.lower().removesuffix(".gz").endswith(".txt"):
         return "text"
-    for place, (row,) in placed_rows(
+    for location, (row,) in located_rows(
         as_files(path), "text", lambda row: [row], "strict", None, Counts()
     ):
         kinds: dict[str, Kind] = {
@@ -320,28 +344,32 @@ def detect_kind(path: Path) -> Kind:
                 return kind
         keys = ", ".join(map(str, row)) or "none"
         raise UserError(
-            f"{place}: no known key (it has {keys}); expected one of {', '.join(kinds)}"
+            f"{location}: no known key (it has {keys}); expected one of {', '.join(kinds)}"
         )
-    raise AssertionError("a file without rows is refused above")
+    raise AssertionError("located_rows raises UserError for a file without rows")
 
 
-def _set_aside(
-    aside: Callable[[str], Any] | None, source: str, reason: str, raw: bytes | dict[str, Any]
+def _write_rejection(
+    write_rejected: Callable[[str], object] | None,
+    source: str,
+    reason: str,
+    raw: bytes | Row | None,
 ) -> None:
-    if aside is not None:
-        shown = raw[:_SHOWN] if isinstance(raw, bytes) and len(raw) > files.LONGEST_LINE else raw
-        record = (
-            shown.decode("utf-8", "backslashreplace").rstrip("\r\n")
-            if isinstance(shown, bytes)
-            else shown
-        )
-        aside(
-            json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n"
-        )
+    if write_rejected is None:
+        return
+    record: str | Row | None
+    if isinstance(raw, bytes):
+        kept = raw[:_LONG_LINE_KEPT] if len(raw) > files.LONGEST_LINE else raw
+        record = kept.decode("utf-8", "backslashreplace").rstrip("\r\n")
+    else:
+        record = raw
+    write_rejected(
+        json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n"
+    )
 
 
-def parse_record(row: dict[str, Any], kind: Kind) -> Record:
-    """One row as a checked record; BadRecord says what is wrong with it."""
+def parse_record(row: Row, kind: Kind) -> Record:
+    """Return one row as a checked record; raise BadRecord if it is malformed."""
     pair = kind == "rankings" and "chosen" in row and "responses" not in row
     try:
         record = _ADAPTERS["pairs" if pair else kind].validate_python(row)
@@ -355,10 +383,11 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
     return record
 
 
-def _decode(line: bytes) -> dict[str, Any]:
+def _decode(line: bytes) -> Row:
     if len(line) > files.LONGEST_LINE:
         raise BadRecord(
-            f"the line is longer than {files.LONGEST_LINE} bytes; expected one JSON object on each line"
+            f"the line is longer than {files.LONGEST_LINE} bytes; "
+            "expected one JSON object on each line"
         )
     try:
         line.decode("utf-8")
@@ -369,43 +398,41 @@ def _decode(line: bytes) -> dict[str, Any]:
     try:
         row = from_json(line.rstrip())
     except ValueError as error:
-        # The parser says "line 1" of this line; the true line number already stands in front.
+        # The parser only sees this line; its number in the file is already in the message.
         reason = str(error).replace(" at line 1 column", " at column")
         raise BadRecord(
             f"malformed JSON ({reason}); expected one JSON object on the line"
         ) from None
     if not isinstance(row, dict):
         raise BadRecord(f"the line holds {_shown(row)}; expected one JSON object")
-    # The fast parser keeps the last of two equal keys, so the standard one reads the line again.
+    # The fast parser keeps the last of two equal keys; the standard one can report them.
     json.loads(line, object_pairs_hook=_unique_keys, parse_int=float)
     return row
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRecord(f"the key {_shown(twice)} stands twice; expected each key once")
+        raise BadRecord(f"the key {_shown(twice)} occurs twice; expected each key once")
     return row
 
 
-def _explain(error: ValidationError, row: dict[str, Any]) -> str:
-    """The first thing wrong, in the reader's words: the field, what it holds, what was expected."""
+def _explain(error: ValidationError, row: Row) -> str:
+    """Return a message for the first error: the field, its value, what was expected."""
     errors = error.errors()
     field = str(errors[0]["loc"][0])
-    # A prompt may be a string or turns, so one slip makes an error for each; the deepest is about what was meant.
+    # A prompt may be a string or turns, so one mistake gives an error for each; the deepest error
+    # is about the form that was meant.
     first = max((e for e in errors if e["loc"][0] == field), key=lambda e: len(e["loc"]))
     expected = _EXPECTED[field]
     index = next((part for part in first["loc"] if isinstance(part, int)), None)
     name = f'"{field}"' if index is None else f'"{field}" item {index + 1}'
     if first["type"] == "missing":
-        lack = (
-            f"is missing (there is {', '.join(row) or 'nothing'})"
-            if index is None
-            else f'lacks "{first["loc"][-1]}"'
-        )
-        return f"{name} {lack}; expected {expected}"
+        if index is None:
+            return f"{name} is missing (found {', '.join(row) or 'nothing'}); expected {expected}"
+        return f'{name} lacks "{first["loc"][-1]}"; expected {expected}'
     if first["type"] == "value_error":
         return f"{name} is empty; expected {expected}"
     return f"{name} is {_shown(first['input'])}; expected {expected}"
@@ -417,11 +444,12 @@ def _check_ranks(record: Ranking) -> None:
         raise BadRecord(f'"responses" has {K} entry; expected {_EXPECTED["responses"]}')
     if len(record.ranks) != K:
         raise BadRecord(
-            f'"ranks" has {len(record.ranks)} entries for {K} responses; expected {_EXPECTED["ranks"]}'
+            f'"ranks" has {len(record.ranks)} entries for {K} responses; '
+            f"expected {_EXPECTED['ranks']}"
         )
     if len(set(record.ranks)) == 1:
         raise BadRecord(
-            '"ranks" are all equal, which ranks nothing; expected at least two different ranks'
+            '"ranks" are all equal, so nothing is ranked; expected at least two different ranks'
         )
 
 

@@ -1,7 +1,7 @@
-"""Print records as the model will read them: after templating and cutting, coloured by what the loss counts.
+"""Print records as the model reads them: templated, cut, and coloured by what the loss counts.
 
-Without colour (a pipe, NO_COLOR) the counted part stands between ⟦ and ⟧. Control characters in the data are shown as
-escapes, so that a record cannot command the terminal.
+Without colour (a pipe, NO_COLOR) the counted part is enclosed in ⟦ and ⟧. Control characters in
+the data are printed as escapes, so that a record cannot send commands to the terminal.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from rich.panel import Panel
 from rich.text import Text as RichText
 
 from fastrlhf.config import Config, DataConfig, load_config
-from fastrlhf.data.batches import DemonstrationTokens, pack_demonstrations
+from fastrlhf.data.batches import TokenizedDemonstration, pack_demonstrations
 from fastrlhf.data.pretrain import indexed_prefix
 from fastrlhf.data.records import (
     Demonstration,
     Paths,
     Prompt,
     Ranking,
+    Record,
     Text,
     as_paths,
     detect_kind,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _COUNTED, _CONTEXT = "bold green", "dim"
-_SHOWN = 500  # tokens of a document: it may be a book
+_SHOWN_TOKENS = 500  # of a document: it may be a book
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
@@ -57,12 +58,12 @@ def show(
     prefix: str = "",
     console: Console | None = None,
 ) -> None:
-    """Print the first `n` records of each file; the kind of record is told by the file's keys.
+    """Print the first `n` records of each file; its keys determine the kind of record.
 
-    `loss_on` and `prefix` are what training and sampling do: see DataConfig.
+    `loss_on` and `prefix` are as for training and sampling: see DataConfig.
     """
     console = console or Console()
-    painter = _Painter(
+    renderer = _RecordRenderer(
         tokenizer,
         max_prompt_tokens,
         max_response_tokens,
@@ -70,17 +71,18 @@ def show(
         prefix,
         marks=console.color_system is None,
     )
-    console.print(painter.legend())
+    console.print(renderer.legend())
     for path in as_paths(paths):
         for number, record in enumerate(islice(read_records(path, detect_kind(path)), n), 1):
             title = RichText(f"{path.name}: {type(record).__name__.lower()} {number}")
-            console.print(Panel(Group(*painter.paint(record)), title=title, title_align="left"))
+            console.print(Panel(Group(*renderer.render(record)), title=title, title_align="left"))
 
 
 def show_config(config: Config, n: int, console: Console | None = None) -> None:
-    """Print the first `n` records of each file that the data section names, as its settings have them read.
+    """Print the first `n` records of each file that the data section names, with its settings.
 
-    Tokenized text (.bin and .idx) is left out: `data show` prints records.
+    Tokenized text (.bin and .idx) is skipped, since it has no records. Raises UserError if the
+    section names no records.
     """
     console = console or Console()
     data = config.data
@@ -109,7 +111,7 @@ def show_config(config: Config, n: int, console: Console | None = None) -> None:
 
 
 def run(arguments: list[str], tokenizer: Path | None, n: int) -> None:
-    """The command: CONFIG.yaml and overrides, or record files and a tokenizer."""
+    """Run `data show` on CONFIG.yaml and overrides, or on record files and a tokenizer folder."""
     if Path(arguments[0]).suffix in (".yaml", ".yml"):
         show_config(load_config(arguments[0], arguments[1:]), n)
     elif tokenizer is None:
@@ -125,8 +127,8 @@ def run(arguments: list[str], tokenizer: Path | None, n: int) -> None:
         )
 
 
-class _Painter:
-    """Turns records into rich text under one tokenizer and one set of data settings."""
+class _RecordRenderer:
+    """Renders records as rich text for one tokenizer and one set of data settings."""
 
     def __init__(
         self,
@@ -148,17 +150,21 @@ class _Painter:
         counted = "⟦counted by the loss⟧" if self.marks else "counted by the loss"
         return RichText.assemble(("context", _CONTEXT), "  ", (counted, _COUNTED))
 
-    def paint(self, record: Demonstration | Ranking | Prompt | Text) -> Iterator[RichText]:
+    def render(self, record: Record) -> Iterator[RichText]:
+        """Yield the lines of a record."""
         if isinstance(record, Text):
             tokens = [*encode_plain(self.tokenizer, [record.text])[0], self.tokenizer.eos_token_id]
-            of = f"of {len(tokens)} " if len(tokens) > _SHOWN else ""
-            yield from self._sequence([], tokens[:_SHOWN], named=f"{of}of text")
+            of = f"of {len(tokens)} " if len(tokens) > _SHOWN_TOKENS else ""
+            yield from self._sequence([], tokens[:_SHOWN_TOKENS], part=f"{of}of text")
             return
         prefix = self.prefix if isinstance(record, Prompt) else ""
         (prompt,) = encode_prompts(self.tokenizer, [record.prompt], prefix)
         if len(prompt) > self.max_prompt_tokens:
-            limit = f"left out: the prompt has {len(prompt)} tokens, data.max_prompt_tokens is {self.max_prompt_tokens}"
-            yield RichText(limit, style="red")
+            reason = (
+                f"dropped: the prompt has {len(prompt)} tokens, "
+                f"data.max_prompt_tokens is {self.max_prompt_tokens}"
+            )
+            yield RichText(reason, style="red")
         if isinstance(record, Prompt):
             yield from self._sequence(prompt, [])
         elif isinstance(record, Demonstration):
@@ -171,7 +177,7 @@ class _Painter:
             yield from self._ranking(prompt, record)
 
     def _ranking(self, prompt: list[int], record: Ranking) -> Iterator[RichText]:
-        """The prompt once, then the responses from best to worst; the score is read at each one's last token."""
+        """Yield the prompt once, then the responses from best to worst."""
         yield from self._sequence(prompt, [])
         for rank, response in sorted(
             zip(record.ranks, record.responses, strict=True), key=lambda pair: pair[0]
@@ -187,12 +193,13 @@ class _Painter:
         response: list[int],
         limit: int | None = None,
         spans: tuple[tuple[int, int], ...] = (),
-        named: str = "of response",
+        part: str = "of response",
     ) -> Iterator[RichText]:
         kept = response[:limit]
         tokens = prompt + kept
-        # The mask marks where a label counts; the label is the next token, so token t is coloured by the mask at t - 1.
-        packed = pack_demonstrations([DemonstrationTokens(tokens, len(prompt), spans)])
+        # The mask marks where a label counts. The label is the next token, so the mask at t - 1
+        # determines the colour of token t.
+        packed = pack_demonstrations([TokenizedDemonstration(tokens, len(prompt), spans)])
         counted = [False, *packed.loss_mask[:-1].tolist()]
         if not prompt:  # the prompt was printed before, or there is none
             counted[0] = True
@@ -203,14 +210,11 @@ class _Painter:
                 self._append(text, tokens[start:t], counted[start])
                 start = t
         yield text
-        cut = (
-            f", cut from {len(response)} by data.max_response_tokens"
-            if len(kept) < len(response)
-            else ""
-        )
-        lengths = [f"{len(prompt)} of prompt"] * bool(prompt) + [f"{len(kept)} {named}"] * bool(
-            response
-        )
+        cut = ""
+        if len(kept) < len(response):
+            cut = f", cut from {len(response)} by data.max_response_tokens"
+        lengths = [f"{len(prompt)} of prompt"] * bool(prompt)
+        lengths += [f"{len(kept)} {part}"] * bool(response)
         yield RichText(f"tokens: {' + '.join(lengths)}{cut}", style="cyan")
 
     def _append(self, text: RichText, tokens: list[int], counted: bool) -> None:

@@ -1,8 +1,10 @@
-"""Text to token ids: load a tokenizer folder, template a prompt, end a response with eos, train a byte-level BPE.
+"""Text to token ids: tokenizer folders, chat templates, eos, byte-level BPE training.
 
-Two rules keep training safe. Nothing is ever padded (batches are packed), so eos is never used as padding. Responses
-and documents are data: "<|endoftext|>" written inside one is encoded as plain characters, so that the only eos is the
-one we append. Left out on purpose: truncation (datasets.py) and slow (pure Python) tokenizers.
+Two rules keep training safe. Nothing is ever padded (batches are packed), so eos is never used as
+padding. Responses and documents are data: "<|endoftext|>" written inside one is encoded as plain
+characters, so that the only eos is the one appended here.
+
+Out of scope: truncation (datasets.py). Not supported: slow (pure Python) tokenizers.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from fastrlhf.data.records import PromptLike
 from fastrlhf.errors import UserError
@@ -22,22 +24,26 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer saved in the local folder `path`; UserError when it is missing, unreadable or has no eos
-    token.
+    """Load the fast tokenizer saved in the local folder `path`.
+
+    Raises UserError if it is missing, unreadable, slow, or has no eos token.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such tokenizer folder; expected one saved by transformers (tokenizer.json), "
-            "or train one with train_bpe"
+            f"{folder}: no such tokenizer folder; "
+            "expected one saved by transformers (tokenizer.json), or train one with train_bpe"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _check_json(folder / name)
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+        tokenizer = cast(
+            "PreTrainedTokenizerFast",
+            AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            ),
         )
     except (OSError, ValueError, KeyError) as error:
         here = (folder / "tokenizer.json").is_file()
@@ -47,24 +53,27 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         ) from None
     if not tokenizer.is_fast:
         raise UserError(
-            f"{folder}: this tokenizer has no fast version; save one that writes tokenizer.json"
+            f"{folder}: the tokenizer has no fast version; save one that writes tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f'{folder}: the tokenizer has no eos token; set "eos_token" in its tokenizer_config.json'
+            f"{folder}: the tokenizer has no eos token; "
+            'set "eos_token" in its tokenizer_config.json'
         )
     return tokenizer
 
 
 def conflicting_id(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> int | None:
-    """A token id that means another token in the tokenizer saved in `folder`. None if there is none (either may have
-    tokens that the other lacks), or if nothing is saved there any more.
+    """Return a token id that is a different token in the tokenizer saved in `folder`.
+
+    Returns None if there is no such id (either may have tokens that the other lacks), or if the
+    folder no longer has a tokenizer.
     """
     if not folder or not (Path(folder) / "tokenizer.json").is_file():
         return None
-    meant = {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
-    mine = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    return next((number for number, token in mine if meant.get(number, token) != token), None)
+    saved = {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+    current = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return next((number for number, token in current if saved.get(number, token) != token), None)
 
 
 def _check_json(path: Path) -> None:
@@ -77,14 +86,17 @@ def _check_json(path: Path) -> None:
 
 
 def prompt_text(prompt: PromptLike) -> str:
-    """The prompt as plain text: a string as it is, turns as "role: content" lines, each ended by a newline."""
+    """Return the prompt as plain text: turns become lines "role: content", each with a newline."""
     if isinstance(prompt, str):
         return prompt
     return "".join(f"{turn['role']}: {turn['content']}\n" for turn in prompt)
 
 
 def read_prefix(path: str | Path | None) -> str:
-    """The text of `data.prompt_prefix`, such as a few worked examples; "" for None. UserError when unreadable."""
+    """Return the text of `data.prompt_prefix`, such as a few worked examples; "" for None.
+
+    Raises UserError if the file cannot be read.
+    """
     if path is None:
         return ""
     try:
@@ -98,48 +110,48 @@ def read_prefix(path: str | Path | None) -> str:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[PromptLike], prefix: str = ""
 ) -> list[list[int]]:
-    """Token ids of each prompt. Turns go through the tokenizer's chat template, which opens the assistant's turn, or
-    through `prompt_text` when it has none. A string is encoded as it is: special tokens written in it count as such
-    (people keep prompts already templated) and none are added. `prefix` stands before each, as it is.
+    """Return the token ids of each prompt, with `prefix` prepended to its text.
+
+    Turns are formatted by the tokenizer's chat template, which opens the assistant's turn, or by
+    `prompt_text` if it has none. A string is encoded as it is: special tokens written in it are
+    recognized (people keep prompts already templated), and none are added.
     """
     texts = [prefix + _templated(tokenizer, prompt) for prompt in prompts]
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    token_ids: list[list[int]] = encoded["input_ids"]
+    return token_ids
 
 
 def encode_conversations(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[PromptLike], with_spans: bool
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """As `encode_prompts`, and `with_spans` the spans [start, end) of tokens that the assistant wrote in its earlier
-    turns (else none).
+    """Return the token ids of each prompt, and the token spans of the assistant's earlier turns.
 
-    What the template puts behind a turn, such as an end-of-turn token, belongs to it. UserError when the template
-    writes a turn otherwise once another follows, so that there is no such span.
+    The spans are [start, end); the list is empty without `with_spans`. What the template appends to
+    a turn, such as an end-of-turn token, belongs to the turn. Raises UserError if the template
+    formats a turn differently when another turn follows, so that it has no such span.
     """
     if not with_spans:
         return [(ids, []) for ids in encode_prompts(tokenizer, prompts)]
     texts = [_templated(tokenizer, prompt) for prompt in prompts]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    found = []
+    conversations = []
     for prompt, text, ids, offsets in zip(
         prompts, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
         spans = []
         for start, end in _assistant_spans(tokenizer, prompt, text):
-            inside = [
-                place for place, (first, last) in enumerate(offsets) if first < end and last > start
-            ]
+            inside = [t for t, (first, last) in enumerate(offsets) if first < end and last > start]
             if inside:
                 spans.append((inside[0], inside[-1] + 1))
-        found.append((ids, spans))
-    return found
+        conversations.append((ids, spans))
+    return conversations
 
 
 def _assistant_spans(
     tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, text: str
 ) -> list[tuple[int, int]]:
-    """Where the assistant's turns of a prompt stand in its templated text, in characters."""
+    """Return the character spans [start, end) of the assistant's turns in the templated text."""
     spans = []
     for number, turn in enumerate([] if isinstance(prompt, str) else prompt):
         if turn["role"] != "assistant":
@@ -152,8 +164,8 @@ def _assistant_spans(
             text.startswith(before) and text.startswith(through) and len(before) < len(through)
         ):
             raise UserError(
-                f"the tokenizer's chat template writes turn {number + 1} of a prompt otherwise when more turns follow; "
-                "use data.loss_on=last"
+                f"the tokenizer's chat template formats turn {number + 1} of a prompt differently "
+                "when more turns follow; use data.loss_on=last"
             )
         spans.append((len(before), len(through)))
     return spans
@@ -172,47 +184,54 @@ def _templated(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike, opens: bo
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in prompt)
         raise UserError(
-            f"the tokenizer's chat template refuses a prompt with turns {roles}: {error}"
+            f"the tokenizer's chat template rejects a prompt with turns {roles}: {error}"
         ) from None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike) -> list[int]:
-    """Token ids of one prompt, as `encode_prompts`."""
+    """Return the token ids of one prompt; see `encode_prompts`."""
     return encode_prompts(tokenizer, [prompt])[0]
 
 
 def encode_responses(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each response with eos at its end. An eos already written there is not doubled."""
+    """Return the token ids of each response with eos at its end.
+
+    An eos already written there is not doubled.
+    """
     bare = [text.removesuffix(tokenizer.eos_token) for text in texts]
     return [[*ids, tokenizer.eos_token_id] for ids in encode_plain(tokenizer, bare)]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of one response, as `encode_responses`."""
+    """Return the token ids of one response; see `encode_responses`."""
     return encode_responses(tokenizer, [text])[0]
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, taken literally: nothing added, no special token recognised."""
-    return tokenizer(
+    """Return the token ids of each text; no special token is added or recognized."""
+    encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         verbose=False,
-    )["input_ids"]
+    )
+    token_ids: list[list[int]] = encoded["input_ids"]
+    return token_ids
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: str | Path) -> None:
-    """Train a byte-level BPE (every string encodes, no unknown token) on `texts` and save it as a transformers folder
-    `out`.
+    """Train a byte-level BPE on `texts` and save it as the transformers folder `out`.
 
-    `vocab_size` counts the 256 bytes and the eos token "<|endoftext|>" (id 0); fewer tokens come out when the texts
-    are too small to give so many merges. The same texts always give the same tokenizer.
+    It encodes every string and has no unknown token. `vocab_size` includes the 256 bytes and the
+    eos token "<|endoftext|>" (id 0). The result is smaller if the texts are too small for that many
+    merges. The same texts always give the same tokenizer. Raises UserError if `vocab_size` is below
+    257.
     """
     if vocab_size < 257:
         raise UserError(
-            f"a byte-level BPE needs a vocab_size of at least 257 (256 bytes and eos), not {vocab_size}"
+            f"vocab_size is {vocab_size}; "
+            "a byte-level BPE needs at least 257 (256 bytes and the eos token)"
         )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

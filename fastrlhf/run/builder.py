@@ -7,7 +7,7 @@ them, and is here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, TypeVar
@@ -16,7 +16,7 @@ from fastrlhf.checkpoint.model_folder import describe_model, load_model
 from fastrlhf.config import Config, ModelConfig, ScheduleConfig
 from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
 from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
-from fastrlhf.data.loader import Loader
+from fastrlhf.data.loader import Dataset, Loader
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.records import OnError
 from fastrlhf.data.tokenize import load_tokenizer, read_prefix
@@ -66,7 +66,7 @@ class RunBuilder:
 
     def loader(
         self,
-        dataset: Sequence[Sample],
+        dataset: Dataset[Sample],
         collate: Callable[[list[Sample]], MicroBatch],
         *,
         global_batch_size: int | None = None,
@@ -102,7 +102,7 @@ class RunBuilder:
 
     def one_pass(
         self,
-        dataset: Sequence[Sample],
+        dataset: Dataset[Sample],
         collate: Callable[[list[Sample]], MicroBatch],
         cost: Callable[[Sample], int] | None = None,
     ) -> Callable[[], Loader[Sample, MicroBatch]]:

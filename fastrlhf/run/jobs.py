@@ -19,8 +19,8 @@ from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
 from fastrlhf.algorithms.sft import SupervisedFinetuning, evaluate_loss
 from fastrlhf.config import ModelConfig, TrainingCommand
 from fastrlhf.data.batches import (
-    TokenizedDemonstration,
     PackedBatch,
+    TokenizedDemonstration,
     TokenizedRanking,
     demonstration_tokens,
     pack_demonstrations,
@@ -30,7 +30,7 @@ from fastrlhf.data.batches import (
     window_tokens,
 )
 from fastrlhf.data.datasets import check_ranking_sizes
-from fastrlhf.data.loader import Loader
+from fastrlhf.data.loader import Dataset, Loader
 from fastrlhf.data.mix import Mixture
 from fastrlhf.models.gpt import build_model
 from fastrlhf.models.loading import without_dropout
@@ -84,7 +84,7 @@ def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
     """
     data = run.config.data
     assert data.train is not None
-    dataset: Sequence[TokenizedDemonstration] = run.demonstrations(data.train)
+    dataset: Dataset[TokenizedDemonstration] = run.demonstrations(data.train)
     if data.pretrain_fraction > 0:
         assert data.pretrain is not None
         dataset = Mixture(

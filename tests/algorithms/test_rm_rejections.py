@@ -1,4 +1,4 @@
-"""Rankings that a reward model cannot be trained on: refused with file and line, or set aside and counted."""
+"""Rankings that a reward model cannot learn from are refused, or set aside and counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastrlhf.data.batches import ranking_tokens
-from fastrlhf.data.datasets import check_groups, load_rankings
+from fastrlhf.data.datasets import check_ranking_sizes, load_rankings
 from fastrlhf.data.records import Counts
 from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.errors import UserError
@@ -48,7 +48,7 @@ def test_refused_with_file_and_line(line: str, reason: str, tmp_path: Path, toke
     )
 
 
-def test_set_aside_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+def test_quarantined_and_counted(tmp_path: Path, tokenizer: Any) -> None:
     path, rejected = tmp_path / "rankings.jsonl", tmp_path / "rejected.jsonl"
     path.write_text("\n".join([GOOD, *BAD, GOOD]) + "\n")
     loaded, counts = load_rankings(
@@ -75,12 +75,12 @@ def test_a_group_above_the_token_budget_is_refused_before_training(
 
     assert [cost(ranking) for ranking in loaded] == [9, 10]
     with caplog.at_level("INFO", "fastrlhf"):
-        check_groups(loaded, cost, 10)
-        check_groups(loaded, cost, None)
+        check_ranking_sizes(loaded, cost, 10)
+        check_ranking_sizes(loaded, cost, None)
     assert "longest prompt with its responses: 10 tokens (K = 2) of 10" in caplog.messages
     assert "longest prompt with its responses: 10 tokens (K = 2)" in caplog.messages
     with pytest.raises(
         UserError,
-        match=r"2 responses has 10 tokens, .*max_tokens_per_micro_batch 9: raise that to 10",
+        match=r"2 responses has 10 tokens and .*max_tokens_per_micro_batch is 9; raise it to 10 ",
     ):
-        check_groups(loaded, cost, 9)
+        check_ranking_sizes(loaded, cost, 9)

@@ -1,4 +1,4 @@
-"""A small tokenizer and a writer of JSONL files, for all data tests."""
+"""Fixtures of the data tests: a small tokenizer and a writer of JSONL files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer(tokenizer_folder: Path) -> Any:
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """jsonl(row, row, ..., name=...) writes one line a row (a str as it is) and returns the path."""
+    """Return a function of rows and a name that writes one line per row (a str as it is)."""
 
     def write(*rows: Any, name: str = "data.jsonl") -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Packing by hand-made examples and by property: nothing crosses from one sequence to the next."""
+"""Packing by hand-made examples and by property: sequences are independent of each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrlhf.data.batches import (
-    DemonstrationTokens,
+    TokenizedDemonstration,
     TokenizedRanking,
     pack,
     pack_demonstrations,
@@ -17,9 +17,9 @@ from fastrlhf.data.batches import (
 )
 
 
-def test_two_demonstrations() -> None:
+def test_pack_two_demonstrations() -> None:
     batch = pack_demonstrations(
-        [DemonstrationTokens([5, 6, 7, 8, 9], 3), DemonstrationTokens([1, 2], 1)]
+        [TokenizedDemonstration([5, 6, 7, 8, 9], 3), TokenizedDemonstration([1, 2], 1)]
     )
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 1, 2]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1]
@@ -79,7 +79,7 @@ def test_to_moves_every_tensor_and_keeps_the_kind() -> None:
     assert batch.tokens.device.type == "cpu"
 
 
-def test_what_cannot_be_packed_says_so() -> None:
+def test_invalid_input_is_reported() -> None:
     with pytest.raises(ValueError, match="sequences is empty"):
         pack([], [])
     with pytest.raises(ValueError, match="sequence 1 is empty"):

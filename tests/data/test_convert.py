@@ -1,4 +1,4 @@
-"""Each foreign format by a small example in its own words, and what does not fit by its one line."""
+"""Conversion of every foreign format by a small example; rows that do not fit are reported."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def test_instruction_rows(jsonl: Callable[..., Path]) -> None:
 
 
 def test_transcripts(jsonl: Callable[..., Path]) -> None:
-    start = "\n\nHuman: hi there\n\nHuman: me again\n\nAssistant: hello\n\nHuman: why?\n\nbecause\n\nAssistant:"
+    start = (
+        "\n\nHuman: hi there\n\nHuman: me again\n\nAssistant: hello"
+        "\n\nHuman: why?\n\nbecause\n\nAssistant:"
+    )
     path = jsonl({"chosen": start + " so", "rejected": start + " no\n\nreally"})
     prompt = [user("hi there\n\nme again"), assistant("hello"), user("why?\n\nbecause")]
     assert converted(path, "transcripts", "rankings") == [
@@ -137,13 +140,13 @@ BAD_ROWS: list[tuple[Source, Kind, Any, str]] = [
         "pairs",
         "rankings",
         {"prompt": "p", "chosen": [user("a")], "rejected": "b"},
-        "other than one assistant message",
+        "a response is not a single assistant message; expected exactly one",
     ),
     (
         "pairs",
         "demonstrations",
         {"text": "t"},
-        r"no example in it \(keys text\); expected messages",
+        r"no known keys \(found text\); expected messages",
     ),
     ("pairs", "demonstrations", {"messages": [user("a")]}, '"messages" has fewer than two entries'),
     (
@@ -182,10 +185,10 @@ def test_rows_that_do_not_fit(
         kind,
         path.parent / "out.jsonl",
         on_error="quarantine",
-        rejected=path.parent / "aside.jsonl",
+        rejected=path.parent / "rejected.jsonl",
     )
     assert (path.parent / "out.jsonl").read_bytes() == b""
-    assert json.loads((path.parent / "aside.jsonl").read_text())["source"] == f"{path}:1"
+    assert json.loads((path.parent / "rejected.jsonl").read_text())["source"] == f"{path}:1"
 
 
 def test_gzipped_output_is_the_same_bytes_each_time(
@@ -285,7 +288,7 @@ def test_what_is_exported_is_converted_back(jsonl: Callable[..., Path], layout: 
         assert converted(path.parent / "there.jsonl", layout, "prompts") == [Prompt([user("q")])]
 
 
-def test_a_tree_holds_a_whole_ranking(jsonl: Callable[..., Path]) -> None:
+def test_a_tree_holds_a_complete_ranking(jsonl: Callable[..., Path]) -> None:
     ranking = Ranking([user("q")], ("a", "b", "c", "d"), (2, 1, 2, 0), "u")
     path = jsonl({key: value for key, value in vars(ranking).items() if value is not None})
     (tree,) = exported(path, "trees", "rankings")
@@ -305,7 +308,7 @@ def test_a_tree_holds_a_whole_ranking(jsonl: Callable[..., Path]) -> None:
         (
             "transcripts",
             "say\n\nHuman: hi",
-            "begins with Human: or Assistant:, which would split it",
+            "begins with Human: or Assistant:, which a transcript would split",
         ),
         (
             "trees",
@@ -315,7 +318,7 @@ def test_a_tree_holds_a_whole_ranking(jsonl: Callable[..., Path]) -> None:
         (
             "trees",
             [user("q"), assistant("a")],
-            "a tree begins with a user's message, and is answered below one",
+            "the prompt does not begin and end with a user's turn, as a tree must",
         ),
     ],
 )

@@ -82,8 +82,8 @@ def test_counts_are_logged_and_rejected_records_counted(
         loaded, counts = load_prompts(path, tokenizer, max_prompt_tokens=20, on_error="quarantine")
     assert loaded == [encode_prompt(tokenizer, "hello")]
     assert counts == Counts(read=3, kept=1, rejected=1, long_prompts=1)
-    told = "kept 1 of 3 records (1 malformed and set aside, 1 dropped for a long prompt)"
-    assert f"{path}: {told}" in caplog.messages
+    message = "kept 1 of 3 records (1 malformed and set aside, 1 dropped for a long prompt)"
+    assert f"{path}: {message}" in caplog.messages
 
 
 def test_no_usable_record_is_an_error(jsonl: Callable[..., Path], tokenizer: Any) -> None:
@@ -91,7 +91,7 @@ def test_no_usable_record_is_an_error(jsonl: Callable[..., Path], tokenizer: Any
         UserError, match=r"no usable record \(kept 0 of 1 records \(1 dropped for a long prompt\)"
     ):
         load_prompts(jsonl({"prompt": LONG}), tokenizer, max_prompt_tokens=20)
-    with pytest.raises(UserError, match=r"data\.jsonl:1: the file holds no record"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the file has no record"):
         load_prompts(jsonl(), tokenizer, max_prompt_tokens=20)
 
 
@@ -129,7 +129,7 @@ def test_the_loss_may_cover_every_turn_of_the_assistant(
     assert shown["all"] == f"{space}sat on{end}{space}ran{end}hi<|endoftext|>"
 
 
-def test_a_template_that_rewrites_turns_is_refused_for_loss_on_all(
+def test_a_template_that_rewrites_turns_is_rejected_for_loss_on_all(
     jsonl: Callable[..., Path], tokenizer_folder: Path
 ) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -140,12 +140,12 @@ def test_a_template_that_rewrites_turns_is_refused_for_loss_on_all(
     assert len(load_demonstrations(path, tokenizer, **options)[0]) == 1
     with pytest.raises(
         UserError,
-        match=r"writes turn 2 of a prompt otherwise when more turns follow; use data.loss_on",
+        match=r"formats turn 2 of a prompt differently when more turns follow; use data.loss_on",
     ):
         load_demonstrations(path, tokenizer, loss_on="all", **options)
 
 
-def test_a_prefix_stands_before_each_prompt_and_counts(
+def test_a_prefix_is_prepended_to_each_prompt_and_counts(
     jsonl: Callable[..., Path], tmp_path: Path, tokenizer: Any
 ) -> None:
     (tmp_path / "prefix.txt").write_text("the cat sat.\n\n")

@@ -1,4 +1,4 @@
-"""The data package needs neither megatron nor triton, transformers, pyarrow or a GPU to be imported."""
+"""The data package imports without megatron, triton, transformers, pyarrow and a GPU."""
 
 from __future__ import annotations
 

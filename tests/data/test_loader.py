@@ -1,4 +1,4 @@
-"""The order of samples: complete, the same under every layout, and continued exactly after a restart."""
+"""The order of samples is complete, the same with every layout, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def loader(
 
 
 def all_ranks(samples: int, G: int, micro: int, size: int, **options: Any) -> list[list[list[int]]]:
-    """Steps of micro-batches, the ranks' blocks joined in rank order."""
+    """Return the micro-batches of each step, the ranks' blocks joined in rank order."""
     ranks = [list(loader(samples, G, micro, rank, size, **options)) for rank in range(size)]
     return [
-        [micro_batch for own in step for micro_batch in own] for step in zip(*ranks, strict=True)
+        [micro_batch for rank in step for micro_batch in rank] for step in zip(*ranks, strict=True)
     ]
 
 
 def test_golden_order() -> None:
-    """Frozen: a change here would break the resumption of every run under way."""
+    """A change of this order would break resuming every existing run."""
     assert permutation(10, seed=1234, epoch=0).tolist() == GOLDEN[0]
     assert permutation(10, seed=1234, epoch=1).tolist() == GOLDEN[1]
     assert permutation(4, seed=1234, epoch=0, shuffle=False).tolist() == [0, 1, 2, 3]
@@ -58,7 +58,7 @@ def test_ranks_take_contiguous_blocks_of_the_global_batch() -> None:
     micro=st.sampled_from([1, 2]),
     seed=st.integers(-3, 2**63),
 )
-def test_any_layout_gives_the_same_micro_batches_and_sees_each_sample_once(
+def test_any_layout_gives_the_same_micro_batches_with_each_sample_once(
     extra: int, steps: int, micro: int, seed: int
 ) -> None:
     G = 12
@@ -76,7 +76,7 @@ def test_any_layout_gives_the_same_micro_batches_and_sees_each_sample_once(
     assert len(whole) == len(loader(steps * G + extra, G, micro, drop_last=False))
 
 
-def test_epochs_are_shuffled_anew_and_seeds_differ() -> None:
+def test_epochs_and_seeds_give_different_orders() -> None:
     first, second = (
         [s for step in epoch for micro in step for s in micro] for epoch in _epochs(seed=1)
     )
@@ -92,7 +92,7 @@ def _epochs(seed: int) -> list[list[list[list[int]]]]:
 
 
 @given(done=st.integers(0, 6), before=st.sampled_from([1, 2, 3]), after=st.sampled_from([1, 2, 3]))
-def test_resuming_continues_at_the_exact_sample_under_any_layout(
+def test_resuming_continues_at_the_exact_sample_with_any_layout(
     done: int, before: int, after: int
 ) -> None:
     everything = all_ranks(41, 12, 2, 1, epochs=2)
@@ -105,7 +105,7 @@ def test_resuming_continues_at_the_exact_sample_under_any_layout(
         resumed = loader(41, 12, 2, rank, after, epochs=2)
         resumed.load_state_dict(state)
         ranks.append(list(resumed))
-    joined = [[micro for own in step for micro in own] for step in zip(*ranks, strict=True)]
+    joined = [[micro for rank in step for micro in rank] for step in zip(*ranks, strict=True)]
     assert joined == everything[done:]
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_inside_the_loop_counts_the_step_as_done() -> None:
     assert list(islice(resumed, 5)) == list(islice(steps, 5))
 
 
-def test_resuming_with_another_global_batch_goes_on_after_the_samples_already_seen() -> None:
+def test_resuming_with_another_global_batch_continues_after_the_samples_seen() -> None:
     running = loader(24, 6, 1, epochs=1)
     seen = [s for step in islice(running, 2) for micro in step for s in micro]
     resumed = loader(24, 4, 1, epochs=1)
@@ -128,7 +128,7 @@ def test_resuming_with_another_global_batch_goes_on_after_the_samples_already_se
     assert sorted(seen + rest) == list(range(24))
 
 
-def test_a_state_of_other_data_is_refused() -> None:
+def test_a_state_of_other_data_is_rejected() -> None:
     state = loader(24, 6, 1).state_dict()
     with pytest.raises(
         UserError, match="the checkpoint has samples 24, this run 30; use the same data"
@@ -138,8 +138,11 @@ def test_a_state_of_other_data_is_refused() -> None:
         loader(24, 6, 1, seed=8).load_state_dict(state)
 
 
-def test_sizes_that_do_not_divide_name_the_numbers() -> None:
-    message = "the global batch size 30 is not divisible by micro-batch size 4 x data-parallel size 2 = 8; use 24 or 32"
+def test_errors_about_sizes_name_the_numbers() -> None:
+    message = (
+        "the global batch size 30 is not divisible by "
+        "micro-batch size 4 x data-parallel size 2 = 8; use 24 or 32"
+    )
     with pytest.raises(UserError, match=message):
         loader(100, 30, 4, size=2)
     with pytest.raises(UserError, match="= 8; use 8"):
@@ -156,7 +159,7 @@ def test_sizes_that_do_not_divide_name_the_numbers() -> None:
 
 
 def packed(samples: int, G: int, size: int, **options: Any) -> list[list[list[list[int]]]]:
-    """Steps of ranks of micro-batches, at most 20 tokens each, sample i having 1 + i % 9 of them."""
+    """Return [step][rank] lists of micro-batches of at most 20 tokens; sample i has 1 + i % 9."""
     arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost, **options}
     return [
         list(step)
@@ -186,8 +189,8 @@ def test_packed_steps_have_the_samples_of_unpacked_ones(
 
 
 @given(done=st.integers(0, 3), before=st.sampled_from([1, 2, 3]), after=st.sampled_from([1, 2, 3]))
-def test_a_packed_epoch_goes_on_under_another_layout(done: int, before: int, after: int) -> None:
-    """Each sample of the epoch once, before and after together, whatever was packed where."""
+def test_a_packed_epoch_resumes_with_another_layout(done: int, before: int, after: int) -> None:
+    """Both runs together use each sample of the epoch once."""
     arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost, "epochs": 1, "drop_last": False}
     started = [loader(41, 11, 1, rank, before, **arguments) for rank in range(before)]
     first = [list(islice(one, done)) for one in started]
@@ -202,7 +205,7 @@ def test_a_packed_epoch_goes_on_under_another_layout(done: int, before: int, aft
     ) == list(range(41))
 
 
-def test_a_token_budget_needs_a_sample_a_rank_and_a_cost() -> None:
+def test_a_token_budget_needs_a_sample_per_rank_and_a_cost() -> None:
     arguments: dict[str, Any] = {"max_tokens": 20, "cost": _cost}
     assert len(loader(100, 7, 4, size=3, **arguments)) == 14
     with pytest.raises(
@@ -218,7 +221,10 @@ def test_a_token_budget_needs_a_sample_a_rank_and_a_cost() -> None:
 
 
 def test_the_efficiency_of_packing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """Nine samples of 1 to 9 tokens on two ranks: 45 tokens in four micro-batches of 20, or three on one rank."""
+    """Nine samples of 1 to 9 tokens have 45 tokens.
+
+    They take four micro-batches of 20 tokens on two ranks, three on one rank.
+    """
     caplog.set_level("INFO", logger="fastrlhf")
     for size, efficiency in ((1, 45 / 60), (2, 45 / 80)):
         one = loader(9, 9, 1, 0, size, max_tokens=20, cost=_cost)
@@ -227,7 +233,8 @@ def test_the_efficiency_of_packing_is_reported(caplog: pytest.LogCaptureFixture)
         next(steps), next(steps)
         assert one.metrics() == {"epoch": 2, "packing_efficiency": efficiency}
     assert caplog.messages[1:] == [
-        "packing: 9 samples of 45 tokens in 4 micro-batches of at most 20, 56.2% of their room used"
+        "packing: 9 samples with 45 tokens in total, "
+        "in 4 micro-batches of at most 20 tokens, 56.2% full"
     ]
     halves = loader(10, 4, 1)
     steps = iter(halves)

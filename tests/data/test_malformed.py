@@ -1,6 +1,6 @@
-"""Two hundred kinds of malformed input: one clear line with the place in strict mode, set aside with the reason else.
+"""Two hundred kinds of malformed input: reported with file and line, or quarantined.
 
-Each case is a whole file; a good record stands before and behind the bad one where the format allows it.
+Each case is a complete file, with a good record before and after the bad one if the format allows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastrlhf.data.convert import convert
+from fastrlhf.data.convert import Source, convert
 from fastrlhf.data.prepare.prepare import prepare
 from fastrlhf.data.records import Counts, Kind, read_records
 from fastrlhf.errors import UserError
@@ -191,7 +191,7 @@ def table(columns: dict[str, list[Any]]) -> bytes:
 
 
 def file_cases() -> Iterator[tuple[str, str, bytes, int, int]]:
-    """(id, name, content, line of the mistake, good records) of a file of prompts."""
+    """Yield (id, name, content, line of the mistake, good records) of files of prompts."""
     line = _line(GOOD["prompts"]) + b"\n"
     packed = gzip.compress(line * 100, mtime=0)
     yield "empty", "a.jsonl", b"", 1, 0
@@ -252,32 +252,31 @@ def check(path: Path, kind: Kind, line: int, kept: int) -> None:
     assert message.startswith(f"{path}:{line}: ")
     assert len(message) < len(str(path)) + 400
     assert message.isprintable()
-    aside, counts = path.parent / "rejected.jsonl", Counts()
-    records = list(read_records(path, kind, "quarantine", aside, counts))
+    rejected, counts = path.parent / "rejected.jsonl", Counts()
+    records = list(read_records(path, kind, "quarantine", rejected, counts))
     assert (len(records), counts.rejected) == (kept, counts.read - kept)
-    first = json.loads(aside.read_text().splitlines()[0])
+    first = json.loads(rejected.read_text().splitlines()[0])
     assert first["source"] == f"{path}:{line}"
     assert first["reason"] in message
-    assert aside.stat().st_size < 1_500_000
+    assert rejected.stat().st_size < 1_500_000
 
 
 def test_there_are_two_hundred_kinds() -> None:
     assert len(JSON_CASES) + len(list(file_cases())) >= 200
 
 
-def test_preparing_and_converting_set_all_of_them_aside(tmp_path: Path) -> None:
+def test_prepare_and_convert_quarantine_all_malformed_lines(tmp_path: Path) -> None:
     """All bad lines in one file, through the two commands that read foreign data."""
     lines = [case.values[1] for case in JSON_CASES]
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([*lines, _line(GOOD["prompts"])]))
     manifest = prepare(path, tmp_path / "out", "prompts", on_error="quarantine")
     assert manifest["read"] == len(lines) + 1
-    aside = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    assert (
-        len(aside) == manifest["dropped"]["malformed"] > 100
-    )  # rankings that are bad as such hold good prompts
-    for source, kind in itertools.product(
-        ("pairs", "transcripts", "trees"), ("rankings", "demonstrations", "prompts")
-    ):
-        counts = convert(path, source, kind, tmp_path / "converted.jsonl", "quarantine")  # type: ignore[arg-type]
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    # Not all lines: malformed rankings may have valid prompts.
+    assert len(rejected) == manifest["dropped"]["malformed"] > 100
+    sources: tuple[Source, ...] = ("pairs", "transcripts", "trees")
+    kinds: tuple[Kind, ...] = ("rankings", "demonstrations", "prompts")
+    for source, kind in itertools.product(sources, kinds):
+        counts = convert(path, source, kind, tmp_path / "converted.jsonl", "quarantine")
         assert counts.rejected > 100

@@ -1,4 +1,4 @@
-"""Personal data are found in running text; look-alikes are left alone."""
+"""Personal data is found in running text; look-alikes are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing prompts: the rules of section 3.2 by example, independence of input order by property, no leaks."""
+"""Preparing prompts: the rules by example, independence of the input order, no leaks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.prepare import check, write_corpus
 from fastrlhf.config.yaml_file import load
 from fastrlhf.data.prepare.prepare import prepare, prepare_all, run
 from fastrlhf.data.prepare.rules import SPLITS, PrepareConfig, Rules
 from fastrlhf.data.prepare.work_files import WorkFiles
 from fastrlhf.data.records import read_records
 from fastrlhf.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench/ is a folder of the repository
-from bench.prepare import check, write_corpus
 
 OPEN = Rules(valid_fraction=0.0, test_fraction=0.0)
 
@@ -90,7 +87,7 @@ def test_a_user_keeps_at_most_the_cap_whoever_comes_first(
     assert other["outputs"] != manifest["outputs"]
 
 
-def test_personal_data_are_dropped_counted_and_written_nowhere(
+def test_personal_data_is_dropped_counted_and_written_nowhere(
     jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     secrets = ["jane@corp.com", "415-555-0132", "4111 1111 1111 1111"]
@@ -141,7 +138,7 @@ def test_responses_are_searched_too(jsonl: Callable[..., Path], tmp_path: Path) 
     assert kept(tmp_path / "out") == [clean]
 
 
-def test_counts_add_up_and_the_manifest_tells_what_was_written(
+def test_counts_add_up_and_the_manifest_describes_the_output(
     jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows: list[Any] = [
@@ -190,7 +187,7 @@ def test_counts_add_up_and_the_manifest_tells_what_was_written(
     assert "| train |" in (tmp_path / "out" / "DATA_CARD.md").read_text()
 
 
-def test_a_user_stays_in_its_split_when_data_are_added(
+def test_a_user_stays_in_its_split_when_data_is_added(
     jsonl: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"question {i}", "user_id": f"u{i % 50}"} for i in range(200)]
@@ -230,7 +227,7 @@ def test_the_result_does_not_depend_on_the_order_of_the_input(
     assert run("shuffled", random.Random(seed).sample(rows, len(rows)), files) == expected
 
 
-def test_what_makes_no_sense_and_empty_splits(
+def test_invalid_settings_and_empty_splits(
     jsonl: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(
@@ -244,7 +241,9 @@ def test_what_makes_no_sense_and_empty_splits(
     assert "test is empty: too few users for its share" not in caplog.messages
 
 
-def test_personal_data_are_redacted_on_demand(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_personal_data_is_redacted_with_pii_redact(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
     ranking = {
         "prompt": [{"role": "user", "content": "I am jane@corp.com"}],
         "responses": ["call 415-555-0132 or DE89 3704 0044 0532 0130 00 NOW", "no"],
@@ -265,7 +264,7 @@ def test_personal_data_are_redacted_on_demand(jsonl: Callable[..., Path], tmp_pa
     assert rows["no"]["labeler_id"].startswith("labeler-")
 
 
-def test_only_the_splits_asked_for_are_searched(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+def test_only_pii_splits_are_searched(jsonl: Callable[..., Path], tmp_path: Path) -> None:
     rows = [{"prompt": f"mail {i} to jane@corp.com", "user_id": str(i)} for i in range(60)]
     thirds: dict[str, float] = {"valid_fraction": 0.3, "test_fraction": 0.3}
     prepare(jsonl(*rows), tmp_path / "out", "prompts", Rules(**thirds))
@@ -280,7 +279,7 @@ def test_only_the_splits_asked_for_are_searched(jsonl: Callable[..., Path], tmp_
     )
 
 
-def test_tokens_as_the_unit(
+def test_prefixes_and_limits_in_tokens(
     jsonl: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path, tokenizer: Any
 ) -> None:
     start = "the cat sat on the mat. a dog ran after"
@@ -431,12 +430,12 @@ def test_the_configuration_of_the_documentation_is_valid(tmp_path: Path) -> None
     }
 
 
-def test_files_without_a_folder_for_them(jsonl: Callable[..., Path]) -> None:
+def test_files_without_an_output_folder_are_rejected(jsonl: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"expected CONFIG.yaml, or record files and --out FOLDER"):
         run([str(jsonl({"prompt": "p"}))], None, "prompts")
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(
+def test_an_interrupted_run_resumes_to_the_same_bytes(
     jsonl: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -454,7 +453,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr("fastrlhf.data.prepare.prepare._SAVE_EVERY", 30)
     caplog.set_level("INFO", logger="fastrlhf")
     add = WorkFiles.add
-    for stop_at in (10, 60, 40):  # appends; the second is past a place that was saved
+    for stop_at in (10, 60, 40):  # appends; the second is past a resume point
         left = iter(range(stop_at))
 
         def stop(self: WorkFiles, *arguments: Any, left: Any = left, **row: int) -> None:
@@ -469,7 +468,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(WorkFiles, "add", add)
     caplog.clear()
     assert prepare(files, tmp_path / "out", "prompts", rules, "quarantine") == expected
-    assert caplog.messages[0].startswith("going on after ")
+    assert caplog.messages[0].startswith("resuming an interrupted run after ")
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert "rejected.jsonl" in names
@@ -479,7 +478,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     )
 
 
-def test_work_of_other_settings_or_inputs_is_not_taken_up(
+def test_work_files_of_other_settings_or_inputs_are_discarded(
     jsonl: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -495,7 +494,7 @@ def test_work_of_other_settings_or_inputs_is_not_taken_up(
     ] == [0, 30]
     caplog.set_level("INFO", logger="fastrlhf")
     manifest = prepare(path, tmp_path / "out", "prompts", OPEN, "quarantine")
-    assert not any("going on" in message for message in caplog.messages)
+    assert not any("resuming" in message for message in caplog.messages)
     assert (manifest["kept"], manifest["read"]) == (30, 31)
     assert not (tmp_path / "out" / ".work").exists()
 
@@ -523,7 +522,7 @@ PROMPTS = st.builds(
 def test_the_rules_hold_for_any_records(
     tmp_path: Path, rows: list[dict[str, Any]], seed: int, pii: Any
 ) -> None:
-    """No user in two splits; no two kept prompts with a long common prefix; the cap; each record kept or counted."""
+    """No user is in two splits, no two kept prompts share a long prefix, and the counts add up."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rules = Rules(
@@ -546,8 +545,8 @@ def test_the_rules_hold_for_any_records(
     assert manifest["dropped"]["malformed"] == sum(row["prompt"] == 3 for row in rows)
 
 
-def test_what_is_planted_in_a_large_corpus_is_found_in_any_order(tmp_path: Path) -> None:
-    """The check of bench/prepare.py, which plants it, at about a hundredth of the size."""
+def test_planted_records_of_a_large_corpus_are_found_in_any_order(tmp_path: Path) -> None:
+    """Run the check of bench/prepare.py, which plants the records, at a hundredth of its size."""
     cap = 50
     corpus, shuffled = tmp_path / "corpus.jsonl", tmp_path / "shuffled.jsonl"
     write_corpus(corpus, prompts=12_000, users=1000, cap=cap)

@@ -1,4 +1,4 @@
-"""The pretraining stream through megatron-core's own files, its windows and cache, the mixture with demonstrations."""
+"""Pretraining text in megatron-core's files: windows, cache, blends and the mixture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 import fastrlhf.data.indexed as indexed
 import fastrlhf.data.pretrain as pretrain
-from fastrlhf.data.batches import DemonstrationTokens, pack_demonstrations, pack_windows
+from fastrlhf.data.batches import TokenizedDemonstration, pack_demonstrations, pack_windows
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream, apportion
@@ -80,7 +80,7 @@ def test_text_is_tokenized_once_until_it_or_the_tokenizer_changes(
         == "a dog ran after"
     )
     assert calls == [path]
-    path.write_text("a cat ran after")  # as long as before: the time tells
+    path.write_text("a cat ran after")  # as long as before: only the time differs
     os.utime(path, ns=(0, 0))
     assert (
         tokenizer.decode(TokenStream.open(path, tokenizer, cache).parts[0][:-1].tolist())
@@ -106,7 +106,7 @@ def test_megatron_files_are_read_by_either_name(tmp_path: Path, tokenizer: Any) 
     assert not (tmp_path / "cache").exists()
 
 
-def test_unusable_streams_are_one_line_each(tmp_path: Path, tokenizer: Any) -> None:
+def test_unusable_streams_give_one_line_errors(tmp_path: Path, tokenizer: Any) -> None:
     write_indexed(tmp_path / "other", [[5, 3000, 0]])
     write_indexed(tmp_path / "no_eos", [[5, 6], [7, 0]])
     write_indexed(tmp_path / "short", [[5, 6, 0]])
@@ -119,13 +119,14 @@ def test_unusable_streams_are_one_line_each(tmp_path: Path, tokenizer: Any) -> N
     for name, message in (
         (
             "other",
-            "holds token 3000, but the tokenizer has 297 tokens; use the tokenizer it was made with",
+            "holds token 3000, but the tokenizer has 297 tokens; "
+            "use the tokenizer it was made with",
         ),
         (
             "no_eos",
             r"documents do not end in the tokenizer's eos \(0\); preprocess with --append-eod",
         ),
-        ("short", "has 2 tokens, its index tells 3; preprocess the text again"),
+        ("short", "has 2 tokens, expected 3 by its index; preprocess the text again"),
         ("alone.bin", "expected both .*alone.bin and .*alone.idx"),
         ("junk", r"not a readable megatron index \(40 bytes\); preprocess the text again"),
         ("cut", r"not a readable megatron index \(12 bytes\); preprocess the text again"),
@@ -171,8 +172,8 @@ def test_windows_go_through_the_loader() -> None:
     assert torch.equal(labels, torch.cat([first.tokens, second.tokens]) + 1)
 
 
-def test_the_mixture_has_the_fraction_asked_for_and_repeats_itself() -> None:
-    demonstrations = [DemonstrationTokens([i, i], 1) for i in range(90)]
+def test_the_mixture_has_the_configured_fraction_and_is_deterministic() -> None:
+    demonstrations = [TokenizedDemonstration([i, i], 1) for i in range(90)]
     windows = PretrainWindows(TokenStream([np.arange(1000, 1201)]), 4)
     mixture = Mixture(demonstrations, windows, 0.1, seed=3)
     rows = [mixture[i] for i in range(len(mixture))]
@@ -193,28 +194,28 @@ def test_the_mixture_has_the_fraction_asked_for_and_repeats_itself() -> None:
     assert len(Mixture(demonstrations, windows, 0.0, seed=3)) == 90
 
 
-def test_a_mixture_short_of_windows_repeats_them_and_says_so(
+def test_a_mixture_with_too_few_windows_repeats_them_and_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     windows = PretrainWindows(TokenStream([np.arange(9)]), 4)
-    mixture = Mixture([DemonstrationTokens([1], 0)] * 5, windows, 0.5, seed=0)
+    mixture = Mixture([TokenizedDemonstration([1], 0)] * 5, windows, 0.5, seed=0)
     assert [mixture[5].tokens, mixture[6].tokens] == [mixture[7].tokens, mixture[8].tokens]
     assert caplog.messages == ["5 pretraining rows are drawn from only 2 windows, so some repeat"]
     with pytest.raises(UserError, match=r"data.pretrain_fraction is 1.0; expected"):
-        Mixture([DemonstrationTokens([1], 0)], windows, 1.0, seed=0)
+        Mixture([TokenizedDemonstration([1], 0)], windows, 1.0, seed=0)
 
 
 def blend(
     epochs: int, weights: list[float], parts: tuple[int, ...] = (40, 10), shuffle: bool = True
 ) -> list[Any]:
-    """The orders of some epochs over windows of one token each."""
+    """Return the orders of the first epochs over windows of one token each."""
     stream = TokenStream([np.arange(size + 1) for size in parts])
     windows = PretrainWindows(stream, 1, weights)
     return [windows.order(3, epoch, shuffle).tolist() for epoch in range(epochs)]
 
 
-def test_a_blend_draws_its_sources_by_weight_and_each_window_once_a_pass() -> None:
-    """Half and half of 40 and 10 windows: an epoch of 50 has 25 draws of each, evenly spread."""
+def test_a_blend_draws_sources_by_weight_and_each_window_once_per_pass() -> None:
+    """With equal weights, an epoch of 50 has 25 draws of each source, evenly spread."""
     orders = blend(8, [3.0, 3.0])
     assert orders == blend(8, [1.0, 1.0])
     assert [len(order) for order in orders] == [50] * 8
@@ -236,7 +237,7 @@ def test_apportion_rounds_to_the_total() -> None:
     assert apportion(7, [2.0]) == [7]
 
 
-def test_a_blend_is_the_same_under_every_layout_and_resumes() -> None:
+def test_a_blend_is_the_same_with_every_layout_and_resumes() -> None:
     windows = PretrainWindows(TokenStream([np.arange(41), np.arange(100, 111)]), 1, [1.0, 1.0])
 
     def loader(rank: int = 0, size: int = 1, source: PretrainWindows = windows) -> Loader[Any, Any]:
@@ -281,22 +282,22 @@ def test_a_source_too_small_for_a_window_cannot_be_blended() -> None:
         PretrainWindows(stream, 4, [0.5, 0.5])
 
 
-def test_processes_write_the_bytes_of_one(
+def test_several_workers_write_the_same_bytes_as_one(
     tmp_path: Path, jsonl: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexed, "PIECE", 200)
     texts = [f"the cat {i} <|endoftext|> sat on the mat.\n" * (1 + i % 12) for i in range(60)]
     path = jsonl(*[{"text": text} for text in texts])
     for workers in (1, 2):
-        told = indexed.write_indexed(
+        result = indexed.write_indexed(
             [path, path], tokenizer, tmp_path / str(workers) / "corpus", workers=workers
         )
-        assert told["documents"] == 120
+        assert result["documents"] == 120
     for name in ("corpus.bin", "corpus.idx"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert sorted(file.name for file in (tmp_path / "2").iterdir()) == ["corpus.bin", "corpus.idx"]
     (part,) = TokenStream.open(tmp_path / "2" / "corpus", tokenizer, tmp_path / "cache").parts
-    assert len(part) == told["tokens"]
+    assert len(part) == result["tokens"]
     assert (
         tokenizer.decode(part[: np.flatnonzero(part == tokenizer.eos_token_id)[0]].tolist())
         == texts[0]

@@ -1,4 +1,4 @@
-"""Every format is read as the same records; every slip in a file gives its one line."""
+"""Every format is read as the same records; every mistake in a file gives a one-line error."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_gzip_parquet_and_jsonl_give_the_same_records(
     assert list(read_records([zipped, table], "rankings")) == expected * 2
 
 
-def test_plain_text_is_one_document_a_file(tmp_path: Path) -> None:
+def test_a_plain_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo é", encoding="utf-8")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfthree"))
     texts = read_records([tmp_path / "a.txt", tmp_path / "b.txt.gz"], "text")
     assert list(texts) == [Text("one\n\ntwo é"), Text("three")]
 
 
-def test_byte_order_mark_and_blank_lines_are_no_records(tmp_path: Path) -> None:
+def test_byte_order_mark_and_blank_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "p"}\r\n\r\n  \n{"prompt": 3}\n')
     records = read_records(path, "prompts")
@@ -86,7 +86,7 @@ BAD_LINES = [
     (
         "prompts",
         "{}",
-        '"prompt" is missing (there is nothing); expected a non-empty string or a list of {"role", ',
+        '"prompt" is missing (found nothing); expected a non-empty string or a list of {"role", ',
     ),
     ("prompts", '{"prompt": 3}', '"prompt" is 3; expected'),
     ("prompts", '{"prompt": " "}', '"prompt" is empty; expected'),
@@ -100,7 +100,7 @@ BAD_LINES = [
     (
         "demonstrations",
         '{"prompt": "p", "a": 1}',
-        '"response" is missing (there is prompt, a); expected a non-empty',
+        '"response" is missing (found prompt, a); expected a non-empty',
     ),
     ("demonstrations", '{"prompt": "p", "response": null}', '"response" is null; expected'),
     (
@@ -146,14 +146,14 @@ BAD_LINES = [
     (
         "rankings",
         '{"prompt": "p", "chosen": "a"}',
-        '"rejected" is missing (there is prompt, chosen); expected',
+        '"rejected" is missing (found prompt, chosen); expected',
     ),
     ("text", '{"text": 1}', '"text" is 1; expected a non-empty string'),
 ]
 
 
 @pytest.mark.parametrize(("kind", "line", "reason"), BAD_LINES)
-def test_a_bad_line_is_named_with_file_line_reason_and_cure(
+def test_a_bad_line_is_reported_with_file_line_reason_and_fix(
     jsonl: Callable[..., Path], kind: Any, line: str, reason: str
 ) -> None:
     good = {"prompt": "p", "response": "r", "responses": ["a", "b"], "ranks": [1, 2], "text": "t"}
@@ -162,12 +162,12 @@ def test_a_bad_line_is_named_with_file_line_reason_and_cure(
         list(read_records(path, kind))
     message = str(error.value)
     assert message.startswith(f"{path}:2: {reason}")
-    assert message.endswith("; fix the line, or set on_error to quarantine to leave such lines out")
+    assert message.endswith("; fix the line, or set on_error to quarantine to skip such lines")
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(("kind", "line", "reason"), BAD_LINES)
-def test_quarantine_keeps_the_good_lines_and_writes_the_bad_one_aside(
+def test_quarantine_keeps_the_good_lines_and_writes_the_bad_one_to_rejected(
     jsonl: Callable[..., Path], tmp_path: Path, kind: Any, line: str, reason: str
 ) -> None:
     good = {"prompt": "p", "response": "r", "responses": ["a", "b"], "ranks": [1, 2], "text": "t"}
@@ -177,12 +177,12 @@ def test_quarantine_keeps_the_good_lines_and_writes_the_bad_one_aside(
     )
     assert len(records) == 2
     assert (counts.read, counts.rejected) == (3, 1)
-    (aside,) = [
+    (rejected,) = [
         json.loads(row) for row in (tmp_path / "new" / "rejected.jsonl").read_text().splitlines()
     ]
-    assert aside["source"] == f"{path}:2"
-    assert aside["reason"].startswith(reason)
-    assert aside["record"] == line
+    assert rejected["source"] == f"{path}:2"
+    assert rejected["reason"].startswith(reason)
+    assert rejected["record"] == line
 
 
 def test_bytes_that_are_not_utf8_are_one_bad_line(tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_bytes_that_are_not_utf8_are_one_bad_line(tmp_path: Path) -> None:
         UserError, match=r"a\.jsonl:1: byte 16 of the line is not UTF-8; expected UTF-8 JSON; fix"
     ):
         list(read_records(path, "prompts"))
-    assert list(read_records(path, "prompts", "quarantine", tmp_path / "aside")) == [Prompt("b")]
-    assert "caf\\\\xe9" in (tmp_path / "aside").read_text()
+    assert list(read_records(path, "prompts", "quarantine", tmp_path / "rejected")) == [Prompt("b")]
+    assert "caf\\\\xe9" in (tmp_path / "rejected").read_text()
 
 
-def test_damaged_files_are_told_by_place_and_set_aside_after_their_good_rows(
+def test_damaged_files_are_reported_by_line_and_quarantined_after_their_good_rows(
     tmp_path: Path,
 ) -> None:
     whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % (i * 7919) for i in range(5000)))
@@ -208,13 +208,13 @@ def test_damaged_files_are_told_by_place_and_set_aside_after_their_good_rows(
         (
             "cut.jsonl.gz",
             "prompts",
-            r"cut\.jsonl\.gz:[0-9]{4}: the gzip data break off or are damaged here; copy",
+            r"cut\.jsonl\.gz:[0-9]{4}: the gzip data is truncated or damaged here; copy",
         ),
         ("not.jsonl.gz", "prompts", r"not\.jsonl\.gz:1: cannot be read \(Not a gzipped file"),
         (
             "empty.jsonl",
             "prompts",
-            r"empty\.jsonl:1: the file holds no record; check how it was made, or set on_error",
+            r"empty\.jsonl:1: the file has no record; check how it was made, or set on_error",
         ),
         ("latin.txt", "text", r"latin\.txt:2: byte 4 is not UTF-8; convert the file"),
     ]
@@ -224,14 +224,14 @@ def test_damaged_files_are_told_by_place_and_set_aside_after_their_good_rows(
         assert "\n" not in str(error.value)
         counts = Counts()
         records = list(
-            read_records(tmp_path / name, kind, "quarantine", tmp_path / "aside.jsonl", counts)
+            read_records(tmp_path / name, kind, "quarantine", tmp_path / "rejected.jsonl", counts)
         )
         assert (counts.read - len(records), counts.rejected) == (1, 1)
         assert (len(records) > 1000) == (name == "cut.jsonl.gz")
-        assert json.loads((tmp_path / "aside.jsonl").read_text())["reason"] in str(error.value)
+        assert json.loads((tmp_path / "rejected.jsonl").read_text())["reason"] in str(error.value)
 
 
-def test_paths_that_are_no_records_stop_even_under_quarantine(tmp_path: Path) -> None:
+def test_paths_without_records_raise_even_with_quarantine(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt\np\n")
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "dict" / "train").mkdir(parents=True)
@@ -255,8 +255,8 @@ def test_paths_that_are_no_records_stop_even_under_quarantine(tmp_path: Path) ->
         assert "\n" not in str(error.value)
 
 
-def test_data_sets_that_hugging_face_saved_are_read(tmp_path: Path) -> None:
-    """As `datasets` 4 writes them: arrow streams and a state.json that names them in order."""
+def test_data_sets_saved_by_hugging_face_are_read(tmp_path: Path) -> None:
+    """`datasets` 4 writes arrow streams and a state.json with their order."""
     pa = pytest.importorskip("pyarrow", reason="arrow is read with pyarrow")
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, start in zip(names, (0, 3000), strict=True):
@@ -287,7 +287,7 @@ def test_data_sets_that_hugging_face_saved_are_read(tmp_path: Path) -> None:
         list(read_records(tmp_path, "prompts"))
 
 
-def test_parquet_without_pyarrow_tells_the_cure(
+def test_parquet_without_pyarrow_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
@@ -296,7 +296,7 @@ def test_parquet_without_pyarrow_tells_the_cure(
         list(read_records(tmp_path / "a.parquet", "prompts"))
 
 
-def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:
+def test_damaged_parquet_gives_a_one_line_error(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="parquet is read with pyarrow")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(UserError, match=r"a\.parquet:1: not readable as parquet \(") as error:

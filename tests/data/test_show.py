@@ -1,4 +1,4 @@
-"""What `data show` prints: the loss part marked, cuts and drops told, control characters harmless."""
+"""`data show` marks what the loss counts, shows cuts and drops, and escapes control characters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_demonstration_marks_its_response_and_eos(
     assert "⟦" not in coloured
 
 
-def test_rankings_come_best_first(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_rankings_are_shown_best_first(jsonl: Callable[..., Path], tokenizer: Any) -> None:
     text = shown(
         jsonl({"prompt": "a dog", "responses": ["sat", "ran"], "ranks": [2, 1]}), tokenizer
     )
@@ -60,7 +60,7 @@ def test_prompts_have_no_loss_and_documents_only_loss(
     assert "⟦the cat<|endoftext|>⟧" in shown(jsonl({"text": "the cat"}), tokenizer)
 
 
-def test_limits_are_told(jsonl: Callable[..., Path], tokenizer: Any) -> None:
+def test_limits_are_shown(jsonl: Callable[..., Path], tokenizer: Any) -> None:
     path = jsonl({"prompt": "the cat sat on the mat", "response": "a dog ran after the cat"})
     text = shown(path, tokenizer, limit=2)
     assert "data.max_prompt_tokens is 2" in text
@@ -68,7 +68,7 @@ def test_limits_are_told(jsonl: Callable[..., Path], tokenizer: Any) -> None:
     assert "<|endoftext|>" not in text
 
 
-def test_a_book_is_not_printed_whole(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_long_document_is_cut(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "book.txt").write_text("the cat " * 2000 + "END")
     text = shown(tmp_path / "book.txt", tokenizer)
     assert "END" not in text
@@ -82,7 +82,7 @@ def test_control_characters_are_shown_as_escapes(
     assert "a\\x1b[31mb\\x07c\\x0d" in text
 
 
-def test_n_records_are_shown_and_unknown_kinds_refused(
+def test_n_records_are_shown_and_unknown_kinds_rejected(
     jsonl: Callable[..., Path], tokenizer: Any
 ) -> None:
     path = jsonl(*[{"prompt": f"number {i}"} for i in range(5)])
@@ -94,11 +94,11 @@ def test_n_records_are_shown_and_unknown_kinds_refused(
         match=r"data\.jsonl:1: no known key \(it has question\); expected one of responses",
     ):
         shown(jsonl({"question": "?"}), tokenizer)
-    with pytest.raises(UserError, match="the file holds no record"):
+    with pytest.raises(UserError, match="the file has no record"):
         shown(jsonl(), tokenizer)
 
 
-def test_a_configuration_shows_its_files_under_its_settings(
+def test_a_configuration_shows_its_files_with_its_settings(
     jsonl: Callable[..., Path], tmp_path: Path, tokenizer_folder: Path
 ) -> None:
     chat = [

@@ -1,4 +1,4 @@
-"""Templating, eos, the byte-level BPE, and the messages for tokenizer folders that cannot be used."""
+"""Chat templates, eos, byte-level BPE, and errors for unusable tokenizer folders."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ CORPUS = [
 ] * 4
 
 
-def test_trained_bpe_counts_its_tokens_and_repeats_itself(
+def test_trained_bpe_has_the_vocabulary_size_and_is_deterministic(
     tmp_path: Path, tokenizer: Any, tokenizer_folder: Path
 ) -> None:
-    assert len(tokenizer) == 297  # all merges there are in the small corpus
+    assert len(tokenizer) == 297  # all merges that the small corpus gives
     train_bpe(CORPUS, 270, tmp_path / "merged")
     assert len(load_tokenizer(tmp_path / "merged")) == 270
     train_bpe(CORPUS, 300, tmp_path / "again")
@@ -71,17 +71,18 @@ def test_turns_without_a_chat_template_become_lines(tokenizer: Any) -> None:
     )
 
 
-def test_turns_go_through_the_chat_template_and_open_the_answer(tokenizer: Any) -> None:
+def test_turns_use_the_chat_template_which_opens_the_answer(tokenizer: Any) -> None:
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-        "<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     ids = encode_prompt(chat, TURNS)
     assert chat.decode(ids) == "<system>be kind<|endoftext|><user>hello<|endoftext|><assistant>"
     assert ids.count(chat.eos_token_id) == 2
     assert encode_prompt(chat, "plain") == encode_prompt(tokenizer, "plain")
-    with pytest.raises(UserError, match="refuses a prompt with turns user, tool: no tools"):
+    with pytest.raises(UserError, match="rejects a prompt with turns user, tool: no tools"):
         encode_prompt(chat, [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}])
 
 
@@ -94,7 +95,7 @@ def test_a_response_ends_in_exactly_one_eos(tokenizer: Any) -> None:
     assert encode_response(tokenizer, "hi <|endoftext|> there").count(eos) == 1
 
 
-def test_unusable_tokenizer_folders_are_one_line_each(
+def test_unusable_tokenizer_folders_give_one_line_errors(
     tmp_path: Path, tokenizer_folder: Path
 ) -> None:
     broken, no_eos, empty = tmp_path / "broken", tmp_path / "no_eos", tmp_path / "empty"

@@ -1,10 +1,10 @@
-"""The numbers of a prepared data set and the page that shows them: tables like those of InstructGPT's appendix A."""
+"""Manifest and data card of a prepared data set, with the tables of InstructGPT's appendix A."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -14,10 +14,59 @@ _QUANTILES = (0, 25, 50, 75, 100)
 _COLUMNS = ("mean", "std", "min", "25 %", "50 %", "75 %", "max")
 
 
+Spread: TypeAlias = list[float]
+"""Mean, standard deviation and quantiles (_COLUMNS); empty if there are no values."""
+
+
+class InputFile(TypedDict):
+    """A file that was read."""
+
+    source: str
+    name: str
+    bytes: int
+    sha256: str
+
+
+class OutputFile(TypedDict):
+    """A file that was written."""
+
+    records: int
+    sha256: str
+
+
+class Statistics(TypedDict):
+    """Statistics of the kept records by split; `sources` also counts the records read."""
+
+    users: dict[str, int]
+    sources: dict[str, dict[str, int]]
+    prompt_length: dict[str, Spread]
+    response_length: dict[str, Spread]
+    responses: dict[str, dict[str, int]]
+    pairs: dict[str, int]
+    prompts_per_user: dict[str, Spread]
+
+
+class Manifest(Statistics):
+    """Contents of manifest.json: read = kept + the sum of dropped."""
+
+    version: str
+    kind: str
+    settings: dict[str, Any]
+    inputs: list[InputFile]
+    read: int
+    dropped: dict[str, int]
+    personal_data: dict[str, int]
+    kept: int
+    outputs: dict[str, OutputFile]
+
+
 def statistics(
     rows: np.ndarray, splits: Mapping[str, np.ndarray], sources: list[str], read: Counter[str]
-) -> dict[str, Any]:
-    """What the manifest tells of the kept rows (spool.py) of each split; `read` are the good records by source."""
+) -> Statistics:
+    """Return the statistics of the kept rows (work_files.py) of each split.
+
+    `splits` has the indices of each split's rows; `read` counts the good records by source.
+    """
     counts = {
         name: np.bincount(rows["source"][index], minlength=len(sources))
         for name, index in splits.items()
@@ -46,16 +95,11 @@ def statistics(
     }
 
 
-def _spread(values: np.ndarray) -> list[float]:
-    """Mean, standard deviation, and the quantiles; nothing of nothing."""
+def _spread(values: np.ndarray) -> Spread:
     if len(values) == 0:
         return []
-    whole = [
-        float(values.mean()),
-        float(values.std()),
-        *map(float, np.percentile(values, _QUANTILES)),
-    ]
-    return [round(value, 1) for value in whole]
+    spread = [values.mean(), values.std(), *np.percentile(values, _QUANTILES)]
+    return [round(float(value), 1) for value in spread]
 
 
 def _histogram(values: np.ndarray) -> dict[str, int]:
@@ -63,36 +107,22 @@ def _histogram(values: np.ndarray) -> dict[str, int]:
     return {str(value): int(count) for value, count in zip(found, counts, strict=True)}
 
 
-def data_card(manifest: dict[str, Any]) -> str:
-    """The manifest as a page of Markdown."""
+def data_card(manifest: Manifest) -> str:
+    """Return the manifest as a page of Markdown."""
     kind, settings = manifest["kind"], manifest["settings"]
     unit = "tokens" if settings["tokenizer"] else "characters"
-    counts = [
-        (
-            name,
-            manifest["outputs"][f"{name}.jsonl"]["records"],
-            manifest["users"][name],
-            manifest["pairs"][name],
-        )
-        for name in SPLITS
-    ]
-    rankings = kind == "rankings"
-    sizes = _table(
-        ("split", kind, "users", *(["pairs"] if rankings else [])),
-        [c[: 3 + rankings] for c in counts],
-    )
     parts = [
         f"# Data card: {kind}\n",
-        f"{manifest['kept']:,} of {manifest['read']:,} {kind} kept, prepared by fastrlhf {manifest['version']} as "
-        "InstructGPT's were\n(arXiv 2203.02155, section 3.2).\n",
-        sizes,
-        "No user is in two splits. A record without a user_id counts as a user of its own.\n",
+        f"{manifest['kept']:,} of {manifest['read']:,} {kind} kept, prepared by fastrlhf "
+        f"{manifest['version']} with the rules of InstructGPT\n(arXiv 2203.02155, section 3.2).\n",
+        _sizes(manifest),
+        "No user is in two splits. A record without a user_id counts as a separate user.\n",
         "## Sources\n",
         _table(
             ("source", "read", *SPLITS),
             [(source, *row.values()) for source, row in manifest["sources"].items()],
         ),
-        "## What was left out\n",
+        "## Dropped records\n",
         _table(
             ("reason", "records"),
             [(r.replace("_", " "), n) for r, n in manifest["dropped"].items()],
@@ -101,18 +131,18 @@ def data_card(manifest: dict[str, Any]) -> str:
         f"## Lengths in {unit}\n",
         _spreads("prompt", manifest["prompt_length"]),
         *(
-            [_spreads("response (mean of a prompt's)", manifest["response_length"])]
+            [_spreads("response (mean per prompt)", manifest["response_length"])]
             if kind != "prompts"
             else []
         ),
-        "## Prompts of a user\n",
+        "## Prompts per user\n",
         _spreads("prompts", manifest["prompts_per_user"]),
         *(
-            ["## Responses ranked for a prompt (K)\n", _responses(manifest["responses"])]
-            if rankings
+            ["## Responses ranked per prompt (K)\n", _responses(manifest["responses"])]
+            if kind == "rankings"
             else []
         ),
-        _how(settings),
+        _method(settings),
         "## Inputs\n",
         *(
             f"- {e['source']}: {e['name']} ({e['bytes']:,} bytes, sha256 {e['sha256']})"
@@ -122,56 +152,72 @@ def data_card(manifest: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def _sizes(manifest: Manifest) -> str:
+    kind = manifest["kind"]
+    head = ("split", kind, "users", "pairs")
+    rows = [
+        (
+            name,
+            manifest["outputs"][f"{name}.jsonl"]["records"],
+            manifest["users"][name],
+            manifest["pairs"][name],
+        )
+        for name in SPLITS
+    ]
+    columns = 4 if kind == "rankings" else 3
+    return _table(head[:columns], [row[:columns] for row in rows])
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str | float, ...]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: str | float) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return f"{value:,}" if isinstance(value, (int, float)) else str(value)
 
 
-def _spreads(what: str, spreads: dict[str, list[float]]) -> str:
-    return _table(
-        (what, *_COLUMNS), [(split, *spread) for split, spread in spreads.items() if spread]
-    )
+def _spreads(quantity: str, spreads: dict[str, Spread]) -> str:
+    rows: list[tuple[str | float, ...]]
+    rows = [(split, *spread) for split, spread in spreads.items() if spread]
+    return _table((quantity, *_COLUMNS), rows)
 
 
 def _responses(histograms: dict[str, dict[str, int]]) -> str:
     sizes = sorted({int(K) for histogram in histograms.values() for K in histogram})
+    rows: list[tuple[str | float, ...]]
     rows = [(str(K), *(histograms[split].get(str(K), 0) for split in SPLITS)) for K in sizes]
     return _table(("K", *SPLITS), rows)
 
 
-def _personal_data(manifest: dict[str, Any]) -> str:
+def _personal_data(manifest: Manifest) -> str:
     settings = manifest["settings"]
     if settings["pii"] == "keep":
-        return "Personal data were not searched for.\n"
-    kinds = (
-        ", ".join(f"{kind} {count:,}" for kind, count in manifest["personal_data"].items())
-        or "none"
-    )
+        return "The records were not searched for personal data.\n"
+    counts = [f"{kind} {count:,}" for kind, count in manifest["personal_data"].items()]
+    kinds = ", ".join(counts) or "none"
     return f"Personal data found in {', '.join(settings['pii_splits'])}, by kind: {kinds}.\n"
 
 
-def _how(settings: dict[str, Any]) -> str:
+def _method(settings: dict[str, Any]) -> str:
     limits = f"Prompts of {settings['min_chars']:,} to {settings['max_chars']:,} characters"
     if settings["max_prompt_tokens"]:
         limits += f" and at most {settings['max_prompt_tokens']:,} tokens"
     actions = {
         "drop": "were dropped",
-        "redact": "have [EMAIL] and so on in its place",
+        "redact": "have a placeholder such as [EMAIL] in its place",
         "keep": "were kept",
     }
-    same = f"{settings['prefix']} {settings['prefix_unit']}"
-    return f"""## How
+    splits, action = ", ".join(settings["pii_splits"]), actions[settings["pii"]]
+    prefix = f"{settings['prefix']} {settings['prefix_unit']}"
+    return f"""## Method
 - {limits}.
-- Records of {", ".join(settings["pii_splits"])} with an e-mail address, phone number, payment card, IBAN, US social
-  security number, public IP address or secret key {actions[settings["pii"]]}. Names and street addresses are not
-  detected.
-- Prompts equal in their first {same} are one prompt; case and spacing do not count.
-- At most {settings["max_per_user"]} prompts a user. Choices and splits were drawn with seed {settings["seed"]}.
+- Records of {splits} with an e-mail address, phone number, payment card, IBAN, US social security
+  number, public IP address or secret key {action}. Names and street addresses are not detected.
+- Prompts that share their first {prefix} are duplicates; case and spacing are ignored.
+- At most {settings["max_per_user"]} prompts per user.
+- Choices and splits were drawn with seed {settings["seed"]}.
 """

@@ -1,13 +1,17 @@
-"""Clean records as InstructGPT did (arXiv 2203.02155, section 3.2), the same way on any machine.
+"""Clean records as InstructGPT did (arXiv 2203.02155, section 3.2), reproducibly on any machine.
 
-1. malformed, too short and too long records are left out  2. personal data (pii.py) are dropped or redacted in the
-training split  3. prompts that share a long prefix are one prompt: one is kept  4. at most 200 prompts a user
-5. train, valid and test by user, so that no user is in two
+1. Drop malformed, too short and too long records.
+2. Drop or redact personal data (pii.py) in the training split.
+3. Of prompts that share a long prefix, keep one.
+4. Keep at most 200 prompts per user.
+5. Split into train, valid and test by user, so that no user is in two splits.
 
-Every choice is made by a keyed hash of the record's content: the same records in any order and any number of files
-give the same bytes, and a user stays in its split when data are added. One pass streams the records to work files on
-disk (spool.py), from which a stopped run goes on; memory holds under 200 bytes a record. Left out on purpose: fuzzy
-deduplication (MinHash).
+Every choice is made by a keyed hash of the record's content. So the same records in any order and
+any number of files give the same bytes, and a user stays in its split when data is added. One pass
+streams the records to work files on disk (work_files.py), from which an interrupted run resumes.
+Memory use is under 200 bytes per record.
+
+Not supported: fuzzy deduplication (MinHash).
 """
 
 from __future__ import annotations
@@ -17,38 +21,45 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastrlhf.config.yaml_file import load
-from fastrlhf.data.files import Paths, Position, as_files, as_paths, make_folder
-from fastrlhf.data.prepare.data_card import data_card, statistics
-from fastrlhf.data.prepare.record_filter import Cleaner, PrepareStats, split_of
+from fastrlhf.data.files import Paths, ReadPosition, as_files, as_paths, make_folder
+from fastrlhf.data.prepare.data_card import (
+    InputFile,
+    Manifest,
+    OutputFile,
+    Statistics,
+    data_card,
+    statistics,
+)
+from fastrlhf.data.prepare.record_filter import PrepareStats, RecordFilter, split_of
 from fastrlhf.data.prepare.rules import SPLITS, PrepareConfig, Rules, named_sources
 from fastrlhf.data.prepare.work_files import WorkFiles
 from fastrlhf.data.records import (
     Kind,
     OnError,
+    located_rows,
     parse_record,
-    placed_rows,
 )
 from fastrlhf.errors import UserError
 from fastrlhf.progress import Meter
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CHUNK = 512  # records tokenized in one call
-_SAVE_EVERY = (
-    20_000  # records between two places a stopped run can go on from, a few seconds of work
-)
+_SAVE_EVERY = 20_000  # records between two resume points, a few seconds of work
 
 
 def run(arguments: list[str], out: Path | None, kind: Kind) -> None:
-    """The command: CONFIG.yaml, or record files of one `kind` for the folder `out`; then settings as key=value."""
+    """Run `data prepare` on CONFIG.yaml, or on record files of one `kind` for the folder `out`.
+
+    Arguments of the form key=value are settings. Raises UserError if there are neither files nor a
+    configuration, or `out` is missing.
+    """
     paths = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
     overrides = [argument for argument in arguments if argument not in paths]
     if len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml"):
@@ -63,8 +74,8 @@ def run(arguments: list[str], out: Path | None, kind: Kind) -> None:
     prepare(getattr(config.inputs, kind), config.out, kind, config, config.on_error)
 
 
-def prepare_all(config: PrepareConfig) -> dict[str, dict[str, Any]]:
-    """`prepare` each kind of record that `config` names into a folder of its own; the manifests by kind."""
+def prepare_all(config: PrepareConfig) -> dict[str, Manifest]:
+    """Prepare each kind of record that `config` names into `out`/kind; return the manifests."""
     kinds: tuple[Kind, ...] = ("demonstrations", "rankings", "prompts")
     inputs = {kind: sources for kind in kinds if (sources := getattr(config.inputs, kind))}
     return {
@@ -79,63 +90,67 @@ def prepare(
     kind: Kind = "prompts",
     rules: Rules | None = None,
     on_error: OnError = "strict",
-) -> dict[str, Any]:
-    """Write {train,valid,test}.jsonl, manifest.json and DATA_CARD.md into the folder `out`; return the manifest.
+) -> Manifest:
+    """Write {train,valid,test}.jsonl, manifest.json and DATA_CARD.md to `out`; return the manifest.
 
-    Its counts add up: read = kept + the records dropped, by reason. Personal data are told in pii.jsonl by kind and
-    place, malformed records in rejected.jsonl; either is there only if it has lines. The manifest is written last, so
-    a folder with one is complete; a run that was stopped goes on from the work files in `out`/.work.
+    Its counts add up: read = kept + the records dropped, by reason. `pii.jsonl` lists each finding
+    by kind and location; the value itself is never written. Malformed records are in
+    rejected.jsonl. Either file exists only if it has lines. The manifest is written last, so a
+    folder with one is complete. An interrupted run resumes from the work files in `out`/.work.
     """
     rules, out = rules or Rules(), Path(out)
     named = named_sources(sources if isinstance(sources, Mapping) else as_paths(sources))
     files = [(name, file) for name, paths in sorted(named.items()) for file in as_files(paths)]
-    _check_apart([file for _, file in files], out)
+    _check_inputs([file for _, file in files], out)
     make_folder(out)
     (out / "manifest.json").unlink(missing_ok=True)
-    spool = WorkFiles(out / ".work", _fingerprint(files, kind, rules, on_error))
+    work_files = WorkFiles(out / ".work", _fingerprint(files, kind, rules, on_error))
     try:
-        tally = _scan(files, kind, rules, on_error, spool)
-        rows = spool.rows()
-        kept = _cap_users(rows, _unique(rows), rules.max_per_user)
-        dropped = tally.dropped | {
-            "duplicates": len(rows) - kept.unique,
-            "over_user_cap": kept.unique - len(kept.index),
+        stats = _scan(files, kind, rules, on_error, work_files)
+        rows = work_files.rows()
+        unique = _unique(rows)
+        kept = _cap_users(rows, unique, rules.max_per_user)
+        dropped = stats.dropped | {
+            "duplicates": len(rows) - len(unique),
+            "over_user_cap": len(unique) - len(kept),
         }
-        splits = _split_users(rows, kept.index, rules)
+        splits = _split_users(rows, kept, rules)
         outputs = {
-            f"{name}.jsonl": _write(out / f"{name}.jsonl", spool, rows[index])
+            f"{name}.jsonl": _write(out / f"{name}.jsonl", work_files, rows[index])
             for name, index in splits.items()
         }
-        names = sorted(named)
-        manifest = _manifest(kind, rules, files, tally, dropped, outputs) | statistics(
-            rows, splits, names, tally.read_by
-        )
+        numbers = statistics(rows, splits, sorted(named), stats.read_by_source)
+        manifest = _manifest(kind, rules, files, stats, dropped, outputs, numbers)
     finally:
-        spool.close()
-    for name, index in splits.items():
-        if len(index) == 0 and (name == "train" or getattr(rules, f"{name}_fraction") > 0):
-            log.warning("%s is empty: too few users for its share", name)
-    spool.remove(out)
+        work_files.close()
+    _warn_about_empty_splits(splits, rules)
+    work_files.remove(out)
     (out / "DATA_CARD.md").write_text(data_card(manifest), encoding="utf-8")
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    lost = ", ".join(
-        f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count
-    )
-    log.info(
-        "%s: kept %d of %d records, left out %s",
-        out,
-        manifest["kept"],
-        manifest["read"],
-        lost or "none",
-    )
+    _log_counts(out, manifest)
     return manifest
 
 
-def _check_apart(files: list[Path], out: Path) -> None:
+def _warn_about_empty_splits(splits: dict[str, np.ndarray], rules: Rules) -> None:
+    for name, index in splits.items():
+        if len(index) == 0 and (name == "train" or getattr(rules, f"{name}_fraction") > 0):
+            logger.warning("%s is empty: too few users for its share", name)
+
+
+def _log_counts(out: Path, manifest: Manifest) -> None:
+    kept, read = manifest["kept"], manifest["read"]
+    counts = [f"{n} {why.replace('_', ' ')}" for why, n in manifest["dropped"].items() if n]
+    logger.info(
+        "%s: kept %d of %d records, dropped %s", out, kept, read, ", ".join(counts) or "none"
+    )
+
+
+def _check_inputs(files: list[Path], out: Path) -> None:
     for path in files:
         if path.resolve() in {(out / f"{name}.jsonl").resolve() for name in SPLITS}:
             raise UserError(
-                f"{path}: the input would be overwritten by the output; choose another output folder"
+                f"{path}: the input would be overwritten by the output; "
+                "choose another output folder"
             )
         if not path.exists():
             raise UserError(f"{path}: no such file; check the path")
@@ -154,49 +169,51 @@ def _fingerprint(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_err
 
 
 def _scan(
-    files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnError, spool: WorkFiles
+    files: list[tuple[str, Path]],
+    kind: Kind,
+    rules: Rules,
+    on_error: OnError,
+    work_files: WorkFiles,
 ) -> PrepareStats:
-    """Stream the records once: drop what the record alone decides, put the rest into the spool."""
-    tally, after = PrepareStats.resume(spool.state)
-    if spool.state is not None:
-        log.info("going on after %d records of a run that was stopped", tally.counts.read)
-    position, paths = Position(), [file for _, file in files]
-    cleaner = Cleaner(rules, sorted({name for name, _ in files}), tally, spool)
-    rows = placed_rows(
+    """Stream the records once, filter each, and add those that pass to the work files."""
+    stats, after = PrepareStats.resume(work_files.state)
+    if work_files.state is not None:
+        logger.info("resuming an interrupted run after %d records", stats.counts.read)
+    position, paths = ReadPosition(), [file for _, file in files]
+    record_filter = RecordFilter(rules, sorted({name for name, _ in files}), stats, work_files)
+    rows = located_rows(
         paths,
         kind,
         lambda row: [parse_record(row, kind)],
         on_error,
-        spool.reject,
-        tally.counts,
+        work_files.reject,
+        stats.counts,
         after=after,
         position=position,
     )
-    saved = tally.counts.read
+    saved = stats.counts.read
     with Meter(
         f"reading {kind}", sum(path.stat().st_size for path in paths), percent=True
     ) as progress:
         while chunk := list(islice(rows, _CHUNK)):
-            cleaner.take([(place, files[place.file][0], record) for place, (record,) in chunk])
-            progress.update(position.before + position.inside, f"{tally.counts.read:,} records")
-            if tally.counts.read - saved >= _SAVE_EVERY:
-                saved = tally.counts.read
-                spool.save(tally.state(chunk[-1][0]))
-    return tally
+            record_filter.process(
+                [(location, files[location.file][0], record) for location, (record,) in chunk]
+            )
+            progress.update(position.finished + position.current, f"{stats.counts.read:,} records")
+            if stats.counts.read - saved >= _SAVE_EVERY:
+                saved = stats.counts.read
+                work_files.save(stats.state(chunk[-1][0]))
+    return stats
 
 
-# What needs all records: rows of the spool
-
-
-@dataclass
-class _Kept:
-    index: np.ndarray
-    unique: int
+# Steps that need all records: they work on the rows of the work files
 
 
 def _unique(rows: np.ndarray) -> np.ndarray:
-    """The row of each prompt that comes first by order. Sharing the first P characters is an equivalence, so hashes
-    find the same groups as comparing neighbours in the sorted prompts would.
+    """Return the index of the first row by order for each prompt.
+
+    Sharing the first P characters is an equivalence relation, so equal hashes give the same groups
+    as comparing neighbours in the sorted prompts.
     """
     index = np.lexsort((rows["order"], rows["prompt"]))
     prompt = rows["prompt"][index]
@@ -205,23 +222,24 @@ def _unique(rows: np.ndarray) -> np.ndarray:
     return index[first]
 
 
-def _cap_users(rows: np.ndarray, unique: np.ndarray, limit: int) -> _Kept:
-    """At most `limit` rows a user, the first by order."""
+def _cap_users(rows: np.ndarray, unique: np.ndarray, limit: int) -> np.ndarray:
+    """Return at most `limit` of the rows `unique` per user, the first by order."""
     user = rows["user"][unique]
     index = unique[np.lexsort((rows["order"][unique], user))]
     _, starts, sizes = np.unique(np.sort(user), return_index=True, return_counts=True)
-    return _Kept(index[np.arange(len(index)) - np.repeat(starts, sizes) < limit], len(unique))
+    capped: np.ndarray = index[np.arange(len(index)) - np.repeat(starts, sizes) < limit]
+    return capped
 
 
 def _split_users(rows: np.ndarray, index: np.ndarray, rules: Rules) -> dict[str, np.ndarray]:
-    """Rows of each split in the order they are written."""
+    """Return the rows of each split in the order in which they are written."""
     index = index[np.argsort(rows["order"][index], kind="stable")]
     split = split_of(rows["user"][index], rules)
     return {name: index[split == number] for number, name in enumerate(SPLITS)}
 
 
-def _write(path: Path, spool: WorkFiles, rows: np.ndarray) -> dict[str, Any]:
-    digest, lines = hashlib.sha256(), spool.lines()
+def _write(path: Path, work_files: WorkFiles, rows: np.ndarray) -> OutputFile:
+    digest, lines = hashlib.sha256(), work_files.lines()
     with path.open("wb") as file:
         for start, size in zip(rows["start"].tolist(), rows["bytes"].tolist(), strict=True):
             line = lines[start : start + size]
@@ -234,10 +252,11 @@ def _manifest(
     kind: Kind,
     rules: Rules,
     files: list[tuple[str, Path]],
-    tally: PrepareStats,
+    stats: PrepareStats,
     dropped: dict[str, int],
-    outputs: dict[str, Any],
-) -> dict[str, Any]:
+    outputs: dict[str, OutputFile],
+    numbers: Statistics,
+) -> Manifest:
     from fastrlhf import __version__
 
     kept = sum(entry["records"] for entry in outputs.values())
@@ -246,19 +265,25 @@ def _manifest(
         "kind": kind,
         "settings": rules.model_dump(include=set(Rules.model_fields), mode="json"),
         "inputs": sorted(
-            ({"source": name} | _describe(file) for name, file in files), key=lambda e: e["sha256"]
+            (_input_file(name, file) for name, file in files), key=lambda file: file["sha256"]
         ),
-        "read": tally.counts.read,
+        "read": stats.counts.read,
         "dropped": dropped,
-        "personal_data": dict(sorted(tally.personal_data.items())),
+        "personal_data": dict(sorted(stats.personal_data.items())),
         "kept": kept,
         "outputs": outputs,
+        **numbers,
     }
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _input_file(source: str, path: Path) -> InputFile:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {
+        "source": source,
+        "name": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": digest.hexdigest(),
+    }

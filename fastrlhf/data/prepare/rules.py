@@ -1,4 +1,4 @@
-"""What `data prepare` does to records: its configuration, strict like a run's.
+"""Configuration of `data prepare`; unknown keys are errors, as in a run's configuration.
 
 fastrlhf data prepare configs/data/prepare.yaml max_per_user=100
 """
@@ -20,7 +20,10 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 def named_sources(value: Any) -> Any:
-    """A path or a list of paths as {name: [path, ...]}, each named by its file; a mapping stays as it is."""
+    """Return a path or list of paths as {file name: [path, ...]}, anything else unchanged.
+
+    The name is the file name up to its first dot. pydantic checks what is returned unchanged.
+    """
     if isinstance(value, (str, Path)) or (
         isinstance(value, list) and all(isinstance(p, (str, Path)) for p in value)
     ):
@@ -32,23 +35,26 @@ def named_sources(value: Any) -> Any:
 
 
 Sources = Annotated[dict[str, Strings], BeforeValidator(named_sources), Field(min_length=1)]
-"""Files by the name of their source; one path or a list is named by its files."""
+"""Files by the name of their source; a path or a list of paths is named by its files."""
 
 
 class Rules(Section):
-    """The rules of InstructGPT (arXiv 2203.02155, section 3.2 and appendix A), and where they are unsaid ours."""
+    """The rules of InstructGPT (arXiv 2203.02155, section 3.2 and appendix A).
+
+    Where the paper gives no value, the default is fastrlhf's choice.
+    """
 
     seed: Count = 1234
-    """Decides the splits and what is kept of several."""
+    """Seed of the splits and of the choice between duplicates."""
     prefix: Positive = 200
-    """Prompts equal in so many first characters or tokens are one prompt; shorter ones when they are equal. Case and
-    spacing do not count."""
+    """Prompts that share this many first characters or tokens are duplicates; shorter ones if they
+    are equal. Case and spacing are ignored."""
     prefix_unit: Literal["characters", "tokens"] = "characters"
     """Unit of prefix; tokens need a tokenizer."""
     tokenizer: str | None = None
-    """Folder of a Hugging Face tokenizer. None: lengths are told in characters."""
+    """Folder of a Hugging Face tokenizer. None: lengths are reported in characters."""
     max_per_user: Positive = 200
-    """Prompts kept of one user."""
+    """Maximum number of prompts kept per user."""
     valid_fraction: Rate = 0.05
     """Share of the users in valid."""
     test_fraction: Rate = 0.05
@@ -60,9 +66,10 @@ class Rules(Section):
     max_prompt_tokens: Positive | None = None
     """Prompts of more tokens are dropped; needs a tokenizer. None: no limit but max_chars."""
     pii: Literal["drop", "redact", "keep"] = "drop"
-    """Records with personal data: dropped, kept with [EMAIL] and so on for each finding, or not searched."""
+    """Records with personal data are dropped, or redacted (each finding becomes [EMAIL], [PHONE],
+    ...); keep does not search them."""
     pii_splits: list[Split] = Field(default=["train"], min_length=1)
-    """Splits that are searched for personal data; the paper's is the training split."""
+    """Splits that are searched for personal data; the paper searched the training split."""
 
     @model_validator(mode="after")
     def _check(self) -> Rules:
@@ -97,14 +104,17 @@ class Inputs(Section):
 
 
 class PrepareConfig(Rules):
-    """One `data prepare`: every kind of record by the same rules, a user in the same split of all kinds."""
+    """One `data prepare`: all kinds of records with the same rules.
+
+    A user is in the same split of all kinds.
+    """
 
     inputs: Inputs
-    """What is read."""
+    """Files to read."""
     out: str
-    """Folder that is written, with one folder for each kind."""
+    """Folder to write, with one folder for each kind."""
     on_error: OnError = "strict"
-    """A malformed record stops the command (strict), or is set aside in rejected.jsonl (quarantine)."""
+    """A malformed record stops the command (strict) or goes to rejected.jsonl (quarantine)."""
 
     @model_validator(mode="after")
     def _check_inputs(self) -> PrepareConfig:

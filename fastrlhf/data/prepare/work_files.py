@@ -1,8 +1,8 @@
-"""The work files of a `data prepare` under way: what has been read so far, so that memory stays small and a pass that
-was stopped goes on where it was.
+"""Work files of a `data prepare` in progress, on disk so that memory stays small.
 
-Everything is appended; `save` writes down how long each file is together with the caller's state, and opening the
-folder again cuts the files to those lengths. Work of other inputs or settings is thrown away.
+A pass that was interrupted resumes from them. All files are append-only: `save` records their
+lengths together with the caller's state, and opening the folder again truncates them to these
+lengths. Work files of other inputs or settings are discarded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+# Fields of a row and their struct codes.
 _FIELDS = {
     "prompt": "Q",
     "user": "Q",
@@ -25,25 +26,28 @@ _FIELDS = {
     "bytes": "I",
     "source": "I",
     "responses": "I",
+    "pairs": "I",
+    "prompt_length": "I",
+    "response_length": "I",
 }
-_FIELDS |= {"pairs": "I", "prompt_length": "I", "response_length": "I"}
 _ROW = struct.Struct("<" + "".join(_FIELDS.values()))
 _DTYPE = np.dtype([(name, f"<u{struct.calcsize('<' + code)}") for name, code in _FIELDS.items()])
 _NAMES = ("lines.jsonl", "rows", "rejected.jsonl", "pii.jsonl")
 
 
 class WorkFiles:
-    """Work files in `folder`, which `close` leaves for another run and `remove` deletes.
+    """Work files in `folder`: `close` keeps them for the next run, `remove` deletes them.
 
-    A record is its line and a row: hashes of its prompt, user and content (order), where its line is, its source, its
-    numbers of responses and pairs, and the lengths of its prompt and of its responses on average.
+    A record is stored as a line and a row. The row has the hashes of its prompt, user and content
+    (`order`), the start and size of its line in bytes, the number of its source, its numbers of
+    responses and pairs, its prompt length and its mean response length.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self._fingerprint = folder, fingerprint
-        found = self._found()
-        self.state: dict[str, Any] | None = found["state"] if found else None
-        sizes = found["sizes"] if found else dict.fromkeys(_NAMES, 0)
+        saved = self._load_saved()
+        self.state: dict[str, Any] | None = saved["state"] if saved else None
+        sizes = saved["sizes"] if saved else dict.fromkeys(_NAMES, 0)
         folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: (folder / name).open("ab") for name in _NAMES}
         for name, file in self._files.items():
@@ -51,17 +55,19 @@ class WorkFiles:
             file.seek(0, os.SEEK_END)
         self._end = sizes["lines.jsonl"]
 
-    def _found(self) -> dict[str, Any] | None:
-        """What an earlier run saved for the same fingerprint."""
+    def _load_saved(self) -> dict[str, Any] | None:
+        """Return what an earlier run saved with the same fingerprint, None if there is nothing."""
         try:
-            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            saved: dict[str, Any] = json.loads(
+                (self.folder / "state.json").read_text(encoding="utf-8")
+            )
         except (FileNotFoundError, ValueError):
             return None
-        whole = all((self.folder / name).is_file() for name in _NAMES)
-        return found if found["fingerprint"] == self._fingerprint and whole else None
+        complete = all((self.folder / name).is_file() for name in _NAMES)
+        return saved if saved["fingerprint"] == self._fingerprint and complete else None
 
     def add(self, line: bytes, **row: int) -> None:
-        """Append a record; `row` gives the fields that its line does not."""
+        """Append a record; `row` has all fields except `start` and `bytes`."""
         row["start"], row["bytes"] = self._end, len(line)
         self._files["lines.jsonl"].write(line)
         self._files["rows"].write(_ROW.pack(*(row[name] for name in _FIELDS)))
@@ -71,12 +77,12 @@ class WorkFiles:
         """Append a line to rejected.jsonl."""
         self._files["rejected.jsonl"].write(line.encode())
 
-    def report(self, entry: dict[str, Any]) -> None:
-        """Append a line to the report of personal data."""
+    def report_pii(self, entry: dict[str, str]) -> None:
+        """Append a line to pii.jsonl."""
         self._files["pii.jsonl"].write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
     def save(self, state: dict[str, Any]) -> None:
-        """A run that opens this folder next begins here, with `state`."""
+        """Save `state` and the lengths of the files, from which the next run resumes."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -89,12 +95,12 @@ class WorkFiles:
         os.replace(part, self.folder / "state.json")
 
     def rows(self) -> np.ndarray:
-        """All rows as a structured array; 56 bytes a record."""
+        """Return all rows as a structured array, 56 bytes per record."""
         self._files["rows"].flush()
         return np.fromfile(self.folder / "rows", dtype=_DTYPE)
 
     def lines(self) -> memoryview:
-        """All lines, mapped from disk: bytes [start, start + bytes) of it are a record's."""
+        """Return all lines, mapped from disk; a record's line is bytes [start, start + bytes)."""
         self._files["lines.jsonl"].flush()
         if self._end == 0:
             return memoryview(b"")
@@ -102,11 +108,12 @@ class WorkFiles:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def close(self) -> None:
+        """Close the files and leave them on disk."""
         for file in self._files.values():
             file.close()
 
     def remove(self, out: Path) -> None:
-        """Move the two reports into `out` where they have lines, and delete the rest."""
+        """Move rejected.jsonl and pii.jsonl to `out` if they have lines, and delete the rest."""
         self.close()
         for name in ("rejected.jsonl", "pii.jsonl"):
             if (self.folder / name).stat().st_size:
