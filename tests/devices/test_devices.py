@@ -48,7 +48,7 @@ def test_micro_batches_of_ppo_wait_for_no_mask(run: str, waits: dict[str, dict[s
     heads = {"algorithms/ppo.py:_values", "algorithms/ppo.py:_reference_logprobs"}
     assert not heads & set(waits[run])
     assert (
-        waits[run]["algorithms/rollouts.py:spread"] == 2 * STEPS
+        waits[run]["algorithms/rollouts.py:to_padded"] == 2 * STEPS
     )  # what all micro-batches were scored, put in place
 
 

@@ -83,6 +83,7 @@ def test_summary_has_what_is_promised(out: Path) -> None:
     assert all(4.0 < loss < 7.5 for loss in summary["pretrain_loss"].values())
     stages = {"data", "pretrain", "sft", "ranking", "rm", "ppo", "ppo_ptx", "evaluation", "total"}
     assert set(summary["seconds"]) == stages
+    assert summary["scale"] == "custom"
 
 
 def test_labelers_agree_as_the_papers_did(out: Path) -> None:

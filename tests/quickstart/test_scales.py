@@ -1,0 +1,110 @@
+"""Which scale a quickstart runs: as asked, as recorded in its folder, or by the time of a step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrlhf.config import Config, ParallelConfig
+from fastrlhf.errors import UserError
+from fastrlhf.parallel import mesh as meshes
+from fastrlhf.quickstart import scales, stages
+from fastrlhf.quickstart.configs import SCALES, SHORT, Scale, model_section, stage_config
+
+TINY = Scale(vocab_size=256, layers=2, hidden=32, heads=2, batch=4, window=16)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[meshes.Mesh]:
+    yield meshes.initialize(ParallelConfig(), seed=3)
+    meshes.finalize()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return stage_config(
+        "pretrain", tmp_path, TINY, model_section(TINY), {"tensor": 1, "pipeline": 1}, 3
+    )
+
+
+def test_the_short_scale_is_the_same_task_after_less_work() -> None:
+    """Model, evaluation and learning rates are the full scale's; only amounts of training differ."""
+    full = SCALES["full"]
+    amounts = {
+        "pretrain_steps": full.pretrain_steps,
+        "sft_steps": full.sft_steps,
+        "ranking_prompts": full.ranking_prompts,
+        "ppo_steps": full.ppo_steps,
+    }
+    assert all(getattr(SHORT, name) < amount for name, amount in amounts.items())
+    assert replace(SHORT, **amounts) == full == Scale()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.1, "full"), (0.279, "full"), (0.281, "short"), (9.0, "short")]
+)
+def test_auto_keeps_the_full_scale_under_seven_minutes(
+    seconds: float,
+    expected: str,
+    mesh: meshes.Mesh,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scales, "step_seconds", lambda *_: seconds)
+    assert scales.choose(tmp_path, "auto", mesh, config) == (expected, seconds)
+    # What was chosen stays, however fast the machine is when the run resumes.
+    monkeypatch.setattr(scales, "step_seconds", lambda *_: pytest.fail("measured again"))
+    assert scales.choose(tmp_path, "auto", mesh, config) == (expected, seconds)
+    assert scales.choose(tmp_path, expected, mesh, config) == (expected, seconds)  # type: ignore[arg-type]
+    other = "short" if expected == "full" else "full"
+    with pytest.raises(
+        UserError, match=rf"holds a run at scale {expected}; give another --out for --scale {other}"
+    ):
+        scales.choose(tmp_path, other, mesh, config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", ["full", "short"])
+def test_a_scale_that_is_asked_for_needs_no_measurement(
+    asked: scales.ScaleName,
+    mesh: meshes.Mesh,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scales, "step_seconds", lambda *_: pytest.fail("measured"))
+    assert scales.choose(tmp_path, asked, mesh, config) == (asked, None)
+    assert json.loads((tmp_path / "scale.json").read_text()) == {
+        "scale": asked,
+        "step_seconds": None,
+    }
+
+
+def test_the_measured_step_is_one_of_pretraining(
+    mesh: meshes.Mesh, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the scale's sizes, and no later draw depends on it: the generators are as they were."""
+    seen = []
+    step = scales.SupervisedFinetuning.step
+
+    def recorded(self: scales.SupervisedFinetuning, batches: list) -> dict[str, float]:
+        seen.extend(batch.tokens.numel() for batch in batches)
+        return step(self, batches)
+
+    monkeypatch.setattr(scales.SupervisedFinetuning, "step", recorded)
+    before = torch.get_rng_state()
+    assert 0.0 < scales.step_seconds(mesh, config, TINY) < 60.0
+    assert seen == [TINY.batch * TINY.window] * 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pretrained_model_has_a_scale_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--scale short is for the tiny model; leave it out with --model"
+    ):
+        stages.run(tmp_path / "out", scale="short", model=str(tmp_path))
