@@ -20,6 +20,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "layouts.h"
 #include "output_pool.h"
 
 namespace {
@@ -129,6 +130,19 @@ Floats any_floats(const Tensor& x, int64_t count) {
 
 Floats any_floats(const Maybe& x, int64_t count) { return x ? any_floats(*x, count) : Floats{nullptr, DType::f32}; }
 
+// A float tensor [rows, count] whose rows have names (layouts.h).
+struct Table {
+  Tensor tensor;
+  float* data;
+  int64_t count;
+
+  explicit Table(std::initializer_list<int64_t> sizes)
+      : tensor(empty(sizes)), data(static_cast<float*>(tensor.data_ptr())), count(*(sizes.begin() + 1)) {}
+  Table(const Tensor& x, int64_t rows, int64_t columns) : tensor(x), data(floats(x, rows * columns)), count(columns) {}
+
+  float* row(int64_t which) const { return data + which * count; }
+};
+
 // --- threads and memory ---------------------------------------------------------------------------------------------
 
 constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at a time
@@ -186,15 +200,15 @@ class Pages {
 Tensor logprob_statistics(const Tensor rows, const Tensor labels, const Maybe mask, double temperature,
                           int64_t vocab_start, int64_t columns) {
   const int64_t count = rows.size(0) * rows.size(1);
-  Tensor stats = empty({4, count});
-  float* out = floats(stats, 4 * count);
+  const Table stats({SoftmaxStatistic::size, count});
   const LogprobStatistics args{rows_of(rows), logits_dtype(rows), flat<int64_t>(labels, count, ScalarType::Long),
                                mask_of(mask, count), temperature, vocab_start, columns,
-                               out, out + count, out + 2 * count, out + 3 * count};
+                               stats.row(SoftmaxStatistic::row_max), stats.row(SoftmaxStatistic::row_sum),
+                               stats.row(SoftmaxStatistic::weighted), stats.row(SoftmaxStatistic::target)};
   const Kernels& kernels = *level().kernels;
   for_each_range(count, rows_at_a_time(columns),
                  [&](int64_t begin, int64_t end) { kernels.logprob_statistics(args, begin, end); });
-  return stats;
+  return stats.tensor;
 }
 
 void logprob_backward(const Tensor rows, const Tensor labels, const Maybe mask, const Tensor row_max,
@@ -223,14 +237,15 @@ Tensor logits_kl_statistics(const Tensor rows, const Tensor ref_rows, const Mayb
   const int64_t count = rows.size(0) * rows.size(1);
   STD_TORCH_CHECK(ref_rows.scalar_type() == rows.scalar_type() && ref_rows.numel() == rows.numel(),
                   "fastrlhf_cpu: ref_rows is not like rows");
-  Tensor stats = empty({5, count});
-  float* out = floats(stats, 5 * count);
+  const Table stats({KLStatistic::size, count});
   const KlStatistics args{rows_of(rows), rows_of(ref_rows), logits_dtype(rows), mask_of(mask, count), temperature,
-                          columns, out, out + count, out + 2 * count, out + 3 * count, out + 4 * count};
+                          columns, stats.row(KLStatistic::row_max), stats.row(KLStatistic::row_sum),
+                          stats.row(KLStatistic::ref_max), stats.row(KLStatistic::ref_sum),
+                          stats.row(KLStatistic::cross)};
   const Kernels& kernels = *level().kernels;
   for_each_range(count, rows_at_a_time(columns),
                  [&](int64_t begin, int64_t end) { kernels.kl_statistics(args, begin, end); });
-  return stats;
+  return stats.tensor;
 }
 
 void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe mask, const Tensor stats, const Tensor kl,
@@ -243,10 +258,10 @@ void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe ma
                     "fastrlhf_cpu: out is not like rows");
     pages.emplace_back(*written, count);
   }
-  const float* statistic = floats(stats, 5 * count);
+  const Table saved(stats, KLStatistic::size, count);
   const KlBackward args{rows_of(rows), rows_of(ref_rows), rows_of(out), rows_of(ref_out), logits_dtype(rows),
-                        mask_of(mask, count), statistic, statistic + count, statistic + 2 * count,
-                        statistic + 3 * count, floats(kl, count), floats(grad, count), temperature, columns,
+                        mask_of(mask, count), saved.row(KLStatistic::row_max), saved.row(KLStatistic::row_sum),
+                        saved.row(KLStatistic::ref_max), saved.row(KLStatistic::ref_sum), floats(kl, count), floats(grad, count), temperature, columns,
                         rows.size(2)};
   const Kernels& kernels = *level().kernels;
   for_each_range(count, rows_at_a_time(rows.size(2)),
@@ -256,7 +271,7 @@ void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe ma
                  });
 }
 
-Tensor reused(const Tensor like, int64_t rows, int64_t columns) {
+Tensor empty_pooled(const Tensor like, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(rows >= 0 && columns >= 0, "fastrlhf_cpu: expected sizes of 0 or more");
   return OutputPool::instance().empty({rows, columns}, like.scalar_type(), static_cast<int64_t>(like.element_size()));
 }
@@ -297,14 +312,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor score
   STD_TORCH_CHECK(logprobs.dim() == 2, "fastrlhf_cpu: expected logprobs [B, T]");
   const int64_t batch = logprobs.size(0), length = logprobs.size(1), count = batch * length;
   const Tensor rewards = empty({batch, length}), kl = empty({batch, length}), advantages = empty({batch, length}),
-               returns = empty({batch, length}), moments = empty({batch, 3});
+               returns = empty({batch, length}), moments = empty({batch, Moment::size});
   const bool* keep = flat<bool>(mask, count, ScalarType::Bool);
   const ShapedRewards shape{any_floats(scores, batch), any_floats(logprobs, count), any_floats(ref_logprobs, count),
                             keep, length, estimator_of(estimator), static_cast<float>(scalar(kl_coef)),
                             static_cast<float>(clip.value_or(HUGE_VAL)), floats(rewards, count), floats(kl, count)};
   const Gae estimate{any_floats(rewards, count), any_floats(values, count), keep, length, gamma, lam,
                      floats(advantages, count), floats(returns, count)};
-  const Moments moment{floats(advantages, count), keep, length, floats(moments, 3 * batch)};
+  const Moments moment{floats(advantages, count), keep, length, floats(moments, Moment::size * batch)};
   const Kernels& kernels = *level().kernels;
   for_each_range(batch, rollout_rows(length), [&](int64_t begin, int64_t end) {
     kernels.shaped_rewards(shape, begin, end);
@@ -320,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
                                             double clip, double value_clip, double value_coef, double entropy_coef) {
   const int64_t count = logprobs.numel();
   const bool with_values = values && old_values && returns;
-  Tensor metrics = empty({10}), grad_logprobs = empty({count}), grad_values = empty({with_values ? count : 0});
+  Tensor metrics = empty({PPOMetric::size}), grad_logprobs = empty({count}), grad_values = empty({with_values ? count : 0});
   const Maybe nothing;
   const PpoLoss args{any_floats(logprobs, count), any_floats(old_logprobs, count), any_floats(advantages, count),
                      any_floats(with_values ? values : nothing, count),
@@ -345,12 +360,18 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
   }
   const double scale = 1 / (denominator ? scalar(*denominator) : std::max(total.count, 1.0));
   const double loss = total.policy + value_coef * total.value - entropy_coef * total.entropy;
-  const double means[] = {loss, total.policy, total.value, total.entropy, total.clipped, total.value_clipped,
-                          total.approx_kl, total.ratio};
-  float* metric = floats(metrics, 10);
-  for (const double mean : means) *metric++ = static_cast<float>(mean * scale);
-  *metric++ = total.ratio_max;
-  *metric = static_cast<float>(scale);
+  float* metric = floats(metrics, PPOMetric::size);
+  const auto set_mean = [&](int64_t which, double sum) { metric[which] = static_cast<float>(sum * scale); };
+  set_mean(PPOMetric::loss, loss);
+  set_mean(PPOMetric::policy_loss, total.policy);
+  set_mean(PPOMetric::value_loss, total.value);
+  set_mean(PPOMetric::entropy, total.entropy);
+  set_mean(PPOMetric::clip_fraction, total.clipped);
+  set_mean(PPOMetric::value_clip_fraction, total.value_clipped);
+  set_mean(PPOMetric::approx_kl, total.approx_kl);
+  set_mean(PPOMetric::ratio_mean, total.ratio);
+  metric[PPOMetric::ratio_max] = total.ratio_max;
+  metric[PPOMetric::grad_scale] = static_cast<float>(scale);
   return {metrics, grad_logprobs, grad_values};
 }
 
@@ -370,7 +391,7 @@ std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks,
   for (int64_t g = 0; g < prompts; ++g) rising = rising && offset[g] <= offset[g + 1];
   STD_TORCH_CHECK(rising, "prompt_offsets must rise from 0 to the number of scores, ", count);
 
-  Tensor metrics = empty({5}), grad = empty({count});
+  Tensor metrics = empty({RankingMetric::size}), grad = empty({count});
   const Ranking args{floats(x, count), integers ? flat<int64_t>(rank, count, ScalarType::Long) : nullptr,
                      integers ? nullptr : flat<double>(rank, count, ScalarType::Double), per_prompt,
                      floats(grad, count)};
@@ -388,9 +409,12 @@ std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks,
     counted += prompt.pairs > 0;
   }
   const double scale = 1 / std::max(per_prompt ? counted : total.pairs, 1.0), per_pair = 1 / std::max(total.pairs, 1.0);
-  float* metric = floats(metrics, 5);
-  for (const double value : {total.loss * scale, total.correct * per_pair, total.pairs, total.margin * per_pair, scale})
-    *metric++ = static_cast<float>(value);
+  float* metric = floats(metrics, RankingMetric::size);
+  metric[RankingMetric::loss] = static_cast<float>(total.loss * scale);
+  metric[RankingMetric::accuracy] = static_cast<float>(total.correct * per_pair);
+  metric[RankingMetric::pairs] = static_cast<float>(total.pairs);
+  metric[RankingMetric::margin] = static_cast<float>(total.margin * per_pair);
+  metric[RankingMetric::grad_scale] = static_cast<float>(scale);
   return {metrics, grad};
 }
 
@@ -437,7 +461,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor grad, const Tensor x,
 STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
   m.def("isa() -> str");
   m.def("release() -> ()");
-  m.def("reused(Tensor like, int rows, int columns) -> Tensor");
+  m.def("empty_pooled(Tensor like, int rows, int columns) -> Tensor");
   m.def(
       "logprob_statistics(Tensor rows, Tensor labels, Tensor? mask, float temperature, int vocab_start, int columns)"
       " -> Tensor");
@@ -469,7 +493,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CPU, m) {
-  m.impl("reused", TORCH_BOX(&reused));
+  m.impl("empty_pooled", TORCH_BOX(&empty_pooled));
   m.impl("logprob_statistics", TORCH_BOX(&logprob_statistics));
   m.impl("logprob_backward", TORCH_BOX(&logprob_backward));
   m.impl("logits_kl_statistics", TORCH_BOX(&logits_kl_statistics));

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/logprob_cluster.h"
+#include "layouts.h"
 
 namespace {
 
@@ -63,7 +64,7 @@ Tensor run(const Tensor& rows, const Tensor& labels, const Maybe& mask, const Ma
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
   STD_TORCH_CHECK(major >= 9, "fastrlhf_cuda: clusters need compute capability 9.0 or more, this GPU has ", major, ".x");
 
-  Tensor stats = torch::stable::new_empty(rows, {4, count}, ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(rows, {SoftmaxStatistic::size, count}, ScalarType::Float);
   const LogprobArgs args{rows_of(rows), out ? rows_of(*out) : DeviceRows{nullptr, 1, 0, 0}, logits_type(rows), count,
                          flat<int64_t>(labels, rows, ScalarType::Long),
                          mask ? flat<bool>(*mask, rows, ScalarType::Bool) : nullptr, floats(grad_logprobs, rows),

@@ -1,10 +1,11 @@
-"""Generalised advantage estimation as one associative scan a row, interior masks included, in one launch.
+"""Generalized advantage estimation as one associative scan per row, interior masks included.
 
-With B_t = lam A_t + v_t the recurrence of fastrlhf/ops/advantage.py becomes first-order in one number,
+With B_t = lam A_t + v_t the recurrence of fastrlhf/ops/advantage.py is first-order in one number,
     A_t = r_t - v_t + gamma B_next,   B_t = gamma lam B_next + lam r_t + (1 - lam) v_t,
-and a False position is the identity map. Raw functions with the signatures of `_gae_torch` and `_shaped_gae_torch`
-there; the second also forms the KL-shaped rewards and what whitening needs (each row's count, mean and squared
-deviations, which combine without cancellation, as sums of squares would not).
+and a False position is the identity map. One launch each; functions with the signatures of
+`_gae_torch` and `_shaped_gae_torch` there. The second also computes the KL-shaped rewards and the
+moments that whitening needs: each row's count, mean and squared deviations, which combine without
+cancellation, as sums of squares would not.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.rows import jit, load_where
+from fastrlhf.kernels.rows import index, jit, masked_load
+from fastrlhf.ops.advantage import Rollout, ShapedGAE, TargetOptions
+from fastrlhf.ops.layouts import Moment
 
-ESTIMATORS = {"k1": 0, "abs": 1, "k2": 2, "k3": 3}
+COUNT = index(Moment.COUNT)
+MEAN = index(Moment.MEAN)
+SQUARED_DEVIATIONS = index(Moment.SQUARED_DEVIATIONS)
+MOMENTS = tl.constexpr(len(Moment))
 
 
 def scan_options(length: int) -> dict[str, int]:
-    """Positions a round, four a thread; more would spill."""
+    """Return the launch options of one program per row: four positions per thread, more would spill."""
     return {"BLOCK": 128, "num_warps": 1} if length <= 128 else {"BLOCK": 1024, "num_warps": 8}
 
 
 @triton.jit
 def _compose(slope_later, offset_later, slope, offset):
-    """B = slope * (slope_later * x + offset_later) + offset, x being what comes after both."""
+    """Compose two maps x -> slope * x + offset, the later position's first."""
     return slope * slope_later, slope * offset_later + offset
 
 
 @triton.jit
 def _scan(r, v, keep, carry, gamma, lam):
-    """B at each lane, given B after the last one."""
+    """Return B at each lane, given B after the last one."""
     slope = tl.where(keep, gamma * lam, 1.0)
     slope, offset = tl.associative_scan(
         (slope, lam * r + (1.0 - lam) * v), 0, _compose, reverse=True
@@ -50,12 +56,16 @@ def _store_advantages(advantages_ptr, returns_ptr, at, inside, keep, r, v, after
 
 @jit("length")
 def _gae_kernel(
-    rewards_ptr, values_ptr,  # [B, T]
+    rewards_ptr,  # [B, T]
+    values_ptr,  # [B, T]
     mask_ptr,  # [B, T] bool
-    advantages_ptr, returns_ptr,  # [B, T] fp32 out
-    length, gamma, lam,
+    advantages_ptr,  # [B, T] fp32 out
+    returns_ptr,  # [B, T] fp32 out
+    length,
+    gamma,
+    lam,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64) * length
     rewards_ptr += row
     values_ptr += row
@@ -70,59 +80,72 @@ def _gae_kernel(
         at = start + 1 + lanes
         inside = (at >= 0) & (at < length)
         keep = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
-        r = load_where(rewards_ptr + at, inside, keep)
-        v = load_where(values_ptr + at, inside, keep)
+        r = masked_load(rewards_ptr + at, inside, keep)
+        v = masked_load(values_ptr + at, inside, keep)
         after = _scan(r, v, keep, carry, gamma, lam)
         carry = tl.sum(tl.where(lanes == 0, after, 0.0), 0)
         at = start + lanes
         inside = (at >= 0) & (at < length)
         keep = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
-        r = load_where(rewards_ptr + at, inside, keep)
-        v = load_where(values_ptr + at, inside, keep)
+        r = masked_load(rewards_ptr + at, inside, keep)
+        v = masked_load(values_ptr + at, inside, keep)
         _store_advantages(advantages_ptr, returns_ptr, at, inside, keep, r, v, after, gamma)
 
 
 @triton.jit
 def k3(d):
-    """exp(-d) - 1 + d, by its series near 0, where it would cancel."""
+    """Return exp(-d) - 1 + d, by its series near 0, where it would cancel."""
     return tl.where(
         tl.abs(d) < 0.03, d * d * (0.5 - d * (1.0 / 6 - d * (1.0 / 24))), tl.exp(-d) - 1.0 + d
     )
 
 
 @triton.jit
-def _shaped(
-    logprobs_ptr, ref_ptr, mask_ptr, at, inside, last, score, kl_coef, clip,
-    ESTIMATOR: tl.constexpr, CLIPPED: tl.constexpr,
-):  # fmt: skip
-    """(reward, kl, keep) at `at`: -kl_coef * clipped kl, plus the score at the row's last True position."""
+def _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, at, inside):
+    """Return (logprobs - ref_logprobs, keep) at positions `at`."""
     keep = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
-    d = load_where(logprobs_ptr + at, inside, keep) - load_where(ref_ptr + at, inside, keep)
+    logprobs = masked_load(logprobs_ptr + at, inside, keep)
+    return logprobs - masked_load(ref_ptr + at, inside, keep), keep
+
+
+@triton.jit
+def _shaped(d, keep, is_last, score, kl_coef, clip, ESTIMATOR: tl.constexpr, CLIPPED: tl.constexpr):
+    """Return (reward, kl) for log-ratios d: -kl_coef * clipped kl, plus the score at the last one."""
     kl = d
-    if ESTIMATOR == 1:
+    if ESTIMATOR == "abs":
         kl = tl.abs(d)
-    if ESTIMATOR == 2:
+    if ESTIMATOR == "k2":
         kl = 0.5 * d * d
-    if ESTIMATOR == 3:
+    if ESTIMATOR == "k3":
         kl = k3(d)
     penalty = kl
     if CLIPPED:
         penalty = tl.minimum(tl.maximum(kl, -clip), clip)
-    reward = tl.where(at == last, score, 0.0) - kl_coef * penalty
-    return tl.where(keep, reward, 0.0), kl, keep
+    reward = tl.where(is_last, score, 0.0) - kl_coef * penalty
+    return tl.where(keep, reward, 0.0), kl
 
 
 @jit("length")
 def _shaped_gae_kernel(
     scores_ptr,  # [B]
-    logprobs_ptr, ref_ptr, values_ptr,  # [B, T]
+    logprobs_ptr,  # [B, T]
+    ref_ptr,  # [B, T]
+    values_ptr,  # [B, T]
     mask_ptr,  # [B, T] bool
     kl_coef_ptr,  # 0-dim fp32
-    rewards_ptr, kl_ptr, advantages_ptr, returns_ptr,  # [B, T] fp32 out
-    moments_ptr,  # [B, 3] fp32 out: count, mean and sum of squared deviations of the advantages
-    length, clip, gamma, lam,
-    ESTIMATOR: tl.constexpr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards_ptr,  # [B, T] fp32 out
+    kl_ptr,  # [B, T] fp32 out
+    advantages_ptr,  # [B, T] fp32 out
+    returns_ptr,  # [B, T] fp32 out
+    moments_ptr,  # [B, 3] fp32 out, of the advantages, columns as Moment
+    length,
+    clip,
+    gamma,
+    lam,
+    ESTIMATOR: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * length
     logprobs_ptr += row
     ref_ptr += row
@@ -141,43 +164,21 @@ def _shaped_gae_kernel(
         at = k * BLOCK + lanes
         keep = tl.load(mask_ptr + at, mask=at < length, other=0) != 0
         last = tl.maximum(last, tl.max(tl.where(keep, at, -1), 0).to(tl.int32))
-    carry, count, mean, spread = 0.0, 0.0, 0.0, 0.0
+    carry, count, mean, squares = 0.0, 0.0, 0.0, 0.0
     for k in range(blocks):
         start = length - (k + 1) * BLOCK
         at = start + 1 + lanes
         inside = (at >= 0) & (at < length)
-        r, kl, keep = _shaped(
-            logprobs_ptr,
-            ref_ptr,
-            mask_ptr,
-            at,
-            inside,
-            last,
-            score,
-            kl_coef,
-            clip,
-            ESTIMATOR,
-            CLIPPED,
-        )
-        v = load_where(values_ptr + at, inside, keep)
+        d, keep = _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, at, inside)
+        r, kl = _shaped(d, keep, at == last, score, kl_coef, clip, ESTIMATOR, CLIPPED)
+        v = masked_load(values_ptr + at, inside, keep)
         after = _scan(r, v, keep, carry, gamma, lam)
         carry = tl.sum(tl.where(lanes == 0, after, 0.0), 0)
         at = start + lanes
         inside = (at >= 0) & (at < length)
-        r, kl, keep = _shaped(
-            logprobs_ptr,
-            ref_ptr,
-            mask_ptr,
-            at,
-            inside,
-            last,
-            score,
-            kl_coef,
-            clip,
-            ESTIMATOR,
-            CLIPPED,
-        )
-        v = load_where(values_ptr + at, inside, keep)
+        d, keep = _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, at, inside)
+        r, kl = _shaped(d, keep, at == last, score, kl_coef, clip, ESTIMATOR, CLIPPED)
+        v = masked_load(values_ptr + at, inside, keep)
         tl.store(rewards_ptr + at, r, mask=inside)
         tl.store(kl_ptr + at, kl, mask=inside)
         advantage = _store_advantages(
@@ -186,21 +187,22 @@ def _shaped_gae_kernel(
         # Chan et al. 1979: combine two groups' (count, mean, sum of squared deviations)
         here = tl.sum(tl.where(keep, 1.0, 0.0), 0)
         mean_here = tl.sum(advantage, 0) / tl.maximum(here, 1.0)
-        off = tl.where(keep, advantage - mean_here, 0.0)
-        both = tl.maximum(count + here, 1.0)
-        apart = mean_here - mean
-        spread += tl.sum(off * off, 0) + apart * apart * count * here / both
-        mean += apart * here / both
+        deviation = tl.where(keep, advantage - mean_here, 0.0)
+        total = tl.maximum(count + here, 1.0)
+        gap = mean_here - mean
+        squares += tl.sum(deviation * deviation, 0) + gap * gap * count * here / total
+        mean += gap * here / total
         count += here
-    tl.store(moments_ptr + 3 * tl.program_id(0), count)
-    tl.store(moments_ptr + 3 * tl.program_id(0) + 1, mean)
-    tl.store(moments_ptr + 3 * tl.program_id(0) + 2, spread)
+    moments_ptr += tl.program_id(0) * MOMENTS
+    tl.store(moments_ptr + COUNT, count)
+    tl.store(moments_ptr + MEAN, mean)
+    tl.store(moments_ptr + SQUARED_DEVIATIONS, squares)
 
 
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """All [B, T] contiguous; (advantages, returns) fp32."""
+    """Return (advantages, returns) fp32; all tensors [B, T], contiguous."""
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
     if rewards.numel():
@@ -218,20 +220,25 @@ def gae(
     return advantages, returns
 
 
-def shaped_gae(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: Tensor,
-    estimator: str, clip: float | None, gamma: float, lam: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(rewards, kl, advantages, returns) [B, T] and moments [B, 3] of the advantages, all fp32."""
-    rows, length = logprobs.shape
-    rewards, kl, advantages, returns = (
-        torch.empty(rows, length, dtype=torch.float32, device=logprobs.device) for _ in range(4)
-    )
-    moments = torch.empty(rows, 3, dtype=torch.float32, device=logprobs.device)
+def shaped_gae(rollout: Rollout, kl_coef: Tensor, options: TargetOptions) -> ShapedGAE:
+    """Return the targets [B, T] and the advantages' moments [B, 3], fp32; inputs contiguous."""
+    rows, length = rollout.logprobs.shape
+
+    def out(columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=torch.float32, device=rollout.logprobs.device)
+
+    results = ShapedGAE(*(out(length) for _ in range(4)), out(len(Moment)))
     if rows:
         _shaped_gae_kernel[(rows,)](
-            scores, logprobs, ref_logprobs, values, mask, kl_coef, rewards, kl, advantages, returns, moments, length,
-            0.0 if clip is None else clip, gamma, lam, ESTIMATOR=ESTIMATORS[estimator], CLIPPED=clip is not None,
+            *rollout,
+            kl_coef,
+            *results,
+            length,
+            0.0 if options.clip is None else options.clip,
+            options.gamma,
+            options.lam,
+            ESTIMATOR=options.estimator,
+            CLIPPED=options.clip is not None,
             **scan_options(length),
-        )  # fmt: skip
-    return rewards, kl, advantages, returns, moments
+        )
+    return results

@@ -1,7 +1,8 @@
-"""The pairwise ranking loss over all pairs of ragged prompts: loss, gradient, accuracy and margin in one launch.
+"""The pairwise ranking loss over all pairs of ragged prompts, with its gradient, in one launch.
 
-Raw function with the signature of `_ranking_loss_torch` in fastrlhf/ops/ranking.py. One program a prompt, tiles of
-16 x 16 pairs, so that K = 9 is one tile and K = 64 sixteen; K itself is read on the device and has no limit.
+A function with the signature of `_ranking_loss_torch` in fastrlhf/ops/ranking.py. One program per
+prompt, tiles of 16 x 16 pairs, so that K = 9 is one tile and K = 64 sixteen; K itself is read on the
+device and has no limit.
 """
 
 from __future__ import annotations
@@ -11,15 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.last_block import add_up, arrivals, arrive, element
-from fastrlhf.kernels.rows import jit
+from fastrlhf.kernels.last_block import (
+    arrivals,
+    extract,
+    last_block_arrives,
+    reduce_partials,
+)
+from fastrlhf.kernels.rows import index, jit
+from fastrlhf.ops.layouts import RankingMetric
 
 TILE = 16
+LOSS = index(RankingMetric.LOSS)
+ACCURACY = index(RankingMetric.ACCURACY)
+PAIRS = index(RankingMetric.PAIRS)
+MARGIN = index(RankingMetric.MARGIN)
+GRAD_SCALE = index(RankingMetric.GRAD_SCALE)
+# Rows of the partial sums [5, G]: four by the name of their metric, and
+PROMPTS = GRAD_SCALE  # 1 for each prompt that has a strict pair
+SUMS = tl.constexpr(len(RankingMetric))
 
 
 @triton.jit
 def _tile(scores_ptr, ranks_ptr, i, j, end):
-    """margins s_i - s_j [TILE, TILE], and whether i, or j, is strictly better; False outside the prompt."""
+    """Return margins s_i - s_j [TILE, TILE], where i and where j is strictly better.
+
+    Neither is outside the prompt.
+    """
     s_i = tl.load(scores_ptr + i, mask=i < end, other=0.0).to(tl.float32)
     s_j = tl.load(scores_ptr + j, mask=j < end, other=0.0).to(tl.float32)
     r_i = tl.load(ranks_ptr + i, mask=i < end, other=0)
@@ -34,14 +52,16 @@ def _tile(scores_ptr, ranks_ptr, i, j, end):
 
 @jit()
 def _kernel(
-    scores_ptr, ranks_ptr,  # [N]
+    scores_ptr,  # [N]
+    ranks_ptr,  # [N]
     offsets_ptr,  # [G + 1]
-    metrics_ptr,  # [5] fp32 out: loss, accuracy, pairs, margin, 1 / denominator
+    metrics_ptr,  # [5] fp32 out, as RankingMetric
     grad_ptr,  # [N] fp32 out
-    partials_ptr,  # [5, G] fp32: loss, right, pairs, margin, whether the prompt has a pair
+    partials_ptr,  # [5, G] fp32
     counter_ptr,
-    PER_PROMPT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    PER_PROMPT: tl.constexpr,
+    TILE: tl.constexpr,
+):
     prompt = tl.program_id(0)
     prompts = tl.num_programs(0)
     begin = tl.load(offsets_ptr + prompt)
@@ -61,9 +81,8 @@ def _kernel(
         grad = tl.zeros([TILE], dtype=tl.float32)
         for j0 in range(begin, end, TILE):
             margin, better, worse = _tile(scores_ptr, ranks_ptr, i, j0 + lanes, end)
-            small = tl.exp(
-                -tl.abs(margin)
-            )  # log sigmoid without overflow: -log(1 + e^-|m|) + min(m, 0)
+            # log sigmoid(m) without overflow: min(m, 0) - log(1 + e^-|m|)
+            small = tl.exp(-tl.abs(margin))
             losses = tl.log(1.0 + small) - tl.minimum(margin, 0.0)
             loss += tl.sum(tl.sum(tl.where(better, losses, 0.0), 1), 0)
             right += tl.sum(tl.sum(tl.where(better & (margin > 0.0), 1.0, 0.0), 1), 0)
@@ -72,36 +91,46 @@ def _kernel(
             likely = tl.where(margin > 0.0, 1.0, small) / (1.0 + small)
             grad += tl.sum(tl.where(worse, likely, 0.0) - tl.where(better, unlikely, 0.0), 1)
         tl.store(grad_ptr + i, grad * weight, mask=i < end)
-    tl.store(partials_ptr + prompt, loss * weight)
-    tl.store(partials_ptr + prompts + prompt, right)
-    tl.store(partials_ptr + 2 * prompts + prompt, pairs)
-    tl.store(partials_ptr + 3 * prompts + prompt, margins)
-    tl.store(partials_ptr + 4 * prompts + prompt, tl.minimum(pairs, 1.0))
-    if arrive(counter_ptr, prompts):
-        sums = add_up(partials_ptr, prompts, 5, 128)
-        all_pairs = element(sums, 2)
+    mine = partials_ptr + prompt
+    tl.store(mine + prompts * LOSS, loss * weight)
+    tl.store(mine + prompts * ACCURACY, right)
+    tl.store(mine + prompts * PAIRS, pairs)
+    tl.store(mine + prompts * MARGIN, margins)
+    tl.store(mine + prompts * PROMPTS, tl.minimum(pairs, 1.0))
+    if last_block_arrives(counter_ptr, prompts):
+        sums = reduce_partials(partials_ptr, prompts, SUMS, 128)
+        all_pairs = extract(sums, PAIRS)
         per_pair = 1.0 / tl.maximum(all_pairs, 1.0)
         scale = per_pair
         if PER_PROMPT:
-            scale = 1.0 / tl.maximum(element(sums, 4), 1.0)
-        tl.store(metrics_ptr, element(sums, 0) * scale)
-        tl.store(metrics_ptr + 1, element(sums, 1) * per_pair)
-        tl.store(metrics_ptr + 2, all_pairs)
-        tl.store(metrics_ptr + 3, element(sums, 3) * per_pair)
-        tl.store(metrics_ptr + 4, scale)
+            scale = 1.0 / tl.maximum(extract(sums, PROMPTS), 1.0)
+        tl.store(metrics_ptr + LOSS, extract(sums, LOSS) * scale)
+        tl.store(metrics_ptr + ACCURACY, extract(sums, ACCURACY) * per_pair)
+        tl.store(metrics_ptr + PAIRS, all_pairs)
+        tl.store(metrics_ptr + MARGIN, extract(sums, MARGIN) * per_pair)
+        tl.store(metrics_ptr + GRAD_SCALE, scale)
 
 
 def ranking_loss(
     scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool
 ) -> tuple[Tensor, Tensor]:
-    """scores, ranks [N], prompt_offsets [G + 1] -> (metrics [5], gradient [N] not divided by the denominator)."""
+    """Return (metrics [5], gradient [N] not yet divided by the denominator)."""
     prompts = prompt_offsets.numel() - 1
     metrics, partials = (
-        torch.empty(n, dtype=torch.float32, device=scores.device) for n in (5, 5 * prompts)
+        torch.empty(n, dtype=torch.float32, device=scores.device)
+        for n in (len(RankingMetric), len(RankingMetric) * prompts)
     )
     grad = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     _kernel[(prompts,)](
-        scores, ranks, prompt_offsets, metrics, grad, partials, arrivals(scores), PER_PROMPT=per_prompt, TILE=TILE,
+        scores,
+        ranks,
+        prompt_offsets,
+        metrics,
+        grad,
+        partials,
+        arrivals(scores),
+        PER_PROMPT=per_prompt,
+        TILE=TILE,
         num_warps=2,
-    )  # fmt: skip
+    )
     return metrics, grad

@@ -1,6 +1,7 @@
 // What goes before and after GAE over a rollout: KL-shaped rewards, and the moments that whitening needs.
 #pragma once
 
+#include "../layouts.h"
 #include "simd.h"
 
 namespace fastrlhf {
@@ -55,9 +56,9 @@ void moments(const Moments& a, int64_t begin, int64_t end) {
     }
     const double mean = count > 0 ? sum / count : 0.0;
     for (int64_t t = 0; t < a.length; ++t) spread += mask[t] ? (x[t] - mean) * (x[t] - mean) : 0.0;
-    a.out[row * 3] = static_cast<float>(count);
-    a.out[row * 3 + 1] = static_cast<float>(mean);
-    a.out[row * 3 + 2] = static_cast<float>(spread);
+    a.out[row * Moment::size + Moment::count] = static_cast<float>(count);
+    a.out[row * Moment::size + Moment::mean] = static_cast<float>(mean);
+    a.out[row * Moment::size + Moment::squared_deviations] = static_cast<float>(spread);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../layouts.h"
 #include "logprob_cluster.h"
 
 namespace cg = cooperative_groups;
@@ -222,10 +223,11 @@ __device__ __forceinline__ void clear(T* out, int64_t from, int64_t to) {
 }
 
 __device__ __forceinline__ void store_stats(const LogprobArgs& a, int64_t n, Sums row, float target) {
-  a.stats[n] = row.sum == row.sum ? row.top : row.sum;  // NaN when the sum is
-  a.stats[n + a.count] = row.sum;
-  a.stats[n + 2 * a.count] = row.weighted;
-  a.stats[n + 3 * a.count] = target;
+  float* const stats = a.stats + n;
+  stats[SoftmaxStatistic::row_max * a.count] = row.sum == row.sum ? row.top : row.sum;  // NaN when the sum is
+  stats[SoftmaxStatistic::row_sum * a.count] = row.sum;
+  stats[SoftmaxStatistic::weighted * a.count] = row.weighted;
+  stats[SoftmaxStatistic::target * a.count] = target;
 }
 
 // Grid: cluster size x N blocks; one cluster a row.

@@ -25,7 +25,7 @@ struct LogprobArgs {
   const float *grad_logprobs, *grad_entropy, *grad_logsumexp;  // [N] each; null is 0
   float temperature;
   int64_t vocab_start, columns, width;  // width: V
-  float* stats;                         // [4, N]: max, sum e, sum e (x - max) / T, x[label]
+  float* stats;                         // [4, N], rows as SoftmaxStatistic (layouts.h)
 };
 
 // Launches on `stream`. cudaErrorInvalidValue: a row does not fit the shared memory of a cluster.

@@ -1,18 +1,18 @@
-"""The collectives that the ops need, over an explicit process group, in a form that torch.compile keeps in one graph.
+"""Collectives over an explicit process group, in a form that torch.compile keeps in one graph.
 
-A group travels as its name (a string), "" being none: custom ops take no ProcessGroup.
+Custom ops take no ProcessGroup, so a group is passed by its name; "" is no group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
+from fastrlhf.ops.registry import Context, Gradients, custom_op
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,34 +29,43 @@ def rank_of(group: ProcessGroup | None) -> int:
 def _resolve(name: str) -> ProcessGroup:
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # a str everywhere but in the annotation
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # torch annotates another type
 
 
-def _all_gather(out: Tensor, x: Tensor, group: ProcessGroup, async_op: bool = False) -> Any:
-    """The collective by its newer name where torch has it: the older one warns there."""
+def _all_gather(
+    out: Tensor, x: Tensor, group: ProcessGroup, async_op: bool = False
+) -> dist.Work | None:
+    # by its newer name where torch has it: the older one warns there
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(out.view(-1), x.view(-1), group=group, async_op=async_op)
 
 
 def gather_stack(x: Tensor, group_name: str) -> Tensor:
-    """Stack every rank's `x` in rank order: [R, *x.shape]. Not differentiable; called inside custom ops only."""
+    """Stack every rank's `x` in rank order: [R, *x.shape].
+
+    Not differentiable; called inside custom ops only.
+    """
     group = _resolve(group_name)
     out = x.new_empty(group.size(), *x.shape)
     _all_gather(out, x.contiguous(), group)
     return out
 
 
-def gather_stack_later(x: Tensor, group_name: str) -> Callable[[], Tensor]:
-    """Start `gather_stack`; the function returned waits for it (on a GPU the stream does, not the host)."""
+def gather_stack_async(x: Tensor, group_name: str) -> Callable[[], Tensor]:
+    """Start `gather_stack` and return a function that waits for its result.
+
+    On a GPU the stream waits, not the host.
+    """
     group = _resolve(group_name)
     x, out = x.contiguous(), x.new_empty(group.size(), *x.shape)
     work = _all_gather(out, x, group, async_op=True)
+    assert work is not None
 
-    def arrived() -> Tensor:
+    def wait() -> Tensor:
         work.wait()
         return out
 
-    return arrived
+    return wait
 
 
 def reduce_sum_(x: Tensor, group_name: str) -> Tensor:
@@ -66,27 +75,27 @@ def reduce_sum_(x: Tensor, group_name: str) -> Tensor:
     return x
 
 
-@custom_op("all_reduce_sum", "(Tensor x, str group_name) -> Tensor")
+@custom_op("all_reduce_sum")
 def _all_reduce_sum(x: Tensor, group_name: str) -> Tensor:
     return reduce_sum_(x.clone(), group_name)
 
 
-@register_fake(_all_reduce_sum)
+@_all_reduce_sum.register_fake
 def _(x: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def _identity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return grad, None
+def _all_reduce_sum_grad(ctx: Context, grad: Tensor | None) -> Gradients:
+    return {"x": grad}
 
 
-register_autograd(_all_reduce_sum, _identity_backward)
+_all_reduce_sum.register_autograd(_all_reduce_sum_grad)
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum of `x` over the group, out of place.
+    """Return the sum of `x` over the group, out of place.
 
-    The gradient is the identity: every rank holds the same sum and the same loss, so each rank's gradient is that of
-    its own term.
+    Its gradient is the identity: every rank holds the same sum and the same loss, so each rank's
+    gradient is that of its own term.
     """
     return x if group is None else _all_reduce_sum(x, group.group_name)

@@ -1,14 +1,17 @@
-"""Which body runs an op: Triton or CUDA on a GPU, compiled C++ on a CPU, or plain torch anywhere.
+"""Choose the implementation that runs a kernel: Triton or CUDA on a GPU, C++ on a CPU, or torch.
 
-A kernel is a raw function that exists up to four times, with one name and one positional signature:
-  "torch"   a plain torch body, in fastrlhf/ops, next to the op;
+A kernel is a function that exists up to four times under one name and one positional signature:
+  "torch"   plain torch, in fastrlhf/ops, next to the op;
   "triton"  the function of that name in the kernel's module under fastrlhf/kernels;
-  "cpu"     torch.ops.fastrlhf_cpu.<name>, registered by the optional C++ extension fastrlhf._C_cpu. The extension may
-            provide any subset of: logprob_statistics, logprob_backward, logits_kl_statistics, logits_kl_backward,
-            ppo_loss, gae, ranking_loss. Each takes and returns exactly what the torch body of that name does
-            (`_statistics_torch` in logprob.py, and so on), for fp32, bf16 and fp16; float64 always runs the torch body.
-"auto" takes the best that this tensor can use; the environment variable FASTRLHF_BACKEND overrides every call.
-Bodies are picked inside opaque custom ops, at run time, so torch.compile never traces this file.
+  "cpu"     torch.ops.fastrlhf_cpu.<name>, from the optional C++ extension fastrlhf._C_cpu, with
+            NamedTuple arguments flattened;
+  "cuda"    a function around torch.ops.fastrlhf_cuda, from the optional extension fastrlhf._C_cuda.
+The extension for CPUs may provide any subset of the kernels. All take fp32, bf16 and fp16; float64
+always runs in torch. "auto" takes the fastest one that can run on the tensor; the environment
+variable FASTRLHF_BACKEND overrides every call.
+
+Implementations are chosen inside opaque custom ops, at run time: torch.compile never traces this
+file.
 """
 
 from __future__ import annotations
@@ -18,16 +21,19 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, ParamSpec, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
-CLUSTERS = (9, 0)
-"""the compute capability that _C_cuda needs"""
+from fastrlhf.ops.registry import Function, flattened
 
-KERNELS: dict[str, Kernel] = {}
+BACKENDS = ("auto", "triton", "cuda", "cpu", "torch")
+MIN_CUDA_CAPABILITY = (9, 0)
+"""Compute capability that _C_cuda needs: the first with thread block clusters."""
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @functools.cache
@@ -74,7 +80,7 @@ def _cuda_problem(device: torch.device | None = None) -> str | None:
     if device is not None and device.type != "cuda":
         return f"the cuda backend needs CUDA tensors, these are on {device}: move them or pass backend='auto'"
     found = torch.cuda.get_device_capability(device)
-    if found < CLUSTERS:
+    if found < MIN_CUDA_CAPABILITY:
         has = ".".join(map(str, found))
         return f"its kernels need compute capability 9.0 or more, this GPU has {has}: pass backend='auto'"
     return None
@@ -89,59 +95,66 @@ def _cpu_problem(device: torch.device | None = None) -> str | None:
     return None
 
 
-def has_cpu_body(name: str, tensor: Tensor) -> bool:
-    """Whether torch.ops.fastrlhf_cpu.<name>, which has no body on a GPU, runs on `tensor`."""
-    if (
-        os.environ.get("FASTRLHF_BACKEND", "auto") not in ("", "auto", "cpu")
-        or tensor.dtype == torch.float64
-    ):
+def has_cpu_implementation(name: str, tensor: Tensor) -> bool:
+    """Return whether torch.ops.fastrlhf_cpu.<name>, which exists on CPUs only, runs on `tensor`."""
+    forced = os.environ.get("FASTRLHF_BACKEND", "auto")
+    if forced not in ("", "auto", "cpu") or tensor.dtype == torch.float64:
         return False
     return _cpu_problem(tensor.device) is None and hasattr(torch.ops.fastrlhf_cpu, name)
 
 
-class Kernel:
-    """A raw function and its bodies; `on(tensor, backend)` gives the one to call.
+class Kernel(Generic[Arguments, Result]):
+    """A kernel's name and implementations; `implementation(tensor, backend)` returns one to call.
 
-    `cuda_body`: called with torch.ops.fastrlhf_cuda and then as the others are; it sees whole rows only.
+    `cuda_impl` takes complete rows only, never a shard of the vocabulary.
     """
 
     def __init__(
         self,
         name: str,
-        torch_body: Callable[..., Any],
+        torch_impl: Callable[Arguments, Result],
         triton_module: str,
-        cuda_body: Callable[..., Any] | None = None,
+        cuda_impl: Callable[Arguments, Result] | None = None,
     ) -> None:
-        self.name, self._torch_body, self._triton_module = name, torch_body, triton_module
-        self._cuda_body = cuda_body
+        self.name, self._torch_impl, self._triton_module = name, torch_impl, triton_module
+        self._cuda_impl = cuda_impl
         KERNELS[name] = self
 
     def problem(
         self, backend: str, tensor: Tensor | None = None, sharded: bool = False
     ) -> str | None:
-        """Why `backend` cannot run this kernel (on `tensor`, if given), with the cure; None when it can."""
+        """Return why `backend` cannot run this kernel (on `tensor`, if given), and the fix, or None."""
         if backend == "torch":
             return None
-        if backend == "cuda" and self._cuda_body is None:
-            return "it has no cuda body: pass backend='auto'"
+        if backend == "cuda" and self._cuda_impl is None:
+            return "it has no cuda implementation: pass backend='auto'"
         problems = {"triton": _triton_problem, "cuda": _cuda_problem, "cpu": _cpu_problem}
         why = problems[backend](None if tensor is None else tensor.device)
         if why is None and backend == "cpu" and not hasattr(torch.ops.fastrlhf_cpu, self.name):
             why = f"the C++ extension has no {self.name}: pass backend='auto'"
         if why is None and backend == "cuda" and sharded:
-            why = "its kernels take whole rows, and the vocabulary is sharded over a group: pass backend='auto'"
+            why = (
+                "its kernels take whole rows, and the vocabulary is sharded over a group:"
+                " pass backend='auto'"
+            )
         if why is None and tensor is not None and tensor.dtype == torch.float64:
-            why = f"the {backend} backend computes in float32, these are float64: cast them or pass backend='auto'"
+            why = (
+                f"the {backend} backend computes in float32, these are float64:"
+                " cast them or pass backend='auto'"
+            )
         return why
 
     def choose(self, tensor: Tensor, backend: str, sharded: bool = False) -> str:
-        """Resolve `backend` for `tensor` to one that can run it; RuntimeError when the one asked for cannot."""
+        """Resolve "auto" and FASTRLHF_BACKEND to a backend that can run on `tensor`.
+
+        Raises RuntimeError when the backend asked for cannot run.
+        """
         forced = os.environ.get("FASTRLHF_BACKEND", "")
         if forced not in ("", *BACKENDS):
             raise RuntimeError(
                 f"FASTRLHF_BACKEND={forced!r}: expected one of {', '.join(BACKENDS)}"
             )
-        if forced == "cuda" and self._cuda_body is None:
+        if forced == "cuda" and self._cuda_impl is None:
             forced = "auto"
         asked = forced or backend
         if asked == "auto":
@@ -152,51 +165,70 @@ class Kernel:
             raise RuntimeError(f"backend {asked!r} cannot run {self.name}: {why}")
         return asked
 
-    def on(self, tensor: Tensor, backend: str, sharded: bool = False) -> Callable[..., Any]:
-        """The body that runs this kernel on `tensor`; `sharded`: its rows go on in other processes."""
+    def implementation(
+        self, tensor: Tensor, backend: str, sharded: bool = False
+    ) -> Callable[Arguments, Result]:
+        """Return the function that runs this kernel on `tensor`.
+
+        `sharded`: other processes hold the rest of the tensor's rows.
+        """
         chosen = self.choose(tensor, backend, sharded)
-        return self._torch_body if chosen == "torch" else self.body(chosen)
+        if chosen == "torch":
+            return self._torch_impl
+        if chosen == "cuda":
+            assert self._cuda_impl is not None
+            return self._cuda_impl
+        compiled = self._cpu_op() if chosen == "cpu" else self.triton_function(self.name, tensor)
+        return cast("Callable[Arguments, Result]", compiled)
 
-    def body(self, backend: str, name: str | None = None) -> Callable[..., Any]:
-        """The compiled body for `backend`, or another function beside it; its first argument is a tensor."""
-        if backend == "cpu":
-            return getattr(torch.ops.fastrlhf_cpu, name or self.name)
-        if backend == "cuda":
-            assert self._cuda_body is not None
-            return functools.partial(self._cuda_body, torch.ops.fastrlhf_cuda)
-        return functools.partial(
-            _beside, getattr(importlib.import_module(self._triton_module), name or self.name)
-        )
+    def _cpu_op(self) -> Function:
+        op = getattr(torch.ops.fastrlhf_cpu, self.name)
+        return lambda *groups: op(*flattened(groups))
+
+    def triton_function(self, name: str, tensor: Tensor) -> Function:
+        """Return a function of the kernel's Triton module that launches on the GPU of `tensor`."""
+        function = getattr(importlib.import_module(self._triton_module), name)
+
+        def launch(*arguments: object) -> object:
+            with torch.cuda.device_of(tensor):  # Triton launches on the current GPU
+                return function(*arguments)
+
+        return launch
 
 
-def _beside(function: Callable[..., Any], tensor: Tensor, *rest: Any) -> Any:
-    """`function(tensor, *rest)` with the tensor's GPU as the current one: that is where Triton launches."""
-    with torch.cuda.device_of(tensor):
-        return function(tensor, *rest)
+KERNELS: dict[str, Kernel[..., object]] = {}
 
 
-def backends() -> dict[str, dict[str, Any]]:
-    """What this install can run, and why not the rest.
+class BackendReport(TypedDict, total=False):
+    """One backend's entry in `backends()`; `backend` only in the entry "forced"."""
 
-    {"torch" | "cpu" | "triton" | "cuda": {"available": bool, "why_not": str | None, "kernels": [names it can run]}};
-    "cuda" also has "note": when it is used. "forced" holds FASTRLHF_BACKEND when it is set.
+    available: bool
+    why_not: str | None
+    kernels: list[str]
+    note: str
+    backend: str
+
+
+def backends() -> dict[str, BackendReport]:
+    """Return what this installation can run, and why it cannot run the rest.
+
+    The keys are "torch", "cpu", "triton" and "cuda"; `kernels` names what the backend can run.
+    "cuda" also has `note`: when it is used. "forced" holds FASTRLHF_BACKEND when that is set.
     """
-    report: dict[str, dict[str, Any]] = {}
-    found = {
+    problems = {
         "torch": None,
         "cpu": _cpu_problem(),
         "triton": _triton_problem(),
         "cuda": _cuda_problem(),
     }
-    for backend, why in found.items():
-        can = (
-            []
-            if why
-            else [
-                name for name, kernel in sorted(KERNELS.items()) if kernel.problem(backend) is None
-            ]
-        )
-        report[backend] = {"available": why is None, "why_not": why, "kernels": can}
+    report: dict[str, BackendReport] = {}
+    for backend, why in problems.items():
+        kernels = [name for name, kernel in sorted(KERNELS.items()) if not kernel.problem(backend)]
+        report[backend] = {
+            "available": why is None,
+            "why_not": why,
+            "kernels": [] if why else kernels,
+        }
     report["cuda"]["note"] = (
         "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
     )

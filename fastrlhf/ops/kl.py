@@ -1,19 +1,20 @@
 """Per-token KL estimates from sampled log-probs, and the exact per-token KL from two sets of logits.
 
-Left out on purpose: reductions. Average with `masked_mean`.
+Out of scope: reductions; average with `masked_mean`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import checks, collectives
+from fastrlhf.ops import checks, collectives, layouts
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
-from fastrlhf.ops.registry import custom_op, register_autograd, register_fake
-from fastrlhf.ops.rows import as_rows, flat, local_columns, row_blocks
+from fastrlhf.ops.layouts import KLStatistic
+from fastrlhf.ops.registry import Context, Gradients, custom_op
+from fastrlhf.ops.rows import as_rows, flat, row_blocks, vocab_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,10 +23,11 @@ ESTIMATORS = ("k1", "abs", "k2", "k3")
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """Estimate KL(pi || ref) per token from the log-probs of sampled tokens, with d = logprobs - ref_logprobs.
+    """Estimate KL(pi || ref) per token from the log-probs of sampled tokens.
 
-    "k1": d; "abs": |d|; "k2": d^2 / 2; "k3": exp(-d) - 1 + d (non-negative and, like k1, unbiased; Schulman 2020,
-    "Approximating KL divergence"). Any shape [...]; fp32; differentiable in both inputs.
+    With d = logprobs - ref_logprobs, "k1": d; "abs": |d|; "k2": d^2 / 2; "k3": exp(-d) - 1 + d
+    (non-negative and, like k1, unbiased; Schulman 2020, "Approximating KL divergence"). Inputs of
+    any shape [...], result fp32; differentiable in both inputs.
     """
     checks.floating("logprobs", logprobs)
     checks.like("ref_logprobs", ref_logprobs, logprobs.shape, logprobs.device)
@@ -44,7 +46,7 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> T
 def logits_kl_ref(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """Plain torch: sum_j p_j (log p_j - log q_j), through autograd, holding several [..., V] tensors."""
+    """Compute `logits_kl` in plain torch and autograd, holding several [..., V] tensors."""
     dtype = checks.compute_dtype(logits)
     x, y = logits.to(dtype), ref_logits.to(dtype)
     if mask is not None:
@@ -55,24 +57,39 @@ def logits_kl_ref(
     return kl if mask is None else torch.where(mask, kl, 0.0)
 
 
-# --- raw bodies: rows are [B, L, V] views, per-token tensors are flat [N], N = B * L ---------------------------------
+# --- kernels: rows are [B, L, V] views, per-token tensors are flat [N], N = B * L -----------------
+
+
+class SavedKL(NamedTuple):
+    """Results of the forward that the gradient needs."""
+
+    stats: Tensor
+    """[5, N], of the complete vocabulary, laid out as KLStatistic."""
+    kl: Tensor
+    """[...] per token."""
 
 
 def _statistics_torch(
     rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: float, columns: int
 ) -> Tensor:
-    """Per token (max x, sum e, max y, sum f, sum e (x - y) / T), e = exp((x - max x) / T), f likewise: [5, N]."""
+    """Return the statistics [5, N] of this shard, laid out as KLStatistic."""
     dtype = checks.compute_dtype(rows)
-    stats = rows.new_zeros(5, *rows.shape[:2], dtype=dtype)
-    mask2 = None if mask is None else mask.view(rows.shape[:2])
+    stats = rows.new_zeros(len(KLStatistic), *rows.shape[:2], dtype=dtype)
+    keep = None if mask is None else mask.view(rows.shape[:2])
     for at in row_blocks(rows, columns):
         x, y = rows[at][..., :columns].to(dtype), ref_rows[at][..., :columns].to(dtype)
-        if mask2 is not None:
-            x, y = (t.masked_fill(~mask2[at][..., None], 0.0) for t in (x, y))
-        (max_x, e), (max_y, f) = _shifted_exp(x, temperature), _shifted_exp(y, temperature)
-        cross = torch.where(e == 0, 0.0, e * (x - y)).sum(-1) / temperature
-        stats[:, at[0], at[1]] = torch.stack([max_x, e.sum(-1), max_y, f.sum(-1), cross])
-    return stats.view(5, -1)
+        if keep is not None:
+            x, y = (t.masked_fill(~keep[at][..., None], 0.0) for t in (x, y))
+        (row_max, e), (ref_max, f) = _shifted_exp(x, temperature), _shifted_exp(y, temperature)
+        stats[:, at[0], at[1]] = layouts.stack(
+            KLStatistic,
+            row_max=row_max,
+            row_sum=e.sum(-1),
+            ref_max=ref_max,
+            ref_sum=f.sum(-1),
+            cross=torch.where(e == 0, 0.0, e * (x - y)).sum(-1) / temperature,
+        )
+    return stats.view(len(KLStatistic), -1)
 
 
 def _shifted_exp(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -84,25 +101,38 @@ def _shifted_exp(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward_torch(
-    rows: Tensor, ref_rows: Tensor, mask: Tensor | None, stats: Tensor, kl: Tensor, grad: Tensor, temperature: float,
-    columns: int, out: Tensor | None, ref_out: Tensor | None,
-) -> None:  # fmt: skip
-    """d/dx_j = g p_j (log p_j - log q_j - kl) / T into `out`; d/dy_j = g (q_j - p_j) / T into `ref_out`."""
+    rows: Tensor,
+    ref_rows: Tensor,
+    mask: Tensor | None,
+    saved: SavedKL,
+    grad: Tensor,
+    temperature: float,
+    columns: int,
+    out: Tensor | None,
+    ref_out: Tensor | None,
+) -> None:
+    """Write the gradients of the logits into `out` and of the reference logits into `ref_out`.
+
+    d/dx_j = g p_j (log p_j - log q_j - kl) / T,   d/dy_j = g (q_j - p_j) / T
+    """
     dtype, lead = checks.compute_dtype(rows), rows.shape[:2]
-    max_x, sum_x, max_y, sum_y = stats[:4].view(4, *lead)
+    stats = saved.stats.view(len(KLStatistic), *lead)
+    row_max, row_sum = stats[KLStatistic.ROW_MAX], stats[KLStatistic.ROW_SUM]
+    ref_max, ref_sum = stats[KLStatistic.REF_MAX], stats[KLStatistic.REF_SUM]
     g = grad.view(lead) if mask is None else torch.where(mask, grad, 0.0).view(lead)
-    kl2 = kl.view(lead)
+    kl = saved.kl.view(lead)
     for at in row_blocks(rows, columns):
-        u = (rows[at][..., :columns].to(dtype) - max_x[at][..., None]) / temperature
-        w = (ref_rows[at][..., :columns].to(dtype) - max_y[at][..., None]) / temperature
-        p, q = u.exp() / sum_x[at][..., None], w.exp() / sum_y[at][..., None]
+        u = (rows[at][..., :columns].to(dtype) - row_max[at][..., None]) / temperature
+        w = (ref_rows[at][..., :columns].to(dtype) - ref_max[at][..., None]) / temperature
+        p, q = u.exp() / row_sum[at][..., None], w.exp() / ref_sum[at][..., None]
         keep = None if mask is None else mask.view(lead)[at][..., None]
+        scale = (g[at] / temperature)[..., None]
         if out is not None:
-            shift = (sum_y[at].log() - sum_x[at].log() - kl2[at])[..., None]
-            d = torch.where(p == 0, 0.0, p * (u - w + shift)) * (g[at] / temperature)[..., None]
+            shift = (ref_sum[at].log() - row_sum[at].log() - kl[at])[..., None]
+            d = torch.where(p == 0, 0.0, p * (u - w + shift)) * scale
             _store(out[at], d, keep, columns)
         if ref_out is not None:
-            _store(ref_out[at], (q - p) * (g[at] / temperature)[..., None], keep, columns)
+            _store(ref_out[at], (q - p) * scale, keep, columns)
 
 
 def _store(out: Tensor, d: Tensor, keep: Tensor | None, columns: int) -> None:
@@ -114,156 +144,184 @@ STATISTICS = Kernel("logits_kl_statistics", _statistics_torch, "fastrlhf.kernels
 BACKWARD = Kernel("logits_kl_backward", _backward_torch, "fastrlhf.kernels.logits_kl")
 
 
-def _finish(
-    stats: Tensor, mask: Tensor | None, temperature: float, group_name: str
-) -> tuple[Tensor, Tensor]:
-    """Combine the ranks' statistics in rank order; KL = E_p[(x - y) / T] - lse(x / T) + lse(y / T)."""
-    if group_name:
-        stats = _combine(collectives.gather_stack(stats, group_name), temperature)
-    max_x, sum_x, max_y, sum_y, cross = stats
-    kl = cross / sum_x - (max_x - max_y) / temperature - sum_x.log() + sum_y.log()
-    return stats, kl if mask is None else torch.where(mask, kl, 0.0)
+def _finish(stats: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    """Return KL [N] = E_p[(x - y) / T] - lse(x / T) + lse(y / T) from the statistics [5, N]."""
+    row_sum, ref_sum = stats[KLStatistic.ROW_SUM], stats[KLStatistic.REF_SUM]
+    gap = stats[KLStatistic.ROW_MAX] - stats[KLStatistic.REF_MAX]
+    cross = stats[KLStatistic.CROSS] / row_sum
+    kl = cross - gap / temperature - row_sum.log() + ref_sum.log()
+    return kl if mask is None else torch.where(mask, kl, 0.0)
 
 
 def _combine(stats: Tensor, temperature: float) -> Tensor:
-    """[R, 5, N] -> [5, N]."""
-    max_x, max_y = stats[:, 0].amax(0), stats[:, 2].amax(0)
-    scale = torch.where(stats[:, 1] == 0, 0.0, torch.exp((stats[:, 0] - max_x) / temperature))
-    ref_scale = torch.where(stats[:, 3] == 0, 0.0, torch.exp((stats[:, 2] - max_y) / temperature))
-    cross = torch.where(scale == 0, 0.0, scale * stats[:, 4])
-    return torch.stack(
-        [max_x, (scale * stats[:, 1]).sum(0), max_y, (ref_scale * stats[:, 3]).sum(0), cross.sum(0)]
+    """Merge the shards' statistics [R, 5, N], in rank order, into those of the vocabulary [5, N]."""
+    row_max, scale = _common_scale(stats, KLStatistic.ROW_MAX, KLStatistic.ROW_SUM, temperature)
+    ref_max, ref_scale = _common_scale(stats, KLStatistic.REF_MAX, KLStatistic.REF_SUM, temperature)
+    cross = torch.where(scale == 0, 0.0, scale * stats[:, KLStatistic.CROSS])
+    return layouts.stack(
+        KLStatistic,
+        row_max=row_max,
+        row_sum=(scale * stats[:, KLStatistic.ROW_SUM]).sum(0),
+        ref_max=ref_max,
+        ref_sum=(ref_scale * stats[:, KLStatistic.REF_SUM]).sum(0),
+        cross=cross.sum(0),
     )
 
 
-@custom_op(
-    "logits_kl",
-    "(Tensor logits, Tensor ref_logits, Tensor? mask, float temperature, int columns, str group_name,"
-    " str backend) -> (Tensor, Tensor)",
-)
+def _common_scale(
+    stats: Tensor, maximum: KLStatistic, total: KLStatistic, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the maximum [N] over the shards, and the factor [R, N] that moves each shard's sums to it."""
+    top = stats[:, maximum].amax(0)
+    scale = torch.exp((stats[:, maximum] - top) / temperature)
+    return top, torch.where(stats[:, total] == 0, 0.0, scale)
+
+
+# --- the op ---------------------------------------------------------------------------------------
+
+
+@custom_op("logits_kl")
 def _logits_kl(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float, columns: int, group_name: str,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    columns: int,
+    group_name: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, ref_rows = as_rows(logits), as_rows(ref_logits)
-    keep = flat(mask)
-    stats = STATISTICS.on(rows, backend)(rows, ref_rows, keep, temperature, columns)
-    stats, kl = _finish(stats, keep, temperature, group_name)
-    return kl.view(logits.shape[:-1]), stats
+) -> tuple[Tensor, Tensor]:
+    rows, ref_rows, keep = as_rows(logits), as_rows(ref_logits), flat(mask)
+    statistics = STATISTICS.implementation(rows, backend)
+    stats = statistics(rows, ref_rows, keep, temperature, columns)
+    if group_name:
+        stats = _combine(collectives.gather_stack(stats, group_name), temperature)
+    return _finish(stats, keep, temperature).view(logits.shape[:-1]), stats
 
 
-@register_fake(_logits_kl)
-def _(logits, ref_logits, mask, temperature, columns, group_name, backend):  # type: ignore[no-untyped-def]
+@_logits_kl.register_fake
+def _(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     dtype, lead = checks.compute_dtype(logits), logits.shape[:-1]
-    return logits.new_empty(lead, dtype=dtype), logits.new_empty((5, lead.numel()), dtype=dtype)
+    stats = logits.new_empty((len(KLStatistic), lead.numel()), dtype=dtype)
+    return logits.new_empty(lead, dtype=dtype), stats
 
 
-@custom_op(
-    "logits_kl_backward",
-    "(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor stats, Tensor kl, Tensor grad, float temperature,"
-    " int columns, str backend, bool needs_logits, bool needs_ref) -> (Tensor, Tensor)",
-)
+@custom_op("logits_kl_backward")
 def _logits_kl_backward(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, stats: Tensor, kl: Tensor, grad: Tensor,
-    temperature: float, columns: int, backend: str, needs_logits: bool, needs_ref: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    saved: SavedKL,
+    grad: Tensor,
+    temperature: float,
+    columns: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of logits and ref_logits, empty [0] where `needs` is False."""
     rows, ref_rows = as_rows(logits), as_rows(ref_logits)
-    out = torch.empty_like(rows) if needs_logits else None
-    ref_out = torch.empty_like(ref_rows) if needs_ref else None
-    body = BACKWARD.on(rows, backend)
-    body(
-        rows, ref_rows, flat(mask), stats, flat(kl), flat(grad), temperature, columns, out, ref_out
+    out, ref_out = (
+        torch.empty_like(x) if needed else None
+        for x, needed in zip((rows, ref_rows), needs, strict=True)
     )
-    nothing = logits.new_empty(0)
+    backward = BACKWARD.implementation(rows, backend)
+    saved = SavedKL(saved.stats, flat(saved.kl))
+    backward(rows, ref_rows, flat(mask), saved, flat(grad), temperature, columns, out, ref_out)
     return (
-        nothing if out is None else out.view(logits.shape),
+        logits.new_empty(0) if out is None else out.view(logits.shape),
         ref_logits.new_empty(0) if ref_out is None else ref_out.view(logits.shape),
     )
 
 
-@register_fake(_logits_kl_backward)
+@_logits_kl_backward.register_fake
 def _(
-    logits,
-    ref_logits,
-    mask,
-    stats,
-    kl,
-    grad,
-    temperature,
-    columns,
-    backend,
-    needs_logits,
-    needs_ref,
-):  # type: ignore[no-untyped-def]
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    saved: SavedKL,
+    grad: Tensor,
+    temperature: float,
+    columns: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
     def like(x: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(as_rows(x)).view(x.shape) if needed else x.new_empty(0)
 
-    return like(logits, needs_logits), like(ref_logits, needs_ref)
+    return like(logits, needs[0]), like(ref_logits, needs[1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, ref_logits, mask, *ctx.options = inputs
+class _Context(Context, Protocol):
+    temperature: float
+    columns: int
+    backend: str
+
+
+def _setup(
+    ctx: _Context,
+    output: tuple[Tensor, Tensor],
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    columns: int,
+    group_name: str,
+    backend: str,
+) -> None:
+    kl, stats = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, ref_logits, mask, output[1], output[0])
+    ctx.temperature, ctx.columns, ctx.backend = temperature, columns, backend
+    ctx.save_for_backward(logits, ref_logits, mask, stats, kl)
 
 
-def _logits_kl_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _logits_kl_grad(ctx: _Context, grad: Tensor | None, _: Tensor | None) -> Gradients:
     if grad is None:
-        return (None,) * 7
-    temperature, columns, _group, backend = ctx.options
-    needs = ctx.needs_input_grad[:2]
+        return {}
     logits, ref_logits, mask, stats, kl = ctx.saved_tensors
-    d, ref_d = _logits_kl_backward(
-        logits,
-        ref_logits,
-        mask,
-        stats,
-        kl,
-        grad.contiguous(),
-        temperature,
-        columns,
-        backend,
-        *needs,
+    needs = _logits_kl.needs_grad(ctx, "logits", "ref_logits")
+    options = (ctx.temperature, ctx.columns, ctx.backend, needs)
+    d_logits, d_ref_logits = _logits_kl_backward(
+        logits, ref_logits, mask, SavedKL(stats, kl), grad.contiguous(), *options
     )
-    return (d if needs[0] else None, ref_d if needs[1] else None, *(None,) * 5)
+    return {
+        "logits": d_logits if needs[0] else None,
+        "ref_logits": d_ref_logits if needs[1] else None,
+    }
 
 
-register_autograd(_logits_kl, _logits_kl_grad, _setup)
+_logits_kl.register_autograd(_logits_kl_grad, _setup)
 
 
 def logits_kl(
-    logits: Tensor, ref_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0,
-    vocab_start: int | None = None, vocab_size: int | None = None, group: ProcessGroup | None = None,
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """Exact KL(pi || ref) per token, sum_j p_j (log p_j - log q_j), with p = softmax(logits / T), q = softmax(ref / T).
+) -> Tensor:
+    """Return the exact KL(pi || ref) per token, sum_j p_j (log p_j - log q_j), fp32 [...].
 
-    logits, ref_logits [..., V] of one dtype; mask [...] bool. Returns fp32 [...]; differentiable in both inputs
-    (d/dx_j = p_j (log p_j - log q_j - KL) / T and d/dy_j = (q_j - p_j) / T). `group`, `vocab_start` and `vocab_size`
-    as in `logprobs`; one all-gather of five floats a token. Raises ValueError on wrong shapes and dtypes.
+    p = softmax(logits / T) and q = softmax(ref_logits / T). Differentiable in both inputs:
+        d/dx_j = p_j (log p_j - log q_j - KL) / T,   d/dy_j = (q_j - p_j) / T
+    logits, ref_logits [..., V] of one dtype; mask [...] bool; `group`, `vocab_start` and
+    `vocab_size` as in `logprobs`. One all-gather of five floats per token. Raises ValueError on
+    wrong shapes and dtypes.
     """
     checks.floating("logits", logits)
-    checks.require(
-        logits.dim() >= 1 and logits.shape[-1] > 0,
-        "logits",
-        logits,
-        "shape [..., V] with V above 0",
-    )
-    fits = (
-        isinstance(ref_logits, Tensor)
-        and ref_logits.shape == logits.shape
-        and ref_logits.dtype == logits.dtype
-    )
-    checks.require(
-        fits and ref_logits.device == logits.device,
-        "ref_logits",
-        ref_logits,
-        checks.describe(logits),
-    )
+    has_columns = logits.dim() >= 1 and logits.shape[-1] > 0
+    checks.require(has_columns, "logits", logits, "shape [..., V] with V above 0")
+    fits = isinstance(ref_logits, Tensor) and ref_logits.shape == logits.shape
+    fits = fits and ref_logits.dtype == logits.dtype and ref_logits.device == logits.device
+    checks.require(fits, "ref_logits", ref_logits, checks.describe(logits))
     if mask is not None:
         checks.like("mask", mask, logits.shape[:-1], logits.device, "bool")
     checks.positive("temperature", temperature)
     checks.choice("backend", backend, BACKENDS)
-    _, columns = local_columns(logits.shape[-1], vocab_start, vocab_size, group)
-    name = collectives.name_of(group)
-    return _logits_kl(logits, ref_logits, mask, float(temperature), columns, name, backend)[0]
+    shard = vocab_shard(logits.shape[-1], vocab_start, vocab_size, group)
+    kl, _ = _logits_kl(
+        logits, ref_logits, mask, float(temperature), shard.columns, shard.group_name, backend
+    )
+    return kl

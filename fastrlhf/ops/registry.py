@@ -1,75 +1,201 @@
-"""Registering an op with torch: an opaque node to torch.compile, with a shape function and a gradient.
+"""Register ops with torch: opaque nodes to torch.compile, with a shape function and a gradient.
 
-The low-level torch.library.Library, because torch.library.custom_op imports torch._dynamo at the first call (2 s, and
-packages that an install of torch alone need not have) and checks every call for aliasing.
+An implementation takes its arguments in groups (NamedTuples such as VocabShard), and so do its
+callers, its shape function and the set-up of its gradient; the schema that torch sees is flat.
+Gradients are returned by the name of the argument.
+
+This uses torch.library.Library because torch.library.custom_op imports torch._dynamo at the first
+call (2 s, and packages that an install of torch alone need not have) and checks every call for
+aliasing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import typing
+from collections.abc import Callable, Mapping
+from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+    list[bool]: "bool[]",
+    str: "str",
+}
 
 
-def custom_op(name: str, schema: str) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Define fastrlhf::name with `schema` ("(Tensor x) -> Tensor"); the decorated body runs it on CPU and CUDA."""
+class Context(Protocol):
+    """The part of autograd's context that the ops use; each op's own context adds attributes."""
 
-    def register(body: Callable[..., Any]) -> OpOverload:
-        _LIBRARY.define(name + schema)
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+class Function(Protocol):
+    """A function whose signature is known at run time only."""
+
+    def __call__(self, *arguments: object) -> object: ...
+
+
+Arguments = ParamSpec("Arguments")
+Upstream = ParamSpec("Upstream")
+Result = TypeVar("Result")
+Ctx = TypeVar("Ctx", bound=Context)
+Gradients = Mapping[str, Tensor | None]
+
+
+def flattened(groups: tuple[object, ...]) -> list[object]:
+    """Return the arguments with each NamedTuple replaced by its fields."""
+    flat: list[object] = []
+    for group in groups:
+        if isinstance(group, tuple):
+            flat.extend(group)
+        else:
+            flat.append(group)
+    return flat
+
+
+class Op(Generic[Arguments, Result]):
+    """An op of torch.ops.fastrlhf, called with the (grouped) arguments of its implementation."""
+
+    def __init__(
+        self, name: str, implementation: Callable[Arguments, Result], mutates: str
+    ) -> None:
+        hints = typing.get_type_hints(implementation)
+        returned = hints.pop("return")
+        self._groups = [_Group(name, hint) for name, hint in hints.items()]
+        fields = [field for group in self._groups for field in group.fields]
+        self.argument_names = [name for name, _ in fields]
+        assert len(set(self.argument_names)) == len(fields), (name, self.argument_names)
+        arguments = [
+            f"{_SCHEMA_TYPES[hint]}{'(a!)' if name == mutates else ''} {name}"
+            for name, hint in fields
+        ]
+        _LIBRARY.define(f"{name}({', '.join(arguments)}) -> {_returned(returned)}")
         for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, body, key)
-        return getattr(torch.ops.fastrlhf, name).default
+            _LIBRARY.impl(name, self._grouping(cast(Function, implementation)), key)
+        self.overload = getattr(torch.ops.fastrlhf, name).default
+        self.name: str = self.overload.name()
 
-    return register
+    def __call__(self, *groups: Arguments.args, **named: Arguments.kwargs) -> Result:
+        assert not named, "an op takes its arguments by position"
+        return self.overload(*flattened(groups))
+
+    def _grouped(self, flat: tuple[object, ...]) -> list[object]:
+        groups, start = [], 0
+        for group in self._groups:
+            if group.make is None:
+                groups.append(flat[start])
+            else:
+                groups.append(group.make(*flat[start : start + len(group.fields)]))
+            start += len(group.fields)
+        return groups
+
+    def _grouping(self, function: Function) -> Function:
+        return lambda *flat: function(*self._grouped(flat))
+
+    def needs_grad(self, ctx: Context, *names: str) -> list[bool]:
+        """Return whether autograd wants the gradient of each argument named."""
+        return [ctx.needs_input_grad[self.argument_names.index(name)] for name in names]
+
+    def register_fake(self, shapes: Callable[Arguments, Result]) -> None:
+        """Register a function that returns empty tensors with the outputs' shapes and dtypes."""
+        function = self._grouping(cast(Function, shapes))
+        torch.library.register_fake(self.name, function, lib=_LIBRARY)
+
+    def register_autograd(
+        self,
+        backward: Callable[Concatenate[Ctx, Upstream], Gradients],
+        setup_context: Callable[Concatenate[Ctx, Result, Arguments], None] | None = None,
+    ) -> None:
+        """Give the op its gradient, once differentiable.
+
+        `setup_context(ctx, output, *arguments)` saves what `backward(ctx, *upstream)` needs;
+        `backward` returns the gradients by argument name, those it leaves out being None.
+        What is saved is a constant to autograd, so a second derivative (create_graph=True) would be
+        silently wrong: it raises RuntimeError.
+        """
+
+        def once(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return self._by_position(function(ctx, *upstream))
+            with torch.no_grad():
+                gradients = self._by_position(function(ctx, *upstream))
+            # each requires grad, even from constant upstreams, so that no path past it is taken for a zero
+            return tuple(
+                None if g is None else _Once.apply(g.detach().requires_grad_(), self.name)
+                for g in gradients
+            )
+
+        def setup(ctx: Context, inputs: tuple[object, ...], output: object) -> None:
+            cast(Function, setup_context)(ctx, output, *self._grouped(inputs))
+
+        function = cast("Callable[Concatenate[Context, Upstream], Gradients]", backward)
+        torch.library.register_autograd(
+            self.name, once, setup_context=setup_context and setup, lib=_LIBRARY
+        )
+
+    def _by_position(self, gradients: Gradients) -> tuple[Tensor | None, ...]:
+        assert gradients.keys() <= set(self.argument_names), (self.name, list(gradients))
+        return tuple(gradients.get(name) for name in self.argument_names)
 
 
-def register_fake(op: OpOverload) -> Callable[[Callable[..., Any]], None]:
-    """The decorated function says what `op` would return: empty tensors of the right shapes, dtypes and strides."""
+class _Group:
+    """One parameter of an implementation: a value of the schema, or a NamedTuple of several."""
 
-    def register(shapes: Callable[..., Any]) -> None:
-        torch.library.register_fake(op.name(), shapes, lib=_LIBRARY)
+    def __init__(self, name: str, hint: type) -> None:
+        self.make: type | None = None
+        self.fields: list[tuple[str, type]] = [(name, hint)]
+        if isinstance(hint, type) and issubclass(hint, tuple):
+            self.make = hint
+            self.fields = list(typing.get_type_hints(hint).items())
 
-    return register
+
+def _returned(hint: type) -> str:
+    if hint is type(None):
+        return "()"
+    if hint is Tensor:
+        return "Tensor"
+    types = typing.get_args(hint) or tuple(typing.get_type_hints(hint).values())
+    return f"({', '.join(_SCHEMA_TYPES[each] for each in types)})"
+
+
+def custom_op(
+    name: str, mutates: str = ""
+) -> Callable[[Callable[Arguments, Result]], Op[Arguments, Result]]:
+    """Define fastrlhf::name with the decorated implementation for CPU and CUDA.
+
+    The schema comes from its annotations. `mutates` names the one argument written in place.
+    """
+    return lambda implementation: Op(name, implementation, mutates)
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that was not formed by differentiable operations: it passes, and differentiating it raises."""
+    """The identity for gradients that have no derivative: differentiating through it raises."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, name: str) -> Tensor:
+    def forward(ctx: _OnceContext, gradient: Tensor, name: str) -> Tensor:
         ctx.name = name
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: _OnceContext, *_: Tensor | None) -> None:
         raise RuntimeError(
             f"{ctx.name} has no second derivative: use its plain torch formula for gradient penalties"
         )
 
 
-def register_autograd(
-    op: OpOverload, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """`backward(ctx, *upstreams)` gives `op` its gradient, once: what is saved for it is a constant, so that a second
-    derivative (create_graph=True) would be silently wrong, and raises RuntimeError instead.
-    """
-
-    def once(ctx: Any, *upstreams: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *upstreams)
-        with torch.no_grad():
-            gradients = backward(ctx, *upstreams)
-        single = isinstance(gradients, Tensor)
-        # each requires grad, even from constant upstreams, so that no path past it is taken for a zero
-        marked = [
-            _Once.apply(g.detach().requires_grad_(), op.name()) if isinstance(g, Tensor) else g
-            for g in ((gradients,) if single else gradients)
-        ]
-        return marked[0] if single else tuple(marked)
-
-    torch.library.register_autograd(op.name(), once, setup_context=setup_context, lib=_LIBRARY)
+class _OnceContext(Context, Protocol):
+    name: str

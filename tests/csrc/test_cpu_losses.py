@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastrlhf.ops import gae, linear_cross_entropy, pairwise_ranking_loss, ppo_loss
-from fastrlhf.ops.advantage import _gae_torch, _shaped_gae_torch
-from fastrlhf.ops.ppo import _ppo_loss_torch
+from fastrlhf.ops.advantage import Rollout, TargetOptions, _gae_torch, _shaped_gae_torch
+from fastrlhf.ops.layouts import PPOMetric, RankingMetric
+from fastrlhf.ops.ppo import PPOOptions, PPOTokens, _ppo_loss_torch
 from fastrlhf.ops.ranking import _ranking_loss_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +100,7 @@ def test_shaped_rewards_gae_and_moments(
     options = (estimator, clip, 0.99, 0.95)
     got = cpu.shaped_gae(scores, logprobs, ref, values, mask, torch.tensor(0.2), *options)
     wide = widened(scores, logprobs, ref, values, mask)
-    want = _shaped_gae_torch(*wide, torch.tensor(0.2), *options)
+    want = _shaped_gae_torch(Rollout(*wide), torch.tensor(0.2), TargetOptions(*options))
     assert len(got) == len(want) == 5 and all(t.isfinite().all() for t in got)
     for ours, truth in zip(got, want, strict=True):
         # as for gae above; the squares of the moments double the relative error
@@ -136,7 +137,7 @@ def test_ppo_loss(cpu: SimpleNamespace, n: int, full: bool, dtype: torch.dtype) 
     for denominator in (None, torch.tensor(37.0), torch.tensor(37)):
         got = cpu.ppo_loss(*inputs, denominator, *options)
         wide = None if denominator is None else denominator.double()
-        want = _ppo_loss_torch(*widened(*inputs), wide, *options)
+        want = _ppo_loss_torch(PPOTokens(*widened(*inputs)), wide, PPOOptions(*options))
         # A ratio carries a rounding of log-probs up to 8 in size; a token at the clip's very edge may fall either side
         # in fp32, which moves the two fractions by whole tokens: none does with these seeds.
         for ours, truth in zip(got, want, strict=True):
@@ -147,7 +148,8 @@ def test_ppo_loss_mixes_dtypes_and_takes_no_true_position(cpu: SimpleNamespace) 
     inputs = ppo_inputs(50, torch.float32)
     inputs[1], inputs[2], inputs[4] = inputs[1].bfloat16(), inputs[2].double(), inputs[4].half()
     got = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
-    want = _ppo_loss_torch(*widened(*inputs), None, 0.2, 0.2, 1.0, 0.0)
+    tokens, options = PPOTokens(*widened(*inputs)), PPOOptions(0.2, 0.2, 1.0, 0.0)
+    want = _ppo_loss_torch(tokens, None, options)
     for ours, truth in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=32 * EPS, atol=32 * EPS)
     inputs[3] = torch.zeros(50, dtype=torch.bool)
@@ -163,7 +165,9 @@ def test_approx_kl_does_not_cancel_for_tiny_steps(cpu: SimpleNamespace) -> None:
     metrics, _, _ = cpu.ppo_loss(
         logprobs, old, mask.float(), mask, None, None, None, None, None, 0.2, 0.2, 1.0, 0.0
     )
-    assert math.isclose(metrics[6].item(), step**2 / 2 + step**3 / 6, rel_tol=1e-6)
+    assert math.isclose(
+        metrics[PPOMetric.APPROX_KL].item(), step**2 / 2 + step**3 / 6, rel_tol=1e-6
+    )
 
 
 def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace) -> None:
@@ -172,9 +176,14 @@ def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace
     inputs[0] = torch.nan_to_num(inputs[0])
     inputs[0][1500] = torch.nan
     metrics, d_logprobs, _ = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
-    assert metrics[[0, 1, 6, 7, 8]].isnan().all() and d_logprobs.isnan().nonzero().tolist() == [
-        [1500]
+    spoiled = [
+        PPOMetric.LOSS,
+        PPOMetric.POLICY_LOSS,
+        PPOMetric.APPROX_KL,
+        PPOMetric.RATIO_MEAN,
+        PPOMetric.RATIO_MAX,
     ]
+    assert metrics[spoiled].isnan().all() and d_logprobs.isnan().nonzero().tolist() == [[1500]]
 
 
 # --- ranking ---------------------------------------------------------------------------------------------------------
@@ -209,7 +218,7 @@ def test_ranking_loss_at_its_edges(cpu: SimpleNamespace) -> None:
     ranks = torch.tensor([1, 2])
     for gap, loss, slope in ((200.0, 0.0, 0.0), (-200.0, 200.0, -1.0), (0.0, math.log(2), -0.5)):
         metrics, grad = cpu.ranking_loss(torch.tensor([gap, 0.0]), ranks, offsets, True)
-        assert math.isclose(metrics[0].item(), loss, rel_tol=1e-6, abs_tol=1e-30)
+        assert math.isclose(metrics[RankingMetric.LOSS].item(), loss, rel_tol=1e-6, abs_tol=1e-30)
         assert grad.tolist() == pytest.approx([slope, -slope], abs=1e-30)
         assert metrics[1:].tolist() == [float(gap > 0), 1.0, gap, 1.0]
     tied, grad = cpu.ranking_loss(
@@ -217,7 +226,7 @@ def test_ranking_loss_at_its_edges(cpu: SimpleNamespace) -> None:
     )
     assert tied.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0] and grad.tolist() == [0.0, 0.0]
     huge = torch.tensor([2**62, 2**62 + 1])  # equal as floats
-    assert cpu.ranking_loss(torch.zeros(2), huge, offsets, True)[0][2] == 1
+    assert cpu.ranking_loss(torch.zeros(2), huge, offsets, True)[0][RankingMetric.PAIRS] == 1
     with pytest.raises(
         RuntimeError, match="prompt_offsets must rise from 0 to the number of scores, 2"
     ):

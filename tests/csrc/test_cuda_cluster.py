@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastrlhf.ops import logprob as logprob_op
+from fastrlhf.ops import logprob_kernels as logprob_op
+from fastrlhf.ops.layouts import SoftmaxStatistic
 
 pytestmark = pytest.mark.gpu
 EPS = torch.finfo(torch.float32).eps
@@ -43,18 +44,11 @@ def test_one_pass_gives_the_statistics_and_the_gradient(
     want = logprob_op._statistics_torch(wide, labels, mask, temperature, 0, columns)
     _, entropy, _ = logprob_op.finish_statistics(want, mask, temperature)
     truth = torch.empty_like(wide)
-    arguments = (
-        labels,
-        mask,
-        want[0],
-        want[1],
-        entropy,
-        *(t.double() for t in grads),
-        temperature,
-        0,
-        columns,
+    saved = logprob_op.SavedRow(
+        want[SoftmaxStatistic.ROW_MAX], want[SoftmaxStatistic.ROW_SUM], entropy
     )
-    logprob_op._backward_torch(wide, *arguments, truth)
+    upstream = logprob_op.TokenGrads(*(t.double() for t in grads))
+    logprob_op._backward_torch(wide, labels, mask, saved, upstream, temperature, 0, columns, truth)
 
     device_rows = whole.cuda()[:, 1:]
     out = device_rows if inplace else torch.full_like(rows, torch.nan, device="cuda")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -361,13 +362,14 @@ def _follow_ops() -> None:
 
     plain = registry.custom_op
 
-    def custom_op(name: str, schema: str) -> Any:
-        def register(body: Any) -> Any:
+    def custom_op(name: str, mutates: str = "") -> Any:
+        def register(implementation: Any) -> Any:
+            @functools.wraps(implementation)  # its annotations are the schema
             def watched(*args: Any) -> Any:
                 with Calls(), Operators():
-                    return body(*args)
+                    return implementation(*args)
 
-            return plain(name, schema)(watched)
+            return plain(name, mutates)(watched)
 
         return register
 

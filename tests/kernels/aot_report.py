@@ -67,24 +67,24 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
     for d in LOGITS:
         yield f"logprob_statistics {d}", *_vocabulary(logprob._statistics_kernel, d, MASKED=True)
         yield f"logprob_forward {d}", *_vocabulary(logprob._forward_kernel, d, KL=True, **both)
-        gradients = {"LOGPROB": True, "LOGSUMEXP": True, "IN_STEP": True}
+        gradients = {"LOGPROB": True, "LOGSUMEXP": True, "SAME_ALIGNMENT": True}
         yield (
             f"logprob_backward {d}",
             *_vocabulary(logprob._backward_kernel, d, **gradients, **both),
         )
-        flags = {"MASKED": True, "IN_STEP": True}
+        flags = {"MASKED": True, "SAME_ALIGNMENT": True}
         yield f"logits_kl_statistics {d}", *_vocabulary(logits_kl._statistics_kernel, d, **flags)
         yield (
             f"logits_kl_backward {d}",
             *_vocabulary(logits_kl._backward_kernel, d, LOGITS=True, REF=True, **flags),
         )
     masks = {"mask_ptr": "*i1", "counter_ptr": "*i32"}
-    flags = {"VALUES": True, "ENTROPY": True, "GIVEN": False, "BLOCK": ppo_loss.BLOCK}
+    flags = {"HAS_VALUES": True, "HAS_ENTROPY": True, "GIVEN": False, "BLOCK": ppo_loss.BLOCK}
     flags["MOST"] = ppo_loss.MAX_BLOCKS
     yield "ppo_loss fp32", _signature(ppo_loss._kernel, masks, FLOATS, flags), 4
     for length in (128, 1024):
         options = gae.scan_options(length)
-        warps, flags = options.pop("num_warps"), {"ESTIMATOR": 3, "CLIPPED": True, **options}
+        warps, flags = options.pop("num_warps"), {"ESTIMATOR": "k3", "CLIPPED": True, **options}
         yield f"gae {length}", _signature(gae._gae_kernel, masks, FLOATS, options), warps
         yield (
             f"shaped_gae {length}",

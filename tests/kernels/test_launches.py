@@ -10,6 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastrlhf.ops.advantage import Rollout, TargetOptions
+from fastrlhf.ops.kl import SavedKL
+from fastrlhf.ops.logprob_kernels import SavedRow, TokenGrads
+from fastrlhf.ops.ppo import PPOOptions, PPOTokens
+
 triton = pytest.importorskip("triton")
 MODULES = ("gae", "logits_kl", "logprob", "ppo_loss", "ranking")
 gae, logits_kl, logprob, ppo_loss, ranking = (
@@ -61,10 +66,12 @@ def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
     a, b, c, d, e = (cut(n) for _ in range(5))
     logprob.logprob_statistics(x, labels, mask, 0.7, offset, vocab)
     logprob.logprob_forward(x, labels, mask, a, 0.7, True, offset, vocab)
-    logprob.logprob_backward(x, labels, mask, a, b, c, d, e, a, 0.7, offset, vocab, out)
+    saved, upstream = SavedRow(a, b, c), TokenGrads(d, e, a)
+    logprob.logprob_backward(x, labels, mask, saved, upstream, 0.7, offset, vocab, out)
     stats = logits_kl.logits_kl_statistics(x, y, mask, 0.7, vocab)
-    logits_kl.logits_kl_backward(x, y, mask, stats, a, b, 0.7, vocab, out, ref_out)
-    ppo_loss.ppo_loss(a, b, c, mask, d, e, a, b, torch.ones(()), 0.2, 0.2, 1.0, 0.1)
+    logits_kl.logits_kl_backward(x, y, mask, SavedKL(stats, a), b, 0.7, vocab, out, ref_out)
+    tokens = PPOTokens(a, b, c, mask, d, e, a, b)
+    ppo_loss.ppo_loss(tokens, torch.ones(()), PPOOptions(0.2, 0.2, 1.0, 0.1))
     table = (
         cut(batch, length),
         cut(batch, length),
@@ -72,7 +79,8 @@ def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
         cut(batch, length, dtype=torch.bool),
     )
     gae.gae(table[0], table[1], table[3], 0.99, 0.95)
-    gae.shaped_gae(cut(batch), *table, torch.ones(()), "k3", 0.2, 0.99, 0.95)
+    options = TargetOptions("k3", 0.2, 0.99, 0.95)
+    gae.shaped_gae(Rollout(cut(batch), *table), torch.ones(()), options)
     ranking.ranking_loss(cut(n), cut(n, dtype=torch.int64), cut(batch + 1, dtype=torch.int64), True)
 
 

@@ -98,32 +98,21 @@ def cases():
         lib.token_logprobs,
         (_float(2, 4, 7)[:, :-1], long, None, None, 1.0, False, 0, 7, "", False, "auto"),
     )
-    stats = (
-        long,
-        m,
-        torch.zeros(2, 3),
-        torch.ones(2, 3),
-        flat,
-        flat,
-        flat,
-        None,
-        1.0,
-        0,
-        7,
-        "auto",
-    )
+    saved, upstream = (torch.zeros(2, 3), torch.ones(2, 3), flat), (flat, flat, None)
+    stats = (long, m, *saved, *upstream, 1.0, 0, 7, "", "auto")
     yield lib.token_logprobs_backward, (torch.randn(2, 3, 7), *stats)
     yield lib.token_logprobs_backward_, (torch.randn(2, 3, 7), *stats)
     yield lib.logits_kl, (_float(2, 3, 7), _float(2, 3, 7), m, 1.0, 7, "", "auto")
     h, w, b = _float(2, 3, 5), _float(7, 5), _float(7)
-    yield lib.linear_logprobs, (h, w, b, long, m, flat, 1.0, True, False, None, 0, 7, "", "auto")
+    yield lib.linear_logprobs, (h, w, b, long, m, None, flat, 1.0, True, False, 0, 7, "", "auto")
     yield (
         lib.linear_logprobs,
-        (h, w, None, long, None, None, 1.0, False, True, None, 0, 7, "", "auto"),
+        (h, w, None, long, None, None, None, 1.0, False, True, 0, 7, "", "auto"),
     )
-    options = (0.2, 0.1, 1.0, None, 0, 7, 7, "", "auto", [True, True, True])
-    yield lib.linear_loss, (h, w, b, long, m, flat, flat, torch.tensor(3.0), *options)
-    yield lib.linear_loss, (h, w, b, long, m, None, None, None, *options)
+    options = (1.0, 0, 7, "", 7, "auto", [True, True, True])
+    policy = (flat, flat, 0.2, 0.1)
+    yield lib.linear_loss, (h, w, b, long, m, None, *policy, torch.tensor(3.0), *options)
+    yield lib.linear_loss, (h, w, b, long, m, None, None, None, 0.2, 0.1, None, *options)
     numbers = (0.2, 0.2, 1.0, 0.1, "auto")
     yield (
         lib.ppo_loss,
@@ -149,7 +138,8 @@ def test_opcheck(op, arguments, torch_only):
 @pytest.mark.parametrize("upstream", [1.0, -1.0, 0.5])
 def test_a_backward_leaves_the_outputs_of_the_loss_as_they_were(upstream, torch_only):
     """Its gradients are outputs, which opcheck compares after a backward; negative losses alone showed a change."""
-    options = (None, None, None, 0.2, 0.1, 1.0, None, 0, 7, 7, "", "auto", [True, True, True])
+    policy = (None, None, 0.2, 0.1)
+    options = (None, *policy, None, 1.0, 0, 7, "", 7, "auto", [True, True, True])
     outputs = torch.ops.fastrlhf.linear_loss(
         _float(2, 3, 5), _float(7, 5), _float(7), LABELS, MASK, *options
     )

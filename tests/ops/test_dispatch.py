@@ -18,7 +18,13 @@ from fastrlhf.ops import (
     linear_ppo_loss,
     logprobs,
 )
-from fastrlhf.ops.logprob import _backward_torch, _statistics_torch, finish_statistics
+from fastrlhf.ops.logprob_kernels import (
+    SavedRow,
+    TokenGrads,
+    _backward_torch,
+    _statistics_torch,
+    finish_statistics,
+)
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 
@@ -140,7 +146,7 @@ def test_triton_launches_on_the_gpu_of_its_tensors(monkeypatch):
     try:
         with FakeTensorMode():
             x = torch.empty(2, device="cuda:1")
-        kernel.on(x, "triton")(x, 2)
+        kernel.implementation(x, "triton")(x, 2)
     finally:
         del dispatch.KERNELS["double"]
     assert seen == [1] and current == [0]
@@ -164,10 +170,9 @@ def cuda_calls(monkeypatch):
         calls.append("both")
         stats = _statistics_torch(rows, labels, mask, temperature, start, columns)
         _, entropy, _ = finish_statistics(stats, mask, temperature)
-        upstream = (g_logp, g_entropy, g_lse)
-        _backward_torch(
-            rows, labels, mask, *stats[:2], entropy, *upstream, temperature, start, columns, out
-        )
+        saved, upstream = SavedRow(*stats[:2], entropy), TokenGrads(g_logp, g_entropy, g_lse)
+        options = (temperature, start, columns)
+        _backward_torch(rows, labels, mask, saved, upstream, *options, out)
         return stats
 
     functions = {f.__name__: f for f in (logprob_statistics, logprob_forward_backward)}
@@ -222,9 +227,8 @@ def test_cuda_runs_when_asked_for(forced, cuda_calls, monkeypatch):
     assert ran["linear_cross_entropy"] == ["both"], (
         "the upstream is known beforehand: one read of the logits"
     )
-    gae(
-        torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    )  # has no such body: runs as "auto"
+    # has no such implementation: runs as "auto"
+    gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
 
 
 def test_auto_never_takes_cuda(cuda_calls):
@@ -236,7 +240,7 @@ def test_cuda_refuses_what_it_cannot_run(cuda_calls, monkeypatch):
     x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
     with pytest.raises(
         RuntimeError,
-        match=r"backend 'cuda' cannot run gae: it has no cuda body: pass backend='auto'",
+        match=r"backend 'cuda' cannot run gae: it has no cuda implementation: pass backend='auto'",
     ):
         gae(x, x, x == 0, backend="cuda")
     with pytest.raises(RuntimeError, match=r"cannot run logprob_statistics: .*these are float64"):

@@ -127,14 +127,13 @@ def test_rows_not_counted_never_reach_a_gemm(extra, backend, device, monkeypatch
         inputs[0][~mask] = torch.nan
     x = torch.randn(labels.shape, device=device)
     seen = []
-    head = linear_chunks.head
+    chunk_logits = linear_chunks.LinearHead.chunk_logits
 
-    def counting(hidden, *arguments, **options):
+    def counting(head, hidden, out):
         seen.append(len(hidden))
-        return head(hidden, *arguments, **options)
+        return chunk_logits(head, hidden, out)
 
-    for module in ("linear", "linear_loss"):
-        monkeypatch.setattr(f"fastrlhf.ops.{module}.head", counting)
+    monkeypatch.setattr(linear_chunks.LinearHead, "chunk_logits", counting)
 
     def results(op, num_counted):
         h, w, b = leaves = [t.detach().clone().requires_grad_() for t in inputs]
@@ -254,12 +253,13 @@ def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
     """fp32 operands too, and inside one compiled graph: or the head would be slower than nn.Linear."""
     (h, w, b), labels, mask = make(torch.float32, device)
     seen = []
-    real = linear_chunks.head
-    for module in ("linear", "linear_loss"):
-        monkeypatch.setattr(
-            f"fastrlhf.ops.{module}.head",
-            lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1],
-        )
+    chunk_logits = linear_chunks.LinearHead.chunk_logits
+
+    def recording(head, hidden, out):
+        seen.append(hidden.dtype)
+        return chunk_logits(head, hidden, out)
+
+    monkeypatch.setattr(linear_chunks.LinearHead, "chunk_logits", recording)
     with torch.autocast(device.type, torch.bfloat16):
         all_losses(h, w, b, labels, mask, torch.randn(labels.shape, device=device), backend)
         torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(
