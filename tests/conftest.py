@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from python_runs import run_python
 
 from fastrlhf.config import ModelConfig
 
@@ -59,14 +57,7 @@ def four_ranks() -> Callable[..., None]:
 
 
 def _run(launcher: list[str], script: Path, *arguments: object) -> None:
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    # Scripts import the tests' shared modules, as tests do by `pythonpath` in pyproject.toml.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python([*launcher, str(script), *map(str, arguments)])
 
 
 @pytest.fixture(scope="session")

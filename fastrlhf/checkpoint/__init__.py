@@ -1,3 +1,3 @@
-"""Checkpoints: model folders, shard files by global position, hashes, and folders that appear only when complete."""
+"""Checkpoints: model folders, shard files by global position, hashes, and atomic folders."""
 
 from __future__ import annotations

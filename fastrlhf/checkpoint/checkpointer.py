@@ -1,13 +1,16 @@
-"""A run's checkpoints: written whole or not at all, verified when they are read, and loaded under any layout.
+"""Checkpoints of a run: written atomically, verified before loading, valid for any layout.
 
 A checkpoint is a folder `checkpoints/step_XXXXXXXX/`:
-    <model>/            weights (policy, value, ema, reward), `model.json`: shape, vocabulary, head and statistics
+    <model>/            weights (policy, value, ema, reward), and `model.json`: shape, vocabulary,
+                        head, tokenizer and statistics
     <model>.optimizer/  Adam's moments and fp32 masters
     random/             generator states of every rank, for a resume under the same layout
-    state.json          step, data cursors, controllers, update counts, loss scales, metrics, versions
+    state.json          step, data cursors, controllers, update counts, loss scales, metrics,
+                        versions
     config.yaml         the run's configuration
     files.json          size and hash of every file, in each folder too
-`checkpoints/latest` names the newest one, `checkpoints/best` the best one if `checkpoint.keep_best` asks for it.
+`checkpoints/latest` names the newest one, `checkpoints/best` the best one with
+`checkpoint.keep_best`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import torch.distributed as dist
 import yaml
@@ -31,11 +34,11 @@ from fastrlhf.checkpoint.folder_writer import (
     PARTIAL,
     REMOVED,
     Contents,
-    Writing,
-    complete,
-    describe,
+    FolderWriter,
+    commit_if_complete,
+    describe_error,
     raise_on_all_ranks,
-    remove,
+    remove_atomically,
 )
 from fastrlhf.checkpoint.integrity import replace_text, verify
 from fastrlhf.checkpoint.model_folder import (
@@ -46,34 +49,61 @@ from fastrlhf.checkpoint.model_folder import (
     shard_reader,
 )
 from fastrlhf.checkpoint.shards import SavedStage, ShardFile, owned, parts_of, snapshot
-from fastrlhf.checkpoint.state import SavedLearner, generator_states, restore_generators
+from fastrlhf.checkpoint.state import (
+    LearnerState,
+    SavedLearner,
+    generator_states,
+    restore_generators,
+)
 from fastrlhf.config import CheckpointConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 _UNUSED = ".unused"
-_PATIENCE_S = 10.0
-"""A run that breaks off waits this long for the other ranks' part of a checkpoint: they write at the same time.
+_NOTES_TIMEOUT_S = 10.0
+"""How long a run that breaks off waits for the other ranks' files, which they write meanwhile.
 
-On a busy machine they may need longer. Then the next start completes the checkpoint (`prepare`), so nothing is lost; a
-longer wait would meet torchrun's SIGKILL, which comes 30 s after its SIGTERM.
+On a busy machine they may need longer. Then the next start completes the checkpoint (`prepare`), so
+nothing is lost. torchrun sends SIGKILL 30 s after its SIGTERM.
 """
 
 
 class Checkpointable(Protocol):
-    """What a checkpoint is made of: an algorithm's models, its learners, and the statistics of a reward model."""
+    """Models, learners and statistics that a checkpoint holds; algorithms implement it."""
 
-    def models(self) -> Mapping[str, SavedStage]: ...
-    def learners(self) -> Mapping[str, SavedLearner]: ...
-    def statistics(self) -> dict[str, float]: ...
+    def models(self) -> Mapping[str, SavedStage]:
+        """Return the models by name."""
+        ...
+
+    def learners(self) -> Mapping[str, SavedLearner]:
+        """Return the learners, whose optimizer state is saved, by the name of their model."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Return the statistics of a reward model."""
+        ...
+
+
+class RunState(TypedDict, total=False):
+    """Content of `state.json`. A caller of `save` gives the first three."""
+
+    step: int
+    data: Mapping[str, object]
+    """Position in the data."""
+    algorithm: Mapping[str, object]
+    metrics: Mapping[str, float]
+    learners: Mapping[str, LearnerState]
+    layout: list[int]
+    versions: dict[str, str]
 
 
 @dataclass
 class Checkpointer:
-    """Writes and reads a run's checkpoints; all ranks call every method.
+    """Writes and reads a run's checkpoints; every method is a collective.
 
-    As a context manager: an exception that leaves the block completes the checkpoint that is being written.
+    As a context manager, it completes the checkpoint that is being written if an exception leaves
+    the block.
     """
 
     mesh: Mesh
@@ -81,7 +111,7 @@ class Checkpointer:
     config: CheckpointConfig
     config_text: str
     tokenizer: str
-    _writing: Writing | None = None
+    _writing: FolderWriter | None = None
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -90,23 +120,25 @@ class Checkpointer:
         self, _type: type | None, error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         if error is not None:
-            self._rescue()
+            self._finish_after_error()
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return self.folder / f"step_{step:08d}"
 
-    # ---- writing ----------------------------------------------------------------------------------------------------
+    # ---- writing --------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Makes the folder, or says at once that it cannot be written; completes or removes what an interrupted
-        run left.
+        """Make the folder, and complete or remove what an interrupted run left in it.
+
+        Raises UserError if the folder cannot be written.
         """
         with raise_on_all_ranks("checkpoint.save is on, but the folder cannot be written"):
             if self.mesh.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for left in self.folder.glob(f"step_*{PARTIAL}"):
-                    if (whole := complete(left)) is not None:
-                        replace_text(self.folder / "latest", whole.name)
+                    if (finished := commit_if_complete(left)) is not None:
+                        replace_text(self.folder / "latest", finished.name)
                     else:
                         shutil.rmtree(left)
                 for left in self.folder.glob(f"step_*{REMOVED}"):
@@ -119,28 +151,31 @@ class Checkpointer:
         self,
         step: int,
         algorithm: Checkpointable,
-        state: dict[str, Any],
+        state: RunState,
         metrics: dict[str, float] | None = None,
     ) -> Path:
-        """Saves `algorithm.models()`, `algorithm.learners()` and the JSON-able `state`.
+        """Save the models and learners of `algorithm` and `state`; return the checkpoint's folder.
 
-        Returns as soon as everything is copied to host memory if `checkpoint.asynchronous` says so; the checkpoint is
-        there after the next `poll` that finds it written, or `finish`. `metrics` are those that keep_best compares.
+        With `checkpoint.asynchronous`, returns once everything is copied to host memory. The folder
+        then exists after `finish`, or after a `poll` that finds it written. `keep_best` compares
+        `metrics`.
         """
         self.finish()
         contents = self._contents(algorithm, {**state, "metrics": metrics or {}})
-        self._writing = Writing(self.path(step), contents, in_background=self.config.asynchronous)
+        self._writing = FolderWriter(
+            self.path(step), contents, in_background=self.config.asynchronous
+        )
         if not self.config.asynchronous:
             self.finish()
         return self.path(step)
 
     def poll(self) -> None:
-        """Completes the checkpoint that is being written if every rank has written its files."""
+        """Complete the checkpoint that is being written if every rank has written its files."""
         if self._writing is not None and self._writing.is_done(self.mesh.device):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written, if any, and makes it the latest."""
+        """Wait for the checkpoint that is being written, if any, and make it the latest."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
@@ -150,19 +185,20 @@ class Checkpointer:
                 replace_text(self.folder / "latest", writing.path.name)
                 self._retire(writing.path)
 
-    def _rescue(self) -> None:
-        """Completes the checkpoint that is being written, without collectives: the other ranks may be anywhere."""
+    def _finish_after_error(self) -> None:
+        """Complete the checkpoint that is being written while other ranks may be anywhere."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
         try:
-            if writing.finish_alone(_PATIENCE_S):
+            if writing.finish_without_collectives(_NOTES_TIMEOUT_S):
                 replace_text(self.folder / "latest", writing.path.name)
                 self._retire(writing.path)
-        except OSError as error:  # must not hide what broke the run; the next start tries again
-            logger.warning("cannot complete %s: %s", writing.path, describe(error))
+        except OSError as error:  # must not hide the error of the run; the next start tries again
+            logger.warning("cannot complete %s: %s", writing.path, describe_error(error))
 
-    def _contents(self, algorithm: Checkpointable, state: dict[str, Any]) -> Contents:
+    def _contents(self, algorithm: Checkpointable, state: RunState) -> Contents:
+        """Return this rank's files of a checkpoint."""
         copy = self.config.asynchronous
         contents: Contents = {}
         for name, stage in algorithm.models().items():
@@ -180,18 +216,18 @@ class Checkpointer:
             learners = {
                 name: learner.state_dict() for name, learner in algorithm.learners().items()
             }
-            whole = {
+            complete: RunState = {
                 **state,
                 "learners": learners,
                 "layout": _layout(self.mesh),
                 "versions": _versions(),
             }
-            contents["state.json"] = json.dumps(whole, indent=2) + "\n"
+            contents["state.json"] = json.dumps(complete, indent=2) + "\n"
             contents["config.yaml"] = self.config_text
         return contents
 
     def _retire(self, newest: Path) -> None:
-        """Removes the checkpoints that no rule keeps, after the newest is there; names the best."""
+        """Remove the checkpoints that no rule keeps, and update `best`; the newest is complete."""
         steps = sorted(path for path in self.folder.glob("step_*") if path.suffix == "")
         kept = set(steps[-self.config.keep_last :]) | {newest}
         if self.config.keep_every:
@@ -200,9 +236,10 @@ class Checkpointer:
             kept.add(best)
             replace_text(self.folder / "best", best.name)
         for path in set(steps) - kept:
-            remove(path)
+            remove_atomically(path)
 
     def _best(self, steps: list[Path]) -> Path | None:
+        """Return the best of `steps` by `keep_best`, or None if none has its metric."""
         assert self.config.keep_best is not None
         direction, metric = self.config.keep_best.split()
         values = {path: json.loads((path / "state.json").read_text())["metrics"] for path in steps}
@@ -211,7 +248,7 @@ class Checkpointer:
                 "checkpoint.keep_best: %s has no metric %s; it has %s",
                 *(steps[-1].name, metric, ", ".join(values[steps[-1]])),
             )
-        # Of equals the earlier; NaN is never best.
+        # The earlier of equals; NaN is never the best.
         known = {
             path: row[metric]
             for path, row in values.items()
@@ -221,17 +258,18 @@ class Checkpointer:
             known, key=lambda path: known[path], default=None
         )
 
-    # ---- reading ----------------------------------------------------------------------------------------------------
+    # ---- reading --------------------------------------------------------------------------------
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, or None if there is none at all; what is wrong with newer ones is printed.
+        """Return the newest intact checkpoint, or None if there are no checkpoints.
 
-        Starts at `latest`; if that is missing or names nothing, at the highest step. Raises `UserError` if there are
-        checkpoints but none is whole.
+        The search starts at `latest`, or at the highest step if that is missing or names no
+        checkpoint. Damaged ones are logged. Raises UserError if there are checkpoints but none is
+        intact.
         """
-        told: list[list[Path]] = [self._candidates() if self.mesh.rank == 0 else []]
-        dist.broadcast_object_list(told, src=0)
-        candidates = told[0]
+        broadcast: list[list[Path]] = [self._candidates() if self.mesh.rank == 0 else []]
+        dist.broadcast_object_list(broadcast, src=0)
+        candidates = broadcast[0]
         first = ""
         for path in candidates:
             problems = verify(path)
@@ -245,13 +283,13 @@ class Checkpointer:
                 )
         if candidates:
             raise UserError(
-                f"none of the {len(candidates)} checkpoints in {self.folder} is whole: {first}; restore one, or start "
-                "over with checkpoint.resume=never"
+                f"none of the {len(candidates)} checkpoints in {self.folder} is intact: {first}; restore one, or "
+                "start over with checkpoint.resume=never"
             )
         return None
 
     def _candidates(self) -> list[Path]:
-        """Newest first."""
+        """Return the folders of checkpoints from `latest` on, newest first."""
         steps = sorted(
             (path for path in self.folder.glob("step_*") if path.suffix == ""), reverse=True
         )
@@ -266,13 +304,13 @@ class Checkpointer:
             logger.warning("%s names no checkpoint; taking the newest", pointer)
         return steps
 
-    def load(self, path: Path, algorithm: Checkpointable) -> dict[str, Any]:
-        """Restores models, optimizers and generators from a verified checkpoint; returns the saved `state`.
+    def load(self, path: Path, algorithm: Checkpointable) -> RunState:
+        """Restore models, optimizers and generators from a verified checkpoint; return its state.
 
-        Checkpoints newer than `path` (damaged, or of a run that went another way) are set aside: they would be taken
-        for the newest later.
+        Checkpoints newer than `path` are damaged or of another run: they are renamed, so that they
+        are not taken for the newest later.
         """
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state: RunState = json.loads((path / "state.json").read_text(encoding="utf-8"))
         for name, stage in algorithm.models().items():
             if not (path / name).is_dir():
                 raise UserError(
@@ -300,18 +338,18 @@ class Checkpointer:
                     for other in self.folder.glob("step_*")
                     if not other.suffix and other > path
                 ):
-                    set_aside(newer)
+                    rename_unused(newer)
         return state
 
-    def set_all_aside(self) -> None:
-        """Renames the folder of an earlier run's checkpoints, for a run that does not resume them."""
+    def rename_all_unused(self) -> None:
+        """Rename the folder of an earlier run's checkpoints, if this run does not resume them."""
         with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
-                set_aside(self.folder)
+                rename_unused(self.folder)
 
 
-def set_aside(path: Path) -> None:
-    """Renames what an earlier run left, and says so: nothing is overwritten."""
+def rename_unused(path: Path) -> None:
+    """Rename a file or folder of an earlier run to PATH.unusedN and log it; overwrite nothing."""
     number = 1
     while (unused := path.with_name(f"{path.name}{_UNUSED}{number}")).exists():
         number += 1
@@ -328,6 +366,7 @@ def _check_dtype(saved: SavedModel, stage: SavedStage) -> None:
 
 
 def _layout(mesh: Mesh) -> list[int]:
+    """Return the sizes on which the file of a rank's generators depends."""
     return [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]
 
 
@@ -339,8 +378,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _differences(path: Path, state: dict[str, Any], config_text: str) -> list[str]:
-    """What is not as it was when the checkpoint was written, one line each."""
+def _differences(path: Path, state: RunState, config_text: str) -> list[str]:
+    """Return settings and versions that have changed since the checkpoint, one line each."""
     before, now = (
         _flat(yaml.safe_load((path / "config.yaml").read_text())),
         _flat(yaml.safe_load(config_text)),
@@ -359,7 +398,8 @@ def _differences(path: Path, state: dict[str, Any], config_text: str) -> list[st
     return lines
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+    """Return the leaves of nested dictionaries by dotted key."""
     if not isinstance(tree, dict):
         return {prefix: tree} if prefix else {}
     return {

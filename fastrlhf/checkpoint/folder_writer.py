@@ -1,9 +1,10 @@
-"""One folder, written by all ranks, that appears under its name when every file is on the disk, or not at all.
+"""Atomic writing of a folder by all ranks: it gets its name once all files are on the disk.
 
-Each rank writes, hashes and flushes its own files, in a thread of its own if asked; what the ranks must agree on (has
-everybody finished? did anybody fail?) is decided in the main thread, between steps, for collectives of two threads
-would get mixed up. Each rank also leaves a note of what it has written, so that a folder whose run broke off before
-that is completed without the others. No process is forked and nothing is pickled.
+Each rank writes, hashes and flushes its own files, in a background thread if asked. Decisions that
+ranks make together (have all finished, has one failed) are made in the main thread between steps,
+because collectives of two threads could interleave. Each rank also leaves a note that lists its
+files, so that the folder of a run that broke off can be completed by one process. No process is
+forked and nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,32 +23,42 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastrlhf.checkpoint.integrity import Entry, replace_text, seal, sync_folder, write_manifest
+from fastrlhf.checkpoint.integrity import (
+    Entry,
+    hash_and_sync,
+    replace_text,
+    sync_folder,
+    write_manifest,
+)
 from fastrlhf.checkpoint.shards import ShardFile
 from fastrlhf.errors import UserError
 
 Contents = dict[str, "ShardFile | str"]
-"""Relative path -> tensors, or text."""
+"""Relative path -> tensors or text."""
 PARTIAL, REMOVED = ".partial", ".removed"
 _NOTE = "written_"
 
 
 @contextlib.contextmanager
-def raise_on_all_ranks(what: str) -> Iterator[None]:
-    """A block that rank 0 alone does something in: an `OSError` of it becomes the same `UserError` on every rank."""
+def raise_on_all_ranks(context: str) -> Iterator[None]:
+    """Run a block whose work is done on rank 0.
+
+    If it raises OSError there, raise the same UserError on every rank: `context`, a colon, and the
+    error. A collective.
+    """
     problem = None
     try:
         yield
     except OSError as error:
-        problem = describe(error)
-    told = [problem]
-    dist.broadcast_object_list(told, src=0)
-    if told[0] is not None:
-        raise UserError(f"{what}: {told[0]}")
+        problem = describe_error(error)
+    outcome = [problem]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise UserError(f"{context}: {outcome[0]}")
 
 
-def describe(error: OSError | SafetensorError) -> str:
-    """One line: the system's words, and the file if it is known."""
+def describe_error(error: OSError | SafetensorError) -> str:
+    """Return the system's error message in one line, with the file if it is known."""
     if not isinstance(error, OSError):
         return " ".join(str(error).split())
     words = error.strerror or str(error)
@@ -55,15 +66,18 @@ def describe(error: OSError | SafetensorError) -> str:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file with the mode that the umask gives every file: safetensors would let nobody else read it."""
+    """Write a safetensors file whose mode follows the umask.
+
+    safetensors itself would let only the owner read it.
+    """
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
 
 
-class Writing:
-    """The writing of one folder; all ranks make it, `poll` it and `finish` it together."""
+class FolderWriter:
+    """Writes one folder; all ranks construct it and call `is_done` and `finish` together."""
 
     def __init__(self, path: Path, contents: Contents, *, in_background: bool) -> None:
         self.path = path
@@ -87,7 +101,7 @@ class Writing:
             self._written.set_result(self._write(contents))
 
     def _write(self, contents: Contents) -> dict[str, Entry] | str:
-        """This rank's files: their entries for `files.json`, or what went wrong."""
+        """Write this rank's files; return their entries for `files.json`, or an error message."""
         entries = {}
         try:
             for name, content in contents.items():
@@ -99,28 +113,29 @@ class Writing:
                     save_tensors(content.tensors, path, content.metadata)
                 else:
                     continue
-                entries[name] = seal(path)
+                entries[name] = hash_and_sync(path)
             replace_text(self._note, json.dumps(entries))
         except (OSError, SafetensorError) as error:
-            return f"rank {dist.get_rank()}: {describe(error)}"
+            return f"rank {dist.get_rank()}: {describe_error(error)}"
         return entries
 
     def _outcome(self) -> dict[str, Entry] | str:
-        """What `_write` returned, once its thread has ended."""
+        """Wait for this rank's files; return what `_write` did, after its thread has ended."""
         if self._executor is not None:
             self._executor.shutdown()
         return self._written.result()
 
     def is_done(self, device: torch.device) -> bool:
-        """Whether every rank has written its files; the same answer on all."""
+        """Return whether every rank has written its files; a collective."""
         done = torch.tensor(int(self._written.done()), device=device)
         dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return bool(done.item())
 
     def finish(self) -> None:
-        """Waits for every rank's files, then gives the folder its name. An older folder of that name is replaced.
+        """Wait for every rank's files, then give the folder its name; a collective.
 
-        Raises the same `UserError` on every rank if one could not write; the unfinished folder is removed.
+        An older folder of that name is replaced. If a rank could not write, every rank raises the
+        same UserError and the unfinished folder is removed.
         """
         outcomes: list[dict[str, Entry] | str] = [""] * dist.get_world_size()
         dist.all_gather_object(outcomes, self._outcome())
@@ -135,30 +150,33 @@ class Writing:
             )
         with raise_on_all_ranks(f"cannot write {self.path}"):
             if dist.get_rank() == 0:
-                # From the ranks themselves: their notes may be on another machine's cache of the file system.
+                # Not from the notes, which may still be in another machine's file system cache.
                 _commit(
                     self._partial,
                     {name: entry for entries in written for name, entry in entries.items()},
                 )
 
-    def finish_alone(self, patience_s: float) -> bool:
-        """`finish` without collectives, for a run that is breaking off: rank 0 waits for the others' notes, for so long
-        at most, and the others for their own files only. Whether the folder is there now, as rank 0 sees it.
+    def finish_without_collectives(self, timeout_s: float) -> bool:
+        """Finish the folder of a run that breaks off, while other ranks may be anywhere.
+
+        Every rank waits for its own files; rank 0 then waits at most `timeout_s` for the notes of
+        the others, and gives the folder its name. Returns whether this rank has done so.
         """
-        written, end = self._outcome(), time.monotonic() + patience_s
-        if isinstance(written, str) or dist.get_rank() != 0:
+        outcome, end = self._outcome(), time.monotonic() + timeout_s
+        if isinstance(outcome, str) or dist.get_rank() != 0:
             return False
-        while not complete(self._partial):
+        while not commit_if_complete(self._partial):
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)
         return True
 
 
-def complete(partial: Path) -> Path | None:
-    """Gives an unfinished folder its name if every rank has written all of its files; the finished folder, or None.
+def commit_if_complete(partial: Path) -> Path | None:
+    """Give an unfinished folder its name if the notes of all ranks are in it.
 
-    One process calls it. Raises `OSError`.
+    Returns the finished folder, or None. One process calls it. Raises OSError if the folder cannot
+    be changed.
     """
     notes = sorted(partial.glob(f"{_NOTE}*.json"))
     if not notes or len(notes) < int(notes[0].stem[-5:]):
@@ -170,6 +188,7 @@ def complete(partial: Path) -> Path | None:
 
 
 def _commit(partial: Path, entries: dict[str, Entry]) -> Path:
+    """Write the manifests, remove the notes, and rename `partial`; return the finished folder."""
     for folder in sorted({name.split("/")[0] for name in entries if "/" in name}):
         own = {
             name[len(folder) + 1 :]: entry
@@ -182,14 +201,14 @@ def _commit(partial: Path, entries: dict[str, Entry]) -> Path:
         note.unlink()
     path = partial.with_name(partial.name.removesuffix(PARTIAL))
     if path.exists():
-        remove(path)
+        remove_atomically(path)
     os.replace(partial, path)
     sync_folder(path.parent)
     return path
 
 
-def remove(path: Path) -> None:
-    """Deletes a folder that must not be taken for a whole one if it is interrupted."""
+def remove_atomically(path: Path) -> None:
+    """Delete a folder so that no half-deleted one keeps its name if this is interrupted."""
     doomed = path.with_name(path.name + REMOVED)
     if doomed.exists():
         shutil.rmtree(doomed)

@@ -1,8 +1,9 @@
-"""Folders that are whole or not there: hashes of every file, atomic text files, and what reaches the disk when.
+"""Integrity of folders: manifests with the hash of every file, and text files written atomically.
 
-`files.json` lists size and BLAKE2b of the files of a folder, and the hash of that list. BLAKE2b because it is in the
-standard library, releases the interpreter's lock, and at about 1 GB/s a core is faster than most disks; every rank
-hashes its own files. It finds damage, not forgery: whoever can change a file can change the list.
+`files.json` lists size and BLAKE2b of the files of a folder, and the hash of that list. BLAKE2b is
+in the standard library, releases the interpreter's lock, and is faster than most disks (about 1
+GB/s per core). Each rank hashes its own files. The manifest detects damage, not forgery: whoever
+can change a file can change the list too.
 """
 
 from __future__ import annotations
@@ -12,24 +13,33 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TypedDict
 
 import torch.distributed as dist
 
 MANIFEST = "files.json"
-Entry = dict[str, Any]
 _BLOCK = 1 << 22
 
 
-def seal(path: Path) -> Entry:
-    """Flushes the file to the disk; its entry for `files.json`. Raises `OSError`."""
+class Entry(TypedDict):
+    """What `files.json` records of a file."""
+
+    bytes: int
+    blake2b: str
+
+
+def hash_and_sync(path: Path) -> Entry:
+    """Flush a file to the disk and return its entry for `files.json`.
+
+    Raises OSError if the file cannot be read or flushed.
+    """
     with path.open("rb") as file:
-        entry = {"bytes": path.stat().st_size, "blake2b": _hash(file)}
+        entry = Entry(bytes=path.stat().st_size, blake2b=_hash(file))
         os.fsync(file.fileno())
     return entry
 
 
-def _hash(file: Any) -> str:
+def _hash(file: IO[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     while block := file.read(_BLOCK):
         digest.update(block)
@@ -37,7 +47,7 @@ def _hash(file: Any) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Flushes a folder's list of names: without it a rename may be lost with the power."""
+    """Flush a folder's list of names, without which a power failure may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,7 +56,7 @@ def sync_folder(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file so that readers, and a crash at any moment, see the old text or the new one."""
+    """Write a text file atomically: readers see the old text or the new one, even after a crash."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -57,52 +67,56 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> Entry:
-    """Writes `files.json`; paths are relative to `folder`. Returns the entry of `files.json` itself."""
-    replace_text(folder / MANIFEST, _manifest(entries))
-    return seal(folder / MANIFEST)
+    """Write `files.json` with `entries`, by path relative to `folder`; return its own entry."""
+    replace_text(folder / MANIFEST, _manifest_text(entries))
+    return hash_and_sync(folder / MANIFEST)
 
 
-def _manifest(entries: Mapping[str, Entry]) -> str:
+def _manifest_text(entries: Mapping[str, Entry]) -> str:
     files = dict(sorted(entries.items()))
     digest = hashlib.blake2b(json.dumps(files).encode(), digest_size=32).hexdigest()
     return json.dumps({"files": files, "blake2b": digest}, indent=1) + "\n"
 
 
-class Damaged(Exception):
-    """A folder is not what was written; the message is one line."""
+class DamagedManifestError(Exception):
+    """`files.json` is missing or damaged; the message is one line."""
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """The entries of `files.json`. Raises `Damaged` if it is missing or not as it was written."""
+    """Return the entries of `files.json`.
+
+    Raises DamagedManifestError if the file is missing or differs from what was written.
+    """
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise Damaged(
-            f"{path} cannot be read ({error.strerror}): the folder was not written to its end"
+        raise DamagedManifestError(
+            f"{path} cannot be read ({error.strerror}): the folder is incomplete"
         ) from None
     except UnicodeDecodeError:
-        raise Damaged(f"{path} is damaged: it is not text") from None
+        raise DamagedManifestError(f"{path} is damaged: it is not text") from None
     try:
         entries = json.loads(text)["files"]
-        same = text == _manifest(entries)
+        same = text == _manifest_text(entries)
     except (ValueError, TypeError, KeyError, AttributeError):
         same = False
     if not same:
-        raise Damaged(
-            f"{path} is damaged: its list of files does not have the hash written beside it"
+        raise DamagedManifestError(
+            f"{path} is damaged: its list of files does not match the hash stored with it"
         )
     return entries
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the files that `files.json` lists, one line each; nothing if the folder is whole.
+    """Check the files that `files.json` lists against their hashes.
 
-    All ranks call it and get the same answer; each hashes a share of the files.
+    Returns one line for each problem, none if the folder is intact. All ranks call it and get the
+    same answer; each hashes a share of the files.
     """
     try:
         entries = read_manifest(folder)
-    except Damaged as error:
+    except DamagedManifestError as error:
         problems = [str(error)]
     else:
         largest_first = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
@@ -112,12 +126,13 @@ def verify(folder: Path) -> list[str]:
             for name in mine
             if (problem := _problem(folder / name, entries[name])) is not None
         ]
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, problems)
-    return sorted({problem for some in everyone for problem in some})
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, problems)
+    return sorted({problem for rank_problems in gathered for problem in rank_problems})
 
 
 def _problem(path: Path, entry: Entry) -> str | None:
+    """Return what differs between a file and its entry, or None."""
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -131,5 +146,5 @@ def _problem(path: Path, entry: Entry) -> str | None:
     return (
         None
         if same
-        else f"{path} is damaged: its content does not have the hash it was written with"
+        else f"{path} is damaged: its content does not match the hash of what was written"
     )

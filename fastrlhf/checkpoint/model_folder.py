@@ -1,4 +1,7 @@
-"""Model folders: weights in safetensors of any layout, `model.json` and `files.json`; alone or inside a checkpoint."""
+"""Model folders: weights in safetensors, `model.json` and `files.json`.
+
+A model folder is part of a checkpoint or stands alone. Any parallel layout can load it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fastrlhf.checkpoint.folder_writer import Contents, Writing
+from fastrlhf.checkpoint.folder_writer import Contents, FolderWriter
 from fastrlhf.checkpoint.integrity import read_manifest, verify
 from fastrlhf.checkpoint.shards import SavedStage, ShardReader, owned, parts_of, snapshot, weights
 from fastrlhf.config import ModelConfig
@@ -20,7 +23,7 @@ POINTERS = ("latest", "best")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """`model.json`: what a folder of weights holds."""
+    """Description of a folder of weights, from its `model.json`."""
 
     path: Path
     model: ModelConfig
@@ -28,14 +31,15 @@ class SavedModel:
     head: str
     tokenizer: str
     statistics: dict[str, float] = field(default_factory=dict)
-    """Of reward models: mean and std of scores on demonstrations, and the bias that makes the mean 0."""
+    """Of reward models: mean (before centring) and standard deviation of demonstrations' scores."""
 
 
 def describe_model(path: str | Path) -> SavedModel:
-    """Finds the weights at `path`: a model folder, a checkpoint folder, a run's output folder (its latest checkpoint),
-    or one of the files `checkpoints/latest` and `checkpoints/best`.
+    """Find the weights at `path` and return their description.
 
-    In a checkpoint, the averaged policy ("ema") is preferred to the raw one. Raises `UserError` if there is none.
+    `path` is a model folder, a checkpoint folder, a run's output folder (its latest checkpoint is
+    taken), or one of the files `checkpoints/latest` and `checkpoints/best`. In a checkpoint, the
+    averaged policy ("ema") is preferred to the raw one. Raises UserError if there is no model.
     """
     root = Path(path)
     candidates = [root]
@@ -45,13 +49,13 @@ def describe_model(path: str | Path) -> SavedModel:
     for folder in candidates:
         for model in (folder, *(folder / name for name in _MODELS)):
             if (model / "model.json").is_file():
-                return _described(model)
+                return _read_description(model)
     raise UserError(
         f"{path}: no model here; expected a run's output folder, a checkpoint step_XXXXXXXX or a model folder"
     )
 
 
-def _described(folder: Path) -> SavedModel:
+def _read_description(folder: Path) -> SavedModel:
     path = folder / "model.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +69,10 @@ def _described(folder: Path) -> SavedModel:
 def model_contents(
     stage: SavedStage, *, tokenizer: str, statistics: dict[str, float], copy: bool
 ) -> Contents:
-    """What this rank writes of a model folder: its shards, and on rank 0 `model.json`."""
+    """Return this rank's files of a model folder: its shards, and on rank 0 `model.json`.
+
+    `copy` False may leave views of live tensors, to be written before they change.
+    """
     shards = snapshot(
         owned(parts_of(stage, weights), stage.mesh, sharded_over_data=False), copy=copy
     )
@@ -85,18 +92,21 @@ def model_contents(
 def save_model(
     path: Path, stage: SavedStage, *, tokenizer: str, statistics: dict[str, float] | None = None
 ) -> None:
-    """Writes the weights of `stage` (all ranks call) and `model.json` to the folder `path`, which appears when it is
-    complete. Raises `UserError` on every rank if any cannot write.
+    """Write the model folder `path` atomically; a collective.
+
+    `stage` is this rank's pipeline stage of the model. Raises UserError on every rank if one cannot
+    write.
     """
     contents = model_contents(stage, tokenizer=tokenizer, statistics=statistics or {}, copy=False)
-    Writing(path, contents, in_background=False).finish()
+    FolderWriter(path, contents, in_background=False).finish()
 
 
 def load_model(saved: SavedModel, stage: SavedStage) -> None:
-    """Verifies the files and loads the weights into `stage`, whatever layout they were saved under; all ranks call.
+    """Verify a model folder and load its weights into `stage`; a collective.
 
-    A scalar-head stage loaded from an LM keeps its own (fresh) head: the unembedding is dropped (InstructGPT, section
-    3.5). Raises `UserError` naming the file if the folder is damaged, or if the model is another one.
+    The folder may have been saved under another layout. A model with a scalar head keeps its own
+    head if the folder holds a language model, whose unembedding is dropped (InstructGPT, section
+    3.5). Raises UserError with the file if the folder is damaged or holds a different model.
     """
     problems = verify(saved.path)
     if problems:
@@ -105,9 +115,9 @@ def load_model(saved: SavedModel, stage: SavedStage) -> None:
 
 
 def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
-    """`load_model` from a folder that has been verified."""
-    body_only = stage.head_kind == "scalar" and saved.head == "lm"
-    if stage.head_kind != saved.head and not body_only:
+    """Load weights as `load_model` does, from a folder that has been verified."""
+    without_head = stage.head_kind == "scalar" and saved.head == "lm"
+    if stage.head_kind != saved.head and not without_head:
         raise UserError(
             f"{saved.path}: holds a model with a {saved.head} head, not the {stage.head_kind} head needed here"
         )
@@ -117,12 +127,16 @@ def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
             f"({saved.tokenizer or 'unknown'}) and model.vocab_size"
         )
     reader = shard_reader(saved.path)
-    for part in parts_of(stage, weights, skip=lambda name: body_only and name.startswith("score.")):
+
+    def is_skipped(name: str) -> bool:
+        return without_head and name.startswith("score.")
+
+    for part in parts_of(stage, weights, is_skipped):
         reader.fill(part)
 
 
 def shard_reader(folder: Path) -> ShardReader:
-    """The shard files that the folder's `files.json` lists, and no others."""
+    """Open the shard files that the folder's `files.json` lists, and no others."""
     return ShardReader(
         folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
     )

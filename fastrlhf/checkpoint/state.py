@@ -1,15 +1,15 @@
-"""What a checkpoint holds in addition to weights: optimizer state, counts, and the states of random generators.
+"""State of a checkpoint in addition to weights: optimizer state, counts, and random generators.
 
-Adam's moments and fp32 masters go into the shard files by parameter, whichever form of optimizer holds them; the rest
-is small enough for JSON. Hyperparameters are not stored: a resumed run takes those of its configuration.
+Adam's moments and fp32 masters go into the shard files by parameter, whichever form of optimizer
+holds them; the rest is small enough for JSON. Hyperparameters are not stored: a resumed run takes
+those of its configuration.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -23,11 +23,22 @@ Tensor = torch.Tensor
 _TRACKER = "tracker."
 
 
+class LearnerState(TypedDict):
+    """State of a model in training in addition to its tensors, for JSON."""
+
+    updates: int
+    """Updates made; overflows of fp16 do not count."""
+    loss_scale: dict[str, object] | None
+    """State of the fp16 loss scale; None in other dtypes."""
+
+
 class SavedLearner(Protocol):
-    """What a checkpoint stores of a model in training."""
+    """A model in training that can be saved."""
 
     @property
-    def model(self) -> SavedStage: ...
+    def model(self) -> SavedStage:
+        """This rank's stage of the model."""
+        ...
 
     @property
     def is_sharded_over_data(self) -> bool:
@@ -38,17 +49,17 @@ class SavedLearner(Protocol):
         """Return the optimizer state of each parameter, as `shards.parts_of` takes it."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates made and the fp16 loss scale, for JSON."""
+    def state_dict(self) -> LearnerState:
+        """Return the number of updates made and the fp16 loss scale."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: LearnerState) -> None:
         """Restore what `state_dict` returned."""
         ...
 
 
 def generator_states(mesh: Mesh) -> dict[str, Tensor]:
-    """Return the states of every random generator of this process: torch's, megatron's, NumPy's and Python's."""
+    """Return the states of torch's, megatron's, NumPy's and Python's random generators."""
     states = {_TRACKER + name: state for name, state in tracker_states().items()}
     states["cpu"] = torch.get_rng_state()
     if mesh.device.type == "cuda":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from fastrlhf.checkpoint.checkpointer import set_aside
+from fastrlhf.checkpoint.checkpointer import rename_unused
 from fastrlhf.config import Config
 from fastrlhf.data.files import make_folder
 from fastrlhf.data.records import Prompt
@@ -182,6 +182,6 @@ def _write(
         partial = out.with_name(out.name + ".partial")
         partial.write_text("".join(lines), encoding="utf-8")
         if out.exists():
-            set_aside(out)
+            rename_unused(out)
         partial.replace(out)  # atomic: readers never see a partial file
     return counts

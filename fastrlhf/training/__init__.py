@@ -1,5 +1,5 @@
-"""Optimizer, checkpoints, metrics and the loop: what every algorithm shares; nothing here knows an algorithm."""
+"""Optimizer, metrics and training loop, which all algorithms share and which know none of them."""
 
 from __future__ import annotations
 
-import fastrlhf.parallel  # noqa: F401  first of all: its filters quiet what megatron warns of when it is imported
+import fastrlhf.parallel  # noqa: F401  first: it filters the warnings of megatron's import

@@ -1,61 +1,85 @@
-"""The training loop: batches in, `algorithm.step(batch) -> metrics`, records, evaluations and checkpoints out."""
+"""The training loop: steps of an algorithm, with logs, evaluations and checkpoints."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
+from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer, RunState
 from fastrlhf.config import Config
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.metrics import MetricsLog
 from fastrlhf.training.stopping import INTERRUPT, StopRequest
 
-
-class Algorithm(Checkpointable, Protocol):
-    """What the loop is handed. `models` and `learners` say what a checkpoint holds, `state_dict` what is not a
-    tensor.
-    """
-
-    def step(self, batch: Any) -> dict[str, float]: ...
-    def state_dict(self) -> Mapping[str, object]: ...
-    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
+Batch = TypeVar("Batch")
+BatchOut = TypeVar("BatchOut", covariant=True)
+BatchIn = TypeVar("BatchIn", contravariant=True)
 
 
-class Batches(Protocol):
+class Algorithm(Checkpointable, Protocol[BatchIn]):
+    """What the loop trains: a checkpoint holds its models, learners, statistics and state."""
+
+    def step(self, batch: BatchIn) -> dict[str, float]:
+        """Train on this rank's part of a global batch; return the metrics of the step."""
+        ...
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Return the state in addition to models and learners, for JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+class Batches(Protocol[BatchOut]):
     """A resumable stream of global batches, this rank's part of each."""
 
-    def __iter__(self) -> Any: ...
-    def metrics(self) -> dict[str, float]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def __iter__(self) -> Iterator[BatchOut]: ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the last batch."""
+        ...
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Return the position of the next batch, for JSON."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue at the position that `state_dict` returned."""
+        ...
 
 
 class Stop(NamedTuple):
     """Why a run ended before its last step."""
 
     line: str
-    """For the user."""
+    """Message for the user."""
     interrupted: bool
-    """By Ctrl-C: commands that would follow should not start."""
+    """True after Ctrl-C: commands that would follow should not start."""
 
 
 def resume(
-    config: Config, algorithm: Algorithm, batches: Batches, checkpointer: Checkpointer
+    config: Config,
+    algorithm: Algorithm[Batch],
+    batches: Batches[Batch],
+    checkpointer: Checkpointer,
 ) -> int:
-    """Restores the newest whole checkpoint if there is one and `checkpoint.resume` allows it; returns the steps already
-    done. A process that torchrun has restarted always goes on from its own checkpoints.
+    """Restore the newest intact checkpoint, if any; return the number of steps already done.
+
+    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. A process that
+    torchrun has restarted always resumes from the run's own checkpoints.
     """
     with phase("resume"):
         if (
             config.checkpoint.resume == "never"
             and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         ):
-            checkpointer.set_all_aside()
+            checkpointer.rename_all_unused()
         if config.checkpoint.save:
             checkpointer.prepare()
         newest = checkpointer.newest()
@@ -69,8 +93,8 @@ def resume(
 
 def run(
     config: Config,
-    algorithm: Algorithm,
-    batches: Batches,
+    algorithm: Algorithm[Batch],
+    batches: Batches[Batch],
     checkpointer: Checkpointer,
     log: MetricsLog,
     *,
@@ -80,14 +104,15 @@ def run(
     evaluate: Callable[[], dict[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> Stop | None:
-    """Runs steps done + 1 .. total_steps; evaluates and saves at their intervals and at the end.
+    """Run steps done + 1 .. total_steps, evaluating and saving at their intervals and at the end.
 
-    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM, Ctrl-C, and past
-    `deadline` (a `time.monotonic()` value), the run saves after the current step and stops: returns why, else None. A
-    second Ctrl-C stops at once. When a step fails, the checkpoint that is being written is completed.
+    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM,
+    Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step
+    and stops. Returns the reason, or None after the last step. A second Ctrl-C stops immediately.
+    If a step fails, the checkpoint that is being written is completed.
     """
     step, reason = done, None
-    stream: Iterable[Any] = iter(batches) if step < total_steps else ()
+    stream: Iterable[Batch] = batches if step < total_steps else ()
     with StopRequest(checkpointer.mesh.device, deadline) as stop, checkpointer:
         for batch in stream:
             start = time.perf_counter()
@@ -106,14 +131,12 @@ def run(
             if last or evaluated or _due(step, config.log.interval):
                 log.record(step, metrics)
             reason = None if last else stop.reason()
+            due = last or reason is not None or _due(step, config.checkpoint.interval)
             with phase("checkpoint"):
-                if config.checkpoint.save and (
-                    last or reason or _due(step, config.checkpoint.interval)
-                ):
+                if config.checkpoint.save and due:
                     data, own = batches.state_dict(), algorithm.state_dict()
-                    checkpointer.save(
-                        step, algorithm, {"step": step, "data": data, "algorithm": own}, metrics
-                    )
+                    state: RunState = {"step": step, "data": data, "algorithm": own}
+                    checkpointer.save(step, algorithm, state, metrics)
                 else:
                     checkpointer.poll()
             if last or reason:
@@ -122,19 +145,17 @@ def run(
             checkpointer.finish()
     if reason is None:
         return None
-    saved = (
-        "saved, and the same command goes on from there"
-        if config.checkpoint.save
-        else "checkpoint.save is off"
-    )
-    return Stop(
-        f"stopped by {reason} after step {step} of {total_steps}: {saved}", reason == INTERRUPT
-    )
+    saved = "saved, and the same command continues from there"
+    after = saved if config.checkpoint.save else "checkpoint.save is off"
+    line = f"stopped by {reason} after step {step} of {total_steps}: {after}"
+    return Stop(line, interrupted=reason == INTERRUPT)
 
 
 def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:
-    """Seconds of a step, tokens a second over all ranks if the step says its tokens, and on a GPU the most memory that
-    tensors of rank 0 have held.
+    """Return the seconds of a step, tokens per second and peak memory.
+
+    Tokens are those of all ranks, if the step reports "tokens". The memory is that of tensors on
+    the GPU of this rank since the start.
     """
     speed = {"seconds": seconds}
     if "tokens" in metrics:
@@ -145,4 +166,5 @@ def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:
 
 
 def _due(step: int, interval: int) -> bool:
+    """Return whether `step` is a multiple of `interval`; an interval of 0 is never due."""
     return interval > 0 and step % interval == 0

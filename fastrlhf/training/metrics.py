@@ -1,6 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases if asked, and a progress line with an ETA on
-rank 0; and the trace of a step.
-"""
+"""Logs of a run: metrics.jsonl, TensorBoard, Weights & Biases, progress, traces and samples."""
 
 from __future__ import annotations
 
@@ -11,7 +9,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Protocol
 
 import torch
 import yaml
@@ -20,11 +19,21 @@ from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.config import LogConfig
 from fastrlhf.progress import Meter
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 _SHOWN = ("loss", "accuracy", "reward", "kl", "grad_norm", "lr")
 
 
+class _WandbRun(Protocol):
+    """A run of Weights & Biases."""
+
+    def log(self, data: dict[str, float], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
 class MetricsLog:
-    """Records one dict of numbers a step. On ranks other than 0 it does nothing."""
+    """Records the metrics of each step on rank 0; does nothing on other ranks."""
 
     def __init__(
         self,
@@ -40,15 +49,15 @@ class MetricsLog:
         self._profile_step = log.profile_step
         self._opened = ExitStack()
         self._file: IO[str] | None = None
-        self._writer: Any = None
-        self._wandb: Any = None
+        self._writer: SummaryWriter | None = None
+        self._wandb: _WandbRun | None = None
         self._progress: Meter | None = None
         self._is_main = is_main
         if not is_main:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _forget_after(path, start_step)
+        _drop_lines_after(path, start_step)
         self._file = self._opened.enter_context(path.open("a", buffering=1))
         if log.wandb_project:
             self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
@@ -64,12 +73,20 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._opened.__exit__(*error)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._opened.__exit__(kind, error, traceback)
 
     @contextmanager
     def traced(self, step: int) -> Iterator[None]:
-        """A step; the one of `log.profile_step` under torch's profiler, which leaves trace_STEP.json in the folder."""
+        """Run a step, under torch's profiler if it is `log.profile_step`.
+
+        The profiler writes trace_STEP.json into the folder.
+        """
         if not self._is_main or step != self._profile_step:
             yield
             return
@@ -78,9 +95,9 @@ class MetricsLog:
         profile.export_chrome_trace(str(self._folder / f"trace_{step}.json"))
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes `metrics` of step `step` (1 is the first) everywhere and moves the progress line.
+        """Write the metrics of `step` (the first is 1) to all logs and update the progress line.
 
-        metrics.jsonl has null for what is not finite: JSON knows no NaN.
+        In metrics.jsonl a value that is not finite is null, because JSON has no NaN.
         """
         if not self._is_main:
             return
@@ -99,8 +116,11 @@ class MetricsLog:
             self._progress.update(step, note)
 
 
-def _wandb_run(folder: Path, project: str, resumed: bool) -> Any:
-    """One Weights & Biases run for one output folder, resumes included; its settings are the folder's config.yaml."""
+def _wandb_run(folder: Path, project: str, resumed: bool) -> _WandbRun:
+    """Start or resume the Weights & Biases run of an output folder.
+
+    Its settings are the folder's config.yaml, its id is in the file wandb_run.
+    """
     import wandb
 
     path = folder / "wandb_run"
@@ -119,16 +139,17 @@ def _wandb_run(folder: Path, project: str, resumed: bool) -> Any:
 
 
 class SampleLog:
-    """Responses for people to read, a line each with its `iteration`. Give only the rank that writes files one."""
+    """Appends sampled responses to a JSONL file, with their `iteration`; for one rank only."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._started = False
 
-    def __call__(self, iteration: int, records: Sequence[Mapping[str, Any]]) -> None:
+    def __call__(self, iteration: int, records: Sequence[Mapping[str, object]]) -> None:
+        """Append `records`; before the first ones, drop lines that a resumed run repeats."""
         if not self._started:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _forget_after(self._path, iteration - 1, "iteration")
+            _drop_lines_after(self._path, iteration - 1, "iteration")
             self._started = True
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(
@@ -136,10 +157,10 @@ class SampleLog:
             )
 
 
-def _forget_after(path: Path, step: int, key: str = "step") -> None:
-    """Drops lines past `step`, which a resumed run writes again, and a last line that a kill cut short."""
+def _drop_lines_after(path: Path, step: int, key: str = "step") -> None:
+    """Drop lines past `step`, which a resumed run writes again, and an incomplete last line."""
     if not path.is_file():
         return
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in whole if line and json.loads(line)[key] <= step]
+    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+    kept = [line for line in complete if line and json.loads(line)[key] <= step]
     replace_text(path, "".join(line + "\n" for line in kept))

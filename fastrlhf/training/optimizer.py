@@ -1,25 +1,25 @@
-"""A model in training: gradient buffers, optimizer and learning-rate schedule behind `accumulate` and `step`."""
+"""A model in training: gradient buffers, optimizer, learning-rate schedule and moving average."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
 from fastrlhf.checkpoint.shards import Values
+from fastrlhf.checkpoint.state import LearnerState
 from fastrlhf.config import OptimizerConfig, ScheduleConfig
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import optimizer as megatron_optimizer
 from fastrlhf.parallel import schedule as pipeline
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.schedule import LossHead, Metrics
 from fastrlhf.parallel.watchdog import current_phase
 
 Batch = TypeVar("Batch")
-Metrics = dict[str, torch.Tensor]
-LossHead = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Metrics]]
 
 
 class Learner:
@@ -43,7 +43,7 @@ class Learner:
         config = model.config
         lr = lr or optimizer.lr
         min_lr = 0.0 if schedule.decay == "constant" else lr * schedule.min_lr_ratio
-        # A rank on its own would only copy gradients and weights from and to itself.
+        # A single rank would only copy gradients and weights to itself.
         is_shared = mesh.data_size > 1
         is_sharded = optimizer.distributed and is_shared
         self.ddp = megatron_optimizer.wrap_data_parallel(mesh, model, config, is_sharded=is_sharded)
@@ -70,10 +70,10 @@ class Learner:
     ) -> tuple[list[Metrics], list[float]]:
         """Sum the gradients of all `parts`, and return the norm of each part's own gradient too.
 
-        The norm of a part is that of its sum over all ranks, so each part is reduced separately and kept aside while
-        the next one is computed. Each part after the first costs one more reduction and pipeline flush than
-        `accumulate`, and a copy of the gradients that this rank holds after a reduction (its own shard with the
-        distributed optimizer).
+        The norm of a part is that of its sum over all ranks, so each part is reduced separately and
+        kept aside while the next one is computed. Each part after the first costs one more
+        reduction and pipeline flush than `accumulate`, and a copy of the gradients that this rank
+        holds after a reduction (its own shard with the distributed optimizer).
         """
         rows: list[Metrics] = []
         norms: list[float] = []
@@ -90,8 +90,9 @@ class Learner:
     def step(self) -> dict[str, float]:
         """Clip the gradients, update the weights and advance the schedule.
 
-        Returns lr and grad_norm, and with fp16 also `skipped` (1.0 after an overflow) and loss_scale. Raises UserError
-        if a gradient of an fp32 or bf16 model is not finite; earlier checkpoints are not affected.
+        Returns lr and grad_norm, and with fp16 also `skipped` (1.0 after an overflow) and
+        loss_scale. Raises UserError if a gradient of an fp32 or bf16 model is not finite; earlier
+        checkpoints are not affected.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
@@ -111,10 +112,10 @@ class Learner:
         return metrics
 
     def reload_weights(self) -> None:
-        """Copy the model's weights to the optimizer's fp32 masters, after they were changed outside `step`."""
+        """Copy the weights to the fp32 masters, after they were changed outside `step`."""
         self.optimizer.reload_model_params()
 
-    # ---- what a checkpoint stores -----------------------------------------------------------------------------------
+    # ---- contents of a checkpoint ---------------------------------------------------------------
 
     @property
     def is_sharded_over_data(self) -> bool:
@@ -122,18 +123,18 @@ class Learner:
         return megatron_optimizer.is_sharded_over_data(self.optimizer)
 
     def optimizer_values(self) -> Values:
-        """Return the optimizer state of each parameter, as `checkpoint.shards.parts_of` takes it."""
+        """Return the optimizer state of each parameter, for `checkpoint.shards.parts_of`."""
         state = megatron_optimizer.parameter_state(self.optimizer, self.model)
         return lambda parameter: state.get(parameter, {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of updates made and the fp16 loss scale, for JSON."""
+    def state_dict(self) -> LearnerState:
+        """Return the number of updates made and the fp16 loss scale."""
         return {
             "updates": self.scheduler.num_steps,
             "loss_scale": megatron_optimizer.loss_scale_state(self.optimizer),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: LearnerState) -> None:
         """Restore what `state_dict` returned."""
         megatron_optimizer.restore_counts(
             self.optimizer, self.scheduler, state["updates"], state["loss_scale"]
@@ -141,10 +142,11 @@ class Learner:
 
 
 class ExponentialAverage:
-    """Exponential moving average of a model's weights: average <- decay * average + (1 - decay) * weights.
+    """Exponential moving average of a model's weights.
 
-    The average is an fp32 model of the same layout, so that it is evaluated, saved and resumed like any other.
-    Implements `algorithms.protocols.MovingAverage`.
+    An update is average <- decay * average + (1 - decay) * weights. The average is an fp32 model of
+    the same layout, so that it is evaluated, saved and resumed like any other. Implements
+    `algorithms.protocols.MovingAverage`.
     """
 
     def __init__(self, source: GPT, average: GPT, decay: float) -> None:

@@ -1,9 +1,9 @@
-"""A mesh of one rank, and a small model in training with everything that a checkpoint holds."""
+"""A small model in training, with everything that a checkpoint holds."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,27 +11,21 @@ from typing import Any
 import pytest
 
 from fastrlhf.checkpoint.checkpointer import Checkpointer
-from fastrlhf.config import CheckpointConfig, ModelConfig, ParallelConfig
-from fastrlhf.parallel import mesh as meshes
+from fastrlhf.config import CheckpointConfig, ModelConfig
+from fastrlhf.parallel.mesh import Mesh
 
 SCRIPT = Path(__file__).parents[1] / "parallel" / "run_training.py"
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[meshes.Mesh]:
-    yield meshes.initialize(ParallelConfig(), seed=3)
-    meshes.finalize()
-
-
 @pytest.fixture(scope="session")
 def script(imported: Callable[[Path], ModuleType]) -> ModuleType:
-    """The models and batches of the tests of parallel layouts."""
+    """Return the module with the models and batches of the tests of parallel layouts."""
     return imported(SCRIPT)
 
 
 @pytest.fixture
-def training(script: Any, mesh: meshes.Mesh) -> Callable[..., Any]:
-    """`training(dtype, seed=..., **optimizer)`: a tied GPT and its learner."""
+def training(script: Any, mesh: Mesh) -> Callable[..., Any]:
+    """Return `training(dtype, seed=..., **optimizer)`, which builds a tied GPT and its learner."""
     seeds = itertools.count(1)
 
     def build(dtype: str = "fp32", **options: Any) -> Any:
@@ -42,8 +36,8 @@ def training(script: Any, mesh: meshes.Mesh) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def checkpointer(mesh: meshes.Mesh, tmp_path: Path) -> Callable[..., Checkpointer]:
-    """`checkpointer(**section)`: on the folder tmp_path/checkpoints."""
+def checkpointer(mesh: Mesh, tmp_path: Path) -> Callable[..., Checkpointer]:
+    """Return `checkpointer(**section)`, which uses the folder tmp_path/checkpoints."""
 
     def build(config_text: str = "", **section: Any) -> Checkpointer:
         config = CheckpointConfig(**{"asynchronous": False, **section})

@@ -1,4 +1,4 @@
-"""What is saved, when it is there, what is kept, and what a disk that fails costs: nothing earlier."""
+"""Checkpoints: their content, when they appear, which are kept, and failures of the disk."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestState:
     def test_masters_moments_and_loss_scale_under_either_optimizer(
         self, dtype: str, saved: bool, loaded: bool, checkpointer: Make, training: Make
     ) -> None:
-        """fp16 starts at a scale that overflows, so that the scale and the number of updates both have moved."""
+        """fp16 starts at a scale that overflows, so both scale and number of updates change."""
         writer = checkpointer()
         first = training(dtype, distributed=saved, initial_loss_scale=2.0**36)
         before = first.steps([0] * 12)
@@ -71,7 +71,7 @@ class TestState:
         if saved == loaded:
             assert after == expected
         for row, reference in zip(after, expected, strict=True):
-            # The two forms of optimizer add up the gradient norm in another order.
+            # The two forms of optimizer sum the gradient norm in different orders.
             assert row == pytest.approx(reference, rel=1e-5)
         if dtype == "fp16":
             assert sum(row["skipped"] for row in before) > 2
@@ -80,10 +80,10 @@ class TestState:
             )
 
     @pytest.mark.parametrize("distributed", [True, False])
-    def test_half_precision_body_with_an_fp32_head(
+    def test_half_precision_model_with_an_fp32_head(
         self, distributed: bool, checkpointer: Make, training: Make
     ) -> None:
-        """megatron's own map from parameters to optimizer state mixes them up in models of two dtypes."""
+        """megatron's map from parameters to optimizer state is wrong for models of two dtypes."""
         writer, first = checkpointer(), training("bf16", head="scalar", distributed=distributed)
         first.steps([0, 1])
         writer.save(2, first, {"step": 2})
@@ -92,7 +92,7 @@ class TestState:
         assert second.steps([2, 3]) == first.steps([2, 3])
         assert same_weights(first, second)
 
-    def test_another_dtype_shape_or_head_is_said(
+    def test_another_dtype_shape_or_head_is_refused(
         self, checkpointer: Make, training: Make, script: Any, mesh: Any
     ) -> None:
         from fastrlhf.config import ModelConfig
@@ -119,7 +119,7 @@ class TestState:
         with pytest.raises(UserError, match=r"\[|holds no weight of"):
             writer.load(writer.path(1), script.Training(mesh, other))
 
-    def test_changed_settings_are_said(
+    def test_changed_settings_are_logged(
         self, checkpointer: Make, training: Make, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level("INFO", logger="fastrlhf")
@@ -132,11 +132,11 @@ class TestState:
 
 
 class TestAsynchronous:
-    """In the background, exactly, and never half."""
+    """Checkpoints of the background hold the state at the call and appear when complete."""
 
     @pytest.fixture
     def gate(self, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-        """The disk waits for this event."""
+        """Return an event that writes to the disk wait for."""
         opened, save_file = threading.Event(), folder_writer.save_file
 
         def slow(*arguments: Any, **options: Any) -> None:
@@ -146,7 +146,7 @@ class TestAsynchronous:
         monkeypatch.setattr(folder_writer, "save_file", slow)
         return opened
 
-    def test_what_is_written_is_the_state_at_the_call(
+    def test_the_state_at_the_call_is_written(
         self, gate: threading.Event, checkpointer: Make, training: Make
     ) -> None:
         writer, live, twin = checkpointer(asynchronous=True), training(seed=5), training(seed=5)
@@ -176,10 +176,10 @@ class TestAsynchronous:
         assert (writer.folder / "latest").read_text() == "step_00000001"
         writer.finish()
         assert (writer.folder / "latest").read_text() == "step_00000002"
-        writer.finish()  # nothing is left to do
+        writer.finish()  # nothing to do
 
     @pytest.mark.parametrize("error", [RuntimeError("a step fails"), KeyboardInterrupt()])
-    def test_what_breaks_the_run_leaves_the_checkpoint_whole(
+    def test_an_exception_leaves_the_checkpoint_complete(
         self, error: BaseException, gate: threading.Event, checkpointer: Make, training: Make
     ) -> None:
         writer = checkpointer(asynchronous=True)
@@ -190,7 +190,7 @@ class TestAsynchronous:
         assert (writer.folder / "latest").read_text() == "step_00000001"
         assert checkpointer().newest() == writer.path(1)
 
-    def test_a_checkpoint_that_only_lacked_its_name_is_completed_at_the_next_start(
+    def test_a_checkpoint_that_only_lacks_its_name_is_completed_at_the_next_start(
         self, gate: threading.Event, checkpointer: Make, training: Make
     ) -> None:
         gate.set()
@@ -204,7 +204,7 @@ class TestAsynchronous:
         writer.prepare()
         assert writer.newest() == writer.path(2)
         assert not list(writer.folder.rglob("written_*"))
-        # Another rank was not done.
+        # As if another rank had not finished.
         killed._writing = None
         killed.save(3, live, {"step": 3})
         killed._writing._written.result()
@@ -228,7 +228,7 @@ class TestAsynchronous:
 
 @contextmanager
 def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow past `limit` bytes."""
+    """Limit the size of files to `limit` bytes in a block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -254,13 +254,13 @@ class TestFailures:
             writer.save(2, live, {"step": 2})
             writer.finish()
         assert sorted(writer.folder.rglob("*")) == before and writer.newest() == writer.path(1)
-        writer.save(3, live, {"step": 3})  # when there is room again, the run goes on
+        writer.save(3, live, {"step": 3})  # with room again, saving works
         writer.finish()
         assert writer.newest() == writer.path(3)
 
     def test_unwritable_folder(self, checkpointer: Make, training: Make, tmp_path: Path) -> None:
         writer = checkpointer()
-        (tmp_path / "checkpoints").write_text("a file stands in the way")
+        (tmp_path / "checkpoints").write_text("a file in place of the folder")
         with pytest.raises(
             UserError, match=r"the folder cannot be written: .*checkpoints: File exists"
         ):
@@ -268,7 +268,7 @@ class TestFailures:
         with pytest.raises(UserError, match=r"cannot write .*step_00000001: .*Not a directory"):
             writer.save(1, training(), {"step": 1})
 
-    def test_what_a_kill_left_is_no_checkpoint_and_goes(
+    def test_partial_folders_of_a_killed_run_are_removed(
         self, checkpointer: Make, training: Make
     ) -> None:
         writer = checkpointer()
@@ -321,7 +321,7 @@ class TestKeeping:
         assert {path.name for path in writer.folder.iterdir()} == {"step_00000001", "latest"}
 
 
-def test_resume_never_sets_the_old_ones_aside_but_not_those_of_a_restart(
+def test_resume_never_renames_old_checkpoints_but_not_after_a_restart(
     checkpointer: Make, training: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from types import SimpleNamespace
@@ -345,7 +345,7 @@ def test_resume_never_sets_the_old_ones_aside_but_not_those_of_a_restart(
     assert resume(config, algorithm, algorithm, writer) == 1
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
     from fastrlhf.config import LogConfig
     from fastrlhf.training.metrics import MetricsLog
 

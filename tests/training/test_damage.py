@@ -1,4 +1,7 @@
-"""A damaged checkpoint is named, file and fault, and the one before it is used; no file of it is ever unpickled."""
+"""A damaged checkpoint is reported with file and fault, and the previous one is used.
+
+No file of a checkpoint is ever unpickled.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def whole(mesh: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two checkpoints, of steps 1 and 2."""
+def saved(mesh: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the checkpoints of steps 1 and 2."""
     from fastrlhf.config import CheckpointConfig, ModelConfig
 
-    folder = tmp_path_factory.mktemp("whole") / "checkpoints"
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     writer = Checkpointer(
         mesh, folder, CheckpointConfig(asynchronous=False), config_text="a: 1\n", tokenizer=""
     )
@@ -46,10 +49,10 @@ def whole(mesh: Any, script: Any, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def reader(whole: Path, checkpointer: Callable[..., Checkpointer]) -> Checkpointer:
-    """On a copy of them."""
+def reader(saved: Path, checkpointer: Callable[..., Checkpointer]) -> Checkpointer:
+    """Return a checkpointer on a copy of the folder."""
     reader = checkpointer()
-    shutil.copytree(whole, reader.folder)
+    shutil.copytree(saved, reader.folder)
     return reader
 
 
@@ -67,15 +70,15 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_these_are_all_files(whole: Path) -> None:
+def test_these_are_all_files(saved: Path) -> None:
     assert {
-        str(path.relative_to(whole / "step_00000002")) for path in files_of(whole / "step_00000002")
+        str(path.relative_to(saved / "step_00000002")) for path in files_of(saved / "step_00000002")
     } == FILES
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_damage_to_any_file_is_named_and_the_one_before_is_used(
+def test_damage_to_any_file_is_reported_and_the_previous_one_is_used(
     name: str,
     damage: Callable[[Path], None],
     reader: Checkpointer,
@@ -95,7 +98,7 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     assert any(word in line for word in fault[damage.__name__].split("|"))
 
 
-def test_every_byte_of_the_list_of_files_counts(reader: Checkpointer) -> None:
+def test_every_byte_of_the_manifest_is_checked(reader: Checkpointer) -> None:
     path = reader.path(2) / "files.json"
     content = path.read_bytes()
     for place in range(0, len(content), 97):
@@ -107,11 +110,11 @@ def test_every_byte_of_the_list_of_files_counts(reader: Checkpointer) -> None:
     assert reader.newest() == reader.path(2)
 
 
-def test_none_is_whole(reader: Checkpointer) -> None:
+def test_none_is_intact(reader: Checkpointer) -> None:
     for step in (1, 2):
         flip(reader.path(step) / "policy" / "rank_00000.safetensors")
     with pytest.raises(
-        UserError, match=r"none of the 2 checkpoints in .* is whole: .*step_00000002.*is damaged"
+        UserError, match=r"none of the 2 checkpoints in .* is intact: .*step_00000002.*is damaged"
     ):
         reader.newest()
 
@@ -127,7 +130,7 @@ def test_a_pointer_to_nothing(
     assert "names no checkpoint; taking the newest" in caplog.text
 
 
-def test_a_pointer_to_an_older_one_is_followed_and_the_newer_is_set_aside(
+def test_a_pointer_to_an_older_one_is_followed_and_the_newer_is_renamed(
     reader: Checkpointer, training: Callable[..., Any]
 ) -> None:
     (reader.folder / "latest").write_text("step_00000001")
@@ -155,7 +158,7 @@ def test_models_to_start_from_are_verified_too(
 
 
 class Bomb:
-    """Unpickling this makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -170,8 +173,8 @@ def test_pickles_planted_in_a_checkpoint_are_not_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the place of every file with a list of hashes that agrees, and under the names that other formats use."""
-    from fastrlhf.checkpoint.integrity import seal, write_manifest
+    """Pickles replace every file, with matching hashes, and have the names of other formats."""
+    from fastrlhf.checkpoint.integrity import hash_and_sync, write_manifest
 
     mark = tmp_path / "executed"
     with pytest.raises(TypeError):  # the bomb works
@@ -195,10 +198,9 @@ def test_pickles_planted_in_a_checkpoint_are_not_run(
             (folder / name).write_bytes(content)
             for part in (folder / "policy", folder / "policy.optimizer", folder / "random", folder):
                 (part / "files.json").unlink()
-                write_manifest(
-                    part, {str(path.relative_to(part)): seal(path) for path in files_of(part)}
-                )
-            with pytest.raises(Exception):  # noqa: B017 (whatever it says, it must not run what it reads)
+                entries = {str(f.relative_to(part)): hash_and_sync(f) for f in files_of(part)}
+                write_manifest(part, entries)
+            with pytest.raises(Exception):  # noqa: B017 (any error will do)
                 reader.load(folder, training())
             shutil.rmtree(folder)
     assert not mark.exists()

@@ -1,4 +1,4 @@
-"""An Adam that counts its steps as Transformer Engine's and apex's do goes on from a checkpoint as if never stopped."""
+"""An Adam that counts steps like Transformer Engine's and apex's resumes exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrlhf.checkpoint.checkpointer import Checkpointer
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with the interface of both: one count for each group, made in the first step; moments made there too."""
+    """AdamW with their interface: the first step creates one count per group, and the moments."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, the log of a batch job, Weights & Biases."""
+"""Logs of a run: metrics.jsonl, progress lines of a batch job, Weights & Biases, traces."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_without_a_terminal_steps_are_lines(
         for step in (1, 2, 3):
             log.record(step, {"loss": 2.0 / step, "other": 1.0})
     lines = capsys.readouterr().err.splitlines()
-    # The first and the last at once; those between would come ten seconds apart.
+    # The first and the last immediately; those between at intervals of ten seconds.
     assert [line.split("  ")[0] for line in lines] == ["sft 1/3", "sft 3/3"]
     assert re.fullmatch(r"sft 1/3  0:00:0\d \(ETA 0:00:0\d\)  loss 2", lines[0])
 
@@ -69,8 +69,8 @@ def test_a_resumed_run_is_one_run_of_weights_and_biases(
     for start_step in (0, 2, 0):
         with _log(tmp_path, start_step, wandb_project="p"):
             pass
-    first, resumed, anew = (run["id"] for run in begun)
-    assert first == resumed != anew
+    first, resumed, new = (run["id"] for run in begun)
+    assert first == resumed != new
     assert begun[0]["config"] == {"optimizer": {"lr": 0.5}} and begun[0]["resume"] == "allow"
 
 

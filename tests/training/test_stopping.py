@@ -1,4 +1,4 @@
-"""What a signal does to a run: the first one waits for the step, a second Ctrl-C does not."""
+"""The first signal stops a run after its step, a second Ctrl-C immediately."""
 
 from __future__ import annotations
 
