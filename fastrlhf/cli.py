@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from fastrlhf.config import Config
 
 app = typer.Typer(
-    help="RLHF training at Megatron scale: SFT, reward model and PPO-ptx. Several processes: "
-    "torchrun --nproc-per-node N -m fastrlhf COMMAND CONFIG [section.key=value ...]",
+    help=(
+        "RLHF training at Megatron scale: SFT, reward model and PPO-ptx. Several processes: "
+        "torchrun --nproc-per-node N -m fastrlhf COMMAND CONFIG [section.key=value ...]"
+    ),
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -137,7 +139,10 @@ def quickstart(
     scale: Annotated[
         Literal["auto", "full", "short"],
         typer.Option(
-            help="Amount of training of the tiny model. auto: full, or short if this machine is slow."
+            help=(
+                "Amount of training of the tiny model. auto: full, or short if this machine is"
+                " slow."
+            )
         ),
     ] = "auto",
 ) -> None:

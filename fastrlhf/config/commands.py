@@ -93,7 +93,8 @@ def _check_sft(command: Command, config: Config) -> None:
     _check_length(command, config)
     if config.data.pretrain_fraction > 0 and not config.data.pretrain:
         raise UserError(
-            "data.pretrain_fraction above 0 needs data.pretrain: the text to mix in (or set it to 0)"
+            "data.pretrain_fraction above 0 needs data.pretrain: the text to mix in (or set it"
+            " to 0)"
         )
 
 
@@ -101,8 +102,8 @@ def _check_ppo(command: Command, config: Config) -> None:
     ppo, generation = config.ppo, config.generation
     if not ppo.reward_models and ppo.reward_function is None:
         raise UserError(
-            "ppo needs ppo.reward_model or ppo.reward_function: the checkpoint folder of a trained reward model, or a "
-            "Python function module:function"
+            "ppo needs ppo.reward_model or ppo.reward_function: the checkpoint folder of a trained"
+            " reward model, or a Python function module:function"
         )
     if config.train.steps is None:
         raise UserError(
@@ -110,7 +111,8 @@ def _check_ppo(command: Command, config: Config) -> None:
         )
     if ppo.gamma_ptx > 0 and not config.data.pretrain:
         raise UserError(
-            "ppo.gamma_ptx above 0 needs data.pretrain: pretraining text (plain PPO: ppo.gamma_ptx=0)"
+            "ppo.gamma_ptx above 0 needs data.pretrain: pretraining text (plain PPO:"
+            " ppo.gamma_ptx=0)"
         )
     if generation.temperature == 0:
         raise UserError(
@@ -118,8 +120,9 @@ def _check_ppo(command: Command, config: Config) -> None:
         )
     if generation.top_k > 0 or generation.top_p < 1:
         raise UserError(
-            "ppo needs generation.top_k=0 and generation.top_p=1.0: log-probabilities of a truncated distribution "
-            "are not the policy's, and the ratio would be wrong from the first step"
+            "ppo needs generation.top_k=0 and generation.top_p=1.0: log-probabilities of a"
+            " truncated distribution are not the policy's, and the ratio would be wrong from the"
+            " first step"
         )
     budget = config.train.max_tokens_per_micro_batch
     for keys in _sequences(command, config):
@@ -127,16 +130,16 @@ def _check_ppo(command: Command, config: Config) -> None:
         # once it is sampled.
         if budget is not None and _length(config, keys) > budget:
             raise UserError(
-                f"{_terms(config, keys)} is above train.max_tokens_per_micro_batch {budget}; raise it to the sum at "
-                "least"
+                f"{_terms(config, keys)} is above train.max_tokens_per_micro_batch {budget}; raise"
+                " it to the sum at least"
             )
 
 
 def _check_judge(command: Command, config: Config) -> None:
     if not (config.eval.reward_model or config.eval.judge):
         raise UserError(
-            f"{command.name} needs a judge: set eval.reward_model to a reward model's checkpoint folder, or eval.judge "
-            "to a Python function module:function"
+            f"{command.name} needs a judge: set eval.reward_model to a reward model's checkpoint"
+            " folder, or eval.judge to a Python function module:function"
         )
 
 
@@ -259,7 +262,8 @@ def require(config: Config, command: str) -> None:
         if not required.is_set(config):
             key = required.keys[0]
             raise UserError(
-                f"{command} needs {key}: {required.holds}; add it to the configuration or pass {key}=PATH"
+                f"{command} needs {key}: {required.holds}; add it to the configuration or pass"
+                f" {key}=PATH"
             )
     row.check(row, config)
     _check_positions(row, config)
@@ -284,6 +288,6 @@ def _check_positions(row: Command, config: Config) -> None:
     for keys in _sequences(row, config):
         if _length(config, keys) > config.model.max_positions:
             raise UserError(
-                f"{_terms(config, keys)} is above model.max_positions {config.model.max_positions}; shorten the "
-                "sequences"
+                f"{_terms(config, keys)} is above model.max_positions {config.model.max_positions};"
+                " shorten the sequences"
             )

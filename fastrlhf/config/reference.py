@@ -58,16 +58,24 @@ ENVIRONMENT = {
     ),
     "FASTRLHF_CPU_ISA": (
         "default | avx2 | avx512",
-        "Instruction set of the C++ CPU kernels, if the processor has it. Unset: the widest it has.",
+        (
+            "Instruction set of the C++ CPU kernels, if the processor has it. Unset: the widest it"
+            " has."
+        ),
     ),
     "FASTRLHF_LINEAR_BUDGET_MB": (
         "number of MiB",
-        "Memory for the logits of `linear_*` ops: kept whole below it, in chunks of it above. Unset: a "
-        "quarter of a GPU's free memory, 1 GiB on a CPU.",
+        (
+            "Memory for the logits of `linear_*` ops: kept whole below it, in chunks of it above."
+            " Unset: a quarter of a GPU's free memory, 1 GiB on a CPU."
+        ),
     ),
     "FASTRLHF_POOL_MB": (
         "number of MiB",
-        "Memory of freed outputs that the CPU kernels keep for reuse by later calls; 0: none. Unset: 512.",
+        (
+            "Memory of freed outputs that the CPU kernels keep for reuse by later calls; 0: none."
+            " Unset: 512."
+        ),
     ),
     "FASTRLHF_SKIP_EXT": ("1", "At installation: do not build the C++ and CUDA extensions."),
     "FASTRLHF_FORCE_CUDA": (
@@ -275,10 +283,13 @@ YAML. An unknown key is an error that names the nearest valid one. `fastrlhf con
 prints this page's entries, and `fastrlhf config show CONFIG [section.key=value ...]` the resolved
 configuration with the origin of each value.
 
-"derived" defaults depend on other settings, as the meaning says. `null` stands for no value. A list of one string may
-be given as the string."""
+"derived" defaults depend on other settings, as the meaning says. `null` stands for no value. A list
+of one string may be given as the string."""
 
-_ENVIRONMENT_HEAD = "Wrong values raise an error at the first use. Variables of torchrun, NCCL and PyTorch are theirs."
+_ENVIRONMENT_HEAD = (
+    "Wrong values raise an error at the first use. Variables of torchrun, NCCL and PyTorch are"
+    " theirs."
+)
 
 
 def _markdown_row(setting: Setting) -> tuple[str, ...]:

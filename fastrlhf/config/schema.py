@@ -116,13 +116,15 @@ def check_batch(config: Config, data_parallel: int, key: str = "train.global_bat
     if config.train.max_tokens_per_micro_batch is not None:
         if batch < data_parallel:
             raise UserError(
-                f"{key} {batch} is below the data-parallel size {data_parallel}; every rank needs a sample"
+                f"{key} {batch} is below the data-parallel size {data_parallel}; every rank needs a"
+                " sample"
             )
         return 1
     unit = micro * data_parallel
     if batch % unit:
         raise UserError(
-            f"{key} {batch} is not a multiple of train.micro_batch_size {micro} x data-parallel size {data_parallel} "
-            f"= {unit}; use a multiple of {unit}, or change the micro-batch or the number of processes"
+            f"{key} {batch} is not a multiple of train.micro_batch_size {micro} x data-parallel"
+            f" size {data_parallel} = {unit}; use a multiple of {unit}, or change the micro-batch"
+            " or the number of processes"
         )
     return batch // unit

@@ -197,12 +197,14 @@ class ModelConfig(Section):
         if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_heads:
             raise ConfigError(
                 "hidden_size",
-                f"{self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim, or change one",
+                f"{self.hidden_size} is not a multiple of num_heads {self.num_heads}; set head_dim,"
+                " or change one",
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 "num_kv_heads",
-                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use a divisor of it",
+                f"{self.num_kv_heads} does not divide num_heads {self.num_heads}; use a divisor"
+                " of it",
             )
         if self.recompute_layers is not None and self.recompute != "full":
             raise ConfigError(
@@ -245,13 +247,14 @@ class ParallelConfig(Section):
         if self.context > 1:
             raise ConfigError(
                 "context",
-                f"{self.context} is not supported yet; use 1, and split the model with tensor or pipeline",
+                f"{self.context} is not supported yet; use 1, and split the model with tensor or"
+                " pipeline",
             )
         return self
 
 
 class DataConfig(Section):
-    """Input files, and how records become token sequences. A single path counts as a list of one."""
+    """Input files, and how records become token sequences. A single path is a list of one."""
 
     tokenizer: str
     """Folder of a Hugging Face tokenizer."""
@@ -362,7 +365,8 @@ class TrainConfig(Section):
         ):
             raise ConfigError(
                 "global_batch_size",
-                f"{self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; change one",
+                f"{self.global_batch_size} is not a multiple of micro_batch_size"
+                f" {self.micro_batch_size}; change one",
             )
         return self
 
@@ -396,7 +400,8 @@ class CheckpointConfig(Section):
         if len(words) != 2 or words[0] not in ("lowest", "highest"):
             raise ConfigError(
                 "keep_best",
-                f'is "{self.keep_best}"; expected "lowest METRIC" or "highest METRIC", as in "lowest valid_loss"',
+                f'is "{self.keep_best}"; expected "lowest METRIC" or "highest METRIC", as in'
+                ' "lowest valid_loss"',
             )
         return self
 

@@ -115,7 +115,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         loader.dispose()
     if not isinstance(data, dict):
         raise UserError(
-            f"{path}:1: expected sections such as 'model:' at the top level, not a {type(data).__name__}"
+            f"{path}:1: expected sections such as 'model:' at the top level, not a"
+            f" {type(data).__name__}"
         )
     return data, lines
 
@@ -132,7 +133,8 @@ def _lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str,
         line, name = key_node.start_mark.line + 1, str(key_node.value)
         if name in seen:
             raise UserError(
-                f"{path}:{line}: {prefix}{name} is already set on line {seen[name]}; remove one of them"
+                f"{path}:{line}: {prefix}{name} is already set on line {seen[name]}; remove one of"
+                " them"
             )
         seen[name] = line
         yield prefix + name, line

@@ -58,8 +58,9 @@ class RunBuilder:
         self.vocab_size = config.model.vocab_size or len(self.tokenizer)
         if self.vocab_size < len(self.tokenizer):
             raise UserError(
-                f"model.vocab_size is {self.vocab_size}, but the tokenizer {config.data.tokenizer} has "
-                f"{len(self.tokenizer)} tokens; leave model.vocab_size out to take the tokenizer's size"
+                f"model.vocab_size is {self.vocab_size}, but the tokenizer {config.data.tokenizer}"
+                f" has {len(self.tokenizer)} tokens; leave model.vocab_size out to take the"
+                " tokenizer's size"
             )
 
     # ---- data ----
@@ -95,9 +96,11 @@ class RunBuilder:
             drop_last=drop_last,
             max_tokens=budget,
             cost=cost if budget is not None else None,
-            order=dataset.order
-            if isinstance(dataset, PretrainWindows) and dataset.weights is not None
-            else None,
+            order=(
+                dataset.order
+                if isinstance(dataset, PretrainWindows) and dataset.weights is not None
+                else None
+            ),
         )
 
     def one_pass(
@@ -220,7 +223,7 @@ class RunBuilder:
         schedule: ScheduleConfig | None = None,
         lr: float | None = None,
     ) -> Learner:
-        """Return `model` with an optimizer and a learning-rate schedule over `total_steps` updates."""
+        """Return `model` with an optimizer and a learning-rate schedule over `total_steps`."""
         schedule = schedule or self.config.schedule
         return Learner(
             self.mesh, model, self.config.optimizer, schedule, total_steps=total_steps, lr=lr

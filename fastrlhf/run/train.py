@@ -77,8 +77,8 @@ def train_job(
 def _locked_folder(folder: Path, mesh: Mesh) -> Iterator[None]:
     """Make the folder and hold its lock inside the block.
 
-    The lock keeps two runs in one folder from deleting each other's checkpoints; the system releases
-    it if the process is killed.
+    The lock keeps two runs in one folder from deleting each other's checkpoints; the system
+    releases it if the process is killed.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     with raise_on_all_ranks(f"output_dir {folder} cannot be written"):
@@ -106,7 +106,8 @@ def _check_packages(config: Config) -> None:
         if is_set and importlib.util.find_spec(package) is None:
             name = package.replace("_", "-")
             raise UserError(
-                f"{setting} needs the package {name}, which is not installed: pip install it, or set {other}"
+                f"{setting} needs the package {name}, which is not installed: pip install it, or"
+                f" set {other}"
             )
 
 
@@ -115,7 +116,8 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
     load = config.model.load
     if load is not None and is_hugging_face(load):
         raise UserError(
-            f"model.load {load} is a Hugging Face model; give it as model.hf, and set model.load=null"
+            f"model.load {load} is a Hugging Face model; give it as model.hf, and set"
+            " model.load=null"
         )
     paths = [load, config.model.hf]
     if "ppo" in command.sections:
@@ -128,7 +130,7 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
 def _loop(
     command: TrainingCommand, config: Config, mesh: Mesh, job: TrainingJob[AlgorithmT], start: float
 ) -> bool:
-    """Train from the newest checkpoint to the last step; return whether the last step was reached."""
+    """Train from the newest checkpoint; return whether the last step was reached."""
     out = Path(config.output_dir)
     checkpointer = Checkpointer(
         mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
@@ -164,9 +166,9 @@ def _loop(
             log,
             total_steps=job.total_steps,
             done=done,
-            deadline=start + config.train.max_seconds
-            if config.train.max_seconds is not None
-            else None,
+            deadline=(
+                start + config.train.max_seconds if config.train.max_seconds is not None else None
+            ),
             evaluate=job.evaluate,
             finish=job.finish,
         )

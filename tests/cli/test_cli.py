@@ -73,7 +73,8 @@ try:
     runpy.run_module("fastrlhf", run_name="__main__")
 except SystemExit as error:
     assert error.code == 0, error.code
-heavy = {"torch", "transformers", "megatron", "numpy", "triton", "matplotlib", "yaml"} & set(sys.modules)
+heavy = {"torch", "transformers", "megatron", "numpy", "triton", "matplotlib", "yaml"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
     result = subprocess.run(
@@ -320,7 +321,8 @@ def test_under_torchrun_the_line_is_said_once(tmp_path):
         timeout=120,
     )
     assert result.returncode == 1, "torchrun has one status for all failures"
-    # by rank 0, unless torchrun stopped it first for another rank's failure: then it is in torchrun's summary
+    # Reported by rank 0, unless torchrun stopped it first for another rank's failure; then it is
+    # in torchrun's summary.
     assert "no.yaml: no such configuration file" in result.stderr
     assert result.stderr.count("error: no.yaml: no such configuration file") <= 1
 

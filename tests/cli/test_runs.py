@@ -17,7 +17,8 @@ from fastrlhf.data.tokenize import train_bpe
 from fastrlhf.parallel import mesh as meshes
 
 CONFIG = """\
-model: {{family: gpt, num_layers: 1, hidden_size: 16, num_heads: 2, max_positions: 64, vocab_size: 300, dtype: fp32}}
+model: {{family: gpt, num_layers: 1, hidden_size: 16, num_heads: 2, max_positions: 64,
+  vocab_size: 300, dtype: fp32}}
 data:
   tokenizer: {folder}/tokenizer
   train: {folder}/demonstrations.jsonl
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def refused(folder: Path, capfd: pytest.CaptureFixture[str]):
-    """Return `refused(COMMAND, settings...)`: the one line of a command that exits with status 2."""
+    """Return `refused(COMMAND, settings...)`, the line of a command that exits with status 2."""
 
     def call(command: str, *settings: str) -> str:
         capfd.readouterr()

@@ -128,7 +128,10 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path, minimal):
         ("lr=1", "unknown key lr; did you mean optimizer.lr?"),
         (
             "parallel.zzz=1",
-            "unknown key parallel.zzz; the keys of parallel are tensor, pipeline, context, sequence",
+            (
+                "unknown key parallel.zzz; the keys of parallel are tensor, pipeline, context,"
+                " sequence"
+            ),
         ),
         ("zzz=1", "unknown key zzz; the keys are model, parallel, data,"),
         ("train.seed.x=1", "unknown key train.seed.x; the keys are model, parallel"),

@@ -1,4 +1,4 @@
-"""The settings reference: complete, equal to docs/configuration.md, and printed by the command."""
+"""The settings reference: complete, equal to docs/configuration.md, printed by the command."""
 
 from __future__ import annotations
 

@@ -104,7 +104,10 @@ def test_every_field_is_documented():
         (["model.recompute_layers=2"], "model.recompute_layers is for recompute full, not none"),
         (
             ["model.load=a", "model.hf=b"],
-            "model.hf and load are both set; a model starts from one of them: set the other to null",
+            (
+                "model.hf and load are both set; a model starts from one of them: set the other to"
+                " null"
+            ),
         ),
         (
             ["train.steps=1", "train.epochs=1"],
@@ -161,9 +164,11 @@ def test_batch_that_does_not_divide_names_every_number(make):
     config = make("train.global_batch_size=48", "train.micro_batch_size=4", "ppo.minibatch_size=8")
     with pytest.raises(UserError) as raised:
         check_batch(config, 5)
-    assert str(raised.value) == (
-        "train.global_batch_size 48 is not a multiple of train.micro_batch_size 4 x data-parallel size 5 = 20; "
-        "use a multiple of 20, or change the micro-batch or the number of processes"
+    assert (
+        str(raised.value)
+        == "train.global_batch_size 48 is not a multiple of train.micro_batch_size 4 x"
+        " data-parallel size 5 = 20; use a multiple of 20, or change the micro-batch or the"
+        " number of processes"
     )
     with pytest.raises(UserError, match=r"^ppo.minibatch_size 8 is not a multiple of .* = 12; "):
         check_batch(config, 3, "ppo.minibatch_size")

@@ -17,7 +17,8 @@ BUILD_LLAMA = """
 import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+sizes = {'vocab_size': 32, 'hidden_size': 16, 'intermediate_size': 32}
+config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
 logits_BTV = LlamaForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits
 assert logits_BTV.shape == (1, 3, 32)
 import fastrlhf.kernels
@@ -27,7 +28,7 @@ print("kernels", getattr(sys.modules.get("kernels"), "__file__", None))
 
 # What transformers takes from Hugging Face's package while a model is built: names, and one
 # decorator.
-STAND_IN = f'''
+STAND_IN = f"""
 __version__ = "{KERNELS_MIN_VERSION}"
 
 def _same(*_, **__):
@@ -39,7 +40,7 @@ def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {{}})
-'''
+"""
 
 
 def from_root(code: str, **environment: str) -> dict[str, str]:

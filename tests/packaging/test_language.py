@@ -1,4 +1,4 @@
-"""The pages and the comments keep to the language rules of CONTRIBUTING.md, and the pages name what exists.
+"""Pages and comments keep to the language rules of CONTRIBUTING.md; pages name existing paths.
 
 Links and commands of the pages are checked in tests/examples/test_pages.py.
 """
@@ -46,7 +46,7 @@ def name(path: Path) -> str:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Prose paragraphs and list items of a page: no code, no tables, no headings, no displayed equations."""
+    """Yield the prose paragraphs and list items of a page, without code, tables and headings."""
     text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^\$\$.*?\$\$$", "", text, flags=re.MULTILINE | re.DOTALL)
     for block in re.split(r"\n\s*\n", text):

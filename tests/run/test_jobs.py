@@ -1,4 +1,4 @@
-"""The table of training commands: every row can be built, and a row is all that a new algorithm adds."""
+"""The table of training commands: each row can be built, and one row adds an algorithm."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_unknown_command_is_one_line(config: Path):
 
 
 def test_a_row_a_job_and_a_class_add_an_algorithm(config: Path, monkeypatch: pytest.MonkeyPatch):
-    """The three steps of "Add an algorithm" in docs/extending.md, without a file changed elsewhere."""
+    """The steps of "Add an algorithm" in docs/extending.md, with no other file changed."""
     sft = training_command("sft")
     row = TrainingCommand(
         name="unlikelihood",
