@@ -1,13 +1,12 @@
-"""Conversion between Hugging Face folders and our checkpoints: the entry points of `fastrlhf convert from-hf|to-hf`.
+"""The commands `fastrlhf convert from-hf|to-hf`: Hugging Face folders to our checkpoints and back.
 
-Run under torchrun with as many ranks as the model needs; the result does not depend on the layout. Both directions
-finish by comparing logits with transformers' model, on what was written.
+Run them under torchrun with as many ranks as the model needs; the result does not depend on the
+layout. Both directions end with a comparison of the written model's logits with transformers'.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
 
@@ -17,8 +16,10 @@ from fastrlhf.data.files import make_folder
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.heads import Head
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf, save_hf, verify_logits
 from fastrlhf.models.hf.shapes import read_hf_config
+from fastrlhf.models.hf.weights import check_new_folder
 from fastrlhf.parallel import mesh as meshes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -27,17 +28,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def convert_from_hf(
     path: str | Path, out: str | Path, parallel: ParallelConfig | None = None
 ) -> float:
-    """Writes the model in the Hugging Face folder (or .gguf file) `path` to the model folder `out`, in the dtype it
-    has.
+    """Convert the Hugging Face folder (or .gguf file) `path` to the model folder `out`.
 
-    The folder's tokenizer, if there is one, is copied to `out`/tokenizer. Returns the largest difference of logits
-    between what was written and transformers' model. Raises `UserError` (nothing is written) or
-    `models.hf.LogitMismatch`.
+    The dtype is kept. The folder's tokenizer, if it has one, is copied to `out`/tokenizer. Returns
+    the largest difference between the logits of the written model and transformers' model. Raises
+    UserError (nothing is written) or `models.hf.LogitMismatch`.
     """
     path, out, parallel = Path(path), Path(out).resolve(), parallel or ParallelConfig()
     model, head = model_config_from_hf(path), head_from_hf(path)
     _check_layout(model, parallel)
-    _check_new(out)
+    check_new_folder(out)
     with meshes.joined(parallel, seed=0) as mesh:
         assert model.vocab_size is not None
         stage = build_model(model, mesh, model.vocab_size, head=head)
@@ -58,19 +58,19 @@ def convert_from_hf(
 def convert_to_hf(
     checkpoint: str | Path, out: str | Path, parallel: ParallelConfig | None = None
 ) -> float:
-    """Writes our checkpoint (a run, a step or a model folder) as the Hugging Face folder `out`, tokenizer included.
+    """Convert a run, step or model folder to the Hugging Face folder `out`, with its tokenizer.
 
-    Returns the largest difference of logits between transformers' model of that folder and our stage. Raises
-    `UserError` (nothing is written) or `models.hf.LogitMismatch`.
+    Returns the largest difference between the logits of transformers' model of that folder and of
+    our stage. Raises UserError (nothing is written) or `models.hf.LogitMismatch`.
     """
     out, parallel = Path(out), parallel or ParallelConfig()
     saved = describe_model(checkpoint)
     _check_layout(saved.model, parallel)
-    _check_new(out)
+    check_new_folder(out)
     make_folder(out.resolve().parent)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer else None
     with meshes.joined(parallel, seed=0) as mesh:
-        head: Literal["lm", "scalar"] = "scalar" if saved.head == "scalar" else "lm"
+        head: Head = "scalar" if saved.head == "scalar" else "lm"
         stage = build_model(saved.model, mesh, saved.vocab_size, head=head)
         load_model(saved, stage)
         save_hf(
@@ -85,11 +85,12 @@ def convert_to_hf(
 
 
 def _report(source: str | Path, out: Path, stage: GPT, difference: float) -> None:
-    """The closing line, on rank 0."""
+    """Print the result on rank 0."""
     if stage.mesh.rank == 0:
         kind = "logits" if stage.head_kind == "lm" else "scores"
         print(
-            f"{source} -> {out}: every tensor used once, {kind} agree with transformers to {difference:.2g}"
+            f"{source} -> {out}: every tensor used once, {kind} agree with transformers to "
+            f"{difference:.2g}"
         )
 
 
@@ -97,14 +98,11 @@ def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     for name in ("num_heads", "num_kv_heads", "ffn_size"):
         if getattr(model, name) % parallel.tensor:
             raise UserError(
-                f"parallel.tensor {parallel.tensor} does not divide {name} {getattr(model, name)} of the model"
+                f"parallel.tensor {parallel.tensor} does not divide {name} "
+                f"{getattr(model, name)} of the model"
             )
     if model.num_layers % parallel.pipeline:
         raise UserError(
-            f"parallel.pipeline {parallel.pipeline} does not divide the model's {model.num_layers} layers"
+            f"parallel.pipeline {parallel.pipeline} does not divide the model's "
+            f"{model.num_layers} layers"
         )
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; give a new folder")

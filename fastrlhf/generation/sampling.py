@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fastrlhf.config import GenerationConfig
-from fastrlhf.models.gpt import VOCAB_MULTIPLE
+from fastrlhf.models.stage import VOCAB_MULTIPLE
 from fastrlhf.parallel.mesh import hashed_seed
 
 Tensor = torch.Tensor

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fastrlhf.data.batches import pack
-from fastrlhf.models.attention import KVCache
 from fastrlhf.models.inputs import CachedInput
+from fastrlhf.models.layout import KVCache
 
 Tensor = torch.Tensor
 PREFILL_TOKENS = 8192

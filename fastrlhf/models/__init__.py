@@ -2,4 +2,5 @@
 
 from __future__ import annotations
 
-import fastrlhf.parallel  # noqa: F401  first of all: its filters quiet what megatron warns of when it is imported
+# Imported first: installs the filters of the warnings that megatron emits when it is imported.
+import fastrlhf.parallel  # noqa: F401

@@ -1,34 +1,39 @@
-"""A stage's forward pass written out: the arithmetic of megatron's modules on the same parameters, without the modules.
+"""The forward pass of a stage without megatron's modules: same arithmetic, same parameters.
 
-megatron's modules cost some 0.8 ms of Python a layer and step, several times the arithmetic of a decode step; here a
-layer is what it computes. It must stay the arithmetic of models/gpt.py: a test compares the two for every kind of
-layer. Left out on purpose: dropout, sequence parallelism, recomputation, and gradients over tensor-parallel ranks.
+megatron's modules cost about 0.8 ms of Python per layer and step, several times the arithmetic of
+a decode step. The arithmetic here must stay that of models/gpt.py; a test compares the two for
+every kind of layer. Not supported: dropout, sequence parallelism, recomputation, and gradients over
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from fastrlhf.models.attention import SequenceLayout
-from fastrlhf.models.inputs import CachedInput, PackedInput
+from fastrlhf.models.inputs import StageInput
+from fastrlhf.models.layout import SequenceLayout
+from fastrlhf.models.stage import Stage
 from fastrlhf.ops.activation import bias_gelu
-
-if TYPE_CHECKING:
-    from fastrlhf.models.gpt import GPT
 
 Tensor = torch.Tensor
 no_torch_function = torch._C.DisableTorchFunction
-"""Context without parallel/cpu.py's redirection of CUDA devices, which costs a fifth of a small step and has nothing to
-do where no call names a device. No effect on a GPU."""
+"""Context manager that disables parallel/cpu.py's redirection of CUDA devices.
+
+The redirection costs a fifth of a small step and is needed only where a call names a device. No
+effect on a GPU.
+"""
 
 
-def forward(stage: GPT, batch: PackedInput | CachedInput, received: Tensor | None) -> Tensor:
-    """A micro-batch of T tokens -> [T, H] on the last stage, after the final norm, else [T, 1, H], the shape that
-    megatron's schedules hand to the next stage; `received` is what the previous stage handed over.
+def forward(stage: Stage, batch: StageInput, received: Tensor | None) -> Tensor:
+    """Run a micro-batch of T tokens through a stage.
+
+    `received` is the previous stage's output (None on the first stage). Returns [T, H] after the
+    final norm on the last stage, otherwise [T, 1, H], the shape that megatron's schedules send.
     """
     with no_torch_function():
         layout = stage.layout(batch)
@@ -42,14 +47,14 @@ def forward(stage: GPT, batch: PackedInput | CachedInput, received: Tensor | Non
         return stage.decoder.final_layernorm(x_TH) if stage.post_process else x_TH[:, None]
 
 
-def _sum(stage: GPT, x: Tensor) -> Tensor:
-    """Sum of the tensor-parallel ranks' parts, in place."""
+def _all_reduce(stage: Stage, x: Tensor) -> Tensor:
+    """Sum `x` over the tensor-parallel ranks, in place."""
     if stage.mesh.vocab_group is not None:
         dist.all_reduce(x, group=stage.mesh.vocab_group)
     return x
 
 
-def _embed(stage: GPT, tokens: Tensor, positions: Tensor) -> Tensor:
+def _embed(stage: Stage, tokens: Tensor, positions: Tensor) -> Tensor:
     embedding = stage.embedding
     words = embedding.word_embeddings
     if stage.mesh.vocab_group is None:
@@ -60,7 +65,7 @@ def _embed(stage: GPT, tokens: Tensor, positions: Tensor) -> Tensor:
         x_TH = F.embedding(local.masked_fill(elsewhere, 0), words.weight).masked_fill(
             elsewhere[:, None], 0.0
         )
-        _sum(stage, x_TH)
+        _all_reduce(stage, x_TH)
     return (
         x_TH + embedding.position_embeddings(positions)
         if embedding.add_position_embedding
@@ -68,17 +73,17 @@ def _embed(stage: GPT, tokens: Tensor, positions: Tensor) -> Tensor:
     )
 
 
-def _layer(stage: GPT, layer: Any, x_TH: Tensor, layout: SequenceLayout) -> Tensor:
+def _layer(stage: Stage, layer: TransformerLayer, x_TH: Tensor, layout: SequenceLayout) -> Tensor:
     attention, mlp, config = layer.self_attention, layer.mlp, stage.config
-    query, key, value = _heads(attention, layer.input_layernorm(x_TH), qk_norm=config.qk_layernorm)
+    query, key, value = _qkv(attention, layer.input_layernorm(x_TH), qk_norm=config.qk_layernorm)
     context = attention.core_attention(query, key, value, packed_seq_params=layout)
     x_TH = x_TH + _row_parallel(stage, attention.linear_proj, context)
-    up = _activated(stage, layer.pre_mlp_layernorm(x_TH), mlp.linear_fc1)
+    up = _mlp_up(stage, layer.pre_mlp_layernorm(x_TH), mlp.linear_fc1)
     return x_TH + _row_parallel(stage, mlp.linear_fc2, up)
 
 
-def _activated(stage: GPT, x_TH: Tensor, linear: Any) -> Tensor:
-    """The first projection of an MLP and its activation."""
+def _mlp_up(stage: Stage, x_TH: Tensor, linear: ColumnParallelLinear) -> Tensor:
+    """Apply the first projection of an MLP and its activation."""
     if stage.model_config.activation == "gelu_tanh" and linear.bias is not None:
         return bias_gelu(F.linear(x_TH, linear.weight), linear.bias)
     up = F.linear(x_TH, linear.weight, linear.bias)
@@ -88,8 +93,11 @@ def _activated(stage: GPT, x_TH: Tensor, linear: Any) -> Tensor:
     return stage.config.activation_func(gate) * up
 
 
-def _heads(attention: Any, x_TH: Tensor, *, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [T, heads, d], key and value [T, kv heads, d]; the projection holds them group by group."""
+def _qkv(attention: SelfAttention, x_TH: Tensor, *, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query [T, heads, d], key and value [T, kv heads, d].
+
+    The projection interleaves them per query group: [its query heads, key, value].
+    """
     qkv = F.linear(x_TH, attention.linear_qkv.weight, attention.linear_qkv.bias)
     groups, d = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
     qkv = qkv.view(x_TH.shape[0], groups, -1, d)
@@ -99,8 +107,8 @@ def _heads(attention: Any, x_TH: Tensor, *, qk_norm: bool) -> tuple[Tensor, Tens
     return query, key, value
 
 
-def _row_parallel(stage: GPT, linear: Any, x: Tensor) -> Tensor:
+def _row_parallel(stage: Stage, linear: RowParallelLinear, x: Tensor) -> Tensor:
     if stage.mesh.vocab_group is None:
         return F.linear(x, linear.weight, linear.bias)
-    out = _sum(stage, F.linear(x, linear.weight))
+    out = _all_reduce(stage, F.linear(x, linear.weight))
     return out if linear.bias is None else out + linear.bias

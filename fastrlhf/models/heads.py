@@ -1,16 +1,32 @@
-"""The scalar head of reward and value models: fp32 whatever the body's dtype."""
+"""The heads: the arguments of the LM head, and the fp32 scalar head of reward and value models."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal, TypedDict
 
 import torch
+import torch.distributed as dist
+
+Head = Literal["lm", "scalar"]
+
+
+class LMHead(TypedDict):
+    """The arguments of `ops.linear_*` that describe an LM head."""
+
+    weight: torch.Tensor
+    """[V_local, H]: this rank's rows of the unembedding, padding included."""
+    vocab_size: int
+    """Size of the vocabulary without padding."""
+    group: dist.ProcessGroup | None
+    """The group over which the vocabulary is sharded; None if it is not."""
 
 
 class ScalarHead(torch.nn.Module):
     """Linear map from a hidden state to one number, replicated on all tensor-parallel ranks.
 
-    Weight [H] ~ N(0, 1 / (H + 1)), bias 0 (Stiennon et al. 2020, appendix; arXiv 2009.01325).
+    Its weights are fp32 whatever the dtype of the other layers. Weight [H] ~ N(0, 1 / (H + 1)),
+    bias 0 (Stiennon et al. 2020, appendix; arXiv 2009.01325).
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -20,8 +36,9 @@ class ScalarHead(torch.nn.Module):
 
     @property
     def init_std(self) -> float:
+        """Standard deviation of the initial weights."""
         return 1.0 / math.sqrt(self.weight.numel() + 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] of any float dtype -> scores fp32 [...]."""
+        """Map hidden [..., H] of any float dtype to scores, fp32 [...]."""
         return hidden.float() @ self.weight + self.bias

@@ -1,7 +1,7 @@
 """Find, check and load the model at a path, in the shape it was saved in.
 
-A path is a run, a checkpoint, a model folder, or a Hugging Face model. Out of scope: models whose shape the
-configuration gives (`RunBuilder.model`), and training state.
+A path is a run, a checkpoint, a model folder, or a Hugging Face model. Out of scope: models whose
+shape the configuration gives (`RunBuilder.model`), and training state.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_mo
 from fastrlhf.config import Config, ModelConfig
 from fastrlhf.data.tokenize import conflicting_id
 from fastrlhf.errors import UserError
-from fastrlhf.models.gpt import GPT, build_model, initialize_weights
+from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.heads import Head
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
+from fastrlhf.models.initialization import initialize_weights
 from fastrlhf.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def is_hugging_face(path: str | Path) -> bool:
-    """Whether `path` is a Hugging Face folder or a .gguf file, and none of our own folders."""
+    """Return whether `path` is a Hugging Face folder or a .gguf file rather than our own folder."""
     path = Path(path)
     return path.suffix == ".gguf" or (
         (path / "config.json").is_file() and not (path / "model.json").is_file()
@@ -30,10 +32,10 @@ def is_hugging_face(path: str | Path) -> bool:
 
 
 def find_model(path: str | Path) -> SavedModel:
-    """What is saved at `path`, as `training.checkpoint.describe_model`, or a Hugging Face folder or .gguf file.
+    """Describe the model saved at `path`: ours, a Hugging Face folder, or a .gguf file.
 
-    The tokenizer of a Hugging Face folder is the folder itself, "" where it holds none. Raises `UserError` if there is
-    no model.
+    The tokenizer of a Hugging Face folder is the folder itself, or "" if it has none. Raises
+    UserError if there is no model.
     """
     path = Path(path)
     if not is_hugging_face(path):
@@ -51,36 +53,44 @@ def find_model(path: str | Path) -> SavedModel:
 
 
 def find_reward_model(path: str, key: str) -> SavedModel:
-    """The reward model saved at `path`, the value of the setting `key`. Raises `UserError` if there is none."""
+    """Return the reward model saved at `path`, the value of the setting `key`.
+
+    Raises UserError if there is none.
+    """
     saved = find_model(path)
     if saved.head != "scalar":
         raise UserError(
-            f"{key} {saved.path} is a language model, not a reward model; give a run of the rm command"
+            f"{key} {saved.path} is a language model, not a reward model; give a run of the rm "
+            "command"
         )
     return saved
 
 
 def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Raises `UserError` if the tokenizer of `folder` has tokens that the model does not, or as `check_meaning`."""
+    """Check that the model has every token of the tokenizer of `folder`, with the same meaning.
+
+    Raises UserError if not.
+    """
     if saved.vocab_size < len(tokenizer):
         raise UserError(
-            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer {folder} "
-            f"{len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
+            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
+            f"{folder} {len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
         )
     check_meaning(saved, tokenizer, folder)
 
 
 def check_meaning(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Raises `UserError` if an id is another token in the tokenizer of `folder` than in the one that the model was
-    saved with.
+    """Check that the tokenizer of `folder` agrees with the one that the model was saved with.
+
+    Raises UserError if an id is a different token in the two.
     """
     if (
         folder != saved.tokenizer
         and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None
     ):
         raise UserError(
-            f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, where token {number} is not "
-            f"what it is in {folder}; set data.tokenizer={saved.tokenizer}"
+            f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, in which "
+            f"token {number} differs from {folder}; set data.tokenizer={saved.tokenizer}"
         )
 
 
@@ -97,17 +107,21 @@ _SHAPE = (
 
 
 def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> None:
-    """Check that the configured shape is the one that was saved. Raises UserError naming the first difference."""
+    """Check that the configured shape is the one that was saved.
+
+    Raises UserError naming the first difference.
+    """
     for name in _SHAPE:
         configured, found = getattr(model, name), getattr(saved.model, name)
         if configured != found:
             raise UserError(
-                f"model.{name} is {configured}, but the model in {saved.path} has {found}; set model.{name}={found}"
+                f"model.{name} is {configured}, but the model in {saved.path} has {found}; "
+                f"set model.{name}={found}"
             )
     if vocab_size != saved.vocab_size:
         raise UserError(
-            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has {saved.vocab_size}; "
-            f"set data.tokenizer={saved.tokenizer}"
+            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has "
+            f"{saved.vocab_size}; set data.tokenizer={saved.tokenizer}"
         )
 
 
@@ -116,39 +130,42 @@ def check_reads_policy(
 ) -> None:
     """Check that a reward or value model can read every sequence that the policy can produce.
 
-    Raises UserError if it lacks tokens of the policy's tokenizer, reads ids differently, or has too few positions.
+    Raises UserError if it lacks tokens of the policy's tokenizer, reads ids differently, or has too
+    few positions.
     """
     data, positions = config.data, saved.model.max_positions
     if saved.vocab_size < len(tokenizer):
         raise UserError(
-            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer {data.tokenizer} "
-            f"{len(tokenizer)} tokens; train it with the policy's tokenizer"
+            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
+            f"{data.tokenizer} {len(tokenizer)} tokens; train it with the policy's tokenizer"
         )
     check_meaning(saved, tokenizer, data.tokenizer)
     longest = data.max_prompt_tokens + config.generation.max_new_tokens
     if positions < longest:
         raise UserError(
-            f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + generation.max_new_tokens "
-            f"are {longest}; lower one of them, or give a model with more positions"
+            f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + "
+            f"generation.max_new_tokens are {longest}; lower one of them, or give a model with "
+            "more positions"
         )
 
 
 def load_saved(
     saved: SavedModel,
     mesh: Mesh,
-    head: Literal["lm", "scalar"],
+    head: Head,
     dtype: Literal["fp32", "bf16", "fp16"],
     *,
     seed: int | None = None,
 ) -> GPT:
-    """The stage of the model that `find_model` found, without dropout, its weights in `dtype`; all ranks call.
+    """Load this rank's stage of the model that `find_model` found, without dropout, in `dtype`.
 
-    Raises `UserError` if the model has another head, but that a language model gets a new scalar head drawn from `seed`
-    if one is given.
+    Call it on every rank. If `head` is "scalar" and a `seed` is given, a language model gets a new
+    scalar head initialized from it. Raises UserError if the model has another head otherwise.
     """
     if head == "scalar" and saved.head != "scalar" and seed is None:
         raise UserError(
-            f"{saved.path} is a language model: its scores would be random; give a reward model, a run of fastrlhf rm"
+            f"{saved.path} is a language model: its scores would be random; give a reward model, a "
+            "run of fastrlhf rm"
         )
     model = without_dropout(saved.model.model_copy(update={"dtype": dtype}))
     stage = build_model(model, mesh, saved.vocab_size, head=head)
@@ -162,6 +179,6 @@ def load_saved(
 
 
 def without_dropout(model: ModelConfig) -> ModelConfig:
-    """The same model with every dropout at 0."""
+    """Return the configuration with every dropout at 0."""
     off = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
     return model.model_copy(update=off)

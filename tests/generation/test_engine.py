@@ -16,8 +16,8 @@ from fastrlhf.errors import UserError
 from fastrlhf.generation import Generated, SamplingParams, generate, generate_all
 from fastrlhf.generation import slots as slots_module
 from fastrlhf.generation.stopping import StopStrings
-from fastrlhf.models.attention import KVCache
 from fastrlhf.models.gpt import GPT
+from fastrlhf.models.layout import KVCache
 from fastrlhf.parallel.mesh import Mesh
 
 EOS = 3

@@ -1,8 +1,8 @@
-"""Tiny random Hugging Face models and a mesh of one rank."""
+"""Fixtures: tiny random Hugging Face models, their folders and their stages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from fastrlhf.config import ModelConfig, ParallelConfig
+from fastrlhf.config import ModelConfig
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.hf import load_hf, model_config_from_hf
-from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel.mesh import Mesh
 
 VOCAB = 101
 SIZES: dict[str, Any] = {
@@ -35,15 +35,13 @@ GPT2: dict[str, Any] = {
     "n_positions": 64,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
-}
-GPT2 |= {
     "attn_pdrop": 0.0,
     "vocab_size": VOCAB,
     "initializer_range": 0.2,
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# Every architecture and every option of one that changes the arithmetic or the tensors.
+# All architectures, with every option that changes the arithmetic or the tensors.
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", **GPT2},
     "gpt2-exact-gelu-untied": {
@@ -74,7 +72,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def largest_logit() -> float:
-    """No logit or score of `hf_model`'s models is larger (test_hf_parity.py checks): the scale of their rounding."""
+    """Return a bound on the logits and scores of `hf_model`'s models, the scale of their rounding.
+
+    test_hf_parity.py checks it.
+    """
     return 6.0
 
 
@@ -82,27 +83,24 @@ def largest_logit() -> float:
 def logit_bound(
     rounding: Callable[..., float], largest_logit: float
 ) -> Callable[[ModelConfig], float]:
-    """`logit_bound(model)`: how far two fp32 evaluations of such logits may differ, for the 33 tokens of a sequence."""
+    """Return `logit_bound(model)`: the difference allowed between two fp32 evaluations of logits.
+
+    It is for sequences of up to 33 tokens.
+    """
     return lambda model: largest_logit * rounding(model, 33)
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[meshes.Mesh]:
-    yield meshes.initialize(ParallelConfig(), seed=7)
-    meshes.finalize()
 
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
-    """Each architecture in turn."""
+    """Return each architecture in turn."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def hf_model() -> Callable[..., Any]:
-    """`hf_model(variant, auto_class, **options)`: a tiny model with random weights everywhere.
+    """Return `hf_model(variant, auto_class, **options)`, which makes a tiny random model.
 
-    transformers starts biases at 0 and norms at 1, which would hide mistakes.
+    transformers initializes biases to 0 and norms to 1, which would hide mistakes.
     """
 
     def build(variant: str, kind: Any = transformers.AutoModelForCausalLM, **options: Any) -> Any:
@@ -122,7 +120,7 @@ def hf_model() -> Callable[..., Any]:
 def hf_folder(
     tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Any]
 ) -> Callable[[str], Path]:
-    """`hf_folder(variant)`: the folder of `hf_model(variant)`, written once and only read."""
+    """Return `hf_folder(variant)`: the folder of `hf_model(variant)`, written once, read-only."""
     folders: dict[str, Path] = {}
 
     def folder(variant: str) -> Path:
@@ -135,8 +133,8 @@ def hf_folder(
 
 
 @pytest.fixture
-def load(mesh: meshes.Mesh) -> Callable[..., GPT]:
-    """`load(folder, **changes)`: the stage of a Hugging Face language model, in evaluation mode."""
+def load(mesh: Mesh) -> Callable[..., GPT]:
+    """Return `load(folder, **changes)`: the stage of a Hugging Face model, in evaluation mode."""
 
     def load_stage(folder: Path, **changes: Any) -> GPT:
         model = model_config_from_hf(folder).model_copy(update=changes)
@@ -149,7 +147,7 @@ def load(mesh: meshes.Mesh) -> Callable[..., GPT]:
 
 @pytest.fixture
 def sequences() -> list[list[int]]:
-    """Random sequences of several lengths, one of a single token."""
+    """Return random sequences of several lengths, one of a single token."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randint(VOCAB, (length,), generator=generator).tolist()

@@ -1,7 +1,8 @@
-"""What four ranks compute under every layout; test_layouts.py launches this once and compares with one rank.
+"""Results of four ranks under every layout, which test_layouts.py compares with one rank.
 
-torchrun --nproc-per-node 4 run_layouts.py FOLDER: FOLDER/hf/<variant> holds Hugging Face models; writes
-FOLDER/<layout>/.
+torchrun --nproc-per-node 4 run_layouts.py FOLDER
+
+Reads the Hugging Face models FOLDER/hf/<variant> and writes FOLDER/<layout>/.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from fastrlhf.models.hf import (
 from fastrlhf.models.hf.weights import hf_tensors
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.schedule import LossHead
 from fastrlhf.training.optimizer import Learner
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor": 2},
     "sequence": {"tensor": 2, "sequence": True},
     "pipeline": {"pipeline": 2},
@@ -50,8 +52,9 @@ LLAMA: dict[str, Any] = {**GPT2, "family": "llama", "num_kv_heads": 2, "ffn_size
 
 
 def micro_batches() -> list[PackedBatch]:
-    """Four micro-batches of sequences of several lengths, the same on every rank (one row has an odd number of
-    tokens).
+    """Return four micro-batches of sequences of several lengths, the same on every rank.
+
+    One row has an odd number of tokens.
     """
     generator = torch.Generator().manual_seed(11)
     return [
@@ -63,12 +66,13 @@ def micro_batches() -> list[PackedBatch]:
     ]
 
 
-def scalar_head(stage: GPT) -> Any:
+def scalar_head(stage: GPT) -> LossHead[PackedBatch]:
     def head(
         hidden: torch.Tensor, batch: PackedBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scores = stage.score(hidden)
-        # Different at every position and token; positive, for a sum of terms that cancel is mostly rounding.
+        # Different at every position and token. Positive: a sum of terms that cancel is mostly
+        # rounding.
         weights = 1.5 + torch.cos(torch.arange(scores.numel()) + batch.tokens.float())
         loss = (weights * scores.square()).sum() / 50
         return loss, {"loss": loss.detach()}
@@ -77,7 +81,10 @@ def scalar_head(stage: GPT) -> Any:
 
 
 def scalar_head_gradients(mesh: Mesh, model: ModelConfig) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of a scalar-head model, the data-parallel ranks sharing the micro-batches."""
+    """Return the loss and gradients of a scalar-head model.
+
+    The data-parallel ranks share the micro-batches.
+    """
     stage = build_model(model, mesh, VOCAB, head="scalar", seed=5)
     optimizer = OptimizerConfig(lr=1e-3, distributed=False)
     learner = Learner(mesh, stage, optimizer, ScheduleConfig(decay="constant"), total_steps=1)
@@ -96,9 +103,7 @@ def initial_weights(mesh: Mesh, model: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def dropout(mesh: Mesh) -> dict[str, bool]:
-    """Of the tensor-parallel ranks of a replica: whether they agree on hidden states, and on their masks of the
-    embeddings.
-    """
+    """Return whether tensor-parallel ranks have equal hidden states and embedding dropout masks."""
     model = ModelConfig(
         **GPT2, dtype="fp32", residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3
     )
@@ -111,13 +116,13 @@ def dropout(mesh: Mesh) -> dict[str, bool]:
 
 
 def agree(mesh: Mesh, tensor: torch.Tensor) -> bool:
-    everyone = [torch.empty_like(tensor) for _ in range(mesh.tensor_size)]
-    dist.all_gather(everyone, tensor.contiguous(), group=mesh.tensor_group)
-    return all(torch.equal(other, tensor) for other in everyone)
+    gathered = [torch.empty_like(tensor) for _ in range(mesh.tensor_size)]
+    dist.all_gather(gathered, tensor.contiguous(), group=mesh.tensor_group)
+    return all(torch.equal(other, tensor) for other in gathered)
 
 
 def hugging_face(mesh: Mesh, source: Path, out: Path) -> float:
-    """Loads, verifies, saves; the largest difference of logits."""
+    """Load, verify and save a model; return the largest difference of logits."""
     stage = build_model(
         model_config_from_hf(source), mesh, vocab_size_from_hf(source), head=head_from_hf(source)
     )
@@ -128,13 +133,13 @@ def hugging_face(mesh: Mesh, source: Path, out: Path) -> float:
 
 
 def run(folder: Path, name: str) -> None:
-    mesh = meshes.initialize(ParallelConfig(**LAYOUTS[name], timeout_s=1200), seed=3)  # type: ignore[arg-type]
+    mesh = meshes.initialize(ParallelConfig(**LAYOUTS[name], timeout_s=1200), seed=3)
     out = folder / name
     results: dict[str, Any] = {
         "logits": {},
         "place": [mesh.tensor_size, mesh.pipeline_size, mesh.data_size],
     }
-    # Every family under the layout that splits most, a choice of them under the others.
+    # The layout with the most shards runs every family, the others a selection.
     for source in sorted(
         [*(folder / "hf").iterdir(), *((folder / "hf-both").iterdir() if name == "both" else ())]
     ):
@@ -155,7 +160,7 @@ def run(folder: Path, name: str) -> None:
 
 
 def convert(folder: Path) -> None:
-    """From Hugging Face to our checkpoint under one layout, and back under another."""
+    """Convert from Hugging Face under one layout and back under another."""
     source, ours = folder / "hf" / "qwen2-tied", folder / "checkpoint"
     there = convert_from_hf(source, ours, ParallelConfig(tensor=2, pipeline=2))
     back = convert_to_hf(ours, folder / "converted", ParallelConfig(tensor=2))

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face become our checkpoints and come back, tokenizer included, verified on what was written."""
+"""Conversion of Hugging Face folders to our checkpoints and back, verified, with tokenizers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_language_model_with_tokenizer(
         for one, other in ((source, tmp_path / "ours"), (tmp_path / "ours", tmp_path / "back"))
     ]
 
-    # The exported policy works where people use it, and says what the original says.
+    # The exported policy works in transformers' pipeline and generates what the original does.
     texts = [
         transformers.pipeline("text-generation", model=str(folder))(
             "a small", max_new_tokens=5, do_sample=False
@@ -74,7 +74,7 @@ def test_language_model_with_tokenizer(
 
 
 class Bomb:
-    """Unpickling this makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -86,7 +86,7 @@ class Bomb:
 def test_pickles_and_code_planted_in_a_folder_are_not_run(
     hf_folder: Callable[[str], Path], tmp_path: Path, logit_bound: Bound
 ) -> None:
-    """Beside good weights, in their place, and as modules that config.json asks for."""
+    """Pickles next to or instead of good weights, and modules named in config.json, are not run."""
     mark = tmp_path / "executed"
     folder = shutil.copytree(hf_folder("llama"), tmp_path / "source")
     train_bpe(["a small corpus of words to learn from"] * 4, 300, folder)
@@ -116,7 +116,7 @@ def test_pickles_and_code_planted_in_a_folder_are_not_run(
     with pytest.raises(UserError, match=r"no safetensors, only \.bin weights"):
         convert.convert_from_hf(folder, tmp_path / "other")
     shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
         convert.convert_from_hf(folder, tmp_path / "other")
     assert not mark.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
@@ -149,7 +149,7 @@ def test_reward_model_keeps_bias_and_statistics(
     )
 
 
-def test_mistakes_are_said_before_anything_is_written(
+def test_errors_are_raised_before_anything_is_written(
     hf_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"parallel\.tensor 4 does not divide num_kv_heads 2"):
@@ -169,10 +169,10 @@ def test_mistakes_are_said_before_anything_is_written(
         convert.convert_from_hf(hf_folder("llama"), tmp_path / "used")
 
 
-def test_what_was_written_is_what_is_verified(
+def test_the_written_files_are_verified(
     hf_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Damage between loading and saving does not pass."""
+    """Damage between loading and saving is detected."""
     save_model = convert.save_model
 
     def damaged(path: Path, stage: Any, **options: Any) -> None:

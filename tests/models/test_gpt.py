@@ -1,4 +1,4 @@
-"""Stages at one rank: dropout, recomputation, dtypes, heads, initial weights and parameter counts."""
+"""Stages on one rank: dropout, recomputation, dtypes, heads, initial weights, parameter counts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastrlhf.config import ModelConfig, load_config
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.models import attention, eager_forward
-from fastrlhf.models.attention import SequenceLayout, packed_attention
+from fastrlhf.models.attention import packed_attention
 from fastrlhf.models.gpt import GPT, VOCAB_MULTIPLE, build_model, global_names
+from fastrlhf.models.layout import SequenceLayout
 from fastrlhf.parallel.mesh import Mesh, seed_generators
 
 VOCAB = 101
@@ -63,7 +64,7 @@ class TestDropout:
             assert torch.equal(stage.eval()(batch), expected)
 
     def test_residual(self, mesh: Mesh, batch: PackedBatch) -> None:
-        """What is added to the residual is 0 with probability p, else the sub-layer's output / (1 - p)."""
+        """The residual update is 0 with probability p, else the sub-layer's output / (1 - p)."""
         p = 0.25
         stage = build_model(ModelConfig(**GPT2, residual_dropout=p), mesh, VOCAB, seed=1).train()
         seen: dict[str, Any] = {}
@@ -106,7 +107,8 @@ class TestDropout:
         exact = packed_attention(q, k, v, layout)
         draws = torch.stack([packed_attention(q, k, v, layout, dropout=0.2) for _ in range(1000)])
         error = draws.std(dim=0) / math.sqrt(len(draws))
-        # 5 sigma over ~1000 outputs, and room for the one-token rows, whose distribution is far from normal.
+        # 5 sigma over ~1000 outputs, plus a margin for the one-token rows, whose distribution is
+        # far from normal.
         assert ((draws.mean(dim=0) - exact).abs() < 5 * error + 1e-6).all()
         assert (draws.std(dim=0) > 0).all()
 
@@ -134,7 +136,7 @@ def test_recomputation_changes_nothing(
         seed_generators(mesh, 5)
         results.append(loss_and_gradients(stage, batch))
         passes.append(len(calls))
-    assert passes == [2, 2 + again]  # two layers, and some once more in the backward
+    assert passes == [2, 2 + again]  # two layers, and some of them again in the backward
     (loss, gradients), (same, recomputed) = results
     assert torch.equal(loss, same)
     assert gradients.keys() == recomputed.keys()
@@ -143,7 +145,7 @@ def test_recomputation_changes_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_body_has_an_fp32_scalar_head(
+def test_half_precision_model_has_an_fp32_scalar_head(
     dtype: Any, mesh: Mesh, batch: PackedBatch
 ) -> None:
     stage = build_model(
@@ -160,7 +162,7 @@ def test_half_precision_body_has_an_fp32_scalar_head(
 
 
 def test_initial_weights(mesh: Mesh) -> None:
-    """N(0, init_std), residual projections / sqrt(2 layers), norms 1, biases 0, padding rows 0; a seed decides all."""
+    """Weights follow GPT-2's initialization and depend on the seed; padding rows are 0."""
     model = ModelConfig(**{**GPT2, "hidden_size": 128, "num_layers": 8}, init_std=0.05)
     stage = build_model(model, mesh, VOCAB, seed=1)
     for name, parameter in stage.named_parameters():
@@ -186,6 +188,7 @@ def test_initial_weights(mesh: Mesh) -> None:
 
 
 def expected_parameters(model: ModelConfig, vocab_size: int, head: str) -> int:
+    """Return the number of parameters by the formula of the architecture."""
     H, L, d, ffn = model.hidden_size, model.num_layers, model.head_dim, model.ffn_size
     padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     qkv = (model.num_heads + 2 * model.num_kv_heads) * d
@@ -228,7 +231,7 @@ def test_parameter_count(
 @pytest.mark.parametrize(
     ("model", "vocab_size", "published"),
     [
-        # GPT-2 small, 124,439,808 parameters with 50,257 rows of 768; ours has 47 rows more.
+        # GPT-2 small: 124,439,808 parameters with 50,257 rows of 768. Ours has 47 more rows.
         (
             {
                 "family": "gpt",
@@ -240,7 +243,7 @@ def test_parameter_count(
             50257,
             124_439_808 + 47 * 768,
         ),
-        # Llama 7B (Touvron et al. 2023): 6.7 billion, exactly:
+        # Llama 7B (Touvron et al. 2023), rounded to 6.7 billion in the paper.
         (
             {
                 "family": "llama",
@@ -248,8 +251,8 @@ def test_parameter_count(
                 "hidden_size": 4096,
                 "num_heads": 32,
                 "ffn_size": 11008,
-            }
-            | {"max_positions": 2048},
+                "max_positions": 2048,
+            },
             32000,
             6_738_415_616,
         ),
@@ -261,8 +264,9 @@ def test_parameter_count(
                 "hidden_size": 4096,
                 "num_heads": 32,
                 "num_kv_heads": 8,
-            }
-            | {"ffn_size": 14336, "max_positions": 32768},
+                "ffn_size": 14336,
+                "max_positions": 32768,
+            },
             32000,
             7_241_732_096,
         ),
@@ -274,7 +278,7 @@ def test_published_parameter_counts(
     assert count(build_model(ModelConfig(**model), mesh, vocab_size, device="meta")) == published
 
 
-def test_every_instructgpt_configuration_builds_with_the_parameters_of_its_formula(
+def test_every_instructgpt_configuration_has_the_expected_parameter_count(
     mesh: Mesh,
 ) -> None:
     files = sorted(CONFIGS.glob("*/*.yaml"))
@@ -288,7 +292,10 @@ def test_every_instructgpt_configuration_builds_with_the_parameters_of_its_formu
 
 
 def test_shards_and_replicas_are_marked(mesh: Mesh) -> None:
-    """The gradient norm counts a replica once and a shard everywhere: a parameter's mark must agree with its layer."""
+    """A parameter is marked as a shard if its layer shards it.
+
+    The gradient norm counts a replica once and a shard on every rank.
+    """
     stage = build_model(ModelConfig(**GPT2), mesh, VOCAB, seed=1)
     for name, parameter in stage.named_parameters():
         sharded = any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings"))
@@ -300,17 +307,17 @@ def test_shards_and_replicas_are_marked(mesh: Mesh) -> None:
     ("width", "varlen"),
     [(8, True), (128, True), (256, True), (4, False), (12, False), (264, False)],
 )
-def test_heads_that_flash_kernels_do_not_take_go_to_sdpa(
+def test_head_widths_without_a_flash_kernel_use_sdpa(
     width: int, varlen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU in half precision; its tensors have no storage here."""
+    """The kernel is chosen as on a GPU in half precision; the fake tensors have no storage."""
     chosen = []
     monkeypatch.setattr(attention, "HAVE_FLASH_ATTN", False)
     monkeypatch.setattr(
         torch.nn.attention.varlen, "varlen_attn", lambda q, *_, **__: chosen.append(True) or q
     )
     monkeypatch.setattr(attention, "_padded_attention", lambda q, *_: chosen.append(False) or q)
-    with eager_forward.no_torch_function(), FakeTensorMode():  # not sent to the CPU
+    with eager_forward.no_torch_function(), FakeTensorMode():  # keep the cuda device
         q = torch.empty(10, 4, width, dtype=torch.bfloat16, device="cuda")
         layout = SequenceLayout.packed(torch.empty(10), torch.empty(4), 5)
         layout.__dict__["paddings"] = (None,)

@@ -1,4 +1,4 @@
-"""GGUF files, where the gguf and accelerate packages are installed."""
+"""GGUF files, if the gguf and accelerate packages are installed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ LAYER = {
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF's Llama rotates neighbouring pairs, transformers' the two halves of a head."""
+    """Reorder the rows of a projection for GGUF.
+
+    GGUF's Llama rotates neighbouring pairs, transformers' rotates the two halves of a head.
+    """
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 

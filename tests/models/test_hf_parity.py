@@ -1,6 +1,4 @@
-"""Our stages compute what transformers computes, packed or alone, forward and backward, and give the weights back
-unchanged.
-"""
+"""Our stages equal transformers' models, forward and backward, and save the weights unchanged."""
 
 from __future__ import annotations
 
@@ -147,7 +145,7 @@ def test_sharded_files_have_an_index_that_transformers_and_we_read(
 def test_published_gpt2_names_and_buffers_load(
     hf_folder: Folder, load: Load, tmp_path: Path, sequences: list[list[int]]
 ) -> None:
-    """The published GPT-2 files lack the "transformer." prefix and hold the causal masks as buffers."""
+    """The published GPT-2 files lack the "transformer." prefix and contain causal masks."""
     from safetensors.torch import save_file
 
     tensors = load_file(hf_folder("gpt2") / "model.safetensors")
@@ -161,7 +159,7 @@ def test_published_gpt2_names_and_buffers_load(
     )
 
 
-def test_verify_logits_measures_one_wrong_number(
+def test_verify_logits_detects_one_wrong_weight(
     hf_folder: Folder, load: Load, mesh: Mesh, logit_bound: Bound
 ) -> None:
     stage = load(hf_folder("llama"))
@@ -224,7 +222,7 @@ class TestRewardModels:
             "mean": 0.5
         }
 
-    def test_language_model_gives_the_body_and_a_fresh_head(
+    def test_language_model_loads_without_the_scalar_head(
         self, hf_folder: Folder, mesh: Mesh
     ) -> None:
         model = model_config_from_hf(hf_folder("llama"))
@@ -237,7 +235,7 @@ class TestRewardModels:
         assert torch.equal(stage.decoder.final_layernorm.weight, stored["model.norm.weight"])
         assert torch.equal(stage.score.weight, head) and head.std() > 0
 
-    def test_reward_model_is_no_language_model(self, folder: Path, mesh: Mesh) -> None:
+    def test_reward_model_is_not_a_language_model(self, folder: Path, mesh: Mesh) -> None:
         from fastrlhf.errors import UserError
 
         stage = build_model(model_config_from_hf(folder), mesh, vocab_size_from_hf(folder))

@@ -1,6 +1,4 @@
-"""Tensor, sequence and pipeline parallelism change neither what is loaded and saved, nor scores, gradients and first
-weights.
-"""
+"""Every parallel layout has the weights, scores, gradients and saved files of one rank."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def ran(
     hf_model: Callable[..., Any],
     four_ranks: Callable[..., None],
 ) -> Path:
-    """The folder in which four ranks left their results."""
+    """Return the folder of the four ranks' results."""
     folder = tmp_path_factory.mktemp("layouts")
     for variant in VARIANTS:
         hf_model(variant).save_pretrained(folder / "hf" / variant)
@@ -53,7 +51,7 @@ def ran(
 
 @pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest, ran: Path) -> Path:
-    """The results of one layout."""
+    """Return the folder of one layout's results."""
     assert (
         json.loads((ran / request.param / "results.json").read_text())["place"]
         == LAYOUTS[request.param]
@@ -137,8 +135,6 @@ def test_four_ranks_convert_there_and_back(ran: Path, logit_bound: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["tensor", "sequence"])
-def test_dropout_is_shared_where_activations_are_and_differs_where_they_are_split(
-    name: str, ran: Path
-) -> None:
-    """Tensor-parallel ranks hold the same tokens' embeddings, sequence-parallel ranks those of different tokens."""
+def test_dropout_masks_differ_only_where_activations_are_sharded(name: str, ran: Path) -> None:
+    """Tensor-parallel ranks share the embeddings of tokens; sequence-parallel ranks shard them."""
     assert results(ran / name)["dropout"] == {"hidden": True, "masks": name == "tensor"}

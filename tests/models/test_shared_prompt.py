@@ -1,4 +1,4 @@
-"""A prompt encoded once, its responses branching from it: the scores and gradients of one forward per response."""
+"""Responses that branch from one prompt have the scores and gradients of separate forwards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from fastrlhf.data.batches import (
     pack_rankings,
     ranking_tokens,
 )
-from fastrlhf.models.attention import SequenceLayout, packed_attention
+from fastrlhf.models.attention import packed_attention
 from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.layout import SequenceLayout
 from fastrlhf.ops import pairwise_ranking_loss
 from fastrlhf.parallel.mesh import Mesh
 
@@ -39,8 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {"family": "gpt", **SHAPE},
     "llama": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, **SHAPE},
 }
-# (prompt tokens, tokens of each response): one prompt; several, of which one is a single token and one has two
-# responses of a single token.
+# (prompt tokens, tokens of each response). "several" has a prompt of a single token, and one with
+# two responses of a single token.
 PACKINGS = {
     "one": [(17, (5, 1, 9, 3))],
     "several": [(17, (5, 1, 9, 3)), (1, (4, 2, 11)), (30, (1, 1)), (6, (8, 8, 8, 2, 1))],
@@ -89,8 +90,9 @@ def assert_same(
     assert scores.std() > 0.1
     torch.testing.assert_close(same_scores, scores, atol=tolerance, rtol=tolerance)
     assert gradients.keys() == same_gradients.keys()
-    # A pairwise loss does not change when all scores move: the biases at the end have gradients of 0, sums of up to 16
-    # terms of size 1 that cancel but for 6 standard deviations of their rounding, eps sqrt(6 * 16) = 1.2e-6.
+    # A pairwise loss does not change when all scores change by the same amount, so the last biases
+    # have gradients of 0: sums of up to 16 terms of size 1 that cancel up to 6 standard deviations
+    # of their rounding, eps sqrt(6 * 16) = 1.2e-6.
     for name, gradient in gradients.items():
         assert (
             same_gradients[name] - gradient
@@ -130,7 +132,7 @@ def test_packing_prompts_together_changes_nothing(mesh: Mesh) -> None:
 
 
 def test_no_response_sees_another(mesh: Mesh) -> None:
-    """A response's change moves its own score alone; the prompt's moves all of its own responses' and no other's."""
+    """Changing a response changes its score alone; changing a prompt, those of its responses."""
     stage, groups = build(mesh, "gpt").eval(), rankings("several")
 
     def score(groups: Sequence[TokenizedRanking]) -> torch.Tensor:
@@ -167,8 +169,10 @@ def varlen_attention(
     max_q: int,
     max_k: int,
 ) -> torch.Tensor:
-    """What variable-length kernels compute with causal=True, written out: a sequence's last query sees all its keys,
-    the one before all but the last key, and so on (flash-attn >= 2.1; key heads serve groups of query heads).
+    """Compute what variable-length kernels do with causal=True (flash-attn >= 2.1).
+
+    A sequence's last query attends to all its keys, the query before it to all but the last, and so
+    on. A kv head serves a group of query heads.
     """
     out = []
     for (q0, q1), (k0, k1) in zip(
@@ -186,10 +190,10 @@ def varlen_attention(
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_what_variable_length_kernels_are_handed(
+def test_arguments_of_variable_length_kernels(
     packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The GPU's path with its kernel written out in torch: the same outputs and gradients as the padded path."""
+    """The GPU's path, its kernel replaced by torch, has the padded path's outputs and gradients."""
 
     def flash_attn_varlen_func(*args: Any, dropout_p: float, causal: bool) -> torch.Tensor:
         assert dropout_p == 0.0 and causal
@@ -221,7 +225,8 @@ def test_attention_dropout_keeps_its_expectation() -> None:
     exact = packed_attention(q, k, v, layout)
     draws = torch.stack([packed_attention(q, k, v, layout, dropout=0.2) for _ in range(500)])
     error = draws.std(dim=0) / math.sqrt(len(draws))
-    # 6 sigma over ~3500 outputs, and room for tokens that see a few keys, whose distribution is far from normal.
+    # 6 sigma over ~3500 outputs, plus a margin for tokens with few keys, whose distribution is far
+    # from normal.
     assert ((draws.mean(dim=0) - exact).abs() < 6 * error + 1e-6).all()
     assert (draws.std(dim=0) > 0).all()
 
@@ -290,15 +295,15 @@ def test_a_response_reads_its_prompt_and_itself(
         read[int(keys[-1])] = batch.tokens[keys].tolist()
     expected = [prompt + response for prompt, responses in groups for response in responses]
     assert [read[place] for place in last.tolist()] == expected
-    # A response's first label would stand on its prompt; all its others count.
+    # The first label of a response would belong to a token of its prompt; all others count.
     assert batch.loss_mask.sum() == sum(
         len(response) - 1 for _, responses in groups for response in responses
     )
-    # Beside the responses, only prompts are there, each once.
+    # The other sequences are the prompts, each once.
     assert batch.num_sequences == len(expected) + sum(bool(prompt) for prompt, _ in groups)
 
 
-def test_moves_with_its_batch_and_refuses_what_cannot_be_scored() -> None:
+def test_moves_with_its_batch_and_rejects_empty_responses() -> None:
     batch = pack_rankings(rankings("one"), shared_prompt=True).to("meta")
     assert batch.key_index is not None and batch.key_index.device.type == "meta"
     for shared_prompt in (False, True):

@@ -1,4 +1,4 @@
-"""A reward model must have been trained as one; a value function may start from a language model."""
+"""Reward models need a trained head; a value function may start from a language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.errors import UserError
-from fastrlhf.models import gpt
+from fastrlhf.models import initialization
 from fastrlhf.models.loading import find_model, load_saved
 from fastrlhf.parallel.mesh import Mesh
 
@@ -50,15 +50,15 @@ def test_a_reward_model_keeps_its_head(
         assert torch.equal(dict(loaded.named_parameters())[name], parameter), name
 
 
-def test_only_the_head_is_drawn_where_the_body_is_loaded(
+def test_only_the_head_is_drawn_if_the_rest_is_loaded(
     language_model: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drawing the weights of a model of billions takes minutes."""
+    """Drawing billions of weights takes minutes."""
     drawn: list[str] = []
-    draw = gpt._draw_shard
+    draw = initialization.draw_shard
     monkeypatch.setattr(
-        gpt,
-        "_draw_shard",
+        initialization,
+        "draw_shard",
         lambda stage, name, *rest: drawn.append(name) or draw(stage, name, *rest),
     )
     load_saved(find_model(language_model), mesh, "scalar", "fp32", seed=1)

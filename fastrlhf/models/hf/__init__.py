@@ -1,10 +1,10 @@
-"""Hugging Face models in and out: GPT-2, Llama (and SmolLM), Mistral, Qwen 2 / 2.5 and Qwen 3, with an LM or a reward
-head.
+"""Import and export of Hugging Face models, with an LM head or a reward head.
 
-`shapes` turns config.json into a ModelConfig and back, `mapping` says which of their tensors make up which of our
-parameters, `files` reads safetensors (and GGUF), `weights` moves tensors in and out of pipeline stages, `verify`
-compares logits. Left out on purpose: pickled weights (.bin), which can run code when they are loaded, quantised
-weights other than GGUF, and remote code.
+Supported are GPT-2, Llama (and SmolLM), Mistral, Qwen 2 / 2.5 and Qwen 3. `shapes` converts
+config.json to a ModelConfig and back, `mapping` lists which of their tensors make up which of our
+parameters, `files` reads safetensors (and GGUF), `weights` copies tensors to and from pipeline
+stages, `verify` compares logits. Not supported: pickled weights (.bin), which can run code when
+they are loaded, quantized weights other than GGUF, and remote code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reads the tensors of a Hugging Face folder, one slice at a time, and refuses what is not safe or not whole.
+"""Tensors of a Hugging Face folder, read one slice at a time from complete and safe files only.
 
-Safetensors files (one, or shards with an index) are read in place; a .gguf file is dequantised whole by transformers.
-Pickled weights (.bin) are never opened.
+Safetensors files (one, or shards with an index) are read in place; a .gguf file is dequantized in
+full by transformers. Pickled weights (.bin) are never opened.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +19,17 @@ from safetensors import SafetensorError, safe_open
 from fastrlhf.errors import UserError
 from fastrlhf.models.hf.shapes import gguf_arguments
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Tensor = torch.Tensor
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-# Buffers that old versions of transformers wrote: causal masks and rotary frequencies, which are computed.
+# Buffers in files of old versions of transformers: causal masks and rotary frequencies. They are
+# computed here.
 _BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
-_CURE = (
-    "pickled weights can run code when they are loaded, so they are not read; convert them where you trust them: "
+_CONVERT_PICKLES = (
+    "pickled weights can run code when they are loaded, so they are not read; "
+    "if you trust them, convert them: "
     "python -c \"import transformers; transformers.AutoModelForCausalLM.from_pretrained('FOLDER')"
     ".save_pretrained('NEW_FOLDER')\""
 )
@@ -34,66 +40,77 @@ class Tensors(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor: ...
+    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """Return the slice `index` of tensor `name`."""
+        ...
 
 
 class SafetensorsFolder:
-    """The tensors of a folder of safetensors files. Names get the base model's prefix where the file left it out."""
+    """The tensors of a folder of safetensors files.
+
+    Names without the base model's prefix get it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[Any, str]] = {}
+        self._stored: dict[str, tuple[safe_open, str]] = {}
         for file in _files(path):
             try:
                 handle = safe_open(file, framework="pt")
-                stored = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+                names = list(handle.keys())
+                stored = {name: handle.get_slice(name) for name in names}
             except SafetensorError as error:
                 raise UserError(
-                    f"{file}: not a whole safetensors file ({error}); copy it again"
+                    f"{file}: not a complete safetensors file ({error}); copy it again"
                 ) from None
             for name, tensor in stored.items():
-                self._add(file, handle, name, tensor)
-        self._prefix()
+                self._add(file, handle, name, tensor.get_dtype(), tensor.get_shape())
+        self._add_prefix()
 
-    def _add(self, file: Path, handle: Any, name: str, tensor: Any) -> None:
+    def _add(
+        self, file: Path, handle: safe_open, name: str, dtype: str, shape: Sequence[int]
+    ) -> None:
         if _BUFFERS.search(name):
             return
         if name in self.shapes:
             raise UserError(f"{file}: tensor {name} is in another file of the folder too; keep one")
-        if tensor.get_dtype() not in _FLOATS:
+        if dtype not in _FLOATS:
             kinds = ", ".join(sorted(_FLOATS))
             raise UserError(
-                f"{file}: tensor {name} is {tensor.get_dtype()}; expected one of {kinds} (not quantised)"
+                f"{file}: tensor {name} is {dtype}; expected one of {kinds} (not quantized)"
             )
-        self.shapes[name] = tuple(tensor.get_shape())
-        self._places[name] = (handle, name)
+        self.shapes[name] = tuple(shape)
+        self._stored[name] = (handle, name)
 
-    def _prefix(self) -> None:
-        """Names of a base model saved by itself (the published GPT-2) lack "transformer." or "model."."""
+    def _add_prefix(self) -> None:
+        """Add "transformer." or "model." to the names of a base model saved without its head.
+
+        The published GPT-2 is one.
+        """
         for mark, prefix in (("wte.weight", "transformer."), ("embed_tokens.weight", "model.")):
             if mark in self.shapes:
-                whole = {
+                prefixed = {
                     name: name if name.startswith(("lm_head.", "score.")) else prefix + name
                     for name in self.shapes
                 }
-                self.shapes = {whole[name]: shape for name, shape in self.shapes.items()}
-                self._places = {whole[name]: place for name, place in self._places.items()}
+                self.shapes = {prefixed[name]: shape for name, shape in self.shapes.items()}
+                self._stored = {prefixed[name]: stored for name, stored in self._stored.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """The slice `index` of tensor `name`; only its bytes are read."""
-        handle, stored = self._places[name]
+        """Return the slice `index` of tensor `name`; only its bytes are read."""
+        handle, stored = self._stored[name]
         return handle.get_slice(stored)[index]
 
 
 class GGUFTensors:
-    """The tensors of a .gguf file, dequantised to fp32 and held in memory whole."""
+    """The tensors of a .gguf file, all dequantized to fp32 in memory."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForCausalLM
 
         stored = _check_gguf(path)
         folder, gguf = gguf_arguments(path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -101,7 +118,7 @@ class GGUFTensors:
             output_loading_info=True,
             **gguf,
         )
-        model, report = loaded
+        model, report = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
         if report["missing_keys"]:
             raise UserError(
                 f"{path}: tensor {sorted(report['missing_keys'])[0]} is missing from the file"
@@ -111,21 +128,22 @@ class GGUFTensors:
             del self._tensors["lm_head.weight"]
         if stored != len(self._tensors):
             raise UserError(
-                f"{path}: {stored} tensors in the file, of which transformers uses {len(self._tensors)}; "
-                "use the safetensors version of this model"
+                f"{path}: {stored} tensors in the file, of which transformers uses "
+                f"{len(self._tensors)}; use the safetensors version of this model"
             )
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(tensor.shape) for name, tensor in self._tensors.items()
         }
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """The slice `index` of tensor `name`."""
+        """Return the slice `index` of tensor `name`."""
         return self._tensors[name][index]
 
 
 def open_tensors(path: str | Path) -> Tensors:
-    """The tensors at `path`: a folder of safetensors files, or a .gguf file. Raises `UserError` if they cannot be
-    read.
+    """Open the tensors at `path`, a folder of safetensors files or a .gguf file.
+
+    Raises UserError if they cannot be read.
     """
     path = Path(path)
     return GGUFTensors(path) if path.suffix == ".gguf" else SafetensorsFolder(path)
@@ -146,19 +164,20 @@ def _files(path: Path) -> list[Path]:
     elif single.is_file():
         files = [single]
     elif any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        raise UserError(f"{path}: no safetensors, only .bin weights: {_CURE}")
+        raise UserError(f"{path}: no safetensors, only .bin weights: {_CONVERT_PICKLES}")
     else:
         raise UserError(
-            f"{path}: no weights; expected model.safetensors, or shards with model.safetensors.index.json"
+            f"{path}: no weights; expected model.safetensors, or shards with "
+            "model.safetensors.index.json"
         )
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: missing, but {index.name} names it; copy the whole folder")
+            raise UserError(f"{file}: missing, but {index.name} names it; copy the complete folder")
     return files
 
 
 def _check_gguf(path: Path) -> int:
-    """Refuses what transformers would skip in silence; returns the number of tensors in the file."""
+    """Reject what transformers would silently skip; return the number of tensors in the file."""
     lacking = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if lacking:
         raise UserError(
@@ -173,7 +192,8 @@ def _check_gguf(path: Path) -> int:
     for name, field in reader.fields.items():
         if name.endswith(".rope.scaling.type") and field.contents() != "none":
             raise UserError(
-                f"{path}: {name} = {field.contents()} is not supported; expected plain rotary embeddings"
+                f"{path}: {name} = {field.contents()} is not supported; "
+                "expected plain rotary embeddings"
             )
     if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         raise UserError(

@@ -1,8 +1,8 @@
-"""Which Hugging Face tensors make up which of our parameters, and how: the one table that loading and saving both read.
+"""The table of Hugging Face tensors that make up each of our parameters, for loading and saving.
 
-Ours is megatron's layout: queries, keys and values of one query group stand together ([its query heads, key, value] per
-group), gate and up projections one above the other, each sharded. GPT-2 stores its projections [in, out] (Conv1D), the
-others [out, in].
+Our layout is megatron's: the queries, keys and values of one query group are adjacent ([its query
+heads, key, value] per group), and the gate projection is stacked on the up projection, each
+sharded. GPT-2 stores its projections [in, out] (Conv1D), the others [out, in].
 """
 
 from __future__ import annotations
@@ -14,30 +14,34 @@ from typing import Literal
 import torch
 
 from fastrlhf.config import ModelConfig
-from fastrlhf.models.hf.shapes import Head, hf_type
+from fastrlhf.models.heads import Head
+from fastrlhf.models.hf.shapes import hf_type
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one Hugging Face tensor seen as [out, in]: block `part` of `parts` equal blocks of rows."""
+    """Block `part` of `parts` equal row blocks of a Hugging Face tensor, viewed as [out, in]."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor, as it is stored."""
+    """Shape of the full tensor, as it is stored."""
     transposed: bool = False
-    """Stored [in, out]."""
+    """True if the tensor is stored [in, out]."""
     part: int = 0
     parts: int = 1
 
     @property
     def rows(self) -> int:
-        """Rows of this block."""
+        """Number of rows of this block."""
         return self.shape[-1 if self.transposed else 0] // self.parts
 
     def index(self, dim: int | None, start: int, stop: int) -> tuple[slice, ...]:
-        """Where rows (dim 0) or columns (dim 1) start..stop of this block stand in the stored tensor; None: all."""
+        """Return the index in the stored tensor of rows or columns start .. stop of this block.
+
+        `dim` is 0 for rows, 1 for columns, None for the full block.
+        """
         rows = slice(self.part * self.rows, (self.part + 1) * self.rows)
         if dim == 0:
             rows = slice(rows.start + start, rows.start + stop)
@@ -47,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our parameters: its sources, how they merge, and the dimension that tensor parallelism shards."""
+    """The sources of one of our parameters, how they merge, and the sharded dimension."""
 
     sources: tuple[Source, ...]
     merge: Literal["copy", "qkv", "gated"] = "copy"
@@ -55,7 +59,10 @@ class Rule:
 
 
 def tensor_map(model: ModelConfig, vocab_size: int, head: Head) -> dict[str, Rule]:
-    """Our parameter's name in the whole model -> its rule. `score.bias` has no tensor: config.json keeps it."""
+    """Return our parameter's name in the full model -> its rule.
+
+    `score.bias` has no tensor: it is in config.json.
+    """
     kind = hf_type(model)
     H = model.hidden_size
     root = "transformer." if kind == "gpt2" else "model."
@@ -84,7 +91,7 @@ def tensor_map(model: ModelConfig, vocab_size: int, head: Head) -> dict[str, Rul
 
 
 def stored_shapes(rules: dict[str, Rule]) -> dict[str, tuple[int, ...]]:
-    """Shape of every Hugging Face tensor that the rules read, in the order of the rules."""
+    """Return the shape of every Hugging Face tensor that the rules read, in their order."""
     return {source.name: source.shape for rule in rules.values() for source in rule.sources}
 
 
@@ -163,7 +170,7 @@ def _llama_layer(model: ModelConfig, root: str) -> dict[str, Rule]:
 
 
 def merge(rule: Rule, parts: Sequence[Tensor], head_dim: int) -> Tensor:
-    """One rank's shards of the sources, [out, in] each -> the rank's parameter."""
+    """Merge one rank's shards of the sources, [out, in] each, into its parameter."""
     if rule.merge == "qkv":
         q, k, v = parts
         groups = k.shape[0] // head_dim
@@ -174,29 +181,33 @@ def merge(rule: Rule, parts: Sequence[Tensor], head_dim: int) -> Tensor:
 
 
 def split(rule: Rule, shards: Sequence[Tensor], head_dim: int) -> list[Tensor]:
-    """The parameter's shards, in order of tensor-parallel rank -> its sources whole, [out, in] each. Inverse of
-    `merge`.
+    """Split a parameter into its complete sources, [out, in] each; the inverse of `merge`.
+
+    `shards` are the parameter's shards in order of tensor-parallel rank.
     """
     if rule.merge == "gated":
         halves = [shard.chunk(2, dim=0) for shard in shards]
         return [torch.cat([half[i] for half in halves], dim=0) for i in range(2)]
-    whole = shards[0] if rule.shard_dim is None else torch.cat(list(shards), dim=rule.shard_dim)
+    full = shards[0] if rule.shard_dim is None else torch.cat(list(shards), dim=rule.shard_dim)
     if rule.merge == "qkv":
         groups = rule.sources[1].rows // head_dim
         sizes = [source.rows // groups for source in rule.sources]
-        return [part.flatten(0, 1) for part in whole.unflatten(0, (groups, -1)).split(sizes, dim=1)]
-    # The vocabulary is padded to whole shards on our side.
-    return [whole[: rule.sources[0].rows] if rule.shard_dim == 0 else whole]
+        return [part.flatten(0, 1) for part in full.unflatten(0, (groups, -1)).split(sizes, dim=1)]
+    # Our vocabulary is padded to equal shards.
+    return [full[: rule.sources[0].rows] if rule.shard_dim == 0 else full]
 
 
 def stored_tensors(rule: Rule, shards: Sequence[Tensor], head_dim: int) -> dict[str, Tensor]:
-    """The parameter's shards, in order of tensor-parallel rank -> its Hugging Face tensors, as they are stored."""
+    """Return a parameter's Hugging Face tensors as they are stored, by name.
+
+    `shards` are the parameter's shards in order of tensor-parallel rank.
+    """
     blocks: dict[str, list[Tensor]] = {}
     for source, part in zip(rule.sources, split(rule, shards, head_dim), strict=True):
         blocks.setdefault(source.name, []).append(part)
     stored = {}
     for source in rule.sources:
-        whole = torch.cat(blocks[source.name], dim=0)
-        whole = whole.t() if source.transposed and whole.dim() == 2 else whole
-        stored[source.name] = whole.reshape(source.shape).contiguous().cpu()
+        full = torch.cat(blocks[source.name], dim=0)
+        full = full.t() if source.transposed and full.dim() == 2 else full
+        stored[source.name] = full.reshape(source.shape).contiguous().cpu()
     return stored

@@ -1,25 +1,28 @@
-"""config.json of a Hugging Face folder -> ModelConfig, and back.
+"""Conversion of a Hugging Face folder's config.json to a ModelConfig, and back.
 
-An option that our stages do not compute is refused with its name and value: a model that loads is the model that was
-saved. Mistral without its sliding window and SmolLM are Llama to the last bit, so they are written back as Llama.
+An option that our stages do not implement is an error that names the option and its value: a model
+that loads is the model that was saved. Mistral without its sliding window and SmolLM are bitwise
+identical to Llama, so they are written back as Llama.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from pydantic import ValidationError
 
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
+from fastrlhf.models.heads import Head
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-Head = Literal["lm", "scalar"]
+ConfigFields = dict[str, Any]
+"""Keyword arguments of ModelConfig or of a transformers configuration."""
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _GELU = {
@@ -32,7 +35,10 @@ _HF_GELU = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def gguf_arguments(path: str | Path) -> tuple[str, dict[str, str]]:
-    """(folder, extra arguments) by which transformers' `from_pretrained` reads `path`, a folder or a .gguf file."""
+    """Return the arguments with which transformers' `from_pretrained` reads a folder or .gguf file.
+
+    The result is (folder, additional keyword arguments).
+    """
     path = Path(path)
     return (
         (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(path), {})
@@ -40,14 +46,18 @@ def gguf_arguments(path: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
-    """transformers' configuration of a local model folder (or .gguf file). Raises `UserError` if there is none."""
+    """Read transformers' configuration of a local model folder or .gguf file.
+
+    Raises UserError if there is none.
+    """
     from transformers import AutoConfig
 
     path = Path(path)
     wanted = path if path.suffix == ".gguf" else path / "config.json"
     if not wanted.is_file():
         raise UserError(
-            f"{path}: no Hugging Face model here; expected a local folder with config.json, or a .gguf file"
+            f"{path}: no Hugging Face model here; expected a local folder with config.json, or a "
+            ".gguf file"
         )
     folder, gguf = gguf_arguments(path)
     try:
@@ -61,9 +71,9 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
 
 
 def model_config_from_hf(path: str | Path) -> ModelConfig:
-    """The shape, dropouts and dtype of the model saved in the local folder `path` (or .gguf file).
+    """Return the shape, dropouts and dtype of the model saved in a local folder or .gguf file.
 
-    Raises `UserError` naming the option when the architecture, or one of its options, is not one we compute.
+    Raises UserError naming the option if the architecture or one of its options is not supported.
     """
     config = read_hf_config(path)
     if config.model_type not in _READERS:
@@ -99,12 +109,18 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
 
 
 def vocab_size_from_hf(path: str | Path) -> int:
-    """Rows of the embedding of the model saved in `path` (at least the tokenizer's size)."""
+    """Return the vocabulary size of the model saved in `path`: the rows of its embedding.
+
+    It is at least the tokenizer's size.
+    """
     return read_hf_config(path).vocab_size
 
 
 def head_from_hf(path: str | Path) -> Head:
-    """ "scalar" for a reward model (`...ForSequenceClassification` with one label), "lm" for a language model."""
+    """Return "scalar" for a reward model and "lm" for a language model.
+
+    A reward model is `...ForSequenceClassification` with one label.
+    """
     config = read_hf_config(path)
     architecture = (config.architectures or ["ForCausalLM"])[0]
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
@@ -124,7 +140,7 @@ def _refuse(path: str | Path, option: str, value: object, expected: str) -> NoRe
     )
 
 
-def _read_gpt2(path: str | Path, config: Any) -> dict[str, Any]:
+def _read_gpt2(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     if config.activation_function not in _GELU:
         _refuse(
             path, "activation_function", config.activation_function, "one of " + ", ".join(_GELU)
@@ -147,8 +163,8 @@ def _read_gpt2(path: str | Path, config: Any) -> dict[str, Any]:
     }
 
 
-def _read_llama_like(path: str | Path, config: Any) -> dict[str, Any]:
-    """What Llama, Mistral and Qwen have in common; biases and head norms are the caller's."""
+def _read_llama_like(path: str | Path, config: PretrainedConfig) -> ConfigFields:
+    """Return the fields that Llama, Mistral and Qwen share, without biases and head norms."""
     if config.hidden_act not in ("silu", "swish"):
         _refuse(path, "hidden_act", config.hidden_act, "silu")
     rope = config.rope_parameters or {}
@@ -170,8 +186,8 @@ def _read_llama_like(path: str | Path, config: Any) -> dict[str, Any]:
     }
 
 
-def _check_window(path: str | Path, config: Any) -> None:
-    """A window no shorter than the longest sequence masks nothing; any other is refused."""
+def _check_window(path: str | Path, config: PretrainedConfig) -> None:
+    """Check that the sliding window masks nothing: it is as long as the longest sequence."""
     window = getattr(config, "sliding_window", None)
     if window is None or window >= config.max_position_embeddings:
         return
@@ -181,7 +197,7 @@ def _check_window(path: str | Path, config: Any) -> None:
         _refuse(path, "sliding_window", window, expected)
 
 
-def _read_llama(path: str | Path, config: Any) -> dict[str, Any]:
+def _read_llama(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     if config.attention_bias != config.mlp_bias:
         _refuse(
             path,
@@ -192,17 +208,17 @@ def _read_llama(path: str | Path, config: Any) -> dict[str, Any]:
     return _read_llama_like(path, config) | {"bias": config.attention_bias}
 
 
-def _read_qwen2(path: str | Path, config: Any) -> dict[str, Any]:
+def _read_qwen2(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     return _read_llama_like(path, config) | {"qkv_bias": True}
 
 
-def _read_qwen3(path: str | Path, config: Any) -> dict[str, Any]:
+def _read_qwen3(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     if config.attention_bias:
         _refuse(path, "attention_bias", True, "false (Qwen 3 normalises queries and keys instead)")
     return _read_llama_like(path, config) | {"qk_norm": True}
 
 
-_READERS: dict[str, Callable[[str | Path, Any], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[str | Path, PretrainedConfig], ConfigFields]] = {
     "gpt2": _read_gpt2,
     "llama": _read_llama,
     "mistral": _read_llama_like,
@@ -212,7 +228,10 @@ _READERS: dict[str, Callable[[str | Path, Any], dict[str, Any]]] = {
 
 
 def hf_type(model: ModelConfig) -> str:
-    """The Hugging Face model_type that computes `model`. Raises `UserError` when there is none among ours."""
+    """Return the Hugging Face model_type that computes `model`.
+
+    Raises UserError if none of the supported ones does.
+    """
     shape = (model.position, model.norm, model.activation == "swiglu")
     if shape == ("learned", "layernorm", False):
         standard = (
@@ -243,14 +262,18 @@ def hf_type(model: ModelConfig) -> str:
     )
     described = ", ".join(f"{name}={getattr(model, name)}" for name in options)
     raise UserError(
-        f"no Hugging Face architecture computes this model ({described}); it stays in our own checkpoints"
+        f"no Hugging Face architecture computes this model ({described}); it can only be saved in "
+        "our own checkpoints"
     )
 
 
 def hf_config(
-    model: ModelConfig, vocab_size: int, head: Head, tokenizer: Any = None
+    model: ModelConfig,
+    vocab_size: int,
+    head: Head,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> PretrainedConfig:
-    """transformers' configuration of `model`, with the special tokens of `tokenizer` (none without one)."""
+    """Return transformers' configuration of `model`, with the special tokens of `tokenizer`."""
     from transformers import AutoConfig
 
     kind = hf_type(model)
@@ -279,7 +302,7 @@ def hf_config(
     return config
 
 
-def _gpt2_fields(model: ModelConfig) -> dict[str, Any]:
+def _gpt2_fields(model: ModelConfig) -> ConfigFields:
     return {
         "n_embd": model.hidden_size,
         "n_layer": model.num_layers,
@@ -294,7 +317,7 @@ def _gpt2_fields(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _llama_fields(model: ModelConfig) -> dict[str, Any]:
+def _llama_fields(model: ModelConfig) -> ConfigFields:
     return {
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,

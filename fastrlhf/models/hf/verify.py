@@ -1,41 +1,43 @@
-"""Compares a stage with transformers' own model, in fp32: the proof that a conversion is right, weights and
-architecture.
+"""Verification of a conversion: compare a stage's fp32 logits with those of transformers' model.
 
-Rank 0 holds transformers' model whole, on the CPU; the stage is compared through an fp32 copy unless it is fp32
-already.
+Rank 0 loads the complete transformers model on the CPU. A stage that is not fp32 is compared
+through an fp32 copy.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fastrlhf.data.batches import pack
 from fastrlhf.models.gpt import GPT, build_model
+from fastrlhf.models.heads import Head
 from fastrlhf.models.hf.shapes import gguf_arguments, read_hf_config
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import forward
 
 Tensor = torch.Tensor
-# Two fp32 implementations of a deep model differ by rounding (measured: 1e-6 of the largest logit on small models,
-# 1e-5 on GPT-2); a misplaced tensor differs by the logits themselves.
 TOLERANCE = 1e-4
+"""Maximum difference, relative to the largest logit if that is above 1.
+
+Two fp32 implementations of a deep model differ by rounding (measured: 1e-6 of the largest logit on
+small models, 1e-5 on GPT-2). A misplaced tensor makes a difference of the size of the logits.
+"""
 _LENGTHS = (1, 7, 33)
 
 
 class LogitMismatch(RuntimeError):
-    """The stage and transformers' model compute different logits; the message says by how much."""
+    """The stage and transformers' model compute different logits."""
 
 
 def verify_logits(stage: GPT, path: str | Path, mesh: Mesh) -> float:
-    """Largest difference between the logits (or scores) of `stage` and of the model saved in `path`, on random tokens.
+    """Return the largest difference between the logits of `stage` and of the model in `path`.
 
-    Call it on every rank. Packed sequences of several lengths go through our stage, each one alone through
-    transformers' eager model. Raises `LogitMismatch` on every rank when the difference passes 1e-4 of the largest
-    logit (1e-4 if that is below 1).
+    With a scalar head, scores are compared. Call it on every rank. Our stage runs packed sequences
+    of random tokens; transformers' eager model runs each of them alone. Raises LogitMismatch on
+    every rank if the difference exceeds `TOLERANCE`.
     """
     lengths = [min(length, stage.model_config.max_positions) for length in _LENGTHS]
     generator = torch.Generator().manual_seed(0)
@@ -50,26 +52,21 @@ def verify_logits(stage: GPT, path: str | Path, mesh: Mesh) -> float:
         result[1] = theirs.abs().max()
     dist.broadcast(result, src=0)
     difference, largest = result.tolist()
-    # `not <=` and not `>`: a NaN is a mismatch.
+    # `not <=` rather than `>`: a NaN is a mismatch.
     if not difference <= TOLERANCE * max(1.0, largest):
         raise LogitMismatch(
-            f"{path}: logits differ from transformers' by {difference:.3g} (largest logit {largest:.3g}); "
-            "the weights there and in our model are not the same model"
+            f"{path}: logits differ from transformers' by {difference:.3g} (largest logit "
+            f"{largest:.3g}); the folder and our stage are not the same model"
         )
     return difference
 
 
 def _stage_logits(stage: GPT, sequences: list[Tensor], mesh: Mesh) -> Tensor:
-    """fp32 logits [T, V], or scores [T], of the packed sequences, on every rank."""
+    """Return fp32 logits [T, V] or scores [T] of the packed sequences, on every rank."""
     if stage.model_config.dtype != "fp32":
-        stage = _in_fp32(stage, mesh)
-    lengths = torch.tensor([sequence.numel() for sequence in sequences])
-    batch = SimpleNamespace(
-        tokens=torch.cat(sequences).to(mesh.device),
-        positions=torch.cat([torch.arange(length) for length in lengths.tolist()]).to(mesh.device),
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(mesh.device),
-        max_seqlen=int(lengths.max()),
-    )
+        stage = _fp32_copy(stage, mesh)
+    batch = pack([sequence.tolist() for sequence in sequences], [0] * len(sequences))
+    batch = batch.to(mesh.device)
     training = stage.training
     stage.eval()
     outputs = forward(mesh, stage, [batch], lambda hidden, _: _logits(stage, hidden, mesh))
@@ -89,7 +86,7 @@ def _logits(stage: GPT, hidden: Tensor, mesh: Mesh) -> Tensor:
 
 
 @torch.no_grad()
-def _in_fp32(stage: GPT, mesh: Mesh) -> GPT:
+def _fp32_copy(stage: GPT, mesh: Mesh) -> GPT:
     model = stage.model_config.model_copy(update={"dtype": "fp32", "attention": "auto"})
     twin = build_model(model, mesh, stage.vocab_size, head=stage.head_kind)
     for ours, theirs in zip(twin.parameters(), stage.parameters(), strict=True):
@@ -98,14 +95,15 @@ def _in_fp32(stage: GPT, mesh: Mesh) -> GPT:
 
 
 @torch.no_grad()
-def reference_logits(path: str | Path, sequences: list[Tensor], *, head: str) -> Tensor:
-    """transformers' fp32 logits [T, V], or scores [T] (with `score_bias`), each sequence alone through the eager
-    model.
+def reference_logits(path: str | Path, sequences: list[Tensor], *, head: Head) -> Tensor:
+    """Return transformers' fp32 logits [T, V], or scores [T] including `score_bias`.
+
+    Each sequence runs alone through the eager model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder, gguf = gguf_arguments(path)
-    kind: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    kind = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     safe = {} if gguf else {"use_safetensors": True}
     model = kind.from_pretrained(
         folder,

@@ -1,7 +1,7 @@
-"""Moves weights between a Hugging Face folder and pipeline stages, one tensor at a time.
+"""Copy weights between a Hugging Face folder and pipeline stages, one tensor at a time.
 
-Loading reads only this rank's slices. Saving gathers each parameter over its tensor-parallel group and hands it to
-rank 0, which holds at most the safetensors file it is filling.
+Loading reads only this rank's slices. Saving gathers each parameter over its tensor-parallel group
+and sends it to rank 0, which holds at most one safetensors file in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from fastrlhf.models.hf.mapping import (
 from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
 from fastrlhf.parallel.mesh import Mesh
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
 Tensor = torch.Tensor
 MAX_FILE_BYTES = 5_000_000_000
 _ROWS_COMPARED = 8192
@@ -40,16 +43,16 @@ _ROWS_COMPARED = 8192
 
 @torch.no_grad()
 def load_hf(path: str | Path, stage: GPT) -> None:
-    """Fills `stage` (whatever its layout, head and dtype) from the local folder or .gguf file `path`; call it on every
-    rank.
+    """Load the local folder or .gguf file `path` into `stage`, under any layout, head and dtype.
 
-    Every tensor of the folder is used exactly once and every parameter is filled. Two exceptions, both meant: a
-    scalar-head stage loaded from a language model drops the unembedding and keeps its own head, and a tied model may
-    repeat the embedding as lm_head.weight, if the two are equal. A reward model's bias, which transformers has no
-    place for, is `score_bias` in config.json (0 if absent). Weights are rounded to the stage's dtype. Load before the
-    optimizer is built: it copies them.
+    Call it on every rank, before the optimizer is built (it copies the weights). Every tensor of
+    the folder is used exactly once and every parameter is loaded, with two exceptions: a stage with
+    a scalar head loaded from a language model ignores the unembedding and keeps its own head, and a
+    tied model may repeat the embedding as lm_head.weight if the two are equal. A reward model's
+    bias, which transformers does not have, is `score_bias` in config.json (0 if absent). Weights
+    are rounded to the stage's dtype.
 
-    Raises `UserError` naming the first field or tensor that does not fit.
+    Raises UserError naming the first field or tensor that does not match.
     """
     theirs, head = model_config_from_hf(path), head_from_hf(path)
     if head == "scalar" and stage.head_kind == "lm":
@@ -64,7 +67,7 @@ def load_hf(path: str | Path, stage: GPT) -> None:
         elif name == "score.bias" and head == "scalar":
             parameter.fill_(float(getattr(read_hf_config(path), "score_bias", 0.0)))
         else:
-            # Only the head may be missing from the rules: a fresh one, on a language model's body.
+            # Only a new scalar head on a language model is missing from the rules.
             assert name.startswith("score."), name
 
 
@@ -97,7 +100,7 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
         )
         if not same:
             raise UserError(
-                f"{path}: the model there has {name} {needed}, not {mine}; set model.{name}={needed}"
+                f"{path}: its model has {name} {needed}, not {mine}; set model.{name}={needed}"
             )
 
 
@@ -107,7 +110,7 @@ def _check_tensors(
     for name, shape in expected.items():
         if name not in tensors.shapes:
             raise UserError(
-                f"{path}: tensor {name} {list(shape)} is missing; the folder is not whole"
+                f"{path}: tensor {name} {list(shape)} is missing; the folder is incomplete"
             )
         if tensors.shapes[name] != shape:
             found = list(tensors.shapes[name])
@@ -117,11 +120,13 @@ def _check_tensors(
         embedding = next(iter(expected))
         if not _equal(tensors, "lm_head.weight", embedding):
             raise UserError(
-                f"{path}: lm_head.weight differs from {embedding}, but config.json ties them; set tie_word_embeddings"
+                f"{path}: lm_head.weight differs from {embedding}, but config.json ties them; "
+                "set tie_word_embeddings to false"
             )
     elif extra:
         raise UserError(
-            f"{path}: tensor {extra[0]} has no place in this model ({len(extra)} such); is config.json its own?"
+            f"{path}: tensor {extra[0]} has no place in this model ({len(extra)} such tensors); "
+            "check that config.json belongs to these weights"
         )
 
 
@@ -138,7 +143,7 @@ def _equal(tensors: Tensors, first: str, second: str) -> bool:
 
 
 def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> Tensor:
-    """This rank's part of a parameter, from the slices of its sources that belong to it."""
+    """Read this rank's shard of a parameter from the matching slices of its sources."""
     rank, size, dim = stage.mesh.tensor_rank, stage.mesh.tensor_size, rule.shard_dim
     parts = []
     for source in rule.sources:
@@ -148,7 +153,7 @@ def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> 
             else source.rows // size
         )
         start, stop = rank * length, (rank + 1) * length
-        if dim == 0:  # the last ranks of a vocabulary hold padding
+        if dim == 0:  # the last ranks of a vocabulary have padding
             start, stop = min(start, source.rows), min(stop, source.rows)
         part = tensors.read(source.name, source.index(dim, start, stop))
         parts.append(part.t() if source.transposed and part.dim() == 2 else part)
@@ -160,24 +165,24 @@ def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> 
 def save_hf(
     stage: GPT,
     path: str | Path,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     *,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the model to the new folder `path` for transformers' Auto classes; call it on every rank (`path` is rank
-    0's).
+    """Write the model to the new folder `path` for transformers' Auto classes.
 
-    Writes safetensors in the stage's dtype (with an index if there is more than one file), config.json,
-    generation_config.json and the `tokenizer` (a transformers tokenizer) if one is given. A scalar head becomes
-    `...ForSequenceClassification` with one label; its bias, which transformers' heads do not have, and the entries of
-    `extra` are kept as `score_bias` and under their own names in config.json. Raises `UserError` if the folder is not
-    empty or no architecture of theirs computes the model.
+    Call it on every rank; rank 0 writes. The folder has safetensors in the stage's dtype (with an
+    index if there is more than one file), config.json, generation_config.json and the `tokenizer`
+    if one is given. A scalar head becomes `...ForSequenceClassification` with one label; its bias,
+    which transformers' heads do not have, is `score_bias` in config.json, which also has the
+    entries of `extra`.
+
+    Raises UserError if the folder is not empty or no transformers architecture computes the model.
     """
     path, mesh = Path(path), stage.mesh
     config = hf_config(stage.model_config, stage.vocab_size, stage.head_kind, tokenizer)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is not empty; give a new folder")
+    check_new_folder(path)
     dist.barrier()
     writer = _Writer(path, max_file_bytes) if mesh.rank == 0 else None
     for name, tensor in hf_tensors(stage, dict(global_names(stage))):
@@ -191,75 +196,82 @@ def save_hf(
     dist.barrier()
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise UserError unless `path` does not exist or is an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not empty; give a new folder")
+
+
 @torch.no_grad()
 def hf_tensors(stage: GPT, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors under their Hugging Face names, on rank 0 (nothing elsewhere), whatever the layout; all ranks
-    iterate.
+    """Yield complete tensors and their Hugging Face names on rank 0, nothing on the other ranks.
 
-    `values` holds one tensor for each of this rank's parameters, by its name in the whole model: weights, or
-    gradients. The scalar head's bias comes last, as "score.bias" [1].
+    Every rank must iterate. `values` has one tensor per parameter of this rank, by its name in the
+    full model: weights or gradients. The scalar head's bias comes last, as "score.bias" [1].
     """
     rules = tensor_map(stage.model_config, stage.vocab_size, stage.head_kind)
     if stage.head_kind == "scalar":
         rules["score.bias"] = Rule((Source("score.bias", (1,)),))
-    places = _places(stage, values)
+    locations = _locate(stage, values)
     for name, rule in rules.items():
         shards = _to_rank_0(
-            stage.mesh, values.get(name), places[name], sharded=rule.shard_dim is not None
+            stage.mesh, values.get(name), locations[name], sharded=rule.shard_dim is not None
         )
         if stage.mesh.rank == 0:
             yield from stored_tensors(rule, shards, stage.model_config.head_dim).items()
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a parameter lives: the first pipeline stage that has it, and what one shard of it looks like."""
+class _Location:
+    """The first pipeline stage that has a parameter, and the shape and dtype of one shard."""
 
     stage: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def _places(stage: GPT, values: Mapping[str, Tensor]) -> dict[str, _Place]:
+def _locate(stage: GPT, values: Mapping[str, Tensor]) -> dict[str, _Location]:
     mesh = stage.mesh
     mine = {
-        name: _Place(mesh.pipeline_rank, tuple(value.shape), value.dtype)
+        name: _Location(mesh.pipeline_rank, tuple(value.shape), value.dtype)
         for name, value in values.items()
     }
-    stages: list[Any] = [None] * mesh.pipeline_size
+    stages: list[dict[str, _Location]] = [{}] * mesh.pipeline_size
     dist.all_gather_object(stages, mine, group=mesh.pipeline_group)
-    return {name: place for places in reversed(stages) for name, place in places.items()}
+    # Reversed: of the stages that share a parameter, the first one is kept.
+    return {name: location for found in reversed(stages) for name, location in found.items()}
 
 
 def _to_rank_0(
-    mesh: Mesh, parameter: Tensor | None, place: _Place, *, sharded: bool
+    mesh: Mesh, parameter: Tensor | None, location: _Location, *, sharded: bool
 ) -> list[Tensor]:
-    """The shards of a parameter on rank 0, [] on the others. Only the ranks of the first data-parallel replica take
-    part.
+    """Return the shards of a parameter on rank 0, [] on the others.
+
+    Only the ranks of the first data-parallel replica participate.
     """
     shards: list[Tensor] = []
     if mesh.data_rank > 0 or not (sharded or mesh.tensor_rank == 0):
         return []
-    if mesh.pipeline_rank == place.stage:
+    if mesh.pipeline_rank == location.stage:
         assert parameter is not None
         shards = _gather_shards(mesh, parameter.contiguous()) if sharded else [parameter]
-    if place.stage > 0 and mesh.tensor_rank == 0:
-        if mesh.pipeline_rank == place.stage:
+    if location.stage > 0 and mesh.tensor_rank == 0:
+        if mesh.pipeline_rank == location.stage:
             for shard in shards:
                 dist.send(shard, group=mesh.pipeline_group, group_dst=0)
         elif mesh.pipeline_rank == 0:
             count = mesh.tensor_size if sharded else 1
             shards = [
-                torch.empty(place.shape, dtype=place.dtype, device=mesh.device)
+                torch.empty(location.shape, dtype=location.dtype, device=mesh.device)
                 for _ in range(count)
             ]
             for shard in shards:
-                dist.recv(shard, group=mesh.pipeline_group, group_src=place.stage)
+                dist.recv(shard, group=mesh.pipeline_group, group_src=location.stage)
     return shards if mesh.rank == 0 else []
 
 
 def _gather_shards(mesh: Mesh, shard: Tensor) -> list[Tensor]:
-    """Every tensor-parallel rank's shard on the first of them, [] on the others."""
+    """Return all tensor-parallel shards on the first of these ranks, [] on the others."""
     if mesh.tensor_size == 1:
         return [shard]
     shards = (
@@ -272,7 +284,10 @@ def _gather_shards(mesh: Mesh, shard: Tensor) -> list[Tensor]:
 
 
 class _Writer:
-    """Fills safetensors files of at most `max_bytes` (a larger tensor gets its own), and writes their index."""
+    """Writer of safetensors files of at most `max_bytes`, and of their index.
+
+    A larger tensor gets its own file.
+    """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -314,7 +329,13 @@ class _Writer:
         return self.path / f"model-{number:05d}.partial"
 
 
-def _write_descriptions(path: Path, config: Any, tokenizer: Any, extra: Mapping[str, Any]) -> None:
+def _write_descriptions(
+    path: Path,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    extra: Mapping[str, object],
+) -> None:
+    """Write config.json with `extra`, generation_config.json and the tokenizer."""
     from transformers import GenerationConfig
 
     for name, value in extra.items():

@@ -1,4 +1,4 @@
-"""What we do not compute, or do not trust, is refused with its name and the cure; nothing is silently wrong."""
+"""Unsupported options and unsafe or incomplete files raise errors that name them and the fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Copy = Callable[..., Path]
 
 @pytest.fixture
 def copy(hf_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
-    """`copy(variant, **changes)`: a copy of a model folder with changes to its config.json."""
+    """Return `copy(variant, **changes)`: copies a model folder and changes its config.json."""
 
     def make(variant: str, **changes: Any) -> Path:
         folder = shutil.copytree(hf_folder(variant), tmp_path / "copy")
@@ -88,7 +88,7 @@ def copy(hf_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
         ("gpt2", {"model_type": "of-tomorrow"}, "of-tomorrow"),
     ],
 )
-def test_options_we_do_not_compute(
+def test_unsupported_options(
     copy: Copy, variant: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -132,7 +132,7 @@ def stage(mesh: Mesh, hf_folder: Callable[[str], Path]) -> GPT:
 
 
 class TestFiles:
-    """Every tensor once, every parameter filled, whole files, no pickles."""
+    """Every tensor is used once, every parameter is loaded, files are complete, no pickles."""
 
     def change(self, folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
         tensors = load_file(folder / "model.safetensors")
@@ -176,9 +176,9 @@ class TestFiles:
 
     def test_truncated_file(self, copy: Copy, stage: GPT) -> None:
         folder = copy("llama")
-        whole = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=r"model\.safetensors: not a whole safetensors file"):
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=r"model\.safetensors: not a complete safetensors file"):
             load_hf(folder, stage)
 
     def test_shard_that_is_missing_or_repeats_a_tensor(self, copy: Copy, stage: GPT) -> None:
@@ -266,7 +266,7 @@ def test_stage_of_another_vocabulary(hf_folder: Callable[[str], Path], mesh: Mes
         load_hf(hf_folder("llama"), stage)
 
 
-def test_saving_refuses_shapes_that_have_no_architecture_and_folders_in_use(
+def test_saving_rejects_unsupported_shapes_and_used_folders(
     mesh: Mesh, stage: GPT, tmp_path: Path
 ) -> None:
     odd = ModelConfig(

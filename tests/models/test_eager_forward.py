@@ -1,4 +1,4 @@
-"""The forward pass written out computes what megatron's modules do, and so do its gradients."""
+"""The eager forward pass and its gradients equal those of megatron's modules."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48},
     "exact gelu, no biases, untied": {"activation": "gelu", "bias": False, "tie_embeddings": False},
     "biases only in qkv, normalised heads": {
-        "family": "llama", "num_kv_heads": 2, "ffn_size": 48, "qkv_bias": True, "qk_norm": True, "head_dim": 16,
+        "family": "llama",
+        "num_kv_heads": 2,
+        "ffn_size": 48,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "head_dim": 16,
     },
     "rope and layernorm": {"position": "rope"},
-}  # fmt: skip
+}
 LENGTHS = {"mixed": (1, 9, 4, 30), "equal": (8, 8, 8), "single": (13,)}
 
 
@@ -40,7 +45,7 @@ def build(mesh: Mesh, **changes: Any) -> GPT:
 
 
 def gradients(stage: GPT, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Hidden states, and the gradients of a sum that weighs each of them differently."""
+    """Return hidden states and the gradients of their randomly weighted sum."""
     generator = torch.Generator().manual_seed(3)
     batch = pack(
         [torch.randint(0, 101, (n,), generator=generator).tolist() for n in lengths],
@@ -59,7 +64,10 @@ def assert_close(
     bound: Callable[..., float],
     model: ModelConfig,
 ) -> None:
-    """Each tensor's differences are compared with its largest element: its small ones are sums that cancel."""
+    """Compare each tensor's differences with its largest element.
+
+    Its small elements are sums that cancel.
+    """
     assert expected.keys() == ours.keys() and len(expected) > 10
     longest, tokens = (
         max(max(lengths) for lengths in LENGTHS.values()),
@@ -73,7 +81,7 @@ def assert_close(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_forward_and_gradients_are_the_modules(
+def test_forward_and_gradients_equal_the_modules(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str, rounding: Callable[..., float]
 ) -> None:
     stage = build(mesh, **VARIANTS[name])
@@ -84,7 +92,7 @@ def test_forward_and_gradients_are_the_modules(
 
 
 @pytest.mark.parametrize(
-    ("changes", "training", "grad", "written_out"),
+    ("changes", "training", "grad", "eager"),
     [
         ({}, True, True, True),
         ({"residual_dropout": 0.1}, True, True, False),
@@ -94,19 +102,19 @@ def test_forward_and_gradients_are_the_modules(
         ({"recompute": "full"}, True, False, True),
     ],
 )
-def test_only_where_it_computes_the_same(
-    mesh: Mesh, changes: dict[str, Any], training: bool, grad: bool, written_out: bool
+def test_used_only_where_the_result_is_the_same(
+    mesh: Mesh, changes: dict[str, Any], training: bool, grad: bool, eager: bool
 ) -> None:
     stage = build(mesh, **changes).train(training)
     with torch.set_grad_enabled(grad):
-        assert stage._use_eager_forward is (written_out and mesh.device.type == "cpu")
+        assert stage._use_eager_forward is (eager and mesh.device.type == "cpu")
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
-def test_what_a_gpu_fuses_is_the_same_arithmetic(
+def test_functions_fused_on_a_gpu_are_the_same_arithmetic(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch, name: str, rounding: Callable[..., float]
 ) -> None:
-    """megatron's fused activation and residual sum, uncompiled: its fused GELU is the tanh one."""
+    """megatron's fused activation and residual sum agree, uncompiled; its fused GELU is tanh's."""
     expected = gradients(build(mesh, **VARIANTS[name]), LENGTHS["mixed"])
     of_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))
     config = gpt.stage_config
