@@ -1,6 +1,6 @@
 """Model folders: weights in safetensors, `model.json` and `files.json`.
 
-A model folder is part of a checkpoint or stands alone. Any parallel layout can load it.
+A model folder is part of a checkpoint or independent. Any parallel layout can load it.
 """
 
 from __future__ import annotations

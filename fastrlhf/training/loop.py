@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer, RunState
+from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.metrics import MetricsLog
@@ -107,9 +107,8 @@ def run(
     """Run steps done + 1 .. total_steps, evaluating and saving at their intervals and at the end.
 
     `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM,
-    Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step
-    and stops. Returns the reason, or None after the last step. A second Ctrl-C stops immediately.
-    If a step fails, the checkpoint that is being written is completed.
+    Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step,
+    stops, and returns the reason. If a step fails, the checkpoint in progress is completed.
     """
     step, reason = done, None
     stream: Iterable[Batch] = batches if step < total_steps else ()
@@ -134,17 +133,28 @@ def run(
             due = last or reason is not None or _due(step, config.checkpoint.interval)
             with phase("checkpoint"):
                 if config.checkpoint.save and due:
-                    data, own = batches.state_dict(), algorithm.state_dict()
-                    state: RunState = {"step": step, "data": data, "algorithm": own}
-                    checkpointer.save(step, algorithm, state, metrics)
+                    _save(checkpointer, step, algorithm, batches, metrics)
                 else:
                     checkpointer.poll()
             if last or reason:
                 break
         with phase("checkpoint"):
             checkpointer.finish()
-    if reason is None:
-        return None
+    return None if reason is None else _stop(config, reason, step, total_steps)
+
+
+def _save(
+    checkpointer: Checkpointer,
+    step: int,
+    algorithm: Algorithm[Batch],
+    batches: Batches[Batch],
+    metrics: dict[str, float],
+) -> None:
+    data, own = batches.state_dict(), algorithm.state_dict()
+    checkpointer.save(step, algorithm, {"step": step, "data": data, "algorithm": own}, metrics)
+
+
+def _stop(config: Config, reason: str, step: int, total_steps: int) -> Stop:
     saved = "saved, and the same command continues from there"
     after = saved if config.checkpoint.save else "checkpoint.save is off"
     line = f"stopped by {reason} after step {step} of {total_steps}: {after}"

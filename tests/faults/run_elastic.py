@@ -1,4 +1,7 @@
-"""torchrun --max-restarts 1 --nproc-per-node 2 run_elastic.py FOLDER: rank 1 kills itself in step 4, once."""
+"""A PPO run of two ranks whose rank 1 kills itself once, in step 4.
+
+torchrun --max-restarts 1 --nproc-per-node 2 run_elastic.py FOLDER, after run_faults.py FOLDER.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from run_faults import make_config
 

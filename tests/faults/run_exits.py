@@ -1,14 +1,15 @@
-"""Many short runs of two ranks, each from its start to the exit of its interpreter; test_exits.py reads how they ended.
+"""Many short runs of two ranks, up to their exit; test_exits.py reads the statuses.
 
-python run_exits.py FOLDER RUNS
+python run_exits.py FOLDER RUNS, with the debug configurations' data in FOLDER/data
 
-Everything is imported once, and the ranks are forked from here. They unwind to the end of this script, so that the
-interpreter does at their exit what it does at the end of any program. Several runs share the machine, which keeps it
-busy.
+Everything is imported once, and the ranks are forked from here. They unwind to the end of this
+script, so that the interpreter exits as at the end of any program. Several runs share the machine,
+which keeps it busy.
 
-What makes an exit dangerous (see fastrlhf/parallel/exit.py) rarely happens by itself, so each rank arranges it: in its
-last exit handler a collective is under way whose thread holds the last reference to its tensor, and that thread asks
-for the interpreter's lock while the main thread, which does not give it up, goes into finalization.
+The condition that makes an exit dangerous (see fastrlhf/parallel/exit.py) is rare, so each rank
+creates it: its last exit handler starts a collective whose thread holds the last reference to the
+tensor, and that thread requests the interpreter's lock while the main thread holds it and enters
+finalization.
 """
 
 from __future__ import annotations
@@ -26,10 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "configs" / "debug"))
-
-import make_data
 import torch
 from ranks import meet
 
@@ -43,15 +40,14 @@ from fastrlhf.run import train  # noqa: F401
 
 AT_ONCE = 4
 THREADS_LEFT = 99
-"""Exit status of a rank whose program has left Python threads behind."""
+"""Exit status of a rank whose program has not ended all its Python threads."""
 
 
 def fail(error: Exception) -> Callable[[int], None]:
     def act(rank: int) -> None:
         if rank == 1:
-            meshes_joined[0].data_group.allreduce(
-                [torch.ones(1)]
-            )  # the other rank does not join it
+            # The other rank does not join this collective.
+            meshes_joined[0].data_group.allreduce([torch.ones(1)])
             raise error
 
     return act
@@ -73,12 +69,12 @@ ENDINGS: dict[str, Callable[[int], None]] = {
     "Ctrl-C": interrupt(0, 1),
     "Ctrl-C twice": interrupt(1, times=2),
 }
-"""What happens in the second step."""
+"""Action of each rank in the second step."""
 meshes_joined: list[meshes.Mesh] = []
 
 
 def rank_of_a_run(folder: Path, name: str, ending: str) -> None:
-    """The program of one rank. Raises SystemExit, or what the ending raises."""
+    """Run the program of one rank; raises SystemExit, or the exception of the ending."""
     act, initialize, step = ENDINGS[ending], meshes.initialize, SupervisedFinetuning.step
 
     def initialize_and_remember(*arguments: Any) -> meshes.Mesh:
@@ -101,10 +97,11 @@ def rank_of_a_run(folder: Path, name: str, ending: str) -> None:
 
 
 def exit_with_a_collective_under_way() -> None:
+    """Start a collective and return while its thread waits for the interpreter's lock."""
     if len(threading.enumerate()) > 1:
         print(f"threads left: {threading.enumerate()}", file=sys.stderr, flush=True)
         os._exit(THREADS_LEFT)
-    sys.setswitchinterval(60)  # gloo's thread waits this long before it asks for the lock
+    sys.setswitchinterval(60)  # gloo's thread waits this long before it requests the lock
     meshes_joined[0].data_group.allreduce([torch.ones(1)])
     end = time.perf_counter() + 0.03
     while time.perf_counter() < end:
@@ -112,7 +109,7 @@ def exit_with_a_collective_under_way() -> None:
 
 
 def start(folder: Path, name: str, ending: str) -> list[int]:
-    """Forks the ranks of one run; their process ids. Returns in the parent only."""
+    """Fork the ranks of one run; return their process ids, in the parent only."""
     children = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
         for rank in range(2):
@@ -140,9 +137,8 @@ output_dir: replaced
 
 
 def main(folder: Path, runs: int) -> None:
-    make_data.main(folder / "data")
     (folder / "run.yaml").write_text(CONFIG.replace("DATA", str(folder / "data")))
-    # What a first use imports, and the cache of tokens: here, and not in every run.
+    # Imports of the first use, and the cache of tokens, are made here once and not in every run.
     load_tokenizer(folder / "data" / "tokenizer")
     for module in ("megatron.core.transformer.moe.experts", "torch.utils.tensorboard"):
         importlib.import_module(module)

@@ -1,9 +1,9 @@
-"""Short PPO runs of two ranks that are killed again and again; test_faults.py looks at what they leave.
+"""Short PPO runs of two ranks that are killed many times; test_faults.py reads their files.
 
-python run_faults.py FOLDER
+python run_faults.py FOLDER, with the debug configurations' data in FOLDER/data
 
-Everything is imported once, and the ranks of every attempt are forked from here, before any thread or process group
-exists: an attempt costs about a second, where torchrun takes six.
+Everything is imported once, and the ranks of each attempt are forked from here, before any thread
+or process group exists: an attempt takes about a second, with torchrun six.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from ranks import fork, meet
 
 from fastrlhf.algorithms.ppo import PPO
@@ -34,7 +32,6 @@ from fastrlhf.models.gpt import build_model
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.run import train
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 LAYOUTS = {"dp2": {}, "tp2": {"tensor": 2}}
 KILLS, STEPS, RANKS = 15, 20, 2
 MODEL: dict[str, Any] = {
@@ -50,6 +47,7 @@ MODEL: dict[str, Any] = {
 
 
 def make_config(folder: Path, layout: str, out: str, **train: Any) -> Config:
+    """Return the configuration of a run with the output folder FOLDER/OUT."""
     data = folder / "data"
     return Config.model_validate(
         {
@@ -87,25 +85,16 @@ def make_config(folder: Path, layout: str, out: str, **train: Any) -> Config:
 
 
 def prepare(folder: Path) -> None:
-    """Data, and a random reward model."""
-    sys.path.insert(0, str(CONFIGS))
-    import make_data
-
-    make_data.main(folder / "data")
+    """Save a random reward model to FOLDER/rm."""
     config = make_config(folder, "dp2", "prepare")
     mesh = meshes.initialize(config.parallel, seed=0)
-    stage = build_model(
-        ModelConfig(**MODEL),
-        mesh,
-        len(load_tokenizer(folder / "data" / "tokenizer")),
-        head="scalar",
-        seed=7,
-    )
-    save_model(folder / "rm", stage, tokenizer="")
+    vocab_size = len(load_tokenizer(folder / "data" / "tokenizer"))
+    model = build_model(ModelConfig(**MODEL), mesh, vocab_size, head="scalar", seed=7)
+    save_model(folder / "rm", model, tokenizer="")
 
 
 def start(config: Config, log: Path, before: Callable[[], None] = lambda: None) -> list[int]:
-    """Forks the ranks of one attempt, which call `before` and train; their process ids."""
+    """Fork the ranks of one attempt, which call `before` and train; return their process ids."""
 
     def work(rank: int) -> None:
         meet(listening, rank, RANKS)
@@ -117,14 +106,15 @@ def start(config: Config, log: Path, before: Callable[[], None] = lambda: None) 
 
 
 def wait(ranks: list[int]) -> list[int]:
+    """Wait for the ranks to exit; return their statuses."""
     return [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
 
 
 def until(happened: Callable[[], bool], ranks: list[int], limit: float = 1200.0) -> bool:
-    """Waits for an event; False if the ranks ended first."""
+    """Wait for an event; return False if the first rank exits first, or after `limit` s."""
     end = time.monotonic() + limit
     while not happened():
-        # Looks without reaping: `wait` collects the statuses.
+        # Without reaping, because `wait` collects the statuses.
         gone = os.waitid(os.P_PID, ranks[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if gone is not None or time.monotonic() > end:
             return False
@@ -132,27 +122,28 @@ def until(happened: Callable[[], bool], ranks: list[int], limit: float = 1200.0)
     return True
 
 
-class Watch:
-    """Sees from outside how far an attempt is: steps that it has recorded, and whether it is writing a checkpoint."""
+class Progress:
+    """Observes the files of an attempt: steps recorded, and whether it is writing a checkpoint."""
 
     def __init__(self, out: Path) -> None:
         self.metrics, self.checkpoints = out / "metrics.jsonl", out / "checkpoints"
         self.begun = time.time_ns()
         self.seen = self._written()
-        # A resumed run first cuts the lines that it will write again.
+        # A resumed run first drops the lines that it will write again.
         self.steps = -1 if self.seen else 0
 
     def _written(self) -> int:
         return self.metrics.stat().st_mtime_ns if self.metrics.is_file() else 0
 
     def has_recorded(self, steps: int) -> bool:
-        """To be asked at least once a step."""
+        """Return whether `steps` steps are recorded; call at least once per step."""
         if (written := self._written()) != self.seen:
             self.seen = written
             self.steps += self.metrics.stat().st_size > 0
         return self.steps >= steps
 
     def is_writing(self) -> bool:
+        """Return whether a checkpoint is being written."""
         try:
             return any(
                 path.stat().st_mtime_ns > self.begun
@@ -162,30 +153,30 @@ class Watch:
             return False
 
 
-def disturbed(
+def run_killed(
     folder: Path, layout: str, iteration_s: float, start_s: float
 ) -> list[dict[str, Any]]:
-    """Kills a random rank at random moments of one run, then lets it end; what each attempt came to."""
+    """Kill a random rank at random moments of one run, then let it end; return all attempts."""
     rng = random.Random(layout)
     config = make_config(folder, layout, f"{layout}.killed")
     out = Path(config.output_dir)
     attempts = []
     for number in range(KILLS):
-        # A run is not killed after its last step.
+        # Not after the run's last step.
         ending = latest(out) > f"step_{STEPS - 5:08d}"
         kind = "start" if ending else ("writing", "step", "writing", "step", "start")[number % 5]
         steps, victim, later = rng.randint(1, 2), rng.randrange(RANKS), rng.uniform(0.0, 0.05)
         delay = rng.uniform(0.0, {"start": start_s, "step": iteration_s, "writing": 0.02}[kind])
-        watch = Watch(out)
+        progress = Progress(out)
         ranks = start(config, folder / f"{layout}.log")
         if kind != "start":
-            until(lambda watch=watch, steps=steps: watch.has_recorded(steps), ranks)
+            until(lambda progress=progress, steps=steps: progress.has_recorded(steps), ranks)
         if kind == "writing":
-            until(watch.is_writing, ranks)
+            until(progress.is_writing, ranks)
         time.sleep(delay)
         os.kill(ranks[victim], signal.SIGKILL)
-        writing = watch.is_writing()
-        time.sleep(later)  # the other rank may get on a little further, as on another machine
+        writing = progress.is_writing()
+        time.sleep(later)  # the other rank may continue for a moment, as on another machine
         os.kill(ranks[1 - victim], signal.SIGKILL)
         statuses = wait(ranks)
         attempts.append(
@@ -202,12 +193,16 @@ def disturbed(
 
 
 def latest(out: Path) -> str:
+    """Return the name of the latest checkpoint, or an empty string."""
     pointer = out / "checkpoints" / "latest"
     return pointer.read_text() if pointer.is_file() else ""
 
 
 def terminate_in_step_2() -> None:
-    """Have rank 1 get a SIGTERM in its second step: sent from outside, it could come in any later one."""
+    """Make rank 1 send itself SIGTERM in its second step.
+
+    Sent from another process, it could arrive in a later step.
+    """
     learn = PPO.learn
 
     def terminated(self: PPO, *arguments: Any) -> Any:
@@ -218,8 +213,8 @@ def terminate_in_step_2() -> None:
     PPO.learn = terminated  # type: ignore[method-assign]
 
 
-def preempted(folder: Path) -> list[dict[str, Any]]:
-    """A run that is told to stop (one rank is), then runs out of time, then ends."""
+def run_preempted(folder: Path) -> list[dict[str, Any]]:
+    """Run until SIGTERM, then until a time limit, then to the end; return all attempts."""
     attempts = []
     config = make_config(folder, "dp2", "dp2.preempted")
     statuses = wait(start(config, folder / "preempted.log", before=terminate_in_step_2))
@@ -232,23 +227,25 @@ def preempted(folder: Path) -> list[dict[str, Any]]:
 
 
 def main(folder: Path) -> None:
+    """Run all attempts of all layouts and write FOLDER/results.json."""
     results: dict[str, Any] = {}
     assert wait([fork(lambda: prepare(folder), {}, folder / "prepare.log")]) == [0]
-    # transformers and megatron import much of themselves when it is first used: here, and not after every fork.
+    # transformers and megatron import many modules at the first use: here once, not after each
+    # fork.
     load_tokenizer(folder / "data" / "tokenizer")
     importlib.import_module("megatron.core.transformer.moe.experts")
     for layout in LAYOUTS:
         config = make_config(folder, layout, layout)
         begin = time.monotonic()
-        watch = Watch(Path(config.output_dir))
+        progress = Progress(Path(config.output_dir))
         ranks = start(config, folder / f"{layout}.log")
-        until(lambda watch=watch: watch.has_recorded(1), ranks)
+        until(lambda progress=progress: progress.has_recorded(1), ranks)
         first = time.monotonic()
         assert wait(ranks) == [0, 0], f"see {layout}.log"
         iteration_s = (time.monotonic() - first) / (STEPS - 1)
-        results[layout] = disturbed(folder, layout, iteration_s, first - begin)
+        results[layout] = run_killed(folder, layout, iteration_s, first - begin)
         results[f"{layout}.seconds"] = [iteration_s, first - begin, time.monotonic() - begin]
-    results["preempted"] = preempted(folder)
+    results["preempted"] = run_preempted(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
 
 

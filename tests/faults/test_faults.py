@@ -1,36 +1,28 @@
-"""Killed at any moment, a run ends as the undisturbed one does: the same bits, and no step twice."""
+"""A run that is killed at any moment ends with the same bits as an undisturbed one."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from python_runs import run_python
+
+from configs.debug import make_data
 
 HERE = Path(__file__).parent
 LAYOUTS = ("dp2", "tp2")
 STEPS = 20
 
 
-def launch(command: list[str], seconds: float) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two ranks, undisturbed, killed and preempted."""
+    """Return the folder of runs of two ranks: undisturbed, killed and preempted."""
     out = tmp_path_factory.mktemp("faults")
-    launch([sys.executable, str(HERE / "run_faults.py"), str(out)], 1800)
+    make_data.main(out / "data")
+    run_python([str(HERE / "run_faults.py"), str(out)])
     return out
 
 
@@ -40,7 +32,10 @@ def attempts(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def final_files(run: Path) -> dict[str, str]:
-    """Hash of every file of tensors of the last checkpoint: weights, averages, optimizer states, generators."""
+    """Return the hashes of the last checkpoint's tensor files.
+
+    They hold weights, averages, optimizer states and random generators.
+    """
     checkpoint = run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
     entries = json.loads((checkpoint / "files.json").read_text())["files"]
     return {
@@ -72,7 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_undisturbed_runs_are_what_they_should_be(layout: str, folder: Path) -> None:
+def test_undisturbed_runs_train(layout: str, folder: Path) -> None:
     """The comparisons below would hold for runs that never train."""
     metrics = lines(folder / layout / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
@@ -87,7 +82,7 @@ def test_killed_runs_end_like_undisturbed_ones(
     *killed, last = attempts[layout]
     assert len(killed) == 15 and all(-9 in attempt["statuses"] for attempt in killed)
     assert sum(attempt["writing"] for attempt in killed) >= 4
-    assert len({attempt["latest"] for attempt in killed}) >= 4  # they got on in between
+    assert len({attempt["latest"] for attempt in killed}) >= 4  # they made progress in between
     assert last["statuses"] == [0, 0]
     assert_same_run(folder / layout, folder / f"{layout}.killed")
 
@@ -95,35 +90,26 @@ def test_killed_runs_end_like_undisturbed_ones(
 def test_preempted_runs_lose_no_step(
     folder: Path, attempts: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """SIGTERM to one rank, then a time limit of one step: exit status 0, and a checkpoint of the step just made."""
-    told, timed_out, last = attempts["preempted"]
-    assert told["statuses"] == timed_out["statuses"] == last["statuses"] == [0, 0]
-    after, then = (int(attempt["latest"].removeprefix("step_")) for attempt in (told, timed_out))
+    """SIGTERM to one rank, and a time limit of one step, save the last step and exit with 0."""
+    terminated, timed_out, last = attempts["preempted"]
+    assert terminated["statuses"] == timed_out["statuses"] == last["statuses"] == [0, 0]
+    after, then = (
+        int(attempt["latest"].removeprefix("step_")) for attempt in (terminated, timed_out)
+    )
     assert 1 <= after <= 3 and then == after + 1
     log = (folder / "preempted.log").read_text()
-    assert (
-        f"stopped by SIGTERM after step {after} of {STEPS}: saved, and the same command goes on from there"
-        in log
-    )
-    assert (
-        f"stopped by its time limit (train.max_seconds) after step {then} of {STEPS}: saved" in log
-    )
+    saved = "saved, and the same command continues from there"
+    assert f"stopped by SIGTERM after step {after} of {STEPS}: {saved}" in log
+    time_limit = "its time limit (train.max_seconds)"
+    assert f"stopped by {time_limit} after step {then} of {STEPS}: saved" in log
     assert_same_run(folder / "dp2", folder / "dp2.preempted")
 
 
 def test_torchrun_restarts_a_killed_rank(folder: Path) -> None:
-    """A rank dies in the middle of step 4; torchrun --max-restarts starts all ranks again, from the last checkpoint."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    told = launch(
-        [*torchrun, "--max-restarts", "1", str(HERE / "run_elastic.py"), str(folder)], 1800
-    )
+    """A rank dies during step 4; torchrun --max-restarts restarts all from the last checkpoint."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(HERE / "run_elastic.py")
+    stderr = run_python([*torchrun, "--max-restarts", "1", script, str(folder)])
     # Step 3's checkpoint was still being written in the background, or just done.
-    assert re.search(rf"resuming .*dp2\.elastic after step [23] of {STEPS}", told)
+    assert re.search(rf"resuming .*dp2\.elastic after step [23] of {STEPS}", stderr)
     assert_same_run(folder / "dp2", folder / "dp2.elastic")
