@@ -1,7 +1,7 @@
-"""Evaluation of policies: the entry points of `fastrlhf eval winrate` and `fastrlhf eval select`.
+"""Evaluation of policies: the commands `fastrlhf eval winrate` and `fastrlhf eval select`.
 
-Both run under torchrun in any layout, which changes no response and no figure beyond rounding. Models are in memory one
-at a time beside the judge's.
+Both run under torchrun with any layout; the responses are the same and the numbers are equal up to
+rounding. In memory are the judge's model and one policy at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastrlhf.data.tokenize import (
 )
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.comparison import (
-    Judged,
+    JudgedResponses,
     compare,
     pair_records,
     write_comparison,
@@ -46,8 +46,10 @@ from fastrlhf.parallel.watchdog import Watchdog, phase
 
 
 def winrate(config: Config) -> dict[str, Any]:
-    """Compares the policy of model.load (or model.hf) with eval.baseline on data.prompts; returns what it writes to
-    output_dir/winrate.json, beside winrate.html and pairs.jsonl.
+    """Compare the policy of model.load (or model.hf) with eval.baseline on data.prompts.
+
+    Writes winrate.json, winrate.html and pairs.jsonl to output_dir; returns the contents of
+    winrate.json.
     """
     require(config, "eval winrate")
     assert config.eval.baseline is not None
@@ -57,9 +59,9 @@ def winrate(config: Config) -> dict[str, Any]:
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
         evaluation = _Evaluation(config, mesh)
-        ours = evaluation.judged(policy, read_prefix(config.data.prompt_prefix))
-        theirs = evaluation.judged(baseline, read_prefix(config.eval.baseline_prefix))
-    results = {**evaluation.described(), **compare(ours, theirs, config.eval.tie_margin)}
+        ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
+        theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
+    results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
     if mesh.rank == 0:
         pairs = pair_records([prompt.prompt for prompt in evaluation.prompts], ours, theirs)
         write_json(out / "winrate.json", results)
@@ -68,26 +70,30 @@ def winrate(config: Config) -> dict[str, Any]:
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
         print(
-            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against "
-            f"{theirs.name}: {results['won']} won, {results['tied']} tied, {results['lost']} lost"
+            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) "
+            f"against {theirs.name}: "
+            f"{results['won']} won, {results['tied']} tied, {results['lost']} lost"
         )
     dist.barrier()
     return results
 
 
 def select(config: Config) -> dict[str, Any]:
-    """Judges the responses of every checkpoint of the run in output_dir to data.prompts, and names the one with the
-    highest mean score in output_dir/checkpoints/best; returns what it writes to output_dir/select.json.
+    """Select the checkpoint of the run in output_dir whose responses have the highest mean score.
 
-    InstructGPT chose its SFT models so (section 3.5), because their validation loss rises after the first epoch.
+    Judges the responses of every checkpoint to data.prompts. Writes select.json, select.html and
+    the name of the best checkpoint to checkpoints/best; returns the contents of select.json.
+
+    InstructGPT selected its SFT models by reward-model score too (section 3.5), because their
+    validation loss rises after the first epoch.
     """
     require(config, "eval select")
     out = Path(config.output_dir)
     steps = sorted(path for path in (out / "checkpoints").glob("step_*") if path.suffix == "")
     if not steps:
         raise UserError(
-            f"{out / 'checkpoints'}: no checkpoint; give the configuration of a run that has some (checkpoint.interval "
-            "and checkpoint.keep_every or keep_last say which it keeps)"
+            f"{out / 'checkpoints'}: no checkpoint; give the configuration of a run that has some "
+            "(checkpoint.interval and checkpoint.keep_every or keep_last decide which it keeps)"
         )
     policies = [find_policy(str(path), "eval select") for path in steps]
     losses = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else {}
@@ -99,24 +105,23 @@ def select(config: Config) -> dict[str, Any]:
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
             loss = {"valid_loss": valid_loss[step]} if step in valid_loss else {}
-            rows.append({"step": step, **evaluation.judged(policy, prefix).summary(), **loss})
+            rows.append({"step": step, **evaluation.judge(policy, prefix).summary(), **loss})
             if mesh.rank == 0:
                 print(_line(rows[-1]), flush=True)
     best = max(rows, key=lambda row: row["score"])["step"]
-    results = {"run": str(out), "best": best, **evaluation.described(), "checkpoints": rows}
+    results = {"run": str(out), "best": best, **evaluation.description(), "checkpoints": rows}
     if mesh.rank == 0:
         write_json(out / "select.json", results)
         replace_text(out / "checkpoints" / "best", f"step_{best:08d}")
         page = write_selection(out / "select.html", results)
-        print(
-            f"{page}: step {best} is best; model.load={out / 'checkpoints' / 'best'} starts from it"
-        )
+        path = out / "checkpoints" / "best"
+        print(f"{page}: step {best} is best; start from it with model.load={path}")
     dist.barrier()
     return results
 
 
 class _Evaluation:
-    """The prompts, and a judge that scores any policy's responses to them."""
+    """The prompts of an evaluation and its judge: a reward model or a Python function."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
@@ -133,25 +138,28 @@ class _Evaluation:
             check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
             self.reward = load_saved(saved, mesh, "scalar", config.model.dtype)
 
-    def described(self) -> dict[str, Any]:
-        """What the results of all policies share."""
+    def description(self) -> dict[str, Any]:
+        """Return the judge and the prompts, which the results of all policies share."""
         judge = self.config.eval.reward_model or self.config.eval.judge
         files = ", ".join(self.config.data.prompts or [])
         return {"judge": judge, "prompts": files, "prompts_too_long": self.too_long}
 
-    def judged(self, saved: SavedModel, prefix: str = "") -> Judged:
-        """The policy's responses, sampled as the configuration's generation section says, and their scores."""
+    def judge(self, saved: SavedModel, prefix: str = "") -> JudgedResponses:
+        """Sample the policy's responses by the configuration's generation section, and score them.
+
+        `prefix` is prepended to each prompt.
+        """
         tokenizer, folder = self.tokenizer, self.config.data.tokenizer
         if is_hugging_face(saved.path) and saved.tokenizer:
             tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
         check_vocabulary(saved, tokenizer, folder)
-        stage = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
+        model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
         responses = respond(
-            stage, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies
+            model, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies
         )
-        return Judged(
+        return JudgedResponses(
             name=str(saved.path),
             responses=[[response.text for response in row] for row in responses],
             tokens=np.array([[response.tokens for response in row] for row in responses]),
@@ -161,21 +169,23 @@ class _Evaluation:
 
     def _scores(self, responses: Sequence[Sequence[Response]]) -> list[list[float]]:
         if self.function is not None:
-            return self._by_function(responses)
-        rows = zip(
-            encode_prompts(self.tokenizer, [p.prompt for p in self.prompts]), responses, strict=True
-        )
-        answered = [
-            TokenizedRanking(prompt, self._tokens(row), [0] * len(row)) for prompt, row in rows
-        ]
+            return self._function_scores(responses)
         assert self.reward is not None
+        encoded = encode_prompts(self.tokenizer, [prompt.prompt for prompt in self.prompts])
+        answered = [
+            TokenizedRanking(prompt, self._tokens(row), [0] * len(row))
+            for prompt, row in zip(encoded, responses, strict=True)
+        ]
         scores = finite_scores(
             self.config, self.mesh, self.reward, answered, str(self.config.eval.reward_model)
         )
         return [row.tolist() for row in scores]
 
     def _tokens(self, row: Sequence[Response]) -> list[list[int]]:
-        """As the judge reads them: a response that was cut has no stop token. An empty one is its stop token."""
+        """Return the responses' tokens for the judge.
+
+        A response that was cut off has no stop token. An empty response is a stop token alone.
+        """
         encoded = encode_plain(self.tokenizer, [response.text for response in row])
         eos = self.tokenizer.eos_token_id
         return [
@@ -183,10 +193,13 @@ class _Evaluation:
             for tokens, response in zip(encoded, row, strict=True)
         ]
 
-    def _by_function(self, responses: Sequence[Sequence[Response]]) -> list[list[float]]:
-        """Called once, so that a function that is not deterministic gives all ranks one answer."""
+    def _function_scores(self, responses: Sequence[Sequence[Response]]) -> list[list[float]]:
+        """Call the judge's function on rank 0 and broadcast its scores.
+
+        So all ranks have the same scores even if the function is not deterministic.
+        """
         assert self.function is not None and self.config.eval.judge is not None
-        told: list[Any] = [None]
+        message: list[list[float]] = [[]]
         if self.mesh.rank == 0:
             prompts = [
                 prompt_text(p.prompt)
@@ -194,9 +207,10 @@ class _Evaluation:
                 for _ in row
             ]
             texts = [response.text for row in responses for response in row]
-            told = [checked_scores(self.function(prompts, texts), texts, self.config.eval.judge)]
-        dist.broadcast_object_list(told, src=0)
-        scores, copies = told[0], self.config.eval.responses
+            scores = self.function(prompts, texts)
+            message = [checked_scores(scores, texts, self.config.eval.judge)]
+        dist.broadcast_object_list(message, src=0)
+        (scores,), copies = message, self.config.eval.responses
         return [scores[i : i + copies] for i in range(0, len(scores), copies)]
 
 
@@ -204,6 +218,6 @@ def _line(row: dict[str, Any]) -> str:
     low, high = row["score_ci95"]
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
     return (
-        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})  {row['tokens']:.1f} tokens"
-        f"  {row['cut_off']:.1%} cut off{loss}"
+        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})"
+        f"  {row['tokens']:.1f} tokens  {row['cut_off']:.1%} cut off{loss}"
     )

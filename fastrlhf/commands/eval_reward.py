@@ -1,7 +1,7 @@
-"""Evaluation of reward models: the entry points of `fastrlhf eval rm`, with and without --folds.
+"""Evaluation of reward models: the command `fastrlhf eval rm`, with and without --folds.
 
-Both run under torchrun in any layout. They write into the output folder: eval_rm.json and eval_rm.html, or
-eval_rm_folds.json and eval_rm_folds.html beside one training run for each fold.
+Both variants run under torchrun with any layout. They write eval_rm.json and eval_rm.html to the
+output folder, or eval_rm_folds.json, eval_rm_folds.html and one training run per fold.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ By = Literal["labeler_id", "user_id"]
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Scores the rankings of data.valid with the reward model of model.load; returns what it writes to
-    output_dir/eval_rm.json.
+    """Evaluate the reward model of model.load on the rankings of data.valid.
+
+    Returns the contents of output_dir/eval_rm.json, which it writes.
     """
     require(config, "eval rm")
     assert config.data.valid is not None and config.model.load is not None
@@ -47,8 +48,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
         check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
-        stage = load_saved(saved, mesh, "scalar", config.model.dtype)
-        results = _judge(config, mesh, stage, rankings, str(saved.path))
+        model = load_saved(saved, mesh, "scalar", config.model.dtype)
+        results = _evaluate(config, mesh, model, rankings, str(saved.path))
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
     results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
     if mesh.rank == 0:
@@ -56,18 +57,22 @@ def evaluate(config: Config) -> dict[str, Any]:
         page = write_reward_report(results, out / "eval_rm.html")
         accuracy, longer = results["accuracy"], results["length_rule"]
         print(
-            f"{page}: accuracy {accuracy['rate']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f}) on "
-            f"{results['pairs']} pairs of {results['prompts']} prompts; longer wins {longer['rate']:.3f}"
+            f"{page}: accuracy {accuracy['rate']:.3f} "
+            f"({accuracy['low']:.3f} to {accuracy['high']:.3f}) on {results['pairs']} pairs "
+            f"of {results['prompts']} prompts; length rule {longer['rate']:.3f}"
         )
     return results
 
 
 def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[str, Any]:
-    """Trains `folds` reward models, each on data.train without one group of labelers (or users), and evaluates it on
-    that group (InstructGPT, section 4.1: 5 groups); returns what it writes to output_dir/eval_rm_folds.json.
+    """Cross-validate reward models over groups of labelers (or users).
 
-    With data.valid, its rankings by labelers of the other groups are evaluated as well, which shows how much worse the
-    model does on labelers it has not seen. A fold that is trained already is not trained again.
+    Trains `folds` reward models, each on data.train without one group, and evaluates it on that
+    group (InstructGPT, section 4.1: 5 groups). With data.valid, its rankings by labelers of the
+    other groups are evaluated as well, which shows the loss of accuracy on unseen labelers. A fold
+    that is already trained is not trained again.
+
+    Returns the contents of output_dir/eval_rm_folds.json, which it writes.
     """
     require(config, "rm")
     assert config.data.train is not None
@@ -77,65 +82,70 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     groups = _groups(rankings, folds, by)
     rows: list[dict[str, Any]] = []
     for fold, group in enumerate(groups, 1):
-        kept, held_out = reward.leave_out(rankings, group, attrgetter(by))
+        kept, held_out = reward.hold_out(rankings, group, attrgetter(by))
         if not kept:
             raise UserError(
-                f"fold {fold} of {folds} has nothing to train on: {', '.join(group)} ranked every prompt of the others "
-                "too; use fewer folds, or rankings of different prompts by different labelers"
+                f"fold {fold} of {folds} has no training rankings: {', '.join(group)} ranked every "
+                "prompt of the others too; use fewer folds, or rankings of different prompts by "
+                "different labelers"
             )
-        part = config.model_copy(
-            update={"output_dir": str(Path(config.output_dir) / f"fold_{fold}")}
-        )
+        output_dir = str(Path(config.output_dir) / f"fold_{fold}")
+        part = config.model_copy(update={"output_dir": output_dir})
         job = train_job(training_command("rm"), part, partial(reward_model_job, rankings=kept))
         if job is None:
             raise UserError(
-                f"fold {fold} of {folds} stopped early; run the same command again to go on from there"
+                f"fold {fold} of {folds} stopped early; run the same command again to resume it"
             )
-        mesh, stage = job.algorithm.mesh, job.algorithm.reward.model
+        mesh, reward_model = job.algorithm.mesh, job.algorithm.reward.model
         seen = [ranking for ranking in valid if getattr(ranking, by) not in group]
         row = {"fold": fold, "labelers": group, "trained_on": len(kept)}
-        model = f"the model of fold {fold}"
-        row |= {"held_out": _judge(config, mesh, stage, held_out, model)}
-        row |= {"seen": _judge(config, mesh, stage, seen, model) if seen else None}
+        name = f"the model of fold {fold}"
+        row |= {"held_out": _evaluate(config, mesh, reward_model, held_out, name)}
+        row |= {"seen": _evaluate(config, mesh, reward_model, seen, name) if seen else None}
         rows.append(row)
     results = _summary(rows, by)
     if mesh.rank == 0:
-        out, held_out_rate = Path(config.output_dir), results["held_out"]
-        write_json(out / "eval_rm_folds.json", results)
-        page = write_folds_report(results, out / "eval_rm_folds.html")
-        print(
-            f"{page}: accuracy on groups left out {held_out_rate['mean']:.3f} (standard deviation "
-            f"{held_out_rate['std']:.3f} over {folds} folds); longer wins {results['length_rule']['mean']:.3f}"
-        )
+        _write_folds(Path(config.output_dir), results)
     return results
+
+
+def _write_folds(out: Path, results: dict[str, Any]) -> None:
+    write_json(out / "eval_rm_folds.json", results)
+    page = write_folds_report(results, out / "eval_rm_folds.html")
+    held_out, length_rule = results["held_out"], results["length_rule"]
+    print(
+        f"{page}: accuracy on held-out groups {held_out['mean']:.3f} "
+        f"(standard deviation {held_out['std']:.3f} over {len(results['folds'])} folds); "
+        f"length rule {length_rule['mean']:.3f}"
+    )
 
 
 def _groups(rankings: Sequence[TokenizedRanking], folds: int, by: By) -> list[list[str]]:
     names = [getattr(ranking, by) for ranking in rankings]
     if None in names:
         raise UserError(
-            f"{names.count(None)} of {len(names)} rankings have no {by}, and folds are groups of those; add the field, "
-            f"or choose another with --by"
+            f"{names.count(None)} of {len(names)} rankings have no {by}, which defines the folds; "
+            "add the field, or choose another with --by"
         )
     counts = Counter(names)
     if len(counts) < folds:
         raise UserError(
-            f"{folds} folds need as many different {by}s, and the rankings have {len(counts)}; lower --folds"
+            f"{folds} folds need as many different {by}s, but the rankings have {len(counts)}; "
+            "lower --folds"
         )
     return reward.split_groups(counts, folds)
 
 
-def _judge(
-    config: Config, mesh: Mesh, stage: GPT, rankings: Sequence[TokenizedRanking], model: str
+def _evaluate(
+    config: Config, mesh: Mesh, model: GPT, rankings: Sequence[TokenizedRanking], name: str
 ) -> dict[str, Any]:
-    return reward.evaluate(
-        reward.ranked_pairs(rankings, finite_scores(config, mesh, stage, rankings, model))
-    )
+    scores = finite_scores(config, mesh, model, rankings, name)
+    return reward.evaluate(reward.ranked_pairs(rankings, scores))
 
 
 def _summary(rows: list[dict[str, Any]], by: By) -> dict[str, Any]:
-    def over_folds(which: str, what: str) -> dict[str, float]:
-        return reward.summarize([row[which][what]["rate"] for row in rows])
+    def over_folds(rankings: str, rate: str) -> dict[str, float]:
+        return reward.summarize([row[rankings][rate]["rate"] for row in rows])
 
     seen = over_folds("seen", "accuracy") if all(row["seen"] for row in rows) else None
     means = {
@@ -145,10 +155,10 @@ def _summary(rows: list[dict[str, Any]], by: By) -> dict[str, Any]:
     return {"by": by, **means, "seen": seen, "folds": rows}
 
 
-def _check_fits(rankings: Sequence[TokenizedRanking], max_positions: int, what: str) -> None:
+def _check_fits(rankings: Sequence[TokenizedRanking], max_positions: int, model: str) -> None:
     longest = max(len(r.prompt_tokens) + max(map(len, r.responses)) for r in rankings)
     if longest > max_positions:
         raise UserError(
-            f"a prompt and its response have {longest} tokens, and {what} has {max_positions} positions; lower "
-            "data.max_prompt_tokens or data.max_response_tokens"
+            f"a prompt and its response have {longest} tokens, but {model} has {max_positions} "
+            "positions; lower data.max_prompt_tokens or data.max_response_tokens"
         )

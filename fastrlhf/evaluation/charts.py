@@ -1,8 +1,9 @@
-"""Charts as SVG text for an HTML page: lines, and values with intervals.
+"""Charts as SVG text for HTML pages: lines, points, and bars with intervals.
 
-SVG rather than pictures: sharp at any size, a few kilobytes, readable by screen readers, and coloured by the page's
-own style sheet (`style.py`), so that one report suits light and dark screens. Left out on purpose: interaction beyond
-the browser's own tooltips.
+SVG is sharp at any size, takes a few kilobytes, is readable by screen readers, and is coloured by
+the page's style sheet (style.py), so one report suits light and dark screens.
+
+Not supported: interaction beyond the browser's tooltips.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from html import escape
 WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 72, 14, 12, 42
 ROW = 34  # height of a bar and the space around it
-MAX_POINTS = 400  # a line of more points than this is averaged in bins: the plot is 480 units wide
+MAX_POINTS = 400  # longer lines are averaged in bins: the plot is 480 units wide
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: y over x. Values that are not finite leave a gap."""
+    """One line: y over x. Non-finite values leave a gap."""
 
     name: str
     x: Sequence[float]
@@ -31,7 +32,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """One value of a bar chart, with an interval where there is one."""
+    """One value of a bar chart, with an optional interval from `low` to `high`."""
 
     label: str
     value: float
@@ -48,10 +49,11 @@ def line_chart(
     smooth: bool = True,
     reference: tuple[float, str] | None = None,
 ) -> str:
-    """The lines over one pair of axes. Long series show their values faintly and, where `smooth`, their moving average
-    on top.
+    """Return a chart of lines over one pair of axes.
 
-    `reference` is a level to draw across, with its name. Returns "" where no series has a finite point.
+    With `smooth`, a series of more than 30 points is drawn faintly, with its moving average on top.
+    `reference` is a level and its name, drawn as a horizontal line. Returns "" if no series has a
+    finite point.
     """
     lines = [_binned(s) for s in series]
     axes = _axes(lines, reference)
@@ -71,8 +73,9 @@ def line_chart(
 def scatter_chart(
     series: Sequence[Series], x_label: str, y_label: str, *, diagonal: bool = False
 ) -> str:
-    """The points of each series, not joined; with `diagonal` and the line where y is x. Returns "" where there is no
-    point with finite coordinates.
+    """Return a chart of the points of each series, with `diagonal` also of the line y = x.
+
+    Returns "" if there is no point with finite coordinates.
     """
     axes = _axes(series, None)
     if axes is None:
@@ -95,19 +98,16 @@ def bar_chart(
     from_zero: bool = True,
     digits: int = 3,
 ) -> str:
-    """Values one under the other, with whiskers for the intervals and the numbers written beside them.
+    """Return a chart of horizontal bars with whiskers for the intervals, labelled with the numbers.
 
-    Bars begin at zero. Where differences matter and sizes do not (losses, say), `from_zero=False` draws points on an
-    axis that begins near the smallest value: a bar cut off below would show a false proportion.
+    Bars begin at zero. If differences matter rather than sizes (losses), `from_zero=False` draws
+    points on an axis that begins near the smallest value: a truncated bar would show a false
+    proportion.
     """
     label_width, number_width = 112, 150
-    lows = [bar.value if bar.low is None else bar.low for bar in bars] + (
-        [reference[0]] if reference else []
-    )
-    highs = [bar.value if bar.high is None else bar.high for bar in bars] + (
-        [reference[0]] if reference else []
-    )
-    low, high = min(lows), max(highs)
+    levels = [reference[0]] if reference else []
+    low = min(levels + [bar.value if bar.low is None else bar.low for bar in bars])
+    high = max(levels + [bar.value if bar.high is None else bar.high for bar in bars])
     start = min(low, 0.0) if from_zero else low - 0.12 * ((high - low) or 1.0)
     axis = _Axis(start, max(high, start + 1e-9), label_width, WIDTH - number_width)
     height = TOP + ROW * len(bars) + (22 if reference else 6)
@@ -125,27 +125,32 @@ def bar_chart(
     return _svg(height, ", ".join(f"{bar.label} {bar.value:.{digits}f}" for bar in bars), body)
 
 
-def ticks(low: float, high: float, wished: int = 5, *, whole: bool = False) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from low to high, about `wished` of them; no fractions of
-    what is counted (`whole`).
+def ticks(low: float, high: float, target: int = 5, *, integral: bool = False) -> list[float]:
+    """Return about `target` round numbers from low to high; integers only if `integral`.
+
+    They are spaced by 1, 2 or 5 times a power of ten.
     """
     if not high > low:
         return [low]
-    raw = (high - low) / wished
+    raw = (high - low) / target
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    step = max(step, 1.0) if whole else step
+    step = max(step, 1.0) if integral else step
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 class _Axis:
-    """Maps data from [low, high] to drawing units from `start` to `stop`."""
+    """Maps data from [low, high] to drawing units from `start` to `stop`.
+
+    The data are integers if `integral`.
+    """
 
     def __init__(
-        self, low: float, high: float, start: float, stop: float, *, whole: bool = False
+        self, low: float, high: float, start: float, stop: float, *, integral: bool = False
     ) -> None:
-        self.low, self.high, self.start, self.stop, self.whole = low, high, start, stop, whole
+        self.low, self.high, self.start, self.stop = low, high, start, stop
+        self.integral = integral
 
     def __call__(self, value: float) -> float:
         span = self.high - self.low
@@ -171,9 +176,10 @@ def _binned(series: Series) -> Series:
 
 
 def _smoothed(series: Series) -> Series:
-    """A centred moving average over a twentieth of the points.
+    """Return a centred moving average over a twentieth of the points.
 
-    The window narrows towards the start, where curves are steep, and is cut at the end, where they are flat.
+    The window narrows towards the start, where curves are steep, and is cut at the end, where they
+    are flat.
     """
     half = max(len(series.y) // 40, 1)
     ys = []
@@ -190,21 +196,22 @@ def _path(series: Series, x_axis: _Axis, y_axis: _Axis, kind: str) -> str:
         if math.isfinite(y):
             parts.append(f"{'L' if pen_down else 'M'}{x_axis(x):.1f} {y_axis(y):.1f}")
         pen_down = math.isfinite(y)
-    return f'<path class="{kind} c{series.color}" d="{"".join(parts)}"><title>{escape(series.name)}</title></path>'
+    title = f"<title>{escape(series.name)}</title>"
+    return f'<path class="{kind} c{series.color}" d="{"".join(parts)}">{title}</path>'
 
 
 def _bar(bar: Bar, middle: float, axis: _Axis, zero: float | None, digits: int) -> list[str]:
-    """One row of a bar chart: its name, its bar from `zero` (None: a point), its whisker and its number."""
+    """Return a row of a bar chart: name, bar from `zero` (None: a point), whisker and number."""
     x, end, number = axis(bar.value), axis(bar.value), f"{bar.value:.{digits}f}"
     parts = [_text(axis.start - 10, middle + 4, bar.label, "end", "name")]
     if zero is None:
-        parts.append(
-            f'<line class="grid" x1="{axis.start}" x2="{axis.stop}" y1="{middle:.1f}" y2="{middle:.1f}"/>'
-        )
+        ends = f'x1="{axis.start}" x2="{axis.stop}"'
+        parts.append(f'<line class="grid" {ends} y1="{middle:.1f}" y2="{middle:.1f}"/>')
         parts.append(f'<circle class="dot c{bar.color}" cx="{x:.1f}" cy="{middle:.1f}" r="6"/>')
     else:
-        place = f'x="{min(x, zero):.1f}" y="{middle - 9:.1f}" width="{max(abs(x - zero), 1):.1f}" height="18" rx="3"'
-        parts.append(f'<rect class="bar c{bar.color}" {place}/>')
+        corner = f'x="{min(x, zero):.1f}" y="{middle - 9:.1f}"'
+        size = f'width="{max(abs(x - zero), 1):.1f}" height="18"'
+        parts.append(f'<rect class="bar c{bar.color}" {corner} {size} rx="3"/>')
     if bar.low is not None and bar.high is not None:
         end, above = max(axis(bar.high), x), f"{middle - 5:.1f}v10"
         x1, x2 = f"{axis(bar.low):.1f}", f"{axis(bar.high):.1f}"
@@ -220,17 +227,16 @@ def _dots(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:
     for x, y in zip(series.x, series.y, strict=True):
         if math.isfinite(x) and math.isfinite(y):
             title = escape(f"{series.name}: {y:.4g} at {x:.4g}")
-            place = f'cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}"'
-            dots.append(
-                f'<circle class="dot c{series.color}" {place} r="3"><title>{title}</title></circle>'
-            )
+            center = f'cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}"'
+            shape = f'<circle class="dot c{series.color}" {center} r="3">'
+            dots.append(f"{shape}<title>{title}</title></circle>")
     return dots
 
 
 def _axes(
     series: Sequence[Series], reference: tuple[float, str] | None
 ) -> tuple[_Axis, _Axis] | None:
-    """Axes that hold every finite point; None where there is none."""
+    """Return axes that include every finite point; None if there is none."""
     points = [
         (x, y)
         for one in series
@@ -241,30 +247,30 @@ def _axes(
         return None
     levels = [y for _, y in points] + ([reference[0]] if reference else [])
     xs = [x for x, _ in points]
-    x_axis = _Axis(
-        min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs)
-    )
+    integral = all(float(x).is_integer() for x in xs)
+    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, integral=integral)
     return x_axis, _Axis(*_padded(min(levels), max(levels)), HEIGHT - BOTTOM, TOP)
 
 
 def _frame(
     x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, reference: tuple[float, str] | None
 ) -> str:
-    """The grid, the axes' numbers and names, and the reference level."""
+    """Return the grid, the ticks and names of the axes, and the reference level."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in ticks(y_axis.low, y_axis.high):
         y = y_axis(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, _number(value), "end", "tick"))
-    marks = ticks(x_axis.low, x_axis.high, 6, whole=x_axis.whole)
+    marks = ticks(x_axis.low, x_axis.high, 6, integral=x_axis.integral)
     parts.extend(
         _text(x_axis(value), bottom + 16, _number(value), "middle", "tick") for value in marks
     )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(_text((LEFT + right) / 2, HEIGHT - 6, x_label, "middle", "label"))
-    turned = f'text-anchor="middle" transform="translate(11 {(TOP + bottom) / 2:.0f}) rotate(-90)"'
-    parts.append(f'<text class="label" {turned}>{escape(y_label)}</text>')
+    middle = (TOP + bottom) / 2
+    vertical = f'text-anchor="middle" transform="translate(11 {middle:.0f}) rotate(-90)"'
+    parts.append(f'<text class="label" {vertical}>{escape(y_label)}</text>')
     if reference:
         level = y_axis(reference[0])
         parts.append(
@@ -287,5 +293,5 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str) -> str:
 
 
 def _svg(height: float, description: str, body: Sequence[str]) -> str:
-    label = escape(description, quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}">{"".join(body)}</svg>'
+    label = f'role="img" aria-label="{escape(description, quote=True)}"'
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" {label}>{"".join(body)}</svg>'

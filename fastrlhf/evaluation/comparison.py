@@ -1,8 +1,9 @@
-"""Two policies side by side on the same prompts, and the checkpoints of one run: figures and pages.
+"""Comparison of two policies on the same prompts, and of the checkpoints of one run, with pages.
 
-Scores come from any judge, higher for better; numpy alone: no model, no tokenizer. Left out on purpose: a win rate
-corrected for length by a fitted model; the page shows instead how the rate differs between responses that are longer
-and that are shorter than the baseline's.
+Scores come from any judge; higher is better. Only numpy is needed: no model, no tokenizer.
+
+Not supported: a win rate corrected for length by a fitted model. The page shows instead how the
+rate differs between responses that are longer and shorter than the baseline's.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ from numpy.typing import NDArray
 
 from fastrlhf.data.tokenize import prompt_text
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, line_chart, scatter_chart
-from fastrlhf.evaluation.report import Answer, Figure, Report, framed
-from fastrlhf.evaluation.winrate import mean_interval, win_rate
+from fastrlhf.evaluation.report import Answer, Headline, Report, chart_figure
+from fastrlhf.evaluation.winrate import WinRateDict, mean_interval, win_rate
 
 Scores = NDArray[np.float64]
-_SHOWN = 8  # prompts on the page; pairs.jsonl holds all
+_SHOWN_PAIRS = 8  # on the page; pairs.jsonl has all
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The responses of one policy to G prompts, R each, and what the judge gave them."""
+class JudgedResponses:
+    """The R responses of a policy to each of G prompts, with the judge's scores."""
 
     name: str
-    """Where the weights are."""
+    """Path of the weights."""
     responses: Sequence[Sequence[str]]
     """[G][R]."""
     tokens: NDArray[np.int64]
     """[G, R], lengths of the responses."""
     stopped: NDArray[np.bool_]
-    """[G, R]: ended by themselves, not by the length limit."""
+    """[G, R], True if the response ended with a stop token, False if at the length limit."""
     scores: Scores
     """[G, R]."""
 
     def summary(self) -> dict[str, Any]:
-        """Means over all responses; the score's 95 % interval is from resampling prompts."""
+        """Return means over all responses; the score's 95 % interval is from resampling prompts."""
         prompts = np.repeat(np.arange(len(self.scores)), self.scores.shape[1])
         mean, low, high = mean_interval(self.scores.ravel(), prompts)
         return {
@@ -53,15 +54,21 @@ class Judged:
 
 
 def judge_pairs(policy: Scores, baseline: Scores, tie_margin: float = 0.0) -> Scores:
-    """1 where the policy's score is above the baseline's by more than `tie_margin`, 0 where below, else 0.5."""
+    """Return 1 where the policy wins, 0 where the baseline wins, 0.5 for a tie.
+
+    Scores that differ by `tie_margin` or less are a tie.
+    """
     difference = policy - baseline
     return np.where(np.abs(difference) <= tie_margin, 0.5, (difference > 0).astype(np.float64))
 
 
-def compare(policy: Judged, baseline: Judged, tie_margin: float = 0.0) -> dict[str, Any]:
-    """The win rate of `policy` against `baseline`, ties counted half, with a 95 % interval over prompts.
+def compare(
+    policy: JudgedResponses, baseline: JudgedResponses, tie_margin: float = 0.0
+) -> dict[str, Any]:
+    """Return the win rate of `policy` against `baseline`, with a 95 % interval over prompts.
 
-    "by_length" splits it by whether the policy's response is longer or shorter than the baseline's, in tokens.
+    A tie counts half. "by_length" has the rate by whether the policy's response is longer than the
+    baseline's, as long, or shorter, in tokens.
     """
     wins = judge_pairs(policy.scores, baseline.scores, tie_margin)
     prompts = np.broadcast_to(np.arange(len(wins))[:, None], wins.shape)
@@ -83,8 +90,10 @@ def compare(policy: Judged, baseline: Judged, tie_margin: float = 0.0) -> dict[s
     }
 
 
-def pair_records(prompts: Sequence[Any], policy: Judged, baseline: Judged) -> list[dict[str, Any]]:
-    """The lines of pairs.jsonl: every prompt with both responses and both scores."""
+def pair_records(
+    prompts: Sequence[Any], policy: JudgedResponses, baseline: JudgedResponses
+) -> list[dict[str, Any]]:
+    """Return the lines of pairs.jsonl: every prompt with both responses and both scores."""
     records = []
     for g, prompt in enumerate(prompts):
         for r in range(policy.scores.shape[1]):
@@ -100,74 +109,48 @@ def pair_records(prompts: Sequence[Any], policy: Judged, baseline: Judged) -> li
 def write_comparison(
     path: Path, results: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """The page of `compare`'s results (with "judge" and "prompts" beside them) and `pair_records`' pairs."""
+    """Write the page of `compare`'s results with "judge" and "prompts", and of `pair_records`."""
     rate, policy, baseline = results["win_rate"], results["policy"], results["baseline"]
     report = Report(
-        "One policy against another",
-        f"{policy['model']} against {baseline['model']} on {results['prompts']}, judged by {results['judge']}.",
+        "Win rate of a policy",
+        f"{policy['model']} against {baseline['model']} on {results['prompts']}, "
+        f"judged by {results['judge']}.",
     )
-    report.figures(
+    report.headlines(
         [
-            Figure(
+            Headline(
                 "Win rate",
                 f"{rate['rate']:.1%}",
                 f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}",
             ),
-            Figure(
+            Headline(
                 "Won, tied, lost",
                 f"{results['won']}, {results['tied']}, {results['lost']}",
                 "a tie counts half",
             ),
-            _before_and_after("Mean score", policy["score"], baseline["score"], "{:.3f}"),
-            _before_and_after("Mean length", policy["tokens"], baseline["tokens"], "{:.1f} tokens"),
-            _before_and_after("Cut off", policy["cut_off"], baseline["cut_off"], "{:.1%}"),
+            _against_baseline("Mean score", policy["score"], baseline["score"], "{:.3f}"),
+            _against_baseline("Mean length", policy["tokens"], baseline["tokens"], "{:.1f} tokens"),
+            _against_baseline(
+                "Cut off at the limit", policy["cut_off"], baseline["cut_off"], "{:.1%}"
+            ),
         ]
     )
     report.section(
         "Comparison",
-        f"The judge scored each of the two responses to {rate['clusters']} prompts; the higher score wins. Half of "
-        "the comparisons won is no better than the baseline. The intervals are 95 %, from resampling prompts.",
+        f"The judge scored both responses to each of {rate['clusters']} prompts; the higher score "
+        "wins. A win rate of 50 % is as good as the baseline. The 95 % intervals are from "
+        "resampling prompts.",
     )
-    overall = [_rate_bar("all", rate)] + [
-        _rate_bar(name, one) for name, one in results["by_length"].items()
-    ]
-    points = [
-        Series(
-            "prompts",
-            [pair["baseline_score"] for pair in pairs],
-            [pair["policy_score"] for pair in pairs],
-            0,
-        )
-    ]
-    report.charts(
-        [
-            framed(
-                "Win rate",
-                bar_chart(overall, reference=(0.5, "as good as the baseline")),
-                "Over all pairs, and where the policy's response is longer, as long or shorter. A rate that is high "
-                "for longer responses alone says that the judge likes length.",
-            ),
-            framed(
-                "Scores, pair by pair",
-                scatter_chart(
-                    points,
-                    "score of the baseline's response",
-                    "score of the policy's",
-                    diagonal=True,
-                ),
-                "A dot above the diagonal is a pair that the policy won.",
-            ),
-        ]
-    )
-    header = ("pairs", "win rate", "low", "high", "pairs counted", "ties")
-    named = {"all": rate, **results["by_length"]}
-    rows = [(name, w["rate"], w["low"], w["high"], w["n"], w["ties"]) for name, w in named.items()]
+    groups = {"all": rate, **results["by_length"]}
+    report.charts(_comparison_charts(groups, pairs))
+    header = ("pairs", "win rate", "low", "high", "number of pairs", "ties")
+    rows = [(name, w["rate"], w["low"], w["high"], w["n"], w["ties"]) for name, w in groups.items()]
     report.table(header, rows)
     report.section(
         "Responses",
-        f"The first {min(_SHOWN, len(pairs))} pairs; pairs.jsonl beside this page holds all.",
+        f"The first {min(_SHOWN_PAIRS, len(pairs))} pairs; pairs.jsonl in the same folder has all.",
     )
-    for pair in pairs[:_SHOWN]:
+    for pair in pairs[:_SHOWN_PAIRS]:
         answers = [
             Answer(side, pair[side], pair[f"{side}_score"]) for side in ("policy", "baseline")
         ]
@@ -175,60 +158,65 @@ def write_comparison(
     return report.write(path)
 
 
+def _comparison_charts(
+    groups: Mapping[str, WinRateDict], pairs: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    bars = [
+        Bar(f"{name} ({rate['n']})", rate["rate"], rate["low"], rate["high"])
+        for name, rate in groups.items()
+    ]
+    x, y = ([pair[f"{side}_score"] for pair in pairs] for side in ("baseline", "policy"))
+    return [
+        chart_figure(
+            "Win rate",
+            bar_chart(bars, reference=(0.5, "as good as the baseline")),
+            "Over all pairs, and by whether the policy's response is longer, as long or shorter. "
+            "A rate that is high only for longer responses shows that the judge prefers them.",
+        ),
+        chart_figure(
+            "Scores of each pair",
+            scatter_chart(
+                [Series("prompts", x, y, 0)],
+                "score of the baseline's response",
+                "score of the policy's response",
+                diagonal=True,
+            ),
+            "The policy won the pairs above the diagonal.",
+        ),
+    ]
+
+
 def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
-    """The page of one run's checkpoints: {"run", "judge", "prompts", "best", "checkpoints": [row]} with `row` a
-    `Judged.summary` beside "step" and, where it was recorded, "valid_loss".
+    """Write the page of a run's checkpoints.
+
+    `results` is {"run", "judge", "prompts", "best", "checkpoints": [row]}. A row is a
+    `JudgedResponses.summary` with "step" and, if it was recorded, "valid_loss".
     """
     rows = results["checkpoints"]
     best = next(row for row in rows if row["step"] == results["best"])
     report = Report(
-        "The checkpoints of a run",
+        "Checkpoints of a run",
         f"{results['run']}: responses to {results['prompts']}, judged by {results['judge']}.",
     )
     low, high = best["score_ci95"]
-    report.figures(
+    report.headlines(
         [
-            Figure("Best checkpoint", f"step {best['step']:,}", "named in checkpoints/best"),
-            Figure(
-                "Its mean score", f"{best['score']:.3f}", f"95 % interval {low:.3f} to {high:.3f}"
+            Headline("Best checkpoint", f"step {best['step']:,}", "named in checkpoints/best"),
+            Headline(
+                "Mean score of the best",
+                f"{best['score']:.3f}",
+                f"95 % interval {low:.3f} to {high:.3f}",
             ),
-            Figure("Checkpoints", str(len(rows))),
+            Headline("Checkpoints", str(len(rows))),
         ]
     )
     report.section(
         "Scores and losses",
-        "InstructGPT chose its SFT models by the reward model's score on the validation set: the validation loss "
-        "rises after the first epoch, while people go on to like the responses better.",
+        "InstructGPT chose its SFT models by the reward model's score on the validation set, "
+        "because the validation loss rises after the first epoch while people still prefer the "
+        "later models.",
     )
-    steps = [float(row["step"]) for row in rows]
-    score = [
-        Series("mean", steps, [row["score"] for row in rows], 0),
-        Series("95 % interval", steps, [row["score_ci95"][0] for row in rows], 5),
-        Series("95 % interval", steps, [row["score_ci95"][1] for row in rows], 5),
-    ]
-    losses = Series("held out", steps, [row.get("valid_loss", float("nan")) for row in rows], 1)
-    report.charts(
-        [
-            framed(
-                "Mean score of the responses",
-                line_chart(score, "step", "score", smooth=False),
-                "Higher is better. Steps whose intervals overlap much may as well be equal.",
-                {"mean": 0, "95 % interval": 5},
-            ),
-            framed(
-                "Validation loss",
-                line_chart([losses], "step", "loss", smooth=False),
-                "In nats a token.",
-            ),
-            framed(
-                "Mean length",
-                line_chart(
-                    [Series("tokens", steps, [row["tokens"] for row in rows], 2)], "step", "tokens"
-                ),
-                "A score that grows with the length alone may be the judge's taste for length.",
-            ),
-        ]
-    )
+    report.charts(_selection_charts(rows))
     report.table(
         ("step", "score", "low", "high", "valid loss", "tokens", "cut off"),
         [
@@ -246,9 +234,34 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
     return report.write(path)
 
 
-def _rate_bar(name: str, rate: Mapping[str, Any]) -> Bar:
-    return Bar(f"{name} ({rate['n']})", rate["rate"], rate["low"], rate["high"])
+def _selection_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    steps = [float(row["step"]) for row in rows]
+    score = [
+        Series("mean", steps, [row["score"] for row in rows], 0),
+        Series("95 % interval", steps, [row["score_ci95"][0] for row in rows], 5),
+        Series("95 % interval", steps, [row["score_ci95"][1] for row in rows], 5),
+    ]
+    loss = Series("held out", steps, [row.get("valid_loss", float("nan")) for row in rows], 1)
+    length = Series("tokens", steps, [row["tokens"] for row in rows], 2)
+    return [
+        chart_figure(
+            "Mean score of the responses",
+            line_chart(score, "step", "score", smooth=False),
+            "Higher is better. A difference between steps whose intervals overlap may be noise.",
+            {"mean": 0, "95 % interval": 5},
+        ),
+        chart_figure(
+            "Validation loss",
+            line_chart([loss], "step", "loss", smooth=False),
+            "In nats per token.",
+        ),
+        chart_figure(
+            "Mean length",
+            line_chart([length], "step", "tokens"),
+            "If the score grows only with the length, the judge may prefer long responses.",
+        ),
+    ]
 
 
-def _before_and_after(label: str, policy: float, baseline: float, form: str) -> Figure:
-    return Figure(label, form.format(policy), f"baseline {form.format(baseline)}")
+def _against_baseline(label: str, policy: float, baseline: float, form: str) -> Headline:
+    return Headline(label, form.format(policy), f"baseline {form.format(baseline)}")

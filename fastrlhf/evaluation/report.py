@@ -1,8 +1,8 @@
-"""Self-contained HTML reports: headline figures, charts, tables and responses side by side, in one file that fetches
-nothing.
+"""Self-contained HTML reports: headline numbers, charts, tables and responses in one file.
 
-`Report` is built section by section; `write_run_report` makes the one that every training run leaves in its folder,
-from its metrics.jsonl, config.yaml and samples.jsonl. All text that comes from data is escaped.
+A report fetches nothing. `Report` is built section by section. `write_run_report` writes the report
+of a training run from its metrics.jsonl, config.yaml and samples.jsonl. All text from data is
+escaped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from fastrlhf.evaluation.style import STYLE
 
 Metrics = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
 
-# What a newcomer should know of what runs record: (title, what the curve should look like), in the order of the page.
-EXPLAINED = {
+# (title, meaning and expected course) of the metrics that runs record, in the order of the page.
+METRIC_INFO = {
     "loss": (
         "Loss",
-        "What training makes smaller: a fast fall, then a slow one. A sudden rise: too high a learning rate.",
+        "The training objective. It should fall fast at first, then slowly. A sudden rise "
+        "suggests that the learning rate is too high.",
     ),
     "accuracy": (
         "Accuracy",
-        "Share of ranked pairs in which the better response gets the higher score; 0.5 is guessing.",
+        "Share of ranked pairs in which the better response has the higher score; 0.5 is chance.",
     ),
     "margin": (
         "Margin",
@@ -38,16 +39,16 @@ EXPLAINED = {
     ),
     "score": (
         "Score",
-        "Mean score the reward model gives to the sampled responses. It should rise.",
+        "Mean reward-model score of the sampled responses. It should rise.",
     ),
-    "reward": ("Reward", "The score less the KL penalty: what PPO maximizes. It should rise."),
+    "reward": ("Reward", "Score minus KL penalty, which PPO maximizes. It should rise."),
     "kl": (
         "KL from the reference",
-        "How far the policy has moved, in nats a response: what the score cost.",
+        "Divergence of the policy from the reference model, in nats per response.",
     ),
     "response_length": (
         "Response length",
-        "In tokens. A drift to very long or very short ones hints at reward hacking.",
+        "In tokens. A drift to very long or very short responses suggests reward hacking.",
     ),
     "no_stop": (
         "Responses cut off",
@@ -55,11 +56,12 @@ EXPLAINED = {
     ),
     "entropy": (
         "Entropy",
-        "How undecided the policy is, in nats a token. Near zero it always says the same.",
+        "Entropy of the policy's next-token distribution, in nats per token. Near zero the policy "
+        "always gives the same response.",
     ),
     "ptx_loss": (
         "Pretraining loss",
-        "Cross-entropy on the pretraining text mixed into PPO, in nats a token.",
+        "Cross-entropy on the pretraining text mixed into PPO, in nats per token.",
     ),
     "value_loss": (
         "Value loss",
@@ -67,91 +69,92 @@ EXPLAINED = {
     ),
     "explained_variance": (
         "Explained variance",
-        "Share of the returns' variance that the value model predicts; 1 is all.",
+        "Share of the variance of the returns that the value model predicts; 1 is perfect.",
     ),
     "policy_loss": (
         "Policy loss",
-        "PPO's clipped objective. Its level says little; it should stay small and bounded.",
+        "PPO's clipped objective. Its level has no meaning; it should stay small and bounded.",
     ),
     "clip_fraction": (
         "Clipped share",
-        "Share of tokens whose ratio left the clip range. Above 0.3, steps are too large.",
+        "Share of tokens whose ratio left the clip range. Above 0.3 the steps are too large.",
     ),
     "approx_kl": (
         "KL of one update",
-        "How far one update moved the policy. It should stay well below 0.1.",
+        "Divergence of the policy after one update. It should stay well below 0.1.",
     ),
     "ratio_deviation": (
-        "First ratio's deviation from 1",
-        "Rollout and training must agree: anything but rounding is a bug.",
+        "Deviation of the first ratio from 1",
+        "Rollout and training must agree up to rounding; a larger deviation is a bug.",
     ),
     "ppo_grad_norm": (
         "Gradient norm of PPO",
-        "Of the policy loss alone, in the first minibatch. Far below that of the pretraining part, PPO learns little.",
+        "Norm of the policy loss alone, in the first minibatch. If it is far below that of the "
+        "pretraining loss, PPO learns little.",
     ),
     "ptx_grad_norm": (
-        "Gradient norm of the pretraining part",
-        "Of gamma times its loss, in the first minibatch.",
+        "Gradient norm of the pretraining loss",
+        "Norm of gamma times the pretraining loss, in the first minibatch.",
     ),
     "grad_norm": (
         "Gradient norm",
-        "Before clipping. Spikes are harmless when rare; steady growth is not.",
+        "Before clipping. Rare spikes are harmless, steady growth is not.",
     ),
-    "lr": ("Learning rate", "As the schedule asks: warm-up first, then decay."),
+    "lr": ("Learning rate", "The configured schedule: warm-up, then decay."),
     "seconds": (
-        "Seconds a step",
-        "Wall-clock time. Steady is good; growth hints at a leak or a slowing disk.",
+        "Seconds per step",
+        "Wall-clock time. It should be constant; growth suggests a memory leak or a slowing disk.",
     ),
 }
 _PREFIXES = ("valid_", "valid/", "eval_", "eval/")
 
 
 @dataclass(frozen=True)
-class Figure:
+class Headline:
     """One headline number."""
 
     label: str
     value: str
     detail: str = ""
     passed: bool | None = None
-    """Shown as a badge: reached (True), missed (False), or no badge (None)."""
+    """A badge: reached (True), missed (False), or none (None)."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One response of a side-by-side sample."""
+    """One response of a sample."""
 
     name: str
-    """Who wrote it: "SFT", "PPO-ptx"."""
+    """Name of the model that wrote it, such as "SFT" or "PPO-ptx"."""
     text: str
     score: float | None = None
 
 
 @dataclass
 class Report:
-    """An HTML page in the making; every method adds to its end. `write` or `html` finishes it."""
+    """An HTML page that is built from top to bottom: every method appends to it."""
 
     title: str
     lead: str = ""
     _parts: list[str] = field(default_factory=list)
 
     def section(self, title: str, *paragraphs: str) -> None:
-        """A heading and plain-text paragraphs under it."""
+        """Append a heading and plain-text paragraphs."""
         self._parts.append(f"<h2>{escape(title)}</h2>")
         self._parts.extend(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
 
     def note(self, text: str) -> None:
-        """A small remark."""
+        """Append a remark in small type."""
         self._parts.append(f'<p class="note">{escape(text)}</p>')
 
-    def figures(self, figures: Iterable[Figure]) -> None:
-        """A row of headline numbers."""
+    def headlines(self, headlines: Iterable[Headline]) -> None:
+        """Append a row of headline numbers."""
         self._parts.append(
-            f'<div class="cards">{"".join(_card(figure) for figure in figures)}</div>'
+            f'<div class="cards">{"".join(_card(headline) for headline in headlines)}</div>'
         )
 
     def stages(self, stages: Mapping[str, str]) -> None:
-        """Numbered steps side by side: name -> what happens in it."""
+        """Append a row of numbered steps: name -> description."""
         items = [
             f"<li><b>{i}. {escape(name)}</b>{escape(text)}</li>"
             for i, (name, text) in enumerate(stages.items(), 1)
@@ -159,8 +162,9 @@ class Report:
         self._parts.append(f'<ol class="stages">{"".join(items)}</ol>')
 
     def charts(self, charts: Iterable[str], folded: str | None = None) -> None:
-        """Charts made by `framed`, in as many columns as fit; empty ones are left out. With the title `folded` they
-        are hidden until it is clicked.
+        """Append charts made by `chart_figure`, in as many columns as fit; empty ones are skipped.
+
+        If the title `folded` is given, the charts are hidden until it is clicked.
         """
         grid = f'<div class="charts">{"".join(charts)}</div>'
         self._parts.append(
@@ -168,54 +172,57 @@ class Report:
         )
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """A table; numbers are right-aligned, floats with three decimals, anything else as its text."""
+        """Append a table; numbers are right-aligned, floats have three decimals."""
         head = "".join(f"<th>{escape(name)}</th>" for name in header)
         body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-        self._parts.append(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        self._parts.append(f'<div class="wide">{table}</div>')
 
     def sample(self, prompt: str, answers: Sequence[Answer]) -> None:
-        """One prompt with its responses side by side."""
+        """Append a prompt with its responses in columns."""
         columns = "".join(
             f"<div><h3>{escape(a.name)}</h3><p>{escape(a.text) or '<em>(empty)</em>'}</p>"
             + (f'<span class="score">score {a.score:.2f}</span>' if a.score is not None else "")
             + "</div>"
             for a in answers
         )
-        shown = escape(prompt.strip())
         self._parts.append(
-            f'<div class="sample"><div class="prompt">{shown}</div><div class="answers">{columns}</div></div>'
+            f'<div class="sample"><div class="prompt">{escape(prompt.strip())}</div>'
+            f'<div class="answers">{columns}</div></div>'
         )
 
     def details(self, title: str, text: str) -> None:
-        """Preformatted text, folded until clicked."""
+        """Append preformatted text that is folded until clicked."""
         self._parts.append(
             f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
         )
 
     def html(self) -> str:
-        """The whole page."""
+        """Return the page."""
+        title, lead = escape(self.title), escape(self.lead)
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(self.title)}</title><style>{STYLE}</style></head><body><main>"
-            f'<h1>{escape(self.title)}</h1><p class="lead">{escape(self.lead)}</p>{"".join(self._parts)}'
+            f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
+            f'<h1>{title}</h1><p class="lead">{lead}</p>{"".join(self._parts)}'
             "<footer>Written by fastrlhf.</footer></main></body></html>\n"
         )
 
     def write(self, path: Path) -> Path:
-        """Writes the page and returns its path. The old page stays whole until the new one is complete."""
+        """Write the page atomically and return its path."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".tmp")
         draft.write_text(self.html(), encoding="utf-8")
         return draft.replace(path)
 
 
-def framed(
+def chart_figure(
     title: str, chart: str, caption: str = "", legend: Mapping[str, int] | None = None
 ) -> str:
-    """A chart of `charts` with its title, its caption and a legend (name -> colour index); "" for an empty chart."""
+    """Return a chart with a title, a caption and a legend; "" for an empty chart.
+
+    `chart` is an SVG of charts.py; `legend` maps names to colour indices.
+    """
     if not chart:
         return ""
     keys = "".join(
@@ -228,19 +235,19 @@ def framed(
 
 
 def write_json(path: Path, results: Mapping[str, object]) -> None:
-    """The numbers of a page, for programs; makes the folder."""
+    """Write the numbers of a page as JSON, and create the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The numeric columns of a metrics.jsonl: name -> (steps, values), without "step" and "time".
+    """Return the numeric columns of a metrics.jsonl: name -> (steps, values).
 
-    A last line cut short, as a killed run leaves it, is skipped. Raises UserError where the file is missing or another
-    line broken.
+    "step" and "time" are not columns. An incomplete last line, as a killed run leaves it, is
+    skipped. Raises UserError if the file is missing or another line is malformed.
     """
     if not path.is_file():
-        raise UserError(f"no metrics at {path}: give the output folder of a run")
+        raise UserError(f"{path}: no such file; expected the metrics of a run in its output folder")
     columns: Metrics = {}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -254,7 +261,7 @@ def read_metrics(path: Path) -> Metrics:
                 f'{path}:{number}: expected a line {{"step": ..., ...}}, got {line[:60]!r}'
             ) from error
         for name, value in record.items():
-            value = math.nan if value is None else value  # so MetricsLog writes what is not finite
+            value = math.nan if value is None else value  # MetricsLog writes non-finite values so
             if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 steps, values = columns.setdefault(name, ([], []))
                 steps.append(step)
@@ -263,18 +270,17 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def metric_charts(metrics: Metrics, names: Iterable[str] | None = None) -> list[str]:
-    """One framed chart for each metric, or for those of `names` that were recorded; by default all, known ones first.
+    """Return one titled chart for each metric, or for each of `names` that was recorded.
 
-    A validation metric shares the chart of the one it validates.
+    By default all are shown, known ones first. A validation metric shares the chart of its training
+    metric.
     """
-    known = [name for name in EXPLAINED if name in metrics]
-    rest = sorted(
-        name for name in metrics if name not in EXPLAINED and _validated(name) not in metrics
-    )
-    shown = known + rest if names is None else [name for name in names if name in metrics]
+    if names is None:
+        names = _known(metrics) + _unknown(metrics)
+    shown = [name for name in names if name in metrics]
     charts = []
     for name in shown:
-        title, text = EXPLAINED.get(name, (name.replace("_", " ").replace("/", ": "), ""))
+        title, text = METRIC_INFO.get(name, (name.replace("_", " ").replace("/", ": "), ""))
         partners = [partner for prefix in _PREFIXES if (partner := prefix + name) in metrics]
         series = [
             Series(label, *metrics[label], color) for color, label in enumerate([name, *partners])
@@ -282,46 +288,58 @@ def metric_charts(metrics: Metrics, names: Iterable[str] | None = None) -> list[
         legend = {"training": 0, "held out": 1} if partners else None
         y_label = title if title[:2].isupper() else title[0].lower() + title[1:]
         charts.append(
-            framed(title, line_chart(series, "step", y_label, smooth=name != "lr"), text, legend)
+            chart_figure(
+                title, line_chart(series, "step", y_label, smooth=name != "lr"), text, legend
+            )
         )
     return charts
 
 
 def write_run_report(run_dir: str | Path) -> Path:
-    """Writes `run_dir`/report.html from its metrics.jsonl and, if there, config.yaml and samples.jsonl. Raises
-    UserError without metrics.
+    """Write `run_dir`/report.html from its metrics.jsonl; return its path.
+
+    config.yaml and samples.jsonl are used if they exist. Raises UserError if there are no metrics.
     """
     folder = Path(run_dir)
     metrics = read_metrics(folder / "metrics.jsonl")
-    report = Report(
-        folder.resolve().name, "Every number this training run recorded, over its steps."
-    )
+    report = Report(folder.resolve().name, "The recorded metrics of this training run.")
     if metrics:
-        report.figures(_run_figures(metrics))
-        averaged = "Of more than 30 values the faint line is what was recorded, the strong one its moving average."
-        report.section("Curves", averaged)
-        report.charts(metric_charts(metrics, [name for name in EXPLAINED if name in metrics]))
-        others = [
-            name
-            for name in sorted(metrics)
-            if name not in EXPLAINED and _validated(name) not in metrics
-        ]
-        if others:
+        report.headlines(_run_headlines(metrics))
+        report.section(
+            "Curves",
+            "With more than 30 points, the faint line shows the raw values and the bold line their "
+            "moving average.",
+        )
+        report.charts(metric_charts(metrics, _known(metrics)))
+        if others := _unknown(metrics):
             report.charts(metric_charts(metrics, others), folded="More curves")
     else:
-        report.section("Curves", "Nothing has been recorded yet.")
+        report.section("Curves", "No metrics have been recorded yet.")
     _run_samples(report, folder / "samples.jsonl")
     config = folder / "config.yaml"
     if config.is_file():
         report.section("Configuration")
-        report.details("config.yaml, every default written out", config.read_text(encoding="utf-8"))
+        report.details("config.yaml with all defaults", config.read_text(encoding="utf-8"))
     report.section("Versions")
     report.table(("package", "version"), _versions())
     return report.write(folder / "report.html")
 
 
+def _known(metrics: Metrics) -> list[str]:
+    return [name for name in METRIC_INFO if name in metrics]
+
+
+def _unknown(metrics: Metrics) -> list[str]:
+    """Return the metrics without an explanation or a training metric whose chart they share."""
+    return sorted(
+        name
+        for name in metrics
+        if name not in METRIC_INFO and _training_metric(name) not in metrics
+    )
+
+
 def _versions() -> list[tuple[str, str]]:
-    """Of what decides a run's numbers, as installed when the page is written."""
+    """Return the installed versions of Python and of the packages that affect a run's numbers."""
     packages = (
         "fastrlhf",
         "torch",
@@ -341,8 +359,9 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _run_samples(report: Report, path: Path) -> None:
-    """The responses of the first and the last iteration in a samples.jsonl, if there is one; a last line cut short is
-    skipped.
+    """Append the responses of the first and the last iteration of a samples.jsonl, if it exists.
+
+    An incomplete last line is skipped.
     """
     if not path.is_file():
         return
@@ -351,7 +370,8 @@ def _run_samples(report: Report, path: Path) -> None:
     iterations = [record["iteration"] for record in records]
     for iteration in sorted({iterations[0], iterations[-1]}) if iterations else []:
         report.section(
-            f"Responses of iteration {iteration}", "The score includes penalties, but not the KL."
+            f"Responses of iteration {iteration}",
+            "The score includes penalties, but not the KL penalty.",
         )
         for record in records:
             if record["iteration"] == iteration:
@@ -360,9 +380,9 @@ def _run_samples(report: Report, path: Path) -> None:
                 report.sample(record["prompt"], [Answer(name, record["response"], record["score"])])
 
 
-def _run_figures(metrics: Metrics) -> list[Figure]:
+def _run_headlines(metrics: Metrics) -> list[Headline]:
     last_step = max(steps[-1] for steps, _ in metrics.values())
-    figures = [Figure("Steps", f"{last_step:,.0f}")]
+    headlines = [Headline("Steps", f"{last_step:,.0f}")]
     headline = (
         "loss",
         "accuracy",
@@ -372,43 +392,39 @@ def _run_figures(metrics: Metrics) -> list[Figure]:
     )
     for name in headline:
         if name in metrics:
-            values = metrics[name][1]
-            label = EXPLAINED.get(_validated(name) or name, (name, ""))[0] + (
-                ", held out" if _validated(name) else ""
-            )
-            figures.append(
-                Figure(f"{label}, at the end", f"{values[-1]:.4g}", f"{values[0]:.4g} at the start")
+            values, training = metrics[name][1], _training_metric(name)
+            label = METRIC_INFO.get(training or name, (name, ""))[0]
+            label += ", held out" if training else ""
+            headlines.append(
+                Headline(
+                    f"{label}, at the end", f"{values[-1]:.4g}", f"{values[0]:.4g} at the start"
+                )
             )
     if "seconds" in metrics:
-        figures.append(
-            Figure(
-                "Time a step",
-                f"{sorted(metrics['seconds'][1])[len(metrics['seconds'][1]) // 2]:.3g} s",
-                "median",
-            )
-        )
+        seconds = sorted(metrics["seconds"][1])
+        headlines.append(Headline("Time per step", f"{seconds[len(seconds) // 2]:.3g} s", "median"))
     broken = sum(not math.isfinite(value) for _, values in metrics.values() for value in values)
     if broken:
-        figures.append(Figure("Values not finite", str(broken), "gaps in the curves below"))
-    return figures
+        headlines.append(Headline("Non-finite values", str(broken), "gaps in the curves below"))
+    return headlines
 
 
-def _validated(name: str) -> str | None:
-    """The metric that a held-out one belongs to: "valid_loss" -> "loss"; None for any other."""
+def _training_metric(name: str) -> str | None:
+    """Return the training metric of a held-out one: "valid_loss" -> "loss"; None for any other."""
     return next(
         (name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), None
     )
 
 
-def _card(figure: Figure) -> str:
+def _card(headline: Headline) -> str:
     badge = ""
-    if figure.passed is not None:
-        kind, word = ("good", "reached") if figure.passed else ("bad", "missed")
+    if headline.passed is not None:
+        kind, word = ("good", "reached") if headline.passed else ("bad", "missed")
         badge = f'<div class="badge {kind}">{word}</div>'
-    detail = f'<div class="detail">{escape(figure.detail)}</div>' if figure.detail else ""
+    detail = f'<div class="detail">{escape(headline.detail)}</div>' if headline.detail else ""
     return (
-        f'<div class="card"><div class="label">{escape(figure.label)}</div>'
-        f'<div class="value">{escape(figure.value)}</div>{detail}{badge}</div>'
+        f'<div class="card"><div class="label">{escape(headline.label)}</div>'
+        f'<div class="value">{escape(headline.value)}</div>{detail}{badge}</div>'
     )
 
 
@@ -416,9 +432,6 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f'<td class="numeric">{value:,d}</td>'
     if isinstance(value, float):
-        return (
-            f'<td class="numeric">{value:.3f}</td>'
-            if abs(value) < 100
-            else f'<td class="numeric">{value:,.1f}</td>'
-        )
+        number = f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+        return f'<td class="numeric">{number}</td>'
     return f"<td>{escape(str(value))}</td>"

@@ -1,9 +1,11 @@
-"""How well a reward model's scores agree with the labelers who ranked the responses, with intervals.
+"""Agreement of a reward model's scores with the labelers who ranked the responses.
 
-What is counted are the strictly ranked pairs of a prompt. They are not independent, so intervals are bootstraps over
-prompts (winrate.py). Beside the model stands the rule "the longer response wins", which a useful model must beat, and
-the labelers' agreement with each other, which bounds what it can reach. numpy alone; left out on purpose: scoring
-(algorithms/rm.py) and drawing (reward_report.py).
+The unit is a strictly ranked pair of responses to one prompt. The pairs of a prompt are not
+independent, so intervals are bootstraps over prompts (winrate.py). The model is compared with the
+rule "the longer response wins", which a useful model must beat, and with the labelers' agreement
+with each other, which bounds what it can reach. Only numpy is needed.
+
+Out of scope: scoring (algorithms/rm.py) and charts (reward_report.py).
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastrlhf.data.batches import TokenizedRanking
-from fastrlhf.evaluation.winrate import WinRate, win_rate
+from fastrlhf.evaluation.winrate import WinRate, WinRateDict, win_rate
 
 BINS = 10
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The P strictly ranked pairs of some rankings, the labeler's better response first; arrays [P]."""
+    """P strictly ranked pairs of responses, the labeler's better one first; all arrays are [P]."""
 
     prompt: NDArray[np.int64]
-    """Which prompt, by its tokens: rankings of one prompt by several labelers are one cluster."""
+    """Number of the prompt. Rankings of one prompt by several labelers have the same number."""
     k: NDArray[np.int64]
-    """Responses that were ranked together."""
+    """Number of responses that were ranked together."""
     distance: NDArray[np.int64]
-    """Steps between the two ranks: 1 when no other rank of the prompt lies between them."""
+    """Difference of the two ranks in steps: 1 if the prompt has no rank between them."""
     margin: NDArray[np.float64]
     """Score of the better response - score of the worse."""
     length: NDArray[np.int64]
@@ -40,28 +42,30 @@ class Pairs:
 
     @property
     def wins(self) -> NDArray[np.float64]:
-        """1 where the scores agree with the labeler, 0.5 where they are equal, else 0."""
+        """Agreement of the scores with the labeler: 1, 0.5 where the scores are equal, or 0."""
         return (1 + np.sign(self.margin)) / 2
 
     @property
     def longer_wins(self) -> NDArray[np.float64]:
-        """The same of the rule that the response of more tokens is better."""
+        """Agreement of the rule "the response with more tokens is better" with the labeler."""
         return (1 + np.sign(self.length)) / 2
 
 
 def ranked_pairs(rankings: Sequence[TokenizedRanking], scores: Sequence[ArrayLike]) -> Pairs:
-    """All strictly ranked pairs of `rankings`; scores[g] are the K scores of ranking g, in its order.
+    """Return all strictly ranked pairs of `rankings`.
 
-    Raises ValueError for a number of scores that is not K, for scores that are not finite, and without any pair.
+    scores[g] are the K scores of ranking g, in its order. Raises ValueError if their number is not
+    K, a score is not finite, or there is no pair.
     """
     prompts: dict[tuple[int, ...], int] = {}
     columns: list[tuple[int, int, int, float, int]] = []
-    for number, (ranking, own) in enumerate(zip(rankings, scores, strict=True)):
+    for number, (ranking, ranking_scores) in enumerate(zip(rankings, scores, strict=True)):
         prompt = prompts.setdefault(tuple(ranking.prompt_tokens), len(prompts))
-        scores_K, K = np.asarray(own, dtype=np.float64), len(ranking.responses)
+        scores_K, K = np.asarray(ranking_scores, dtype=np.float64), len(ranking.responses)
         if scores_K.shape != (K,) or not np.isfinite(scores_K).all():
             raise ValueError(
-                f"ranking {number} has {K} responses; expected as many finite scores, got {scores_K}"
+                f"ranking {number} has {K} responses; "
+                f"expected as many finite scores, got {scores_K}"
             )
         levels = np.unique(np.asarray(ranking.ranks, dtype=np.float64), return_inverse=True)[1]
         lengths = [len(response) for response in ranking.responses]
@@ -72,16 +76,14 @@ def ranked_pairs(rankings: Sequence[TokenizedRanking], scores: Sequence[ArrayLik
                     (prompt, K, gap, float(scores_K[i] - scores_K[j]), lengths[i] - lengths[j])
                 )
     if not columns:
-        raise ValueError(
-            "no two responses of a prompt have different ranks: there is no pair to be right about"
-        )
+        raise ValueError("no pair to evaluate: no two responses of a prompt have different ranks")
     prompt_P, k_P, distance_P, margin_P, length_P = zip(*columns, strict=True)
     ints = [np.array(column, dtype=np.int64) for column in (prompt_P, k_P, distance_P, length_P)]
     return Pairs(ints[0], ints[1], ints[2], np.array(margin_P), ints[3])
 
 
 def evaluate(pairs: Pairs) -> dict[str, Any]:
-    """Everything that is said of a model on `pairs`, ready for JSON."""
+    """Return all statistics of a model on `pairs`, as JSON values."""
     accuracy, longer = win_rate(pairs.wins, pairs.prompt), win_rate(pairs.longer_wins, pairs.prompt)
     return {
         "prompts": accuracy.clusters,
@@ -89,32 +91,37 @@ def evaluate(pairs: Pairs) -> dict[str, Any]:
         "accuracy": accuracy.as_dict(),
         "length_rule": longer.as_dict(),
         "above_length_rule": _difference(pairs.wins, pairs.longer_wins, pairs.prompt),
-        "accuracy_by_k": _by(pairs, pairs.k),
-        "accuracy_by_distance": _by(pairs, pairs.distance),
+        "accuracy_by_k": _accuracy_by(pairs, pairs.k),
+        "accuracy_by_distance": _accuracy_by(pairs, pairs.distance),
         "loss": float(np.logaddexp(0.0, -pairs.margin).mean()),
         "margin": float(pairs.margin.mean()),
         "calibration": calibration(pairs),
     }
 
 
-def _by(pairs: Pairs, groups: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
-    """Accuracy in each group, and beside it the length rule's."""
+class GroupAccuracy(WinRateDict):
+    """Accuracy of the model on a group of pairs, and that of the length rule."""
+
+    length_rule: float
+
+
+def _accuracy_by(pairs: Pairs, groups: NDArray[np.int64]) -> dict[str, GroupAccuracy]:
+    """Return the accuracy of the model and of the length rule in each group."""
     table = {}
     for value in np.unique(groups):
         which = groups == value
         accuracy = win_rate(pairs.wins[which], pairs.prompt[which])
         longer = win_rate(pairs.longer_wins[which], pairs.prompt[which])
-        table[str(value)] = accuracy.as_dict() | {"length_rule": longer.rate}
+        table[str(value)] = GroupAccuracy(**accuracy.as_dict(), length_rule=longer.rate)
     return table
 
 
 def _difference(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], clusters: ArrayLike
 ) -> dict[str, float]:
-    """Mean of ours - theirs, pair by pair, with its interval over prompts."""
-    shifted = win_rate(
-        (1 + ours - theirs) / 2, clusters
-    )  # a difference in [-1, 1] as a rate in [0, 1]
+    """Return the mean of ours - theirs over pairs, with its interval over prompts."""
+    # The difference in [-1, 1] is shifted to a rate in [0, 1].
+    shifted = win_rate((1 + ours - theirs) / 2, clusters)
     return {
         "difference": 2 * shifted.rate - 1,
         "low": 2 * shifted.low - 1,
@@ -123,11 +130,12 @@ def _difference(
 
 
 def calibration(pairs: Pairs) -> dict[str, Any]:
-    """Predicted probability sigmoid(s_i - s_j) that the response with the higher score is the labeler's better one,
-    against how often it was, in bins of equal width from 0.5 to 1.
+    """Return the calibration of the model's predicted probabilities.
 
-    ece is the expected calibration error: the mean over pairs of |observed - predicted| of their bin (Guo et al. 2017,
-    eq. 3; arXiv 1706.04599).
+    sigmoid(s_i - s_j) is the predicted probability that the response with the higher score is the
+    labeler's better one. It is compared with the observed frequency, in bins of equal width from
+    0.5 to 1. `ece` is the expected calibration error: the mean over pairs of |observed - predicted|
+    of their bin (Guo et al. 2017, eq. 3; arXiv 1706.04599).
     """
     predicted_P = 1 / (1 + np.exp(-np.abs(pairs.margin)))
     bin_P = np.minimum(((predicted_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
@@ -152,9 +160,10 @@ def _interval(rate: WinRate) -> dict[str, float]:
 
 
 def labeler_agreement(rankings: Sequence[TokenizedRanking]) -> dict[str, Any] | None:
-    """How often two labelers who ranked the same responses to the same prompt put a pair in the same order.
+    """Return how often two labelers put the same pair of responses in the same order.
 
-    Pairs that either of them tied are left out and counted. None where no two labelers ranked a pair in common.
+    Pairs that either of them tied are counted in `tied_pairs` only. Returns None if no two labelers
+    ranked a pair in common.
     """
     rows: list[tuple[int, float, str, str]] = []
     tied = 0
@@ -163,9 +172,8 @@ def labeler_agreement(rankings: Sequence[TokenizedRanking]) -> dict[str, Any] | 
             if one.labeler_id == other.labeler_id:
                 continue
             first, second = _rank_of(one), _rank_of(other)
-            for a, b in itertools.combinations(
-                [response for response in first if response in second], 2
-            ):
+            common = [response for response in first if response in second]
+            for a, b in itertools.combinations(common, 2):
                 orders = np.sign(first[a] - first[b]) * np.sign(second[a] - second[b])
                 if orders == 0:
                     tied += 1
@@ -180,11 +188,11 @@ def labeler_agreement(rankings: Sequence[TokenizedRanking]) -> dict[str, Any] | 
     for labeler in sorted({*firsts, *seconds}):
         which = (firsts == labeler) | (seconds == labeler)
         table[str(labeler)] = win_rate(agreed[which], clusters[which]).as_dict()
-    return win_rate(agreed, clusters).as_dict() | {"tied_pairs": tied, "by_labeler": table}
+    return {**win_rate(agreed, clusters).as_dict(), "tied_pairs": tied, "by_labeler": table}
 
 
 def _by_prompt(rankings: Sequence[TokenizedRanking]) -> Iterable[list[TokenizedRanking]]:
-    """The rankings whose labeler is known, those of one prompt together."""
+    """Return the rankings with a known labeler, grouped by prompt."""
     groups: dict[tuple[int, ...], list[TokenizedRanking]] = defaultdict(list)
     for ranking in rankings:
         if ranking.labeler_id is not None:
@@ -193,16 +201,17 @@ def _by_prompt(rankings: Sequence[TokenizedRanking]) -> Iterable[list[TokenizedR
 
 
 def _rank_of(ranking: TokenizedRanking) -> dict[tuple[int, ...], float]:
-    """The rank of each response; responses that stand there twice are left out."""
+    """Return the rank of each response that occurs only once."""
     responses = [tuple(response) for response in ranking.responses]
     pairs = zip(responses, ranking.ranks, strict=True)
     return {response: float(rank) for response, rank in pairs if responses.count(response) == 1}
 
 
 def split_groups(counts: Mapping[str, int], folds: int) -> list[list[str]]:
-    """Labelers in `folds` groups of about equal numbers of rankings: each, most rankings first, to the smallest group.
+    """Split labelers into `folds` groups with about equal numbers of rankings.
 
-    The same for every process; ties are broken by name.
+    Each labeler, most rankings first, goes to the smallest group; ties are broken by name. The
+    result is the same in every process.
     """
     groups: list[list[str]] = [[] for _ in range(folds)]
     sizes = [0] * folds
@@ -213,14 +222,15 @@ def split_groups(counts: Mapping[str, int], folds: int) -> list[list[str]]:
     return groups
 
 
-def leave_out(
+def hold_out(
     rankings: Sequence[TokenizedRanking],
     group: Sequence[str],
     key: Callable[[TokenizedRanking], str | None],
 ) -> tuple[list[TokenizedRanking], list[TokenizedRanking]]:
-    """(rankings to train on, rankings to evaluate on): those of the labelers in `group` are held out.
+    """Return (rankings to train on, rankings to evaluate on): `group` is held out.
 
-    A prompt that is held out is not trained on either when others ranked it too: their ranking would tell the answer.
+    `key` returns a ranking's labeler. Rankings of held-out prompts by other labelers are in
+    neither, since they would give the answer away.
     """
     members = set(group)
     held_out = [ranking for ranking in rankings if key(ranking) in members]
@@ -230,7 +240,7 @@ def leave_out(
 
 
 def summarize(rates: Sequence[float]) -> dict[str, float]:
-    """Mean over folds, standard deviation between them (n - 1), and standard error of the mean."""
+    """Return the mean over folds, the standard deviation (n - 1) and the standard error."""
     values = np.asarray(rates, dtype=np.float64)
     std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     return {

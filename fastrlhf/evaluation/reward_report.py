@@ -1,4 +1,4 @@
-"""The pages that `fastrlhf eval rm` leaves: a reward model on held-out rankings, and its cross-validation."""
+"""HTML pages of `fastrlhf eval rm`: a reward model on held-out rankings, and cross-validation."""
 
 from __future__ import annotations
 
@@ -7,56 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, line_chart
-from fastrlhf.evaluation.report import Figure, Report, framed
+from fastrlhf.evaluation.report import Headline, Report, chart_figure
+from fastrlhf.evaluation.reward import GroupAccuracy
+from fastrlhf.evaluation.winrate import WinRateDict
 
-Rate = Mapping[str, Any]
-"""A WinRate as a dictionary: rate, low, high, n, clusters."""
-
-_GUESS = (0.5, "guessing")
+_CHANCE = (0.5, "chance")
 
 
 def write_reward_report(results: Mapping[str, Any], path: Path) -> Path:
-    """The page of `reward.evaluate`'s results (with "model", "agreement" and "statistics" beside them)."""
+    """Write the page of `reward.evaluate`'s results with "model", "agreement" and "statistics"."""
     report = Report(
         "Reward model on held-out rankings", f"{results['model']}, on {results['files']}."
     )
-    report.figures(_headline(results))
+    report.headlines(_headlines(results))
     report.section(
-        "Where it is right",
-        "Share of the strictly ranked pairs in which the response the labeler preferred has the higher score. The "
-        "intervals are 95 %, from resampling prompts: the pairs of a prompt are not independent.",
+        "Accuracy and calibration",
+        "Accuracy is the share of the strictly ranked pairs in which the response that the labeler "
+        "preferred has the higher score. The 95 % intervals are from resampling prompts, because "
+        "the pairs of a prompt are not independent.",
     )
-    report.charts(
-        [
-            framed(
-                "By responses ranked together",
-                _bars(results["accuracy_by_k"], "K = {}"),
-                "Pairs of prompts of each K.",
-            ),
-            framed(
-                "By distance of the ranks",
-                _bars(results["accuracy_by_distance"], "{} apart"),
-                "Neighbours are hard to tell apart, the best from the worst is easy.",
-            ),
-            framed(
-                "Calibration",
-                _reliability(results["calibration"]["bins"]),
-                "How often the response it prefers was the labeler's, over the probability it predicts. Below the "
-                "diagonal it is too sure of itself.",
-                {"observed": 0, "as predicted": 5},
-            ),
-        ]
-    )
+    report.charts(_charts(results))
     for name, key in (("K", "accuracy_by_k"), ("Rank distance", "accuracy_by_distance")):
         report.table(
-            (name, "accuracy", "low", "high", "longer wins", "pairs", "prompts"),
+            (name, "accuracy", "low", "high", "length rule", "pairs", "prompts"),
             _rows(results[key]),
         )
     if results.get("agreement") is not None:
         _agreement(report, results["agreement"])
     if results.get("statistics"):
         report.section(
-            "Scores of demonstrations", "Written into the checkpoint when the head's bias was set."
+            "Scores of demonstrations",
+            "Stored in the checkpoint when the bias of the score head was set.",
         )
         report.table(
             ("statistic", "value"),
@@ -66,37 +47,19 @@ def write_reward_report(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def write_folds_report(results: Mapping[str, Any], path: Path) -> Path:
-    """The page of a cross-validation over groups of labelers."""
-    held_out = results["held_out"]
+    """Write the page of a cross-validation over groups of labelers."""
     report = Report(
         f"Reward model, {len(results['folds'])}-fold cross-validation by {results['by']}",
-        "Each model is trained on the rankings of all groups but one and judged by those of the group left out.",
+        "Each model is trained on the rankings of all groups but one and evaluated on those of the "
+        "held-out group.",
     )
-    figures = [
-        Figure(
-            "Accuracy, groups left out",
-            _plus_minus(held_out),
-            "mean over folds ± standard error of the mean",
-        ),
-        Figure("Spread between folds", f"{held_out['std']:.3f}", "standard deviation"),
-        Figure(
-            "Longer wins",
-            f"{results['length_rule']['mean']:.3f}",
-            "the rule's accuracy, mean over folds",
-        ),
-    ]
-    if results["seen"] is not None:
-        detail = "validation prompts ranked by labelers it was trained on"
-        figures.insert(
-            1, Figure("Accuracy, groups trained on", _plus_minus(results["seen"]), detail)
-        )
-    report.figures(figures)
+    report.headlines(_folds_headlines(results))
     bars = [_bar(f"fold {fold['fold']}", fold["held_out"]["accuracy"]) for fold in results["folds"]]
     report.charts(
         [
-            framed(
-                "Accuracy on the group left out",
-                bar_chart(bars, reference=_GUESS),
+            chart_figure(
+                "Accuracy on the held-out group",
+                bar_chart(bars, reference=_CHANCE),
                 "95 % intervals.",
             )
         ]
@@ -114,77 +77,129 @@ def write_folds_report(results: Mapping[str, Any], path: Path) -> Path:
         for fold in results["folds"]
     ]
     report.table(
-        ("fold", "accuracy", "longer wins", "pairs", "prompts", "trained on", "labelers left out"),
+        (
+            "fold",
+            "accuracy",
+            "length rule",
+            "pairs",
+            "prompts",
+            "training rankings",
+            "held-out labelers",
+        ),
         rows,
     )
     return report.write(path)
 
 
-def _headline(results: Mapping[str, Any]) -> list[Figure]:
+def _folds_headlines(results: Mapping[str, Any]) -> list[Headline]:
+    held_out, length_rule = results["held_out"], results["length_rule"]
+    detail = "mean over folds ± standard error of the mean"
+    headlines = [Headline("Accuracy, held-out groups", _plus_minus(held_out), detail)]
+    if results["seen"] is not None:
+        detail = "validation prompts ranked by labelers of the training groups"
+        headlines.append(
+            Headline("Accuracy, training groups", _plus_minus(results["seen"]), detail)
+        )
+    detail = "accuracy of “the longer response wins”, mean over folds"
+    return [
+        *headlines,
+        Headline("Variation between folds", f"{held_out['std']:.3f}", "standard deviation"),
+        Headline("Length rule", f"{length_rule['mean']:.3f}", detail),
+    ]
+
+
+def _headlines(results: Mapping[str, Any]) -> list[Headline]:
     accuracy, above = results["accuracy"], results["above_length_rule"]
-    figures = [
-        Figure("Pair accuracy", f"{accuracy['rate']:.3f}", _interval(accuracy)),
-        Figure(
-            "Longer wins",
+    headlines = [
+        Headline("Pair accuracy", f"{accuracy['rate']:.3f}", _interval(accuracy)),
+        Headline(
+            "Length rule",
             f"{results['length_rule']['rate']:.3f}",
-            _interval(results["length_rule"]),
+            "accuracy of “the longer response wins”, " + _interval(results["length_rule"]),
         ),
-        Figure(
-            "Above that rule",
+        Headline(
+            "Accuracy minus length rule",
             f"{above['difference']:+.3f}",
             _interval(above),
             passed=above["low"] > 0,
         ),
-        Figure(
-            "Calibration error", f"{results['calibration']['ece']:.3f}", "expected, 0 is perfect"
+        Headline(
+            "Calibration error",
+            f"{results['calibration']['ece']:.3f}",
+            "expected calibration error, 0 is perfect",
         ),
-        Figure("Pairs", f"{results['pairs']:,}", f"of {results['prompts']:,} prompts"),
+        Headline("Pairs", f"{results['pairs']:,}", f"of {results['prompts']:,} prompts"),
     ]
     if results.get("agreement") is not None:
-        figures.append(
-            Figure(
-                "Labelers agree",
+        headlines.append(
+            Headline(
+                "Labeler agreement",
                 f"{results['agreement']['rate']:.3f}",
                 _interval(results["agreement"]),
             )
         )
-    return figures
+    return headlines
+
+
+def _charts(results: Mapping[str, Any]) -> list[str]:
+    return [
+        chart_figure(
+            "Accuracy by number of responses",
+            _bars(results["accuracy_by_k"], "K = {}"),
+            "K is the number of responses to the prompt that were ranked together.",
+        ),
+        chart_figure(
+            "Accuracy by rank distance",
+            _bars(results["accuracy_by_distance"], "distance {}"),
+            "Adjacent ranks are the hardest to distinguish, the best and the worst response "
+            "the easiest.",
+        ),
+        chart_figure(
+            "Calibration",
+            _reliability(results["calibration"]["bins"]),
+            "How often the labeler preferred the same response as the model, over the predicted "
+            "probability. Below the diagonal the model is overconfident.",
+            {"observed": 0, "perfect calibration": 5},
+        ),
+    ]
 
 
 def _agreement(report: Report, agreement: Mapping[str, Any]) -> None:
     report.section(
         "Agreement between labelers",
-        f"Of {agreement['n']:,} pairs ranked strictly by two labelers, {agreement['rate']:.3f} are in the same order "
-        f"({_interval(agreement)}); {agreement['tied_pairs']:,} more were a tie for one of them. A model trained on "
-        "one labeler's order cannot be expected to match another's more often.",
+        f"Two labelers ranked {agreement['n']:,} pairs strictly; "
+        f"a share of {agreement['rate']:.3f} is in the same order ({_interval(agreement)}). "
+        f"{agreement['tied_pairs']:,} more pairs were a tie for one of the two. "
+        "A model trained on one labeler's rankings cannot be expected to "
+        "agree with another labeler more often.",
     )
     rows = [
         (name, row["rate"], row["low"], row["high"], row["n"])
         for name, row in agreement["by_labeler"].items()
     ]
-    report.table(("labeler", "agrees with others", "low", "high", "pairs"), rows)
+    report.table(("labeler", "agreement with others", "low", "high", "pairs"), rows)
 
 
 def _reliability(bins: list[dict[str, float]]) -> str:
     predicted = [row["predicted"] for row in bins]
     series = [
-        Series("as predicted", [0.5, 1.0], [0.5, 1.0], 5),
+        Series("perfect calibration", [0.5, 1.0], [0.5, 1.0], 5),
         Series("observed", predicted, [row["observed"] for row in bins], 0),
     ]
-    return line_chart(series, "predicted probability", "observed share", smooth=False)
+    return line_chart(series, "predicted probability", "observed frequency", smooth=False)
 
 
-def _bars(table: Mapping[str, Rate], label: str) -> str:
+def _bars(table: Mapping[str, WinRateDict], label: str) -> str:
     return bar_chart(
-        [_bar(label.format(name), rate) for name, rate in table.items()], reference=_GUESS
+        [_bar(label.format(name), rate) for name, rate in table.items()], reference=_CHANCE
     )
 
 
-def _bar(label: str, rate: Rate) -> Bar:
+def _bar(label: str, rate: WinRateDict) -> Bar:
     return Bar(label, rate["rate"], rate["low"], rate["high"])
 
 
-def _rows(table: Mapping[str, Rate]) -> list[tuple[object, ...]]:
+def _rows(table: Mapping[str, GroupAccuracy]) -> list[tuple[object, ...]]:
     return [
         (
             int(name),

@@ -1,5 +1,4 @@
-"""The style sheet of the reports: one page for light and dark screens and for paper,
-nothing fetched from anywhere."""
+"""Style sheet of the reports, for light and dark screens and for paper; it fetches nothing."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1b2430; --soft: #5b6675; --rule: #e1e5ea;
@@ -10,8 +9,8 @@ STYLE = """
   --accent: #7fb0ff; --good: #63d3aa; --good-back: #15332a; --bad: #ff9d7d; --bad-back: #3a2018;
   --c0: #6fa5ff; --c1: #f5935c; --c2: #46c79d; --c3: #c48bea; --c4: #d9b440; --c5: #8f9bab; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 21px; margin: 44px 0 6px; letter-spacing: -0.005em; }
@@ -73,7 +72,8 @@ pre { overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, mono
 footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
 @media print { body { background: #fff; } figure, .card, .sample { break-inside: avoid; } }
 """ + "\n".join(
-    f"svg .c{i}.line, svg .c{i}.raw {{ stroke: var(--c{i}); }} svg .c{i}.bar, svg .c{i}.dot {{ fill: var(--c{i}); }}"
+    f"svg .c{i}.line, svg .c{i}.raw {{ stroke: var(--c{i}); }} "
+    f"svg .c{i}.bar, svg .c{i}.dot {{ fill: var(--c{i}); }}"
     f" .legend .c{i} {{ background: var(--c{i}); }}"
     for i in range(6)
 )

@@ -1,42 +1,63 @@
 """Win rates and pair accuracies with bootstrap intervals.
 
-Judgements of one prompt are not independent, so prompts are resampled, not judgements. numpy alone: no model, no
-tokenizer, no judge. Left out on purpose: Bradley-Terry or Elo ratings over several policies; the paper compares each
-with one fixed baseline.
+Judgements of one prompt are not independent, so prompts are resampled, not judgements. Only numpy
+is needed: no model, no tokenizer, no judge.
+
+Not supported: Bradley-Terry or Elo ratings of several policies. The paper compares each policy with
+one fixed baseline.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_DRAWN = 2**20
-"""Counts of the bootstrap that are in memory at a time."""
+_MAX_COUNTS = 2**20
+"""Bootstrap counts held in memory at a time."""
+
+
+class WinRateDict(TypedDict):
+    """A `WinRate` as a JSON object."""
+
+    rate: float
+    low: float
+    high: float
+    n: int
+    ties: int
+    clusters: int
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """A share of judgements with its interval."""
+    """A share of judgements with its confidence interval."""
 
     rate: float
-    """Wins plus half the ties, over n. For `pair_accuracy`: the share of pairs in the right order."""
+    """(Wins + ties / 2) / n. For `pair_accuracy`: the share of pairs in the right order."""
     low: float
     """Lower end of the interval."""
     high: float
     """Upper end of the interval."""
     n: int
-    """Judgements, or strictly ranked pairs."""
+    """Number of judgements, or of strictly ranked pairs."""
     ties: int
-    """Judgements of 0.5, or pairs that got equal scores."""
+    """Number of judgements of 0.5, or of pairs with equal scores."""
     clusters: int
-    """Prompts the judgements came from: what was resampled."""
+    """Number of prompts, which are resampled."""
 
-    def as_dict(self) -> dict[str, float | int]:
-        """For a JSON file."""
-        return asdict(self)
+    def as_dict(self) -> WinRateDict:
+        """Return the fields as a dictionary, for a JSON file."""
+        return WinRateDict(
+            rate=self.rate,
+            low=self.low,
+            high=self.high,
+            n=self.n,
+            ties=self.ties,
+            clusters=self.clusters,
+        )
 
     def __str__(self) -> str:
         return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}, ties={self.ties})"
@@ -50,18 +71,19 @@ def win_rate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> WinRate:
-    """The share of comparisons won against a baseline, with a percentile bootstrap interval.
+    """Return the share of comparisons won, with a percentile bootstrap interval.
 
-    wins      [N] numbers from 0 (lost) to 1 (won); 0.5 is a tie. Several judges' votes may be averaged before.
-    clusters  [N] the prompt each comparison belongs to (integers or strings); None: each has a prompt of its own
-    level     the interval's coverage
-    Raises ValueError for an empty array, another shape, or numbers outside [0, 1].
+    - wins [N]: numbers from 0 (lost) to 1 (won), 0.5 for a tie; may be averages of several votes.
+    - clusters [N]: the prompt of each comparison (integers or strings). None: all are different.
+    - level: coverage of the interval.
+
+    Raises ValueError if wins is empty, not a vector or outside [0, 1], or the shapes differ.
     """
     wins_N = np.asarray(wins, dtype=np.float64)
     if wins_N.ndim != 1 or wins_N.size == 0:
         raise ValueError(f"wins must be a non-empty vector, got shape {wins_N.shape}")
     if not ((wins_N >= 0) & (wins_N <= 1)).all():  # written so that NaN fails too
-        raise ValueError("wins must lie from 0 (lost) to 1 (won)")
+        raise ValueError("wins must be between 0 (lost) and 1 (won)")
     members_N: NDArray[np.intp] = np.arange(wins_N.size)
     if clusters is not None:
         clusters_N = np.asarray(clusters)
@@ -84,39 +106,24 @@ def pair_accuracy(
     resamples: int = 2000,
     seed: int = 0,
 ) -> WinRate:
-    """The share of strictly ranked pairs that the scores put in the labeler's order, with a bootstrap interval over
-    prompts.
+    """Return the share of strictly ranked pairs that the scores put in the labeler's order.
 
-    scores   [N] a reward model's scores of all responses, prompt after prompt
-    ranks    [N] the labeler's ranks, 1 for the best; equal ranks of one prompt are a tie, and such pairs are left out
-    offsets  [G+1] where each prompt's responses begin: those of prompt g are offsets[g] to offsets[g+1] - 1
-    A pair with equal scores counts one half. Raises ValueError for shapes that disagree, NaN, no strict pair.
+    - scores [N]: a reward model's scores of all responses, prompt after prompt.
+    - ranks [N]: the labeler's ranks, 1 for the best; pairs with equal ranks are not counted.
+    - offsets [G+1]: prompt g has the responses [offsets[g], offsets[g+1]).
+
+    A pair with equal scores counts one half. The interval is a percentile bootstrap over prompts.
+    Raises ValueError if the shapes differ, a value is NaN or no pair is ranked strictly.
     """
     scores_N, offsets_G = np.asarray(scores, dtype=np.float64), np.asarray(offsets)
-    ranks_N = np.asarray(
-        ranks, dtype=np.float64
-    )  # signed: differences are taken; labelers may use halves
-    if scores_N.ndim != 1 or scores_N.shape != ranks_N.shape:
-        raise ValueError(
-            f"scores and ranks must be vectors of one length, got {scores_N.shape} and {ranks_N.shape}"
-        )
-    if (
-        offsets_G.ndim != 1
-        or offsets_G.size < 2
-        or offsets_G[0] != 0
-        or offsets_G[-1] != scores_N.size
-    ):
-        raise ValueError(
-            f"offsets must run from 0 to the number of scores ({scores_N.size}), got {offsets_G}"
-        )
-    if np.isnan(scores_N).any() or np.isnan(ranks_N).any():
-        raise ValueError("scores and ranks must not hold NaN")
+    # Converted to a signed type for the differences; labelers may use half ranks.
+    ranks_N = np.asarray(ranks, dtype=np.float64)
+    _check_ranked(scores_N, ranks_N, offsets_G)
     right, pairs, ties = [], [], 0
     for start, stop in itertools.pairwise(offsets_G):
         i, j = np.triu_indices(stop - start, 1)
-        order = np.sign(
-            ranks_N[start:stop][j] - ranks_N[start:stop][i]
-        )  # 1: the first of the pair is the better one
+        # 1 where the first response of the pair is the better one.
+        order = np.sign(ranks_N[start:stop][j] - ranks_N[start:stop][i])
         predicted = np.sign(scores_N[start:stop][i] - scores_N[start:stop][j])
         strict = order != 0
         right.append(((1 + order * predicted) / 2)[strict].sum())
@@ -124,11 +131,24 @@ def pair_accuracy(
         ties += int((strict & (predicted == 0)).sum())
     sums_G, counts_G = np.array(right), np.array(pairs, dtype=np.float64)
     if counts_G.sum() == 0:
-        raise ValueError(
-            "no two responses of a prompt have different ranks: there is no pair to be right about"
-        )
+        raise ValueError("no pair to evaluate: no two responses of a prompt have different ranks")
     kept = counts_G > 0
     return _with_interval(sums_G[kept], counts_G[kept], ties, level, resamples, seed)
+
+
+def _check_ranked(
+    scores_N: NDArray[np.float64], ranks_N: NDArray[np.float64], offsets_G: NDArray[np.int64]
+) -> None:
+    if scores_N.ndim != 1 or scores_N.shape != ranks_N.shape:
+        raise ValueError(
+            "scores and ranks must be vectors of one length, "
+            f"got {scores_N.shape} and {ranks_N.shape}"
+        )
+    N = scores_N.size
+    if offsets_G.ndim != 1 or offsets_G.size < 2 or offsets_G[0] != 0 or offsets_G[-1] != N:
+        raise ValueError(f"offsets must go from 0 to the number of scores ({N}), got {offsets_G}")
+    if np.isnan(scores_N).any() or np.isnan(ranks_N).any():
+        raise ValueError("scores and ranks must not be NaN")
 
 
 def mean_interval(
@@ -139,14 +159,16 @@ def mean_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """The mean of values [N], and the ends of its percentile bootstrap interval over the prompts `clusters` [N] names.
+    """Return the mean of values [N] and the ends of its percentile bootstrap interval.
 
-    Raises ValueError where the two are not vectors of one length, or are empty.
+    The interval is over prompts: `clusters` [N] names the prompt of each value. Raises ValueError
+    if the two are empty or not vectors of one length.
     """
     values_N, clusters_N = np.asarray(values, dtype=np.float64), np.asarray(clusters)
     if values_N.ndim != 1 or values_N.size == 0 or values_N.shape != clusters_N.shape:
         raise ValueError(
-            f"expected two vectors of one length, got shapes {values_N.shape} and {clusters_N.shape}"
+            "expected two vectors of one length, "
+            f"got shapes {values_N.shape} and {clusters_N.shape}"
         )
     members_N = np.unique(clusters_N, return_inverse=True)[1]
     sums_G = np.bincount(members_N, weights=values_N).astype(np.float64)
@@ -162,14 +184,14 @@ def _bootstrap(
     resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """The ends of the percentile bootstrap interval of sum / count over resampled prompts."""
+    """Return the ends of the percentile bootstrap interval of sum / count over prompts."""
     prompts = sums_G.size
     generator, shares_G = np.random.default_rng(seed), np.full(prompts, 1 / prompts)
     rates = []
-    # Piece by piece, which draws the same: all at once would be resamples * prompts numbers.
-    piece = max(1, _DRAWN // prompts)
-    for start in range(0, resamples, piece):
-        drawn = generator.multinomial(prompts, shares_G, size=min(piece, resamples - start))
+    # In chunks, which gives the same draws, since all at once are resamples * prompts numbers.
+    chunk = max(1, _MAX_COUNTS // prompts)
+    for start in range(0, resamples, chunk):
+        drawn = generator.multinomial(prompts, shares_G, size=min(chunk, resamples - start))
         rates.append((drawn @ sums_G) / (drawn @ counts_G))
     low, high = np.quantile(np.concatenate(rates), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -183,7 +205,7 @@ def _with_interval(
     resamples: int,
     seed: int,
 ) -> WinRate:
-    """sum / count with the percentile bootstrap interval of that ratio over resampled prompts."""
+    """Return sum / count with the percentile bootstrap interval of that ratio over prompts."""
     low, high = _bootstrap(sums_G, counts_G, level, resamples, seed)
     rate = float(sums_G.sum() / counts_G.sum())
     return WinRate(rate, low, high, int(counts_G.sum()), ties, clusters=int(sums_G.size))

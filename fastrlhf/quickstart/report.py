@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, scatter_chart
-from fastrlhf.evaluation.report import Answer, Figure, Report, framed, metric_charts, read_metrics
+from fastrlhf.evaluation.report import (
+    Answer,
+    Headline,
+    Report,
+    chart_figure,
+    metric_charts,
+    read_metrics,
+)
 from fastrlhf.evaluation.winrate import WinRate
 from fastrlhf.quickstart.labeler import TERMS, WEIGHTS, Calibration
 
@@ -158,21 +165,21 @@ def _headlines(report: Report, results: Results) -> None:
     summary, reached = results.summary, outcomes(results.summary)
     low, high = summary["winrate_ppo_ptx_vs_sft_ci95"]
     loss = summary["pretrain_loss"]
-    report.figures(
+    report.headlines(
         [
-            Figure(
+            Headline(
                 "PPO-ptx preferred to SFT",
                 f"{summary['winrate_ppo_ptx_vs_sft']:.1%}",
                 f"95 % interval {low:.1%} to {high:.1%}; expected 65 % or more",
                 reached["winrate_ppo_ptx_vs_sft"],
             ),
-            Figure(
+            Headline(
                 "Reward model, held-out accuracy",
                 f"{summary['rm_heldout_accuracy']:.1%}",
                 f"expected 70 % or more; noisy labels allow {results.calibration.ceiling:.0%}",
                 reached["rm_heldout_accuracy"],
             ),
-            Figure(
+            Headline(
                 "Pretraining loss, PPO-ptx",
                 f"{loss['ppo_ptx']:.3f}",
                 f"SFT {loss['sft']:.3f}, PPO {loss['ppo']:.3f}; expected nearer to SFT than PPO is"
@@ -180,12 +187,12 @@ def _headlines(report: Report, results: Results) -> None:
                 else f"before {loss['base']:.3f}, SFT {loss['sft']:.3f}",
                 reached.get("pretrain_loss"),
             ),
-            Figure(
+            Headline(
                 "KL of PPO-ptx from SFT",
                 f"{summary['kl_ppo_ptx']:.2f}",
                 "nats a response: how far it moved",
             ),
-            Figure("Time", _minutes(summary["seconds"]["total"]), "all stages"),
+            Headline("Time", _minutes(summary["seconds"]["total"]), "all stages"),
         ]
     )
 
@@ -208,18 +215,18 @@ def _outcome(report: Report, results: Results) -> None:
     ]
     report.charts(
         [
-            framed(
+            chart_figure(
                 "Preferred to SFT",
                 bar_chart(wins, reference=(0.5, "as good as SFT")),
                 "Higher is better.",
             ),
-            framed(
+            chart_figure(
                 "Loss on held-out pretraining text",
                 bar_chart(losses, from_zero=False),
                 "Nats a token; lower is better. What a model gains in one task it tends to lose elsewhere; the "
                 "pretraining gradients of PPO-ptx limit that loss.",
             ),
-            framed(
+            chart_figure(
                 "Mean score by the labelers' rule",
                 bar_chart(scores),
                 "Without noise, from 0 to 1; higher is better.",
@@ -244,7 +251,7 @@ def _score_against_kl(runs: Mapping[str, Path]) -> str:
         metrics = read_metrics(runs[key] / "metrics.jsonl") if key in runs else {}
         if "kl" in metrics and "score" in metrics:
             series.append(Series(name, metrics["kl"][1], metrics["score"][1], COLORS[name]))
-    return framed(
+    return chart_figure(
         "Score against distance",
         scatter_chart(series, "KL from SFT (nats a response)", "reward model's score"),
         "One dot an iteration. Up is better by the reward model, right is farther from SFT: the best bargain is up "
@@ -304,7 +311,7 @@ def _timing(report: Report, seconds: Mapping[str, float]) -> None:
     ]
     report.charts(
         [
-            framed(
+            chart_figure(
                 "Seconds a stage",
                 bar_chart(bars, digits=1),
                 f"{_minutes(seconds['total'])} in all.",

@@ -1,4 +1,4 @@
-"""`fastrlhf eval winrate` and `eval select` on tiny models: files, figures, mistakes, every layout the same."""
+"""`fastrlhf eval winrate` and `eval select` on tiny models, with every parallel layout."""
 
 from __future__ import annotations
 
@@ -42,18 +42,14 @@ VOCAB = 290
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, policies, a reward model, a Hugging Face model, prompts and a judge in Python."""
+    """Return a folder with models, prompts, a tokenizer and a judge in Python.
+
+    The models are policies, a reward model, a Hugging Face model and the checkpoints of a run.
+    """
     folder = tmp_path_factory.mktemp("models")
-    train_bpe(
-        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4,
-        VOCAB,
-        folder / "hf",
-    )
-    train_bpe(
-        ["the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"] * 4,
-        VOCAB,
-        folder / "tok",
-    )
+    text = "the cat sat on the mat. a dog ran after the cat.\nuser: hello\nassistant: hi\n"
+    for name in ("hf", "tok"):
+        train_bpe([text] * 4, VOCAB, folder / name)
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS)
     )
@@ -119,7 +115,7 @@ def _finalize() -> Iterator[None]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    # not splitlines(), which also splits at what a response may hold, such as U+2028
+    # Not splitlines(), which also splits at characters that a response may have, such as U+2028.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -130,7 +126,7 @@ def compared(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_files(models: Path, compared: Path) -> None:
+def test_winrate_writes_its_files(models: Path, compared: Path) -> None:
     results, pairs = (
         json.loads((compared / "winrate.json").read_text()),
         rows(compared / "pairs.jsonl"),
@@ -181,11 +177,11 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row.get("valid_loss") for row in results["checkpoints"]] == [None, 2.5, None]
     best = run / "checkpoints" / "best"
     assert best.read_text() == f"step_{results['best']:08d}"
-    # What model.load takes.
+    # model.load accepts checkpoints/best.
     assert describe_model(best).path == run / "checkpoints" / best.read_text() / "policy"
     assert "step       10" in capsys.readouterr().out
     assert json.loads((run / "select.json").read_text()) == results
-    # The same judge and prompts: one of the checkpoints against another agrees.
+    # The win rate of one checkpoint against another uses the same scores.
     low = min(scores, key=lambda step: scores[step])
     sides = {
         "model": {"load": str(best)},
@@ -199,7 +195,7 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sections", "says"),
+    ("sections", "message"),
     [
         ({"eval": {"reward_model": None}}, "eval winrate needs a judge: set eval.reward_model"),
         ({"eval": {"baseline": None}}, "eval winrate needs eval.baseline"),
@@ -211,7 +207,9 @@ def test_select(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"eval": {"baseline_prefix": "nothing"}}, "nothing: cannot be read as the prompt prefix"),
     ],
 )
-def test_mistakes(models: Path, tmp_path: Path, sections: dict, says: str) -> None:
+def test_mistakes_raise_user_error(
+    models: Path, tmp_path: Path, sections: dict[str, dict[str, str | None]], message: str
+) -> None:
     named = {
         section: {
             key: str(models / value) if value is not None else None
@@ -219,7 +217,7 @@ def test_mistakes(models: Path, tmp_path: Path, sections: dict, says: str) -> No
         }
         for section, changes in sections.items()
     }
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         winrate(settings(models, tmp_path, **named))
 
 
@@ -238,7 +236,8 @@ from fastrlhf.parallel.exit import clean_exit
 
 def main():
     config, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    for name, parallel in {"data": {}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}.items():
+    layouts = {"data": {}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
+    for name, parallel in layouts.items():
         winrate(Config(**{**config, "parallel": parallel, "output_dir": str(out / name)}))
         meshes.finalize()
 
@@ -248,7 +247,7 @@ if __name__ == "__main__":
 """
 
 
-def test_layouts_give_the_same(models: Path, compared: Path, tmp_path: Path) -> None:
+def test_layouts_give_the_same_results(models: Path, compared: Path, tmp_path: Path) -> None:
     (tmp_path / "layouts.py").write_text(LAYOUTS)
     (tmp_path / "config.json").write_text(settings(models, tmp_path).model_dump_json())
     command = [

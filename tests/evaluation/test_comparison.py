@@ -1,14 +1,15 @@
-"""Figures of a comparison by hand, and the pages they end in."""
+"""Hand-computed results of a comparison, and the pages that show them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fastrlhf.evaluation.comparison import (
-    Judged,
+    JudgedResponses,
     compare,
     judge_pairs,
     pair_records,
@@ -18,9 +19,9 @@ from fastrlhf.evaluation.comparison import (
 from fastrlhf.evaluation.winrate import mean_interval, win_rate
 
 
-def judged(name: str, scores: list[list[float]], tokens: list[list[int]]) -> Judged:
+def judged(name: str, scores: list[list[float]], tokens: list[list[int]]) -> JudgedResponses:
     shape = np.shape(scores)
-    return Judged(
+    return JudgedResponses(
         name=name,
         responses=[[f"{name} {g}.{r}" for r in range(shape[1])] for g in range(shape[0])],
         tokens=np.array(tokens),
@@ -30,13 +31,13 @@ def judged(name: str, scores: list[list[float]], tokens: list[list[int]]) -> Jud
 
 
 @pytest.fixture
-def sides() -> tuple[Judged, Judged]:
+def sides() -> tuple[JudgedResponses, JudgedResponses]:
     policy = judged("ours", [[1.0], [0.5], [2.0], [0.0]], [[3], [5], [9], [4]])
     baseline = judged("theirs", [[0.0], [0.5], [1.9], [3.0]], [[3], [4], [4], [6]])
     return policy, baseline
 
 
-def test_by_hand(sides: tuple[Judged, Judged]) -> None:
+def test_hand_computed_results(sides: tuple[JudgedResponses, JudgedResponses]) -> None:
     results = compare(*sides)
     assert (results["won"], results["tied"], results["lost"]) == (2, 1, 1)
     assert results["win_rate"]["rate"] == 2.5 / 4
@@ -47,7 +48,7 @@ def test_by_hand(sides: tuple[Judged, Judged]) -> None:
     assert results["policy"]["cut_off"] == 0.25 and results["baseline"]["cut_off"] == 0.0
 
 
-def test_margin_makes_ties(sides: tuple[Judged, Judged]) -> None:
+def test_margin_makes_ties(sides: tuple[JudgedResponses, JudgedResponses]) -> None:
     assert judge_pairs(sides[0].scores, sides[1].scores, 0.2).ravel().tolist() == [
         1.0,
         0.5,
@@ -57,13 +58,13 @@ def test_margin_makes_ties(sides: tuple[Judged, Judged]) -> None:
     assert compare(*sides, 0.2)["tied"] == 2
 
 
-def test_a_policy_ties_with_itself(sides: tuple[Judged, Judged]) -> None:
+def test_a_policy_ties_with_itself(sides: tuple[JudgedResponses, JudgedResponses]) -> None:
     rate = compare(sides[0], sides[0])["win_rate"]
     assert (rate["rate"], rate["low"], rate["high"], rate["ties"]) == (0.5, 0.5, 0.5, 4)
 
 
 def test_interval_is_over_prompts_not_responses() -> None:
-    """Ten copies of each judgement say nothing new."""
+    """Ten copies of each judgement do not narrow the interval."""
     draw = np.random.default_rng(0)
     values = draw.normal(size=60)
     mean, low, high = mean_interval(values, np.arange(60))
@@ -75,12 +76,14 @@ def test_interval_is_over_prompts_not_responses() -> None:
 
 
 @pytest.mark.parametrize(("values", "clusters"), [([], []), ([1.0], [1, 2]), ([[1.0]], [[1]])])
-def test_mean_interval_refuses(values: list, clusters: list) -> None:
+def test_mean_interval_rejects(values: list[Any], clusters: list[Any]) -> None:
     with pytest.raises(ValueError, match="two vectors of one length"):
         mean_interval(values, clusters)
 
 
-def test_page_of_a_comparison(sides: tuple[Judged, Judged], tmp_path: Path) -> None:
+def test_page_of_a_comparison(
+    sides: tuple[JudgedResponses, JudgedResponses], tmp_path: Path
+) -> None:
     prompts = ["<b>first</b>", [{"role": "user", "content": "second"}], "third", "fourth"]
     pairs = pair_records(prompts, *sides)
     assert pairs[1] == {

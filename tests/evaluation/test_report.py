@@ -1,4 +1,4 @@
-"""Reports: one file that fetches nothing, is well-formed, escapes what comes from data, copes with runs cut short."""
+"""Reports are self-contained, well-formed and escaped, also for interrupted runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import (
     Answer,
-    Figure,
+    Headline,
     Report,
-    framed,
+    chart_figure,
     metric_charts,
     read_metrics,
     write_run_report,
@@ -26,7 +26,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Balanced(HTMLParser):
-    """Checks that every element is closed in order, and collects texts and attributes."""
+    """A parser that checks that elements are closed in order, and collects texts and attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,20 +35,20 @@ class Balanced(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.tags: list[str] = []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes.extend(attrs)
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes.extend(attrs)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.texts.append(data)
 
 
@@ -77,7 +77,7 @@ def line(step: int, **metrics: float) -> str:
     return json.dumps({"step": step, "time": 1.0, **metrics})
 
 
-def test_a_run_report_shows_every_metric_and_the_configuration(tmp_path):
+def test_a_run_report_shows_every_metric_and_the_configuration(tmp_path: Path) -> None:
     lines = [
         line(
             s, loss=5.0 / s, lr=0.1, my_number=s, **({"valid_loss": 6.0 / s} if s % 5 == 0 else {})
@@ -109,13 +109,13 @@ def test_a_run_report_shows_every_metric_and_the_configuration(tmp_path):
     ]
 
 
-def test_light_and_dark():
+def test_light_and_dark() -> None:
     html = Report("x").html()
     assert "prefers-color-scheme: dark" in html
     assert "color-scheme: light dark" in html
 
 
-def test_read_metrics_columns(tmp_path):
+def test_read_metrics_columns(tmp_path: Path) -> None:
     folder = run_folder(
         tmp_path,
         [
@@ -130,45 +130,48 @@ def test_read_metrics_columns(tmp_path):
     }
 
 
-def test_a_last_line_cut_short_is_skipped(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, [line(1, loss=2.0), '{"step": 2, "lo'])
     assert read_metrics(folder / "metrics.jsonl") == {"loss": ([1], [2.0])}
 
 
 @pytest.mark.parametrize("broken", ["{not json", "[1, 2]", '{"loss": 1.0}', '{"step": null}', "3"])
-def test_a_broken_line_is_named(tmp_path, broken):
+def test_a_malformed_line_is_reported(tmp_path: Path, broken: str) -> None:
     folder = run_folder(tmp_path, [line(1, loss=2.0), broken, line(3, loss=1.0)])
     with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         read_metrics(folder / "metrics.jsonl")
 
 
-def test_no_metrics_is_the_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="no metrics at"):
+def test_missing_metrics_raise_user_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"nowhere/metrics\.jsonl: no such file; expected the metrics"
+    ):
         write_run_report(tmp_path / "nowhere")
 
 
-def test_a_run_that_recorded_nothing_still_gets_its_page(tmp_path):
+def test_a_run_without_metrics_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "Nothing has been recorded yet." in parse(write_run_report(tmp_path).read_text()).texts
+    page = parse(write_run_report(tmp_path).read_text())
+    assert "No metrics have been recorded yet." in page.texts
 
 
-def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path):
+def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> None:
     folder = run_folder(
         tmp_path, [line(1, loss=2.0), line(2, loss=None), line(3, loss=math.inf), line(4, loss=1.0)]
     )
     page = parse(write_run_report(folder).read_text())
-    assert "Values not finite" in page.texts
-    assert page.texts[page.texts.index("Values not finite") + 1] == "2"
+    assert "Non-finite values" in page.texts
+    assert page.texts[page.texts.index("Non-finite values") + 1] == "2"
 
 
-def test_known_metrics_come_first_and_names_choose():
+def test_known_metrics_come_first_and_names_select() -> None:
     metrics = {"zebra": ([1.0], [1.0]), "lr": ([1.0], [1.0]), "loss": ([1.0], [1.0])}
     titles = [re.search("<h3>(.*?)</h3>", chart).group(1) for chart in metric_charts(metrics)]
     assert titles == ["Loss", "Learning rate", "zebra"]
     assert len(metric_charts(metrics, ["lr", "missing"])) == 1
 
 
-def test_a_runs_unknown_metrics_are_folded_and_versions_shown(tmp_path):
+def test_a_runs_unknown_metrics_are_folded_and_versions_shown(tmp_path: Path) -> None:
     folder = run_folder(
         tmp_path, [line(1, loss=2.0, valid_loss=2.5, zebra=1.0), line(2, loss=1.0, zebra=2.0)]
     )
@@ -180,17 +183,17 @@ def test_a_runs_unknown_metrics_are_folded_and_versions_shown(tmp_path):
     assert rows[rows.index("torch") + 1] == torch.__version__
 
 
-def test_everything_from_data_is_escaped():
+def test_everything_from_data_is_escaped() -> None:
     evil = "<script>alert('x')</script>&"
     report = Report(evil, evil)
     report.section(evil, evil)
     report.note(evil)
-    report.figures([Figure(evil, evil, evil, True)])
+    report.headlines([Headline(evil, evil, evil, True)])
     report.stages({evil: evil})
     report.table([evil], [[evil]])
     report.sample(evil, [Answer(evil, evil, 0.5), Answer("empty", "")])
     report.details(evil, evil)
-    report.charts([framed(evil, "<svg></svg>", evil, {evil: 1})])
+    report.charts([chart_figure(evil, "<svg></svg>", evil, {evil: 1})])
     html = report.html()
     page = parse(html)
     assert "script" not in page.tags
@@ -199,22 +202,22 @@ def test_everything_from_data_is_escaped():
     assert sum(evil in text for text in page.texts) >= 17
 
 
-def test_cells_by_type():
+def test_cells_by_type() -> None:
     report = Report("t")
     report.table(["a", "b", "c", "d"], [["x", 1234, 0.12345, 1234.56]])
     assert {"x", "1,234", "0.123", "1,234.6"} <= set(parse(report.html()).texts)
 
 
-def test_badges():
+def test_badges() -> None:
     report = Report("t")
-    report.figures(
-        [Figure("a", "1", passed=True), Figure("b", "2", passed=False), Figure("c", "3")]
+    report.headlines(
+        [Headline("a", "1", passed=True), Headline("b", "2", passed=False), Headline("c", "3")]
     )
     texts = parse(report.html()).texts
     assert texts.count("reached") == 1 and texts.count("missed") == 1
 
 
-def test_writing_replaces_the_old_page_whole(tmp_path):
+def test_writing_replaces_the_old_page(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "report.html"
     Report("one").write(path)
     Report("two").write(path)

@@ -1,4 +1,4 @@
-"""What is said of a reward model: by hand-made rankings, and by models whose accuracy is known."""
+"""Evaluation of reward models on hand-made rankings, and of models with a known accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_r
 def ranking(
     prompt: int, lengths: list[int], ranks: list[float], labeler: str | None = None
 ) -> TokenizedRanking:
-    """Responses are told apart by their first token."""
+    """Return a ranking whose responses differ in their first token."""
     return TokenizedRanking(
         [prompt], [[i] * n for i, n in enumerate(lengths)], ranks, labeler_id=labeler
     )
@@ -62,19 +62,19 @@ def test_pairs_by_hand() -> None:
     assert results["loss"] == pytest.approx(sum(expected) / 4)
 
 
-def test_what_cannot_be_judged_says_so() -> None:
+def test_invalid_scores_and_rankings_are_rejected() -> None:
     with pytest.raises(
         ValueError, match="ranking 1 has 2 responses; expected as many finite scores"
     ):
         ranked_pairs([ranking(1, [1, 1], [1, 2]), ranking(1, [1, 1], [1, 2])], [[0.0, 1.0], [0.0]])
     with pytest.raises(ValueError, match="finite scores"):
         ranked_pairs([ranking(1, [1, 1], [1, 2])], [[0.0, math.nan]])
-    with pytest.raises(ValueError, match="no pair to be right about"):
+    with pytest.raises(ValueError, match="no pair to evaluate"):
         ranked_pairs([ranking(1, [1, 1], [1, 1])], [[0.0, 1.0]])
 
 
 def drawn_pairs(slope: float, prompts: int = 400, seed: int = 0) -> Pairs:
-    """Pairs of a world in which i beats j with probability sigmoid(m), and a model that says slope * m."""
+    """Draw pairs where i beats j with probability sigmoid(m), scored by a model with slope * m."""
     rng = np.random.default_rng(seed)
     m = rng.normal(0, 2, (prompts, 6))
     won = rng.random(m.shape) < 1 / (1 + np.exp(-m))
@@ -94,7 +94,7 @@ def test_a_calibrated_model_has_no_calibration_error_and_a_bold_one_does() -> No
     assert sum(row["pairs"] for row in bold["bins"]) == 2400
 
 
-def test_intervals_widen_when_the_pairs_of_a_prompt_say_the_same() -> None:
+def test_copies_of_the_pairs_of_a_prompt_do_not_narrow_the_interval() -> None:
     pairs = drawn_pairs(1.0, prompts=100)
     repeated = Pairs(*(np.repeat(column, 5) for column in vars(pairs).values()))
     one, many = reward.evaluate(pairs)["accuracy"], reward.evaluate(repeated)["accuracy"]
@@ -102,15 +102,15 @@ def test_intervals_widen_when_the_pairs_of_a_prompt_say_the_same() -> None:
     assert many["high"] - many["low"] == pytest.approx(one["high"] - one["low"], rel=0.15)
 
 
-def test_labelers_agree_as_often_as_their_noise_lets_them() -> None:
+def test_labeler_agreement_by_hand() -> None:
     groups = [
         ranking(1, [1, 1, 1], [1, 2, 3], "ann"),
         ranking(1, [1, 1, 1], [2, 1, 3], "bob"),  # against ann: 0-1 differs, 0-2 and 1-2 agree
-        ranking(1, [1, 1, 1], [1, 1, 2], None),  # unknown labelers agree with nobody
+        ranking(1, [1, 1, 1], [1, 1, 2], None),  # unknown labelers are not compared
         ranking(2, [1, 1], [1, 2], "ann"),
-        ranking(2, [1, 1], [1, 1], "cid"),  # a tie says nothing
+        ranking(2, [1, 1], [1, 1], "cid"),  # a tie does not count
         ranking(3, [1, 1], [1, 2], "ann"),  # nobody else
-        ranking(2, [1, 1], [1, 2], "ann"),  # ann again: not against herself
+        ranking(2, [1, 1], [1, 2], "ann"),  # ann again: not compared with herself
     ]
     agreement = reward.labeler_agreement(groups)
     assert agreement is not None
@@ -127,7 +127,7 @@ def test_responses_are_matched_by_their_text() -> None:
     assert agreement is not None and (agreement["rate"], agreement["n"]) == (1.0, 1)
 
 
-def test_groups_are_balanced_and_hold_every_labeler_once() -> None:
+def test_groups_are_balanced_and_have_every_labeler_once() -> None:
     counts = {"a": 10, "b": 9, "c": 4, "d": 4, "e": 3, "f": 1}
     groups = reward.split_groups(counts, 3)
     assert sorted(name for group in groups for name in group) == sorted(counts)
@@ -139,11 +139,11 @@ def test_a_held_out_prompt_is_not_trained_on() -> None:
     groups = [
         ranking(p, [1, 1], [1, 2], name) for p, name in ((1, "a"), (1, "b"), (2, "b"), (3, "c"))
     ]
-    kept, held_out = reward.leave_out(groups, ["a"], lambda r: r.labeler_id)
+    kept, held_out = reward.hold_out(groups, ["a"], lambda r: r.labeler_id)
     assert held_out == groups[:1] and kept == groups[2:]
 
 
-def test_spread_over_folds() -> None:
+def test_variation_over_folds() -> None:
     summary = reward.summarize([0.6, 0.7, 0.8])
     assert summary["mean"] == pytest.approx(0.7)
     assert summary["std"] == pytest.approx(0.1)

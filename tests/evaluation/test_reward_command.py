@@ -1,4 +1,4 @@
-"""`fastrlhf eval rm` on a reward model that has learned a rule known beforehand, and its cross-validation."""
+"""`fastrlhf eval rm` on a reward model that has learned a known rule, and its cross-validation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ WORDS = [
 
 
 def rankings(count: int, seed: int, first: int = 0) -> list[dict[str, Any]]:
-    """More "yes" is better and so is shorter, so that the length rule is always wrong; labelers take turns."""
+    """Draw rankings in which more "yes" and fewer words are better.
+
+    So the length rule is always wrong. Five labelers alternate.
+    """
     rng = random.Random(seed)
     rows = []
     for number in range(first, first + count):
@@ -70,7 +73,7 @@ def rankings(count: int, seed: int, first: int = 0) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval_rm")
     train, valid = rankings(60, 0), rankings(30, 1, first=100)
-    # Two prompts that a second labeler ranked: once the same way, once turned round.
+    # A second labeler ranked two prompts: one in the same order, one in reverse.
     again = [{**row, "labeler_id": "second"} for row in valid[:2]]
     again[1] = {**again[1], "ranks": [-rank for rank in again[1]["ranks"]]}
     for name, rows in (("train", train), ("valid", valid + again)):
@@ -97,7 +100,7 @@ def trained(configure: Callable[..., Config], folder: Path) -> Path:
     return folder / "rm"
 
 
-def test_judges_a_trained_model(
+def test_evaluation_of_a_trained_model(
     configure: Callable[..., Config], trained: Path, capsys: Any
 ) -> None:
     config = configure("judged", f"model.load={trained}")
@@ -112,7 +115,7 @@ def test_judges_a_trained_model(
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert results["accuracy"]["rate"] == pytest.approx(last["valid_accuracy"])
     assert results["margin"] == pytest.approx(last["valid_margin"], rel=1e-4)
-    # The second labeler's turned ranking is all that a perfect model gets wrong, and all that the rule gets right.
+    # A perfect model gets only the reversed ranking wrong, and the length rule only that one right.
     assert results["accuracy"]["rate"] > 0.85 and results["length_rule"]["rate"] < 0.15
     assert results["above_length_rule"]["low"] > 0.5
     assert set(results["accuracy_by_k"]) == {"2", "3", "4"} and set(
@@ -142,12 +145,12 @@ def test_micro_batches_do_not_change_scores(
     for way in ways:
         scores = score_rankings(mesh, stage, groups, **way)
         assert stage.training
-        for group, own in zip(groups, scores, strict=True):
+        for group, group_scores in zip(groups, scores, strict=True):
             batch = pack_rankings([group])
             with torch.no_grad():
                 expected = stage.eval().score(stage(batch)[batch.last_index])
             stage.train()
-            torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(group_scores, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cross_validation_over_labelers(
@@ -157,11 +160,8 @@ def test_cross_validation_over_labelers(
     results = eval_reward.cross_validate(config, 2)
     out = Path(config.output_dir)
     assert json.loads((out / "eval_rm_folds.json").read_text()) == results
-    left_out = [set(fold["labelers"]) for fold in results["folds"]]
-    assert (
-        left_out[0] | left_out[1] == {f"labeler {i}" for i in range(5)}
-        and not left_out[0] & left_out[1]
-    )
+    first, second = (set(fold["labelers"]) for fold in results["folds"])
+    assert first | second == {f"labeler {i}" for i in range(5)} and not first & second
     assert [fold["trained_on"] + fold["held_out"]["prompts"] for fold in results["folds"]] == [
         60,
         60,
@@ -169,17 +169,16 @@ def test_cross_validation_over_labelers(
     rates = [fold["held_out"]["accuracy"]["rate"] for fold in results["folds"]]
     assert results["held_out"]["mean"] == pytest.approx(sum(rates) / 2)
     assert min(rates) > 0.85
-    assert (
-        results["seen"]["mean"] > 0.75
-    )  # the turned ranking is of a labeler that neither fold left out
-    assert "accuracy on groups left out" in capsys.readouterr().out
-    # A second call trains nothing again and finds the same.
+    # The reversed ranking is of a labeler that no fold holds out.
+    assert results["seen"]["mean"] > 0.75
+    assert "accuracy on held-out groups" in capsys.readouterr().out
+    # A second call trains no fold again and gives the same results.
     written = (out / "fold_1" / "metrics.jsonl").read_text()
     assert eval_reward.cross_validate(config, 2) == results
     assert (out / "fold_1" / "metrics.jsonl").read_text() == written
 
 
-def test_what_cannot_be_judged_is_refused_in_one_line(
+def test_invalid_configurations_give_one_line_errors(
     configure: Callable[..., Config], trained: Path, folder: Path
 ) -> None:
     config = (folder / "config.yaml", ["data.tokenizer=x", "output_dir=y"])
@@ -207,17 +206,17 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
     ]
     with pytest.raises(
         UserError,
-        match=r"tokens, and the model in .*reward has 64 positions; lower data\.max_prompt",
+        match=r"tokens, but the model in .*reward has 64 positions; lower data\.max_prompt",
     ):
         eval_reward.evaluate(configure("x", f"model.load={trained}", *limits))
     with pytest.raises(UserError, match="60 of 60 rankings have no user_id"):
         eval_reward.cross_validate(configure("x"), 2, "user_id")
     with pytest.raises(
-        UserError, match="6 folds need as many different labeler_ids, and the rankings have 5"
+        UserError, match="6 folds need as many different labeler_ids, but the rankings have 5"
     ):
         eval_reward.cross_validate(configure("x"), 6)
     with pytest.raises(
-        UserError, match=r"a prompt with its \d responses has \d+ tokens, which cannot be cut"
+        UserError, match=r"a prompt with its \d responses has \d+ tokens and cannot be split"
     ):
         train.train("rm", configure("x", "train.max_tokens_per_micro_batch=40"))
 

@@ -1,6 +1,8 @@
-"""Win rates and pair accuracies: hand-computed values, interval coverage, and what is rejected."""
+"""Win rates and pair accuracies: hand-computed values, interval coverage, rejected input."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,18 +11,18 @@ from fastrlhf.evaluation import winrate
 from fastrlhf.evaluation.winrate import pair_accuracy, win_rate
 
 
-def test_win_rate_counts_a_tie_as_half():
+def test_win_rate_counts_a_tie_as_half() -> None:
     result = win_rate([1, 1, 0.5, 0])
     assert result.rate == pytest.approx(2.5 / 4)
     assert (result.n, result.ties, result.clusters) == (4, 1, 4)
 
 
-def test_certain_wins_have_no_uncertainty():
+def test_certain_wins_have_no_uncertainty() -> None:
     result = win_rate(np.ones(50))
     assert (result.rate, result.low, result.high) == (1.0, 1.0, 1.0)
 
 
-def test_interval_is_near_the_normal_approximation():
+def test_interval_is_near_the_normal_approximation() -> None:
     wins = np.repeat([1.0, 0.0], [300, 200])
     result = win_rate(wins)
     half = 1.96 * np.sqrt(0.6 * 0.4 / 500)
@@ -28,14 +30,14 @@ def test_interval_is_near_the_normal_approximation():
     assert result.high == pytest.approx(0.6 + half, abs=0.005)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_has_about_its_nominal_coverage() -> None:
     rng = np.random.default_rng(3)
     results = [win_rate(rng.random(80) < 0.6, resamples=400, seed=i) for i in range(200)]
     covered = np.mean([result.low <= 0.6 <= result.high for result in results])
     assert 0.88 <= covered <= 0.99
 
 
-def test_answers_of_one_prompt_do_not_narrow_the_interval():
+def test_answers_of_one_prompt_do_not_narrow_the_interval() -> None:
     wins = np.repeat([1.0, 0.0], [12, 8])
     one_each = win_rate(wins)
     copies = win_rate(np.repeat(wins, 10), clusters=np.repeat(np.arange(20), 10))
@@ -45,54 +47,56 @@ def test_answers_of_one_prompt_do_not_narrow_the_interval():
     assert unclustered.high - unclustered.low < 0.5 * (copies.high - copies.low)
 
 
-def test_clusters_may_be_strings_in_any_order():
+def test_clusters_may_be_strings_in_any_order() -> None:
     assert win_rate([1, 0, 1, 1], clusters=["b", "a", "b", "a"]).clusters == 2
 
 
-def test_same_seed_same_interval():
+def test_same_seed_same_interval() -> None:
     wins = np.repeat([1.0, 0.0], [30, 20])
     assert win_rate(wins, seed=5) == win_rate(wins, seed=5)
     assert win_rate(wins, level=0.8).low > win_rate(wins, level=0.99).low
 
 
 @pytest.mark.parametrize("wins", [[], [[1.0]], [1.5], [-0.1], [float("nan")]])
-def test_win_rate_rejects(wins):
+def test_win_rate_rejects(wins: Any) -> None:
     with pytest.raises(ValueError, match="wins must"):
         win_rate(wins)
 
 
-def test_win_rate_rejects_clusters_of_another_length():
+def test_win_rate_rejects_clusters_of_another_length() -> None:
     with pytest.raises(ValueError, match="clusters must have the shape"):
         win_rate([1, 0], clusters=[1])
 
 
-def test_pair_accuracy_by_hand():
-    # prompt 1: ranks 1, 2, 3 scored 3, 1, 2: pairs (1,2) and (1,3) right, (2,3) wrong. prompt 2: a tie, no pair.
-    # prompt 3: equal scores of a strict pair count one half.
+def test_pair_accuracy_by_hand() -> None:
+    # Prompt 1: ranks 1, 2, 3 have scores 3, 1, 2, so (1,2) and (1,3) are right, (2,3) is wrong.
+    # Prompt 2: a tie, no pair. Prompt 3: equal scores of a strict pair count one half.
     result = pair_accuracy([3, 1, 2, 5, 6, 7, 7], [1, 2, 3, 1, 1, 2, 1], [0, 3, 5, 7])
     assert result.rate == pytest.approx(2.5 / 4)
     assert (result.n, result.ties, result.clusters) == (4, 1, 2)
 
 
-def test_pair_accuracy_of_the_order_itself_and_of_its_reverse():
+def test_pair_accuracy_of_the_order_itself_and_of_its_reverse() -> None:
     ranks = np.array([2, 1, 3, 4, 1, 2])
     offsets = [0, 4, 6]
     assert pair_accuracy(-ranks, ranks, offsets).rate == 1.0
     assert pair_accuracy(ranks, ranks, offsets).rate == 0.0
 
 
-def test_ranks_of_halves_are_no_ties():
+def test_half_ranks_are_not_ties() -> None:
     assert pair_accuracy([2.0, 1.0, 0.0], [1, 1.5, 2], [0, 3]).n == 3
 
 
-def test_pieces_of_the_bootstrap_change_no_interval(monkeypatch):
+def test_the_chunk_size_of_the_bootstrap_does_not_change_the_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     wins = np.random.default_rng(0).random(300)
-    whole = win_rate(wins)
-    monkeypatch.setattr(winrate, "_DRAWN", 1000)
-    assert win_rate(wins) == whole
+    expected = win_rate(wins)
+    monkeypatch.setattr(winrate, "_MAX_COUNTS", 1000)
+    assert win_rate(wins) == expected
 
 
-def test_unsigned_ranks_do_not_wrap_around():
+def test_unsigned_ranks_do_not_wrap_around() -> None:
     ranks = np.array([2, 1, 3], dtype=np.uint8)
     assert pair_accuracy([2.0, 3.0, 1.0], ranks, [0, 3]).rate == 1.0
 
@@ -101,12 +105,12 @@ def test_unsigned_ranks_do_not_wrap_around():
     ("scores", "ranks", "offsets", "message"),
     [
         ([1, 2], [1], [0, 2], "one length"),
-        ([1, 2], [1, 2], [0, 1], "offsets must run"),
+        ([1, 2], [1, 2], [0, 1], "offsets must go"),
         ([1, float("nan")], [1, 2], [0, 2], "NaN"),
         ([1, 2], [1, float("nan")], [0, 2], "NaN"),
         ([1, 2], [1, 1], [0, 2], "no two responses"),
     ],
 )
-def test_pair_accuracy_rejects(scores, ranks, offsets, message):
+def test_pair_accuracy_rejects(scores: Any, ranks: Any, offsets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pair_accuracy(scores, ranks, offsets)
