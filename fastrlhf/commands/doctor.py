@@ -1,7 +1,8 @@
-"""What this machine can run, why not the rest, and how to get it: `fastrlhf doctor`.
+"""Check what this machine can run: the command `fastrlhf doctor`.
 
-Each check looks at the real thing (two processes exchange a tensor, a file is written, a package is imported), never at
-a version number alone. Only what fastrlhf cannot do without counts as broken. Nothing is installed or changed.
+Each check tries the real thing (two processes exchange a tensor, a file is written, a package is
+imported), never only a version number. Only requirements of fastrlhf count as broken. Nothing is
+installed or changed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NO_GPU = "torch sees no NVIDIA GPU"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `broken` is for what fastrlhf needs; `off` for what it can do without."""
+    """One line of the report: `broken` is a missing requirement, `off` a missing optional part."""
 
     name: str
     status: Literal["ok", "off", "broken"]
@@ -41,12 +42,15 @@ class Check:
 
 
 def report(as_json: bool = False) -> bool:
-    """Run every check and print them on stdout, as a table or as JSON. False if something required is broken."""
+    """Run every check and print the results on stdout, as a table or as JSON.
+
+    Returns False if a requirement is broken.
+    """
     checks: list[Check] = []
-    for look in CHECKS:
-        checks += look()
-        if look is _torch and checks[-1].status == "broken":
-            break  # all the rest builds on it
+    for run_check in CHECKS:
+        checks += run_check()
+        if run_check is _torch and checks[-1].status == "broken":
+            break  # the other checks need torch
     healthy = all(check.status != "broken" for check in checks)
     if as_json:
         print(
@@ -66,15 +70,14 @@ def _print_table(checks: list[Check], healthy: bool) -> None:
     from rich.text import Text
 
     colour = {"ok": "green", "off": "yellow", "broken": "bold red"}
-    # Folded, never cut: a cure is there to be copied.
+    # Folded, never cut: commands are copied from here.
     columns = [
         Column("", no_wrap=True),
         Column("", no_wrap=True),
-        Column("what is here", overflow="fold"),
+        Column("found", overflow="fold"),
+        Column("how to get it", overflow="fold"),
     ]
-    table = Table(
-        *columns, Column("how to get it", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for check in checks:
         table.add_row(
             check.name,
@@ -82,9 +85,8 @@ def _print_table(checks: list[Check], healthy: bool) -> None:
             Text(check.detail),
             Text(check.cure),
         )
-    console = Console(
-        width=None if sys.stdout.isatty() else 160
-    )  # a pipe or file has room for whole commands
+    # A pipe or file has room for complete commands.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(
         "Everything that fastrlhf needs works here."
@@ -164,7 +166,8 @@ def _gpus() -> list[Check]:
     checks = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        detail = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, sm_{gpu.major}{gpu.minor}, driver {_driver()}"
+        memory = f"{gpu.total_memory / GIB:.0f} GiB"
+        detail = f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}, driver {_driver()}"
         checks.append(Check(f"GPU {index}", "ok", detail))
     return checks
 
@@ -174,11 +177,11 @@ def _driver() -> str:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
-        # A driver that is not loaded takes seconds for each GPU, and a broken one never answers.
-        asked = subprocess.run(query, capture_output=True, text=True, timeout=120, check=False)
+        # If the driver is not loaded, the query takes seconds per GPU; if it is broken, it hangs.
+        done = subprocess.run(query, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
-        return "unknown (nvidia-smi has not answered within 120 s)"
-    return asked.stdout.strip() or "unknown"
+        return "unknown (nvidia-smi did not answer within 120 s)"
+    return done.stdout.strip() or "unknown"
 
 
 def _nccl() -> list[Check]:
@@ -193,11 +196,11 @@ def _nccl() -> list[Check]:
 
 
 _GLOO_LIMIT_S = 600
-"""Of two processes that import torch, which takes 3 s on a quiet machine and minutes on a busy one."""
+"""Two processes import torch, which takes 3 s on an idle machine and minutes on a busy one."""
 _GLOO = """
 import datetime, sys, torch, torch.distributed as dist
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2,
-                        timeout=datetime.timedelta(seconds=180))
+store, limit = "file://" + sys.argv[1], datetime.timedelta(seconds=180)
+dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[2]), world_size=2, timeout=limit)
 total = torch.tensor([float(dist.get_rank() + 1)])
 dist.all_reduce(total)
 dist.destroy_process_group()
@@ -206,7 +209,7 @@ sys.exit(0 if total.item() == 3.0 else 3)
 
 
 def _gloo() -> list[Check]:
-    """Two processes add a number: what every CPU run does first, and what a wrong host name or firewall breaks."""
+    """Let two processes sum a number, which fails with a wrong host name or a firewall."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _GLOO, str(Path(folder) / "store")]
         pair = [
@@ -216,7 +219,7 @@ def _gloo() -> list[Check]:
         try:
             errors = [process.communicate(timeout=_GLOO_LIMIT_S)[1] for process in pair]
         except subprocess.TimeoutExpired:
-            errors = [f"no answer within {_GLOO_LIMIT_S} s"]
+            errors = [f"timeout after {_GLOO_LIMIT_S} s"]
         finally:
             for process in pair:
                 process.kill()
@@ -247,7 +250,7 @@ def _triton() -> list[Check]:
                 "triton",
                 "off",
                 module,
-                "pip install 'triton>=3.6' (Linux); without it torch and C++ do the work",
+                "pip install 'triton>=3.6' (Linux); without it the ops run in torch and C++",
             )
         ]
     if torch.cuda.is_available():
@@ -260,12 +263,12 @@ def _triton() -> list[Check]:
                 f"{module.__version__}, kernels are interpreted on the CPU (slow, for tests)",
             )
         ]
-    cure = "an NVIDIA GPU, or TRITON_INTERPRET=1 to try the kernels slowly"
+    cure = "an NVIDIA GPU, or TRITON_INTERPRET=1 to interpret the kernels (slow)"
     return [Check("triton", "off", f"{module.__version__} is installed, but {NO_GPU}", cure)]
 
 
 def _kernels() -> list[Check]:
-    """What the ops can run on, as they say it themselves."""
+    """Check the backends of the ops, as `ops.backends` reports them."""
     from fastrlhf.ops import backends
 
     checks = []
@@ -275,13 +278,10 @@ def _kernels() -> list[Check]:
                 Check("ops", "ok", f"FASTRLHF_BACKEND makes every op run on {backend['backend']}")
             )
         elif backend["available"]:
-            checks.append(
-                Check(
-                    f"ops on {name}", "ok", ", ".join(backend["kernels"]) or "no kernel of its own"
-                )
-            )
+            kernels = ", ".join(backend["kernels"]) or "no compiled kernels"
+            checks.append(Check(f"ops on {name}", "ok", kernels))
         else:
-            checks.append(Check(f"ops on {name}", "off", backend["why_not"]))
+            checks.append(Check(f"ops on {name}", "off", backend["why_not"] or "not available"))
     return checks
 
 
@@ -301,7 +301,11 @@ def _megatron() -> list[Check]:
         ]
     if not f"{version}.".startswith(tuple(f"{line}." for line in MEGATRON_TESTED)):
         return [
-            Check("megatron-core", "ok", f"{version}; tested are {' and '.join(MEGATRON_TESTED)}")
+            Check(
+                "megatron-core",
+                "ok",
+                f"{version}; tested versions are {' and '.join(MEGATRON_TESTED)}",
+            )
         ]
     return [Check("megatron-core", "ok", f"{version}, a tested version")]
 
@@ -319,14 +323,17 @@ def _transformers() -> list[Check]:
 def _flash_attention() -> list[Check]:
     module = _imported("flash_attn")
     if isinstance(module, str):
-        cure = "pip install flash-attn --no-build-isolation (GPU); without it attention is torch's SDPA"
+        cure = (
+            "pip install flash-attn --no-build-isolation (GPU); "
+            "without it attention is torch's SDPA"
+        )
         return [Check("flash-attn", "off", module, cure)]
     return [Check("flash-attn", "ok", module.__version__)]
 
 
 def _apex() -> list[Check]:
-    """NVIDIA's apex, which is not on PyPI; the `apex` that is there is a web framework."""
-    cure = "build it from github.com/NVIDIA/apex; without it torch's fused Adam does the work"
+    """Check NVIDIA's apex, which is not on PyPI; the `apex` on PyPI is a web framework."""
+    cure = "build it from github.com/NVIDIA/apex; without it torch's fused Adam is used"
     if importlib.util.find_spec("apex") is None:
         return [Check("apex", "off", "not installed", cure)]
     if importlib.util.find_spec("apex.optimizers") is None:
@@ -334,7 +341,7 @@ def _apex() -> list[Check]:
             Check(
                 "apex",
                 "off",
-                "PyPI's apex is installed, another project than NVIDIA's",
+                "PyPI's apex is installed, which is not NVIDIA's",
                 f"pip uninstall apex; {cure}",
             )
         ]
@@ -357,22 +364,19 @@ def _transformer_engine() -> list[Check]:
 
 
 def _imported(name: str) -> ModuleType | str:
-    """The module, or in a few words why it cannot be imported."""
+    """Return the module, or a short reason why it cannot be imported."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # megatron warns of each optional package; the report says it once
+            # megatron warns about each missing optional package; the report lists them anyway.
+            warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # a missing parent is "not installed" too; a missing dependency of an installed package is not
+        # A missing parent means "not installed" too; a missing dependency of an installed package
+        # does not.
         absent = error.name is not None and f"{name}.".startswith(f"{error.name}.")
         return "not installed" if absent else f"does not import: {error}"
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # built for another torch, or a library is missing
+    except (ImportError, OSError, RuntimeError) as error:
+        # It was built for another torch, or a library is missing.
         return f"does not import: {str(error).splitlines()[0]}"
 
 

@@ -1,4 +1,4 @@
-"""The doctor tells what works from what does not, by trying it."""
+"""`fastrlhf doctor` reports what works and what does not, by trying it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastrlhf.commands import doctor
 
 
 @pytest.fixture(scope="module")
-def checks():
-    """One real run of every check."""
-    return {check.name: check for look in doctor.CHECKS for check in look()}
+def checks() -> dict[str, doctor.Check]:
+    """Run every check."""
+    return {check.name: check for run_check in doctor.CHECKS for check in run_check()}
 
 
-def test_what_the_tests_themselves_need_works_here(checks):
+def test_requirements_of_the_tests_are_ok(checks: dict[str, doctor.Check]) -> None:
     for name in (
         "Python",
         "torch",
@@ -31,23 +31,25 @@ def test_what_the_tests_themselves_need_works_here(checks):
         assert checks[name].status == "ok", checks[name]
 
 
-def test_whatever_is_off_or_broken_says_why(checks):
+def test_off_and_broken_have_a_reason(checks: dict[str, doctor.Check]) -> None:
     for check in checks.values():
         assert check.detail
         if check.status != "ok":
             assert check.cure or check.name.startswith(("ops on", "NCCL")), check
 
 
-def test_json_and_table_tell_the_same(monkeypatch, capsys):
+def test_json_and_table_have_the_same_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     some = [
         doctor.Check("a", "ok", "1.2"),
         doctor.Check("b", "off", "[brackets] are kept", "install it"),
     ]
     monkeypatch.setattr(doctor, "CHECKS", [lambda: some])
     assert doctor.report(as_json=True) is True
-    told = json.loads(capsys.readouterr().out)
-    assert told["healthy"] is True
-    assert told["checks"][1] == {
+    result = json.loads(capsys.readouterr().out)
+    assert result["healthy"] is True
+    assert result["checks"][1] == {
         "name": "b",
         "status": "off",
         "detail": "[brackets] are kept",
@@ -64,19 +66,23 @@ def test_json_and_table_tell_the_same(monkeypatch, capsys):
         assert text in table
 
 
-def test_a_cure_is_not_cut(monkeypatch, capsys):
+def test_a_cure_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     cure = "pip install 'a-package-of-a-very-long-name[and-extras]'"
     monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "off", "no", cure)]])
     doctor.report()
-    assert cure in capsys.readouterr().out, "it is there to be copied"
+    assert cure in capsys.readouterr().out, "commands are copied from the table"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     doctor.report()
     folded = capsys.readouterr().out
     assert "…" not in folded and cure not in folded
 
 
-def test_broken_is_unhealthy_and_off_is_not(monkeypatch, capsys):
+def test_broken_is_unhealthy_and_off_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "off", "d")]])
     assert doctor.report() is True
     monkeypatch.setattr(doctor, "CHECKS", [lambda: [doctor.Check("x", "broken", "d", "c")]])
@@ -84,21 +90,23 @@ def test_broken_is_unhealthy_and_off_is_not(monkeypatch, capsys):
     assert "Something that fastrlhf needs is broken." in capsys.readouterr().out
 
 
-def test_without_torch_the_report_ends_there(monkeypatch, capsys):
+def test_without_torch_the_report_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert doctor.report(as_json=True) is False
     last = json.loads(capsys.readouterr().out)["checks"][-1]
     assert (last["name"], last["status"]) == ("torch", "broken")
 
 
-def test_gloo_that_cannot_connect_is_broken(monkeypatch):
+def test_gloo_that_cannot_connect_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     [check] = doctor._gloo()
     assert check.status == "broken"
     assert "GLOO_SOCKET_IFNAME" in check.cure
 
 
-def test_full_disk_is_broken(monkeypatch):
+def test_full_disk_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -114,24 +122,26 @@ def test_full_disk_is_broken(monkeypatch):
         ("0.16.0", "broken", "too old"),
         ("0.16.1", "ok", "a tested version"),
         ("0.19.2", "ok", "a tested version"),
-        ("0.16.10", "ok", "tested are"),
-        ("0.20.0", "ok", "tested are"),
+        ("0.16.10", "ok", "tested versions are"),
+        ("0.20.0", "ok", "tested versions are"),
     ],
 )
-def test_megatron_versions(monkeypatch, version, status, words):
+def test_megatron_versions(
+    monkeypatch: pytest.MonkeyPatch, version: str, status: str, words: str
+) -> None:
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: version)
     [check] = doctor._megatron()
     assert check.status == status
     assert words in check.detail
 
 
-def test_three_kinds_of_apex(monkeypatch, tmp_path: Path):
+def test_three_kinds_of_apex(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     assert "not installed" in doctor._apex()[0].detail
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
     try:
-        assert "another project than NVIDIA's" in doctor._apex()[0].detail
+        assert "PyPI's apex is installed, which is not NVIDIA's" in doctor._apex()[0].detail
         (tmp_path / "apex" / "optimizers.py").touch()
         doctor.importlib.invalidate_caches()
         [check] = doctor._apex()
@@ -143,7 +153,9 @@ def test_three_kinds_of_apex(monkeypatch, tmp_path: Path):
         sys.modules.pop("apex", None)
 
 
-def test_package_that_is_there_but_does_not_load(monkeypatch, tmp_path: Path):
+def test_installed_package_that_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10\\nmore')")
     [check] = doctor._flash_attention()
@@ -154,7 +166,7 @@ def test_package_that_is_there_but_does_not_load(monkeypatch, tmp_path: Path):
     assert check.detail == "does not import: No module named 'a_dependency_that_is_missing'"
 
 
-def test_triton_can_be_interpreted(monkeypatch):
+def test_triton_can_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -163,11 +175,11 @@ def test_triton_can_be_interpreted(monkeypatch):
     assert doctor._triton()[0].status == "off"
 
 
-def test_gpu_line_names_the_card(monkeypatch):
-    card = SimpleNamespace(name="NVIDIA H200", total_memory=139 * doctor.GIB, major=9, minor=0)
+def test_gpu_line_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA H200", total_memory=139 * doctor.GIB, major=9, minor=0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: gpu)
     monkeypatch.setattr(doctor, "_driver", lambda: "580.1")
     assert doctor._gpus() == [
         doctor.Check("GPU 0", "ok", "NVIDIA H200, 139 GiB, sm_90, driver 580.1")
