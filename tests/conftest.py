@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -11,11 +12,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
+
+# Set before the large imports: garbage collections would take a quarter of their time.
+gc.set_threshold(50_000, 20, 100)
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 from python_runs import run_python
 
-from fastrlhf.config import ModelConfig
+from fastrlhf.config import ModelConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from fastrlhf.parallel.mesh import Mesh

@@ -41,8 +41,6 @@ def fork(work: Callable[[], Any], environment: dict[str, str], log: Path | None 
     The child ends with `work`, with status 1 and a traceback if it fails. Its output is appended to
     `log`, if given.
     """
-    # Otherwise a collection in the child would write to, and so copy, every page that it shares.
-    gc.freeze()
     child = os.fork()
     if child:
         return child
