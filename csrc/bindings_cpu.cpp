@@ -1,5 +1,5 @@
 // torch.ops.fastrlhf_cpu: the CPU kernels for torch tensors, through torch's stable ABI (one build serves every torch
-// from 2.11 on). Signatures and meaning are those of the torch bodies in fastrlhf/ops. No autograd here.
+// from 2.11 on). Signatures and results are those of the torch implementations in fastrlhf/ops. No autograd here.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
@@ -27,10 +27,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 using namespace fastrlhf;
 
-// --- which instruction set ------------------------------------------------------------------------------------------
+// --- instruction sets ------------------------------------------------------------------------------------------
 
 #ifdef FASTRLHF_HAVE_AVX2
 bool has_avx2() {
@@ -68,7 +68,7 @@ const std::vector<Level>& levels() {
   return found;
 }
 
-// FASTRLHF_CPU_ISA names a level; it is read at every call, so that a test or a benchmark can go through them.
+// FASTRLHF_CPU_ISA names a level. It is read at every call, so that a test or a benchmark can select each in turn.
 const Level& level() {
   const char* wanted = std::getenv("FASTRLHF_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return levels().front();
@@ -105,7 +105,7 @@ Rows rows_of(const Tensor& x) {
   return {x.data_ptr(), std::max<int64_t>(x.size(1), 1), x.stride(0), x.stride(1)};
 }
 
-Rows rows_of(const Maybe& x) { return x ? rows_of(*x) : Rows{nullptr, 1, 0, 0}; }
+Rows rows_of(const OptionalTensor& x) { return x ? rows_of(*x) : Rows{nullptr, 1, 0, 0}; }
 
 Tensor empty(std::initializer_list<int64_t> sizes) {
   return OutputPool::instance().empty(sizes, ScalarType::Float, sizeof(float));
@@ -120,15 +120,19 @@ T* flat(const Tensor& x, int64_t count, ScalarType dtype) {
 }
 
 float* floats(const Tensor& x, int64_t count) { return flat<float>(x, count, ScalarType::Float); }
-const float* floats(const Maybe& x, int64_t count) { return x ? floats(*x, count) : nullptr; }
-const bool* mask_of(const Maybe& x, int64_t count) { return x ? flat<bool>(*x, count, ScalarType::Bool) : nullptr; }
+const float* floats(const OptionalTensor& x, int64_t count) { return x ? floats(*x, count) : nullptr; }
+const bool* mask_of(const OptionalTensor& x, int64_t count) {
+  return x ? flat<bool>(*x, count, ScalarType::Bool) : nullptr;
+}
 
 Floats any_floats(const Tensor& x, int64_t count) {
   STD_TORCH_CHECK(x.numel() == count && x.is_contiguous(), "fastrlhf_cpu: expected ", count, " contiguous elements");
   return {x.data_ptr(), dtype_of(x)};
 }
 
-Floats any_floats(const Maybe& x, int64_t count) { return x ? any_floats(*x, count) : Floats{nullptr, DType::f32}; }
+Floats any_floats(const OptionalTensor& x, int64_t count) {
+  return x ? any_floats(*x, count) : Floats{nullptr, DType::f32};
+}
 
 // A float tensor [rows, count] whose rows have names (layouts.h).
 struct Table {
@@ -147,8 +151,8 @@ struct Table {
 
 constexpr int64_t kChunk = 1 << 16;  // elements a thread takes at a time
 
-// Run f(begin, end) over [0, count) in steps of `step`. Threads take the next step when they are done with theirs: rows
-// that are masked out cost nothing, and would leave an even split unbalanced.
+// Call f(begin, end) over [0, count) in steps of `step`. A thread takes the next step when it has finished one: masked
+// rows cost nothing, and would leave an even split unbalanced.
 template <class F>
 void for_each_range(int64_t count, int64_t step, const F& f) {
   if (count == 0) return;
@@ -161,20 +165,20 @@ void for_each_range(int64_t count, int64_t step, const F& f) {
 
 int64_t rows_at_a_time(int64_t width) { return std::max<int64_t>(1, kChunk / std::max<int64_t>(1, width)); }
 
-// Rows of a rollout: whole groups of those that gae walks together.
+// Rows of a rollout per step: a multiple of the rows that gae processes together.
 int64_t rollout_rows(int64_t length) { return std::max<int64_t>(16, rows_at_a_time(4 * length) / 16 * 16); }
 
 int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
 
-// A large buffer just allocated has no pages yet. Asking for those that a thread is about to write, all at once, saves
-// a page fault for each 4 KiB, and they are still in its cache when it writes them: a fifth of the time of a backward
-// in fp32. (Stores around the caches, and 2 MiB pages on a virtual machine, took longer than this.)
+// A large, newly allocated buffer has no pages yet. Requesting those that a thread is about to write, all at once,
+// saves a page fault per 4 KiB, and they are still in its cache when it writes them: a fifth of the time of a backward
+// in fp32. (Stores that bypass the caches, and 2 MiB pages on a virtual machine, took longer than this.)
 class Pages {
  public:
   // `out` holds `count` rows.
   Pages(const Tensor& out, int64_t count)
       : begin_(reinterpret_cast<uintptr_t>(out.data_ptr())), bytes_(bytes_of(out)), count_(count) {
-    constexpr int64_t worthwhile = 1 << 20;  // smaller ones malloc has at hand
+    constexpr int64_t worthwhile = 1 << 20;  // malloc keeps smaller ones
     wanted_ = bytes_ >= worthwhile && out.is_contiguous();
   }
 
@@ -185,7 +189,7 @@ class Pages {
     const uintptr_t row = bytes_ / count_;
     const uintptr_t from = (begin_ + first_row * row + page - 1) / page * page;
     const uintptr_t to = (begin_ + last_row * row) / page * page;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);  // may fail, harmlessly
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);  // a failure is harmless
 #endif
   }
 
@@ -197,78 +201,121 @@ class Pages {
 
 // --- ops ------------------------------------------------------------------------------------------------------------
 
-Tensor logprob_statistics(const Tensor rows, const Tensor labels, const Maybe mask, double temperature,
+Tensor logprob_statistics(const Tensor rows, const Tensor labels, const OptionalTensor mask, double temperature,
                           int64_t vocab_start, int64_t columns) {
   const int64_t count = rows.size(0) * rows.size(1);
   const Table stats({SoftmaxStatistic::size, count});
-  const LogprobStatistics args{rows_of(rows), logits_dtype(rows), flat<int64_t>(labels, count, ScalarType::Long),
-                               mask_of(mask, count), temperature, vocab_start, columns,
-                               stats.row(SoftmaxStatistic::row_max), stats.row(SoftmaxStatistic::row_sum),
-                               stats.row(SoftmaxStatistic::weighted), stats.row(SoftmaxStatistic::target)};
+  const LogprobStatistics args{
+      .rows = rows_of(rows),
+      .dtype = logits_dtype(rows),
+      .labels = flat<int64_t>(labels, count, ScalarType::Long),
+      .mask = mask_of(mask, count),
+      .temperature = temperature,
+      .vocab_start = vocab_start,
+      .columns = columns,
+      .row_max = stats.row(SoftmaxStatistic::row_max),
+      .row_sum = stats.row(SoftmaxStatistic::row_sum),
+      .weighted = stats.row(SoftmaxStatistic::weighted),
+      .target = stats.row(SoftmaxStatistic::target),
+  };
   const Kernels& kernels = *level().kernels;
   for_each_range(count, rows_at_a_time(columns),
                  [&](int64_t begin, int64_t end) { kernels.logprob_statistics(args, begin, end); });
   return stats.tensor;
 }
 
-void logprob_backward(const Tensor rows, const Tensor labels, const Maybe mask, const Tensor row_max,
-                      const Tensor row_sum, const Maybe entropy, const Maybe grad_logprobs, const Maybe grad_entropy,
-                      const Maybe grad_logsumexp, double temperature, int64_t vocab_start, int64_t columns,
-                      const Tensor out) {
+void logprob_backward(const Tensor rows, const Tensor labels, const OptionalTensor mask, const Tensor row_max,
+                      const Tensor row_sum, const OptionalTensor entropy, const OptionalTensor grad_logprobs,
+                      const OptionalTensor grad_entropy, const OptionalTensor grad_logsumexp, double temperature,
+                      int64_t vocab_start, int64_t columns, const Tensor out) {
   const int64_t count = rows.size(0) * rows.size(1);
   STD_TORCH_CHECK(!grad_entropy || entropy, "fastrlhf_cpu: grad_entropy needs entropy");
-  STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.numel() == rows.numel(), "fastrlhf_cpu: out is not like rows");
-  const LogprobBackward args{rows_of(rows), rows_of(out), logits_dtype(rows),
-                             flat<int64_t>(labels, count, ScalarType::Long), mask_of(mask, count),
-                             floats(row_max, count), floats(row_sum, count), floats(entropy, count),
-                             floats(grad_logprobs, count), floats(grad_entropy, count), floats(grad_logsumexp, count),
-                             temperature, vocab_start, columns, rows.size(2)};
+  STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.numel() == rows.numel(),
+                  "fastrlhf_cpu: out is not like rows");
+  const LogprobBackward args{
+      .rows = rows_of(rows),
+      .out = rows_of(out),
+      .dtype = logits_dtype(rows),
+      .labels = flat<int64_t>(labels, count, ScalarType::Long),
+      .mask = mask_of(mask, count),
+      .row_max = floats(row_max, count),
+      .row_sum = floats(row_sum, count),
+      .entropy = floats(entropy, count),
+      .grad_logprobs = floats(grad_logprobs, count),
+      .grad_entropy = floats(grad_entropy, count),
+      .grad_logsumexp = floats(grad_logsumexp, count),
+      .temperature = temperature,
+      .vocab_start = vocab_start,
+      .columns = columns,
+      .width = rows.size(2),
+  };
   const Pages pages(out, count);
   const Kernels& kernels = *level().kernels;
-  for_each_range(count, rows_at_a_time(rows.size(2)),
-                 [&](int64_t begin, int64_t end) {
-                   if (args.out.data != args.rows.data) pages.get(begin, end);
-                   kernels.logprob_backward(args, begin, end);
-                 });
+  for_each_range(count, rows_at_a_time(rows.size(2)), [&](int64_t begin, int64_t end) {
+    if (args.out.data != args.rows.data) pages.get(begin, end);
+    kernels.logprob_backward(args, begin, end);
+  });
 }
 
-Tensor logits_kl_statistics(const Tensor rows, const Tensor ref_rows, const Maybe mask, double temperature,
+Tensor logits_kl_statistics(const Tensor rows, const Tensor ref_rows, const OptionalTensor mask, double temperature,
                             int64_t columns) {
   const int64_t count = rows.size(0) * rows.size(1);
   STD_TORCH_CHECK(ref_rows.scalar_type() == rows.scalar_type() && ref_rows.numel() == rows.numel(),
                   "fastrlhf_cpu: ref_rows is not like rows");
   const Table stats({KLStatistic::size, count});
-  const KlStatistics args{rows_of(rows), rows_of(ref_rows), logits_dtype(rows), mask_of(mask, count), temperature,
-                          columns, stats.row(KLStatistic::row_max), stats.row(KLStatistic::row_sum),
-                          stats.row(KLStatistic::ref_max), stats.row(KLStatistic::ref_sum),
-                          stats.row(KLStatistic::cross)};
+  const KlStatistics args{
+      .rows = rows_of(rows),
+      .ref = rows_of(ref_rows),
+      .dtype = logits_dtype(rows),
+      .mask = mask_of(mask, count),
+      .temperature = temperature,
+      .columns = columns,
+      .max_x = stats.row(KLStatistic::row_max),
+      .sum_x = stats.row(KLStatistic::row_sum),
+      .max_y = stats.row(KLStatistic::ref_max),
+      .sum_y = stats.row(KLStatistic::ref_sum),
+      .cross = stats.row(KLStatistic::cross),
+  };
   const Kernels& kernels = *level().kernels;
   for_each_range(count, rows_at_a_time(columns),
                  [&](int64_t begin, int64_t end) { kernels.kl_statistics(args, begin, end); });
   return stats.tensor;
 }
 
-void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Maybe mask, const Tensor stats, const Tensor kl,
-                        const Tensor grad, double temperature, int64_t columns, const Maybe out, const Maybe ref_out) {
+void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const OptionalTensor mask, const Tensor stats,
+                        const Tensor kl, const Tensor grad, double temperature, int64_t columns,
+                        const OptionalTensor out, const OptionalTensor ref_out) {
   const int64_t count = rows.size(0) * rows.size(1);
   std::vector<Pages> pages;
-  for (const Maybe& written : {out, ref_out}) {
+  for (const OptionalTensor& written : {out, ref_out}) {
     if (!written) continue;
     STD_TORCH_CHECK(written->scalar_type() == rows.scalar_type() && written->numel() == rows.numel(),
                     "fastrlhf_cpu: out is not like rows");
     pages.emplace_back(*written, count);
   }
   const Table saved(stats, KLStatistic::size, count);
-  const KlBackward args{rows_of(rows), rows_of(ref_rows), rows_of(out), rows_of(ref_out), logits_dtype(rows),
-                        mask_of(mask, count), saved.row(KLStatistic::row_max), saved.row(KLStatistic::row_sum),
-                        saved.row(KLStatistic::ref_max), saved.row(KLStatistic::ref_sum), floats(kl, count), floats(grad, count), temperature, columns,
-                        rows.size(2)};
+  const KlBackward args{
+      .rows = rows_of(rows),
+      .ref = rows_of(ref_rows),
+      .out = rows_of(out),
+      .ref_out = rows_of(ref_out),
+      .dtype = logits_dtype(rows),
+      .mask = mask_of(mask, count),
+      .max_x = saved.row(KLStatistic::row_max),
+      .sum_x = saved.row(KLStatistic::row_sum),
+      .max_y = saved.row(KLStatistic::ref_max),
+      .sum_y = saved.row(KLStatistic::ref_sum),
+      .kl = floats(kl, count),
+      .grad = floats(grad, count),
+      .temperature = temperature,
+      .columns = columns,
+      .width = rows.size(2),
+  };
   const Kernels& kernels = *level().kernels;
-  for_each_range(count, rows_at_a_time(rows.size(2)),
-                 [&](int64_t begin, int64_t end) {
-                   for (const Pages& each : pages) each.get(begin, end);
-                   kernels.kl_backward(args, begin, end);
-                 });
+  for_each_range(count, rows_at_a_time(rows.size(2)), [&](int64_t begin, int64_t end) {
+    for (const Pages& each : pages) each.get(begin, end);
+    kernels.kl_backward(args, begin, end);
+  });
 }
 
 Tensor empty_pooled(const Tensor like, int64_t rows, int64_t columns) {
@@ -287,8 +334,16 @@ std::tuple<Tensor, Tensor> gae(const Tensor rewards, const Tensor values, const 
   STD_TORCH_CHECK(rewards.dim() == 2, "fastrlhf_cpu: expected rewards [B, T]");
   const int64_t batch = rewards.size(0), length = rewards.size(1), count = batch * length;
   Tensor advantages = empty({batch, length}), returns = empty({batch, length});
-  const Gae args{any_floats(rewards, count), any_floats(values, count), flat<bool>(mask, count, ScalarType::Bool),
-                 length, gamma, lam, floats(advantages, count), floats(returns, count)};
+  const Gae args{
+      .rewards = any_floats(rewards, count),
+      .values = any_floats(values, count),
+      .mask = flat<bool>(mask, count, ScalarType::Bool),
+      .length = length,
+      .gamma = gamma,
+      .lam = lam,
+      .advantages = floats(advantages, count),
+      .returns = floats(returns, count),
+  };
   const Kernels& kernels = *level().kernels;
   for_each_range(count == 0 ? 0 : batch, rollout_rows(length),
                  [&](int64_t begin, int64_t end) { kernels.gae(args, begin, end); });
@@ -303,23 +358,42 @@ Estimator estimator_of(const std::string& name) {
   throw std::runtime_error("fastrlhf_cpu: unknown estimator " + name);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor scores, const Tensor logprobs,
-                                                              const Tensor ref_logprobs, const Tensor values,
-                                                              const Tensor mask, const Tensor kl_coef,
-                                                              const std::string estimator,
-                                                              const std::optional<double> clip, double gamma,
-                                                              double lam) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(
+    const Tensor scores, const Tensor logprobs, const Tensor ref_logprobs, const Tensor values, const Tensor mask,
+    const Tensor kl_coef, const std::string estimator, const std::optional<double> clip, double gamma, double lam) {
   STD_TORCH_CHECK(logprobs.dim() == 2, "fastrlhf_cpu: expected logprobs [B, T]");
   const int64_t batch = logprobs.size(0), length = logprobs.size(1), count = batch * length;
   const Tensor rewards = empty({batch, length}), kl = empty({batch, length}), advantages = empty({batch, length}),
                returns = empty({batch, length}), moments = empty({batch, Moment::size});
   const bool* keep = flat<bool>(mask, count, ScalarType::Bool);
-  const ShapedRewards shape{any_floats(scores, batch), any_floats(logprobs, count), any_floats(ref_logprobs, count),
-                            keep, length, estimator_of(estimator), static_cast<float>(scalar(kl_coef)),
-                            static_cast<float>(clip.value_or(HUGE_VAL)), floats(rewards, count), floats(kl, count)};
-  const Gae estimate{any_floats(rewards, count), any_floats(values, count), keep, length, gamma, lam,
-                     floats(advantages, count), floats(returns, count)};
-  const Moments moment{floats(advantages, count), keep, length, floats(moments, Moment::size * batch)};
+  const ShapedRewards shape{
+      .scores = any_floats(scores, batch),
+      .logprobs = any_floats(logprobs, count),
+      .ref_logprobs = any_floats(ref_logprobs, count),
+      .mask = keep,
+      .length = length,
+      .estimator = estimator_of(estimator),
+      .kl_coef = static_cast<float>(scalar(kl_coef)),
+      .clip = static_cast<float>(clip.value_or(HUGE_VAL)),
+      .rewards = floats(rewards, count),
+      .kl = floats(kl, count),
+  };
+  const Gae estimate{
+      .rewards = any_floats(rewards, count),
+      .values = any_floats(values, count),
+      .mask = keep,
+      .length = length,
+      .gamma = gamma,
+      .lam = lam,
+      .advantages = floats(advantages, count),
+      .returns = floats(returns, count),
+  };
+  const Moments moment{
+      .advantages = floats(advantages, count),
+      .mask = keep,
+      .length = length,
+      .out = floats(moments, Moment::size * batch),
+  };
   const Kernels& kernels = *level().kernels;
   for_each_range(batch, rollout_rows(length), [&](int64_t begin, int64_t end) {
     kernels.shaped_rewards(shape, begin, end);
@@ -330,21 +404,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(const Tensor score
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor old_logprobs, const Tensor advantages,
-                                            const Tensor mask, const Maybe values, const Maybe old_values,
-                                            const Maybe returns, const Maybe entropy, const Maybe denominator,
-                                            double clip, double value_clip, double value_coef, double entropy_coef) {
+                                            const Tensor mask, const OptionalTensor values,
+                                            const OptionalTensor old_values, const OptionalTensor returns,
+                                            const OptionalTensor entropy, const OptionalTensor denominator, double clip,
+                                            double value_clip, double value_coef, double entropy_coef) {
   const int64_t count = logprobs.numel();
   const bool with_values = values && old_values && returns;
-  Tensor metrics = empty({PPOMetric::size}), grad_logprobs = empty({count}), grad_values = empty({with_values ? count : 0});
-  const Maybe nothing;
-  const PpoLoss args{any_floats(logprobs, count), any_floats(old_logprobs, count), any_floats(advantages, count),
-                     any_floats(with_values ? values : nothing, count),
-                     any_floats(with_values ? old_values : nothing, count),
-                     any_floats(with_values ? returns : nothing, count), any_floats(entropy, count),
-                     flat<bool>(mask, count, ScalarType::Bool), clip, value_clip, value_coef,
-                     floats(grad_logprobs, count), with_values ? floats(grad_values, count) : nullptr};
+  Tensor metrics = empty({PPOMetric::size}), grad_logprobs = empty({count}),
+         grad_values = empty({with_values ? count : 0});
+  const OptionalTensor nothing;
+  const PpoLoss args{
+      .logprobs = any_floats(logprobs, count),
+      .old_logprobs = any_floats(old_logprobs, count),
+      .advantages = any_floats(advantages, count),
+      .values = any_floats(with_values ? values : nothing, count),
+      .old_values = any_floats(with_values ? old_values : nothing, count),
+      .returns = any_floats(with_values ? returns : nothing, count),
+      .entropy = any_floats(entropy, count),
+      .mask = flat<bool>(mask, count, ScalarType::Bool),
+      .clip = clip,
+      .value_clip = value_clip,
+      .value_coef = value_coef,
+      .grad_logprobs = floats(grad_logprobs, count),
+      .grad_values = with_values ? floats(grad_values, count) : nullptr,
+  };
 
-  // Blocks are fixed and their sums are added in order, so the result does not depend on the threads.
+  // Blocks are fixed and their sums are added in order: the result does not depend on the threads.
   std::vector<PpoSums> blocks((count + kPpoBlock - 1) / kPpoBlock);
   const Kernels& kernels = *level().kernels;
   for_each_range(static_cast<int64_t>(blocks.size()), 8, [&](int64_t begin, int64_t end) {
@@ -356,7 +441,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
     total.policy += b.policy, total.value += b.value, total.entropy += b.entropy, total.clipped += b.clipped;
     total.value_clipped += b.value_clipped, total.approx_kl += b.approx_kl, total.ratio += b.ratio;
     total.count += b.count;
-    if (!(b.ratio_max <= total.ratio_max)) total.ratio_max = b.ratio_max;  // so that NaN stays
+    if (!(b.ratio_max <= total.ratio_max)) total.ratio_max = b.ratio_max;  // keeps NaN
   }
   const double scale = 1 / (denominator ? scalar(*denominator) : std::max(total.count, 1.0));
   const double loss = total.policy + value_coef * total.value - entropy_coef * total.entropy;
@@ -375,9 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
   return {metrics, grad_logprobs, grad_values};
 }
 
-bool is_integer(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Long || x.scalar_type() == ScalarType::Int;
-}
+bool is_integer(const Tensor& x) { return x.scalar_type() == ScalarType::Long || x.scalar_type() == ScalarType::Int; }
 
 std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks, const Tensor prompt_offsets,
                                         bool per_prompt) {
@@ -392,9 +475,13 @@ std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks,
   STD_TORCH_CHECK(rising, "prompt_offsets must rise from 0 to the number of scores, ", count);
 
   Tensor metrics = empty({RankingMetric::size}), grad = empty({count});
-  const Ranking args{floats(x, count), integers ? flat<int64_t>(rank, count, ScalarType::Long) : nullptr,
-                     integers ? nullptr : flat<double>(rank, count, ScalarType::Double), per_prompt,
-                     floats(grad, count)};
+  const Ranking args{
+      .scores = floats(x, count),
+      .int_ranks = integers ? flat<int64_t>(rank, count, ScalarType::Long) : nullptr,
+      .float_ranks = integers ? nullptr : flat<double>(rank, count, ScalarType::Double),
+      .per_prompt = per_prompt,
+      .grad = floats(grad, count),
+  };
   std::vector<RankingSums> sums(prompts);
   const Kernels& kernels = *level().kernels;
   const int64_t pairs_each = prompts ? count / prompts * (count / prompts) : 0;
@@ -434,7 +521,7 @@ Tensor bias_gelu(const Tensor x, const Tensor bias) {
   return out;
 }
 
-// Gradients of x and of the bias, the latter in fp32.
+// Returns the gradients of x and of the bias, the latter in fp32.
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor grad, const Tensor x, const Tensor bias) {
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == x.numel() && grad.scalar_type() == x.scalar_type(),
                   "fastrlhf_cpu: expected a contiguous gradient of the rows' shape and dtype");
@@ -442,7 +529,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor grad, const Tensor x,
   BiasGelu args = bias_gelu_args(x, bias, out);
   args.grad = grad.data_ptr();
   const int64_t step = rows_at_a_time(args.width), blocks = (x.size(0) + step - 1) / step;
-  // A sum for each block of rows, added in order: the result does not depend on the threads.
+  // One sum per block of rows, added in order: the result does not depend on the threads.
   std::vector<float> sums(blocks * args.width);
   const Kernels& kernels = *level().kernels;
   for_each_range(x.size(0), step, [&](int64_t begin, int64_t end) {
@@ -469,8 +556,7 @@ STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
       "logprob_backward(Tensor rows, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor? entropy,"
       " Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp, float temperature, int vocab_start,"
       " int columns, Tensor(a!) out) -> ()");
-  m.def(
-      "logits_kl_statistics(Tensor rows, Tensor ref_rows, Tensor? mask, float temperature, int columns) -> Tensor");
+  m.def("logits_kl_statistics(Tensor rows, Tensor ref_rows, Tensor? mask, float temperature, int columns) -> Tensor");
   m.def(
       "logits_kl_backward(Tensor rows, Tensor ref_rows, Tensor? mask, Tensor stats, Tensor kl, Tensor grad,"
       " float temperature, int columns, Tensor(a!)? out, Tensor(b!)? ref_out) -> ()");
@@ -508,7 +594,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cpu, CPU, m) {
 
 // `import fastrlhf._C_cpu` loads this library, and loading it registers the ops above.
 PyMODINIT_FUNC PyInit__C_cpu(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                      nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -1,4 +1,4 @@
-// torch.ops.fastrlhf_cuda: what needs more of a GPU than Triton can say. No autograd here.
+// torch.ops.fastrlhf_cuda: kernels that use GPU features Triton does not expose. No autograd here.
 #include <Python.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,7 +18,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 using namespace fastrlhf;
 
 LogitsType logits_type(const Tensor& x) {
@@ -40,11 +40,12 @@ const T* flat(const Tensor& x, const Tensor& rows, ScalarType dtype) {
   const int64_t count = rows.size(0) * rows.size(1);
   STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == count && x.is_contiguous() && x.is_cuda() &&
                       x.get_device_index() == rows.get_device_index(),
-                  "fastrlhf_cuda: expected a contiguous per-token tensor of ", count, " elements beside the logits");
+                  "fastrlhf_cuda: expected a contiguous per-token tensor of ", count,
+                  " elements on the device of the logits");
   return static_cast<const T*>(x.data_ptr());
 }
 
-const float* floats(const Maybe& x, const Tensor& rows) {
+const float* floats(const OptionalTensor& x, const Tensor& rows) {
   return x ? flat<float>(*x, rows, ScalarType::Float) : nullptr;
 }
 
@@ -52,24 +53,37 @@ void check(cudaError_t error, const char* doing) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastrlhf_cuda: ", doing, ": ", cudaGetErrorString(error));
 }
 
-Tensor run(const Tensor& rows, const Tensor& labels, const Maybe& mask, const Maybe& grad_logprobs,
-           const Maybe& grad_entropy, const Maybe& grad_logsumexp, double temperature, int64_t vocab_start,
-           int64_t columns, const Maybe& out) {
+Tensor run(const Tensor& rows, const Tensor& labels, const OptionalTensor& mask, const OptionalTensor& grad_logprobs,
+           const OptionalTensor& grad_entropy, const OptionalTensor& grad_logsumexp, double temperature,
+           int64_t vocab_start, int64_t columns, const OptionalTensor& out) {
   const int64_t count = rows.size(0) * rows.size(1);
-  STD_TORCH_CHECK(count <= INT32_MAX / 8, "fastrlhf_cuda: ", count, " tokens at a time are too many");
+  STD_TORCH_CHECK(count <= INT32_MAX / 8, "fastrlhf_cuda: ", count, " tokens are too many, expected at most ",
+                  INT32_MAX / 8);
   STD_TORCH_CHECK(0 <= columns && columns <= rows.size(2), "fastrlhf_cuda: columns must be from 0 to V");
   const auto device = rows.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the capability");
-  STD_TORCH_CHECK(major >= 9, "fastrlhf_cuda: clusters need compute capability 9.0 or more, this GPU has ", major, ".x");
+  STD_TORCH_CHECK(major >= 9, "fastrlhf_cuda: clusters need compute capability 9.0 or more, this GPU has ", major,
+                  ".x");
 
   Tensor stats = torch::stable::new_empty(rows, {SoftmaxStatistic::size, count}, ScalarType::Float);
-  const LogprobArgs args{rows_of(rows), out ? rows_of(*out) : DeviceRows{nullptr, 1, 0, 0}, logits_type(rows), count,
-                         flat<int64_t>(labels, rows, ScalarType::Long),
-                         mask ? flat<bool>(*mask, rows, ScalarType::Bool) : nullptr, floats(grad_logprobs, rows),
-                         floats(grad_entropy, rows), floats(grad_logsumexp, rows), static_cast<float>(temperature),
-                         vocab_start, columns, rows.size(2), static_cast<float*>(stats.data_ptr())};
+  const LogprobArgs args{
+      .rows = rows_of(rows),
+      .out = out ? rows_of(*out) : DeviceRows{nullptr, 1, 0, 0},
+      .type = logits_type(rows),
+      .count = count,
+      .labels = flat<int64_t>(labels, rows, ScalarType::Long),
+      .mask = mask ? flat<bool>(*mask, rows, ScalarType::Bool) : nullptr,
+      .grad_logprobs = floats(grad_logprobs, rows),
+      .grad_entropy = floats(grad_entropy, rows),
+      .grad_logsumexp = floats(grad_logsumexp, rows),
+      .temperature = static_cast<float>(temperature),
+      .vocab_start = vocab_start,
+      .columns = columns,
+      .width = rows.size(2),
+      .stats = static_cast<float*>(stats.data_ptr()),
+  };
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const cudaError_t error = logprob_cluster(args, static_cast<cudaStream_t>(stream));
@@ -79,18 +93,19 @@ Tensor run(const Tensor& rows, const Tensor& labels, const Maybe& mask, const Ma
   return stats;
 }
 
-// As the torch body of that name in fastrlhf/ops/logprob.py.
-Tensor logprob_statistics(const Tensor rows, const Tensor labels, const Maybe mask, double temperature,
+// As the torch implementation of that name in fastrlhf/ops/logprob_kernels.py.
+Tensor logprob_statistics(const Tensor rows, const Tensor labels, const OptionalTensor mask, double temperature,
                           int64_t vocab_start, int64_t columns) {
-  const Maybe none;
+  const OptionalTensor none;
   return run(rows, labels, mask, none, none, none, temperature, vocab_start, columns, none);
 }
 
-// The statistics, and in `out` (which may be `rows`) the gradient for upstream gradients that are known beforehand.
-// Only for whole rows: sharded ones must exchange their statistics first.
-Tensor logprob_forward_backward(const Tensor rows, const Tensor labels, const Maybe mask, const Maybe grad_logprobs,
-                                const Maybe grad_entropy, const Maybe grad_logsumexp, double temperature,
-                                int64_t vocab_start, int64_t columns, const Tensor out) {
+// Returns the statistics and writes the gradient into `out` (which may be `rows`), for upstream gradients known
+// beforehand. Only for complete rows: sharded ones must exchange their statistics first.
+Tensor logprob_forward_backward(const Tensor rows, const Tensor labels, const OptionalTensor mask,
+                                const OptionalTensor grad_logprobs, const OptionalTensor grad_entropy,
+                                const OptionalTensor grad_logsumexp, double temperature, int64_t vocab_start,
+                                int64_t columns, const Tensor out) {
   STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.numel() == rows.numel() && out.is_cuda() &&
                       out.get_device_index() == rows.get_device_index(),
                   "fastrlhf_cuda: out is not like rows");
@@ -115,7 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrlhf_cuda, CUDA, m) {
 
 // `import fastrlhf._C_cuda` loads this library, and loading it registers the ops above.
 PyMODINIT_FUNC PyInit__C_cuda(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                      nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -1,12 +1,12 @@
-// A bounded cache of freed outputs, so that the next call's outputs lie on pages that the process already has.
+// A bounded cache of freed outputs, so that the next call's outputs use pages that the process already has.
 //
-// malloc hands blocks of this size back to the kernel when they are freed and takes fresh ones for the next call. Each
-// 4 KiB page of those is then faulted in and cleared, which costs such an op more than its arithmetic. torch's allocator
-// for GPUs keeps freed blocks for the same reason. Blocks come from torch's CPU allocator and count in its statistics.
+// malloc returns blocks of this size to the kernel when they are freed and maps new ones for the next call. Each 4 KiB
+// page is then faulted in and cleared, which costs such an op more than its arithmetic. torch's allocator for GPUs
+// keeps freed blocks for the same reason. Blocks come from torch's CPU allocator and count in its statistics.
 //
-// FASTRLHF_POOL_MB (default 512, 0: off; read once) bounds the free bytes kept, over all sizes; the blocks that were
-// given back the longest time ago go first. Left out on purpose: blocks of more than half of that, which would push out
-// all others, and of less than 256 KiB, which malloc keeps by itself.
+// FASTRLHF_POOL_MB (default 512; 0 disables the cache; read once) bounds the free bytes kept, over all sizes; the
+// blocks freed the longest time ago are dropped first. Not cached: blocks of more than half of that, which would push
+// out all others, and of less than 256 KiB, which malloc keeps.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -46,12 +46,12 @@ class OutputPool {
     const torch::stable::Tensor block = take(bytes);
     return torch::stable::from_blob(block.data_ptr(), {shape.data(), shape.size()}, {strides.data(), strides.size()},
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                    [this, block](void*) { give_back(block); });
+                                    [this, block](void*) { put_back(block); });
   }
 
-  // Frees the blocks that no tensor uses.
+  // Free the blocks that no tensor uses.
   void release() {
-    std::list<torch::stable::Tensor> dropped;  // freed after the lock is
+    std::list<torch::stable::Tensor> dropped;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     dropped.swap(free_);
     kept_ = 0;
@@ -70,16 +70,15 @@ class OutputPool {
     return megabytes << 20;
   }
 
-  // The free block that fits best, at most a quarter larger than asked for, of equals the last one given back, which may
-  // still be in a cache; else a new one.
+  // Best fit: the smallest free block within 25 % of the request (the most recently freed on ties: likely still in
+  // cache), or a new allocation.
   torch::stable::Tensor take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = free_.end();
       for (auto it = free_.begin(); it != free_.end(); ++it) {
         const int64_t size = bytes_of(*it);
-        if (size >= bytes && size <= bytes + bytes / 4 && (best == free_.end() || size <= bytes_of(*best)))
-          best = it;
+        if (size >= bytes && size <= bytes + bytes / 4 && (best == free_.end() || size <= bytes_of(*best))) best = it;
       }
       if (best != free_.end()) {
         const torch::stable::Tensor block = *best;
@@ -91,8 +90,8 @@ class OutputPool {
     return torch::stable::empty({&bytes, 1}, ScalarType::Byte);
   }
 
-  void give_back(const torch::stable::Tensor& block) {
-    std::list<torch::stable::Tensor> dropped;  // freed after the lock is
+  void put_back(const torch::stable::Tensor& block) {
+    std::list<torch::stable::Tensor> dropped;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back(block);
     kept_ += bytes_of(block);
@@ -104,7 +103,7 @@ class OutputPool {
 
   const int64_t limit_ = limit_from_environment();
   std::mutex mutex_;
-  std::list<torch::stable::Tensor> free_;  // given back the longest ago first
+  std::list<torch::stable::Tensor> free_;  // freed the longest ago first
   int64_t kept_ = 0;
 };
 

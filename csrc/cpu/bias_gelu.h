@@ -1,4 +1,4 @@
-// GELU (tanh form) of the rows of a matrix product whose bias is still to be added, in one pass each way.
+// bias + GELU (tanh form) of the rows of a matrix product, and its gradient, in one pass each.
 #pragma once
 
 #include "simd.h"
@@ -8,7 +8,7 @@ namespace {
 
 // gelu(z) = z sigmoid(2 u(z)), u(z) = sqrt(2 / pi) (z + 0.044715 z^3): z (1 + tanh(u)) / 2 without its cancellation.
 struct Gelu {
-  vfloat w, sigmoid;  // w: z, bounded where the sigmoid has become 0 or 1, so that 0 times infinity is never met
+  vfloat w, sigmoid;  // w: z, bounded where the sigmoid is 0 or 1, which avoids 0 * infinity
 
   FASTRLHF_INLINE explicit Gelu(vfloat z) : w(at_most(at_least(z, splat(-20.0f)), splat(20.0f))) {
     const vfloat twice = w * (1.5957691216f + 0.0713548162f * w * w);
@@ -29,7 +29,7 @@ void bias_gelu_rows(const BiasGelu& a, int64_t begin, int64_t end) {
     struct Row {
       const T *x, *bias;
       decltype(at) f;
-      FASTRLHF_INLINE vfloat whole(int64_t i) const { return f(D::load(x + i) + D::load(bias + i)); }
+      FASTRLHF_INLINE vfloat full(int64_t i) const { return f(D::load(x + i) + D::load(bias + i)); }
       FASTRLHF_INLINE vfloat part(int64_t i, int64_t k) const {
         return f(load_part<D>(x + i, k, 0.0f) + load_part<D>(bias + i, k, 0.0f));
       }
@@ -62,11 +62,12 @@ void bias_gelu_backward_rows(const BiasGelu& a, int64_t begin, int64_t end, floa
 }
 
 void bias_gelu(const BiasGelu& a, int64_t begin, int64_t end) {
-  specialised(a.dtype, 1, [&](auto format, auto) { bias_gelu_rows<decltype(format)>(a, begin, end); });
+  specialize(a.dtype, 1, [&](auto format, auto) { bias_gelu_rows<decltype(format)>(a, begin, end); });
 }
 
 void bias_gelu_backward(const BiasGelu& a, int64_t begin, int64_t end, float* bias_grad) {
-  specialised(a.dtype, 1, [&](auto format, auto) { bias_gelu_backward_rows<decltype(format)>(a, begin, end, bias_grad); });
+  specialize(a.dtype, 1,
+             [&](auto format, auto) { bias_gelu_backward_rows<decltype(format)>(a, begin, end, bias_grad); });
 }
 
 }  // namespace

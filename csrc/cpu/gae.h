@@ -1,4 +1,4 @@
-// Generalised advantage estimation, backwards along each row, a vector of rows at a time.
+// Generalized advantage estimation, backwards along each row, a vector of rows at a time.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace fastrlhf {
 namespace {
 
-constexpr int64_t kGaeBlock = 256;  // positions converted to fp32 at a time
+constexpr int64_t kGaeBlock = 256;    // positions converted to fp32 at a time
 constexpr int64_t kGaeAhead = 4 * W;  // positions to fetch ahead: hardware does not follow so many rows at once
 
 // W rows in the lanes of a vector: each step waits for the one before it, and no branch is taken on the mask, so that
@@ -15,7 +15,7 @@ struct GaeState {
   vfloat value{}, advantage{};  // of the nearest True position to the right
 };
 
-// Which lanes of two vectors side by side to take, so that lanes j + kStep of one and j of the other change places.
+// The lanes of two concatenated vectors that swap lane j + kStep of the first with lane j of the second.
 template <int kStep>
 struct Exchange {
   int32_t low[W], high[W];
@@ -78,7 +78,7 @@ FASTRLHF_INLINE void gae_tile(const float* const* rewards, const float* const* v
   }
 }
 
-// The first `n` < W positions of W rows: as a whole tile of copies, whose positions past them do not count.
+// The first `n` < W positions of W rows: copied into a full tile, whose positions past them do not count.
 void gae_first(const float* const* rewards, const float* const* values, const bool* const* mask, int64_t n, float gamma,
                float gamma_lam, GaeState* next, float* const* advantages, float* const* returns) {
   float scratch[4][W][W] = {};
@@ -100,7 +100,7 @@ void gae_first(const float* const* rewards, const float* const* values, const bo
   }
 }
 
-// Rows [row, end), at most W of them: when fewer, the last one is walked (and written) several times.
+// Rows [row, end), at most W of them; if fewer, the last one is processed (and written) several times.
 void gae_rows(const Gae& args, int64_t row, int64_t end) {
   const float gamma = static_cast<float>(args.gamma), gamma_lam = static_cast<float>(args.gamma * args.lam);
   float reward_scratch[W][kGaeBlock], value_scratch[W][kGaeBlock];

@@ -13,8 +13,8 @@ namespace fastrlhf {
 
 extern const Kernels FASTRLHF_TABLE;
 const Kernels FASTRLHF_TABLE = {
-    logprob_statistics, logprob_backward, kl_statistics, kl_backward, gae, shaped_rewards,
-    moments,            ppo_loss,         ranking,       bias_gelu,   bias_gelu_backward,
+    logprob_statistics, logprob_backward, kl_statistics, kl_backward,        gae, shaped_rewards, moments,
+    ppo_loss,           ranking,          bias_gelu,     bias_gelu_backward,
 };
 
 }  // namespace fastrlhf

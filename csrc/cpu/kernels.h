@@ -1,7 +1,7 @@
-// The CPU kernels as seen from outside: plain structs of pointers and sizes, no torch types.
+// Interface of the CPU kernels: plain structs of pointers and sizes, no torch types.
 //
-// kernels.cpp is compiled once for each instruction set, so this table exists up to three times; bindings.cpp picks one
-// at run time. All tables compute the same thing, to within rounding.
+// kernels.cpp is compiled once for each instruction set, so this table exists up to four times; bindings_cpu.cpp
+// chooses one at run time. All tables compute the same results, to within rounding.
 //
 // Sizes: N tokens, V columns of logits, of which the first `columns` are vocabulary and the rest padding.
 // `mask` is a torch bool tensor's bytes, or null when every position counts.
@@ -41,7 +41,7 @@ struct LogprobBackward {
   DType dtype;
   const int64_t* labels;
   const bool* mask;
-  const float *row_max, *row_sum, *entropy;                   // [N]; entropy may be null
+  const float *row_max, *row_sum, *entropy;                    // [N]; entropy may be null
   const float *grad_logprobs, *grad_entropy, *grad_logsumexp;  // [N]; null is 0
   double temperature;
   int64_t vocab_start, columns, width;  // width: V
@@ -81,11 +81,11 @@ struct ShapedRewards {
   const bool* mask;               // [B, T]
   int64_t length;                 // T
   Estimator estimator;
-  float kl_coef, clip;  // clip: infinite when not asked for
+  float kl_coef, clip;  // clip: infinity for none
   float *rewards, *kl;  // [B, T]
 };
 
-// Of each row's advantages at True positions: how many, their mean, the sum of squared deviations from it.
+// Moments (layouts.h) of each row's advantages at the True positions.
 struct Moments {
   const float* advantages;  // [B, T]
   const bool* mask;         // [B, T]
@@ -112,14 +112,14 @@ struct RankingSums {
 };
 
 struct Ranking {
-  const float* scores;          // [N]
-  const int64_t* int_ranks;     // [N], or null
-  const double* float_ranks;    // [N], or null
+  const float* scores;        // [N]
+  const int64_t* int_ranks;   // [N], or null
+  const double* float_ranks;  // [N], or null
   bool per_prompt;
   float* grad;  // [N]
 };
 
-// Rows [width] of a matrix product, a bias still to be added.
+// Rows [width] of a matrix product without its bias.
 struct BiasGelu {
   const void *x, *bias, *grad;  // [N, width], [width], [N, width]; grad null in the forward
   DType dtype;
@@ -127,7 +127,7 @@ struct BiasGelu {
   void* out;  // [N, width]: the activation, or the gradient of x
 };
 
-// Work is handed out in ranges so that the caller owns the threads; a range's results do not depend on how it was cut.
+// A kernel computes a range, so that the caller owns the threads. Results do not depend on the ranges.
 struct Kernels {
   void (*logprob_statistics)(const LogprobStatistics&, int64_t begin, int64_t end);  // tokens
   void (*logprob_backward)(const LogprobBackward&, int64_t begin, int64_t end);      // tokens

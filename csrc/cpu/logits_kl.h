@@ -17,7 +17,7 @@ void kl_block(const typename D::T* x, const typename D::T* y, int64_t n, const T
     const vfloat e = exp_nonpositive(temperature.divide_clamped(dx));
     sum_x[k] += e;
     sum_y[k] += exp_nonpositive(temperature.divide_clamped(dy));
-    sum_cross[k] += select(e == 0.0f, vfloat{}, e * (dx - dy));  // where p has vanished, whatever q is
+    sum_cross[k] += select(e == 0.0f, vfloat{}, e * (dx - dy));  // where p is 0, whatever q is
   };
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W)
@@ -36,7 +36,7 @@ void kl_block(const typename D::T* x, const typename D::T* y, int64_t n, const T
   const double sum = sum_of(sum_x[0]) + sum_of(sum_x[1]);
   p->sum += sum;
   q->sum += sum_of(sum_y[0]) + sum_of(sum_y[1]);
-  // The rows may lie far apart: their distance is added here, in double, and not to every x - y, in fp32.
+  // The rows' maxima may be far apart: their difference is added here, in double, not to every x - y, in fp32.
   *cross += sum_of(sum_cross[0]) + sum_of(sum_cross[1]) + (static_cast<double>(p->shift()) - q->shift()) * sum;
 }
 
@@ -60,7 +60,7 @@ void kl_statistics_row(const KlStatistics& a, const Temp& temperature, int64_t n
 }
 
 void kl_statistics(const KlStatistics& a, int64_t begin, int64_t end) {
-  specialised(a.dtype, a.temperature, [&](auto format, auto temperature) {
+  specialize(a.dtype, a.temperature, [&](auto format, auto temperature) {
     using D = decltype(format);
     for (int64_t n = begin; n < end; ++n) {
       if (!a.mask || a.mask[n]) {
@@ -85,7 +85,7 @@ struct KlGradient {
     const vfloat u = temperature.divide_clamped(vx - max_x), e = exp_nonpositive(u);
     return select(e == 0.0f, vfloat{}, e * (u - w + offset) * scale_x);
   }
-  FASTRLHF_INLINE vfloat whole(int64_t i) const {
+  FASTRLHF_INLINE vfloat full(int64_t i) const {
     prefetch(x + i + kAhead<D>);
     prefetch(y + i + kAhead<D>);
     return of(D::load(x + i), D::load(y + i));
@@ -107,7 +107,7 @@ struct KlRefGradient {
     const vfloat f = exp_nonpositive(temperature.divide_clamped(vy - max_y));
     return f * scale_y - e * scale_x;
   }
-  FASTRLHF_INLINE vfloat whole(int64_t i) const {
+  FASTRLHF_INLINE vfloat full(int64_t i) const {
     prefetch(x + i + kAhead<D>);
     prefetch(y + i + kAhead<D>);
     return of(D::load(x + i), D::load(y + i));
@@ -138,7 +138,7 @@ void kl_gradient_row(const KlBackward& a, const Temp& temperature, int64_t n) {
 }
 
 void kl_backward(const KlBackward& a, int64_t begin, int64_t end) {
-  specialised(a.dtype, a.temperature, [&](auto format, auto temperature) {
+  specialize(a.dtype, a.temperature, [&](auto format, auto temperature) {
     using D = decltype(format);
     for (int64_t n = begin; n < end; ++n) {
       if (!a.mask || a.mask[n]) {

@@ -76,10 +76,10 @@ FASTRLHF_INLINE int64_t local_label(int64_t label, int64_t vocab_start, int64_t 
 }
 
 void logprob_statistics(const LogprobStatistics& a, int64_t begin, int64_t end) {
-  specialised(a.dtype, a.temperature, [&](auto format, auto temperature) {
+  specialize(a.dtype, a.temperature, [&](auto format, auto temperature) {
     using D = decltype(format);
     for (int64_t n = begin; n < end; ++n) {
-      if (a.mask && !a.mask[n]) {  // never read: any finite numbers do, for the results are masked
+      if (a.mask && !a.mask[n]) {  // never read: any finite numbers will do, since the results are masked
         a.row_max[n] = a.weighted[n] = a.target[n] = 0.0f;
         a.row_sum[n] = 1.0f;
         continue;
@@ -93,7 +93,7 @@ void logprob_statistics(const LogprobStatistics& a, int64_t begin, int64_t end) 
         block_sums<D>(x + at, size, temperature, &row);
       }
       const int64_t label = local_label(a.labels[n], a.vocab_start, a.columns);
-      a.row_max[n] = row.sum == row.sum ? row.top : __builtin_nanf("");  // the maxima passed over NaN, the sum did not
+      a.row_max[n] = row.sum == row.sum ? row.top : __builtin_nanf("");  // the maxima skip NaN, the sum does not
       a.row_sum[n] = static_cast<float>(row.sum);
       a.weighted[n] = static_cast<float>(row.weighted);
       a.target[n] = label < 0 ? -kInf : load_one<D>(x + label);
@@ -112,7 +112,7 @@ struct LogprobGradient {
     const vfloat u = temperature.divide_clamped(v - shift), e = exp_nonpositive(u);
     return kEntropy ? e * (at_entropy * u + at_p) : e * at_p;
   }
-  FASTRLHF_INLINE vfloat whole(int64_t i) const {
+  FASTRLHF_INLINE vfloat full(int64_t i) const {
     prefetch(x + i + kAhead<D>);
     return of(D::load(x + i));
   }
@@ -130,7 +130,7 @@ void logprob_gradient_row(const LogprobBackward& a, const Temp& temperature, int
   const double offset = a.grad_entropy ? a.entropy[n] - log_sum : 0.0;  // log p_j + H = (x_j - M) / T + offset
   const double norm = 1 / (a.row_sum[n] * a.temperature);
 
-  // The label's own gradient is a difference, 1 - p: it is formed apart, in double. Read first: `out` may be `x`.
+  // The label's gradient is a difference, 1 - p: it is computed separately, in double. Read first: `out` may be `x`.
   const int64_t label = local_label(a.labels[n], a.vocab_start, a.columns);
   double at_label = 0;
   if (label >= 0) {
@@ -150,7 +150,7 @@ void logprob_gradient_row(const LogprobBackward& a, const Temp& temperature, int
 }
 
 void logprob_backward(const LogprobBackward& a, int64_t begin, int64_t end) {
-  specialised(a.dtype, a.temperature, [&](auto format, auto temperature) {
+  specialize(a.dtype, a.temperature, [&](auto format, auto temperature) {
     using D = decltype(format);
     for (int64_t n = begin; n < end; ++n) {
       if (a.mask && !a.mask[n])

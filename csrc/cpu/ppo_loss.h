@@ -6,18 +6,17 @@
 namespace fastrlhf {
 namespace {
 
-// Per-token inputs of a block as fp32, wherever they came from.
+// Per-token inputs of a block as fp32.
 struct PpoBlock {
   enum { kLogprobs, kOld, kAdvantages, kValues, kOldValues, kReturns, kEntropy, kInputs };
-  const float* input[kInputs];  // null when not given
+  const float* input[kInputs];  // null if not given
   const bool* mask;
   float scratch[kInputs][kPpoBlock];
 
   PpoBlock(const PpoLoss& a, int64_t begin, int64_t n) : mask(a.mask + begin) {
-    const Floats* given[] = {&a.logprobs, &a.old_logprobs, &a.advantages, &a.values,
-                             &a.old_values, &a.returns, &a.entropy};
-    for (int k = 0; k < kInputs; ++k)
-      input[k] = given[k]->data ? as_floats(*given[k], begin, n, scratch[k]) : nullptr;
+    const Floats* given[] = {&a.logprobs,   &a.old_logprobs, &a.advantages, &a.values,
+                             &a.old_values, &a.returns,      &a.entropy};
+    for (int k = 0; k < kInputs; ++k) input[k] = given[k]->data ? as_floats(*given[k], begin, n, scratch[k]) : nullptr;
   }
 
   FASTRLHF_INLINE vfloat load(int which, int64_t i, int64_t n, vint here) const {
@@ -39,8 +38,8 @@ FASTRLHF_INLINE void ppo_step(const PpoLoss& a, const PpoBlock& block, int64_t i
 
   const vfloat log_ratio = get(PpoBlock::kLogprobs) - get(PpoBlock::kOld), advantage = get(PpoBlock::kAdvantages);
   const vfloat ratio = exp_any(log_ratio);
-  const vfloat bounded = at_most(at_least(ratio, splat(static_cast<float>(1 - a.clip))),
-                                 splat(static_cast<float>(1 + a.clip)));
+  const vfloat bounded =
+      at_most(at_least(ratio, splat(static_cast<float>(1 - a.clip))), splat(static_cast<float>(1 + a.clip)));
   const vfloat plain = -advantage * ratio, clipped = -advantage * bounded;
   const vint cut = clipped > plain;
   store_part<F32>(a.grad_logprobs + begin + i, n, select(cut, vfloat{}, plain));
@@ -74,8 +73,14 @@ PpoSums ppo_loss(const PpoLoss& a, int64_t begin, int64_t end) {
   for (; i + W <= end - begin; i += W) ppo_step(a, block, i, W, begin, &sums);
   if (i < end - begin) ppo_step(a, block, i, end - begin - i, begin, &sums);
   const double ratio = sum_of(sums.ratio);
-  return {sum_of(sums.policy),        sum_of(sums.value),     sum_of(sums.entropy), sum_of(sums.clipped),
-          sum_of(sums.value_clipped), sum_of(sums.approx_kl), ratio,                sum_of(sums.count),
+  return {sum_of(sums.policy),
+          sum_of(sums.value),
+          sum_of(sums.entropy),
+          sum_of(sums.clipped),
+          sum_of(sums.value_clipped),
+          sum_of(sums.approx_kl),
+          ratio,
+          sum_of(sums.count),
           ratio == ratio ? max_of(sums.ratio_max) : __builtin_nanf("")};
 }
 

@@ -13,11 +13,11 @@ struct RankingVectors {
 };
 
 // Response i against W others of scores `other`; side is 1 where i is the better, -1 where it is the worse, else 0.
-// Each pair is met twice: the loss is counted from the better one's side, each gradient from its own.
+// Each pair occurs twice: the loss is counted at the better response, each gradient at its own.
 FASTRLHF_INLINE void ranking_step(float score, vfloat other, vfloat side, RankingVectors* sums) {
   const vfloat margin = score - other, z = side * margin;
   const vfloat t = exp_any(-absolute(z));
-  const vfloat loss = at_least(-z, vfloat{}) + log1p_unit(t);  // -log sigmoid(z)
+  const vfloat loss = at_least(-z, vfloat{}) + log1p_unit(t);           // -log sigmoid(z)
   const vfloat slope = select(z >= 0.0f, t, splat(1.0f)) / (t + 1.0f);  // sigmoid(-z)
   const vint better = side > 0.0f;
   sums->loss += select(better, loss, vfloat{});
@@ -39,8 +39,8 @@ void ranking_response(const float* scores, const R* ranks, int64_t i, int64_t co
     for (; j + W <= size; j += W)
       ranking_step(scores[i], load_as<vfloat>(scores + at + j), load_as<vfloat>(side + j), &sums);
     if (j < size)
-      ranking_step(scores[i], load_part<F32>(scores + at + j, size - j, 0.0f),
-                   load_part<F32>(side + j, size - j, 0.0f), &sums);
+      ranking_step(scores[i], load_part<F32>(scores + at + j, size - j, 0.0f), load_part<F32>(side + j, size - j, 0.0f),
+                   &sums);
   }
   prompt->loss += sum_of(sums.loss);
   prompt->correct += sum_of(sums.correct);

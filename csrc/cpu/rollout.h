@@ -1,4 +1,4 @@
-// What goes before and after GAE over a rollout: KL-shaped rewards, and the moments that whitening needs.
+// Before and after GAE over a rollout: the KL-shaped rewards, and the moments that whitening needs.
 #pragma once
 
 #include "../layouts.h"
@@ -17,7 +17,8 @@ FASTRLHF_INLINE vfloat estimate_kl(Estimator estimator, vfloat d) {
 }
 
 // Positions [at, at + n) of a row, n <= W, from fp32 log-probs; the row's score is added later.
-FASTRLHF_INLINE void reward_step(const ShapedRewards& a, const float* logprobs, const float* ref, int64_t at, int64_t n) {
+FASTRLHF_INLINE void reward_step(const ShapedRewards& a, const float* logprobs, const float* ref, int64_t at,
+                                 int64_t n) {
   const vint here = mask_lanes(a.mask + at, n);
   const auto get = [&](const float* p) { return n == W ? load_as<vfloat>(p) : load_part<F32>(p, n, 0.0f); };
   const vfloat kl = select(here, estimate_kl(a.estimator, get(logprobs) - get(ref)), vfloat{});

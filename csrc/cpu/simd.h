@@ -1,4 +1,4 @@
-// Vectors of floats in the compiler's own vector types, and what the kernels need from them.
+// Vectors of floats in the compiler's vector types, and the operations that the kernels use.
 //
 // One source serves every instruction set: the width follows the flags the file is compiled with. Nothing here has
 // external linkage and no standard header with inline functions is included: the linker keeps one copy of such a
@@ -58,7 +58,7 @@ FASTRLHF_INLINE To bits(From v) {
 }
 
 FASTRLHF_INLINE vfloat select(vint mask, vfloat a, vfloat b) { return mask ? a : b; }
-// Lane j is lane from[j] of a and b side by side.
+// Lane j is lane from[j] of the concatenation of a and b.
 FASTRLHF_INLINE vfloat shuffled(vfloat a, vfloat b, vint from) {
 #if defined(__clang__)  // which has no shuffle by a vector, and makes one of this when `from` is constant
   vfloat v;
@@ -128,7 +128,7 @@ FASTRLHF_INLINE vfloat exp_nonpositive(vfloat x) {
 FASTRLHF_INLINE vfloat exp_any(vfloat x) {
   vfloat power;
   const vfloat m = exp_mantissa<126>(at_most(at_least(x, splat(-87.3f)), splat(89.0f)), &power);
-  return m * power * 2.0f;  // in two steps, for 2^128 is no float
+  return m * power * 2.0f;  // in two steps, since 2^128 is not a float
 }
 
 // log(1 + t) for t in [0, 1], accurate however small t is: 2 atanh(s), s = t / (2 + t).
@@ -206,12 +206,11 @@ struct F32 {
 
 struct BF16 {
   using T = uint16_t;
-  static FASTRLHF_INLINE vfloat load(const uint16_t* p) {
-    return bits<vfloat>(widen(p) << 16);
-  }
+  static FASTRLHF_INLINE vfloat load(const uint16_t* p) { return bits<vfloat>(widen(p) << 16); }
   static FASTRLHF_INLINE vhalf pack(vfloat v) {
 #if defined(__AVX512BF16__)
-    return bits<vhalf>(_mm512_cvtneps_pbh(bits<__m512>(v)));  // one instruction for nine; takes subnormals for 0
+    return bits<vhalf>(
+        _mm512_cvtneps_pbh(bits<__m512>(v)));  // one instruction instead of nine; flushes subnormals to 0
 #endif
     const vuint f = bits<vuint>(v);
     const vuint rounded = (f + (0x7fffu + ((f >> 16) & 1))) >> 16;
@@ -236,9 +235,7 @@ struct F16 {
     return bits<vhalf>(_mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
   }
 #else
-  static FASTRLHF_INLINE vfloat load(const uint16_t* p) {
-    return from_half_bits(widen(p));
-  }
+  static FASTRLHF_INLINE vfloat load(const uint16_t* p) { return from_half_bits(widen(p)); }
   static FASTRLHF_INLINE vhalf pack(vfloat v) { return narrow(to_half_bits(v)); }
 #endif
 };
@@ -277,7 +274,7 @@ FASTRLHF_INLINE vint mask_lanes(const bool* mask, int64_t n) {
 #endif
 }
 
-// out[i] = f at i, for i in [0, n): `f.whole(i)` gives the W values from i on, `f.part(i, k)` the k < W from i on.
+// out[i] = f at i, for i in [0, n): `f.full(i)` returns W values from i on, `f.part(i, k)` the k < W from i on.
 template <class D, class F>
 FASTRLHF_INLINE void write_row(typename D::T* out, int64_t n, const F& f) {
   // Each vector is a long chain of operations; AVX2's sixteen registers hold the constants and one such chain.
@@ -285,10 +282,10 @@ FASTRLHF_INLINE void write_row(typename D::T* out, int64_t n, const F& f) {
   decltype(D::pack(vfloat{})) packed[kFlight];
   int64_t i = 0;
   for (; i + kFlight * W <= n; i += kFlight * W) {
-    for (int k = 0; k < kFlight; ++k) packed[k] = D::pack(f.whole(i + k * W));
+    for (int k = 0; k < kFlight; ++k) packed[k] = D::pack(f.full(i + k * W));
     for (int k = 0; k < kFlight; ++k) store_as(out + i + k * W, packed[k]);
   }
-  for (; i + W <= n; i += W) store_as(out + i, D::pack(f.whole(i)));
+  for (; i + W <= n; i += W) store_as(out + i, D::pack(f.full(i)));
   if (i < n) store_part<D>(out + i, n - i, f.part(i, n - i));
 }
 
@@ -303,7 +300,7 @@ inline void clear(typename D::T* p, int64_t n) {
   __builtin_memset(p, 0, n * sizeof(*p));  // 0.0 is all zero bits in every format
 }
 
-// Elements [begin, begin + n) as fp32: where they lie when they are fp32, converted into `scratch` otherwise.
+// Elements [begin, begin + n) as fp32: a pointer into x if it is fp32, otherwise converted into `scratch`.
 inline const float* as_floats(const Floats& x, int64_t begin, int64_t n, float* scratch) {
   if (x.dtype == DType::f32) return static_cast<const float*>(x.data) + begin;
   if (x.dtype == DType::f64) {
@@ -319,10 +316,10 @@ inline const float* as_floats(const Floats& x, int64_t begin, int64_t n, float* 
   return scratch;
 }
 
-// Turns d = x - M into d / T. kUnit: T is 1, which is nearly always so and saves two of about twenty instructions.
+// Computes d / T for d = x - max. kUnit: T is 1, the usual case, which saves two of about twenty instructions.
 template <bool kUnit>
 struct Temperature {
-  float high = 1, low = 0;  // 1 / T in two parts, so that the product is as exact as the division
+  float high = 1, low = 0;    // 1 / T in two parts, so that the product is as exact as the division
   float lowest = kExpLowest;  // clamps d where the exponential has vanished, so that 0 times it is 0 and not NaN
 
   explicit Temperature(double t) {
@@ -335,14 +332,12 @@ struct Temperature {
   FASTRLHF_INLINE vfloat divide(vfloat d) const { return kUnit ? d : d * high + d * low; }
   FASTRLHF_INLINE vfloat divide_clamped(vfloat d) const { return divide(at_least(d, splat(lowest))); }
   // d may be -inf, and stays that
-  FASTRLHF_INLINE vfloat divide_any(vfloat d) const {
-    return kUnit ? d : d * high + at_least(d, splat(-1e30f)) * low;
-  }
+  FASTRLHF_INLINE vfloat divide_any(vfloat d) const { return kUnit ? d : d * high + at_least(d, splat(-1e30f)) * low; }
 };
 
-// Call f with the storage format and the temperature as types.
+// Call f with the storage format and the temperature as template types.
 template <class F>
-FASTRLHF_INLINE void specialised(DType dtype, double temperature, const F& f) {
+FASTRLHF_INLINE void specialize(DType dtype, double temperature, const F& f) {
   const auto with = [&](auto format) {
     if (temperature == 1)
       f(format, Temperature<true>(1));

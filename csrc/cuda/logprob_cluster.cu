@@ -1,11 +1,11 @@
 // Softmax statistics of a row and, when the upstream gradients are known beforehand, the gradient of its logits: one
 // read and one write of the logits, where a forward and a backward kernel read them twice.
 //
-// A row is shared by a cluster of 1 to 8 thread blocks, because no block alone could hold it: 128,256 columns in bf16
-// are 256 KB. Each block keeps its slice in shared memory while it forms its part of the sums; the blocks then read
-// one another's sums through distributed shared memory, always in rank order, so that all hold the same bits.
-// A slice is at most 108 KB where that is possible: two blocks on a multiprocessor, one loading while the other stores.
-// Left out on purpose: rows sharded over GPUs (their sums must leave the cluster), and GPUs before sm_90.
+// A row is shared by a cluster of 1 to 8 thread blocks, because one block could not hold it: 128,256 columns in bf16
+// are 256 KB. Each block keeps its slice in shared memory while it forms its part of the sums; the blocks then read one
+// another's sums through distributed shared memory, always in rank order, so that all hold the same bits. A slice is at
+// most 108 KB where that is possible: two blocks on a multiprocessor, one loading while the other stores. Not
+// supported: rows sharded over GPUs (their sums must leave the cluster), and GPUs before sm_90.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -62,7 +62,7 @@ __device__ __forceinline__ Sums combined(Sums a, Sums b, float inverse) {
   return {top, a.sum + b.sum, a.weighted + b.weighted};
 }
 
-// Add `n` columns to the sums. fmaxf passes over NaN; the sum does not.
+// Add `n` columns to the sums. fmaxf skips NaN; the sum does not.
 template <int n>
 __device__ __forceinline__ void add_columns(const float (&x)[n], float inverse, Sums* sums) {
   float top = sums->top;
@@ -86,7 +86,7 @@ __device__ __forceinline__ void add_vector(const Vector<T>& v, float inverse, Su
   add_columns(x, inverse, sums);
 }
 
-// The sums of all threads of the cluster, in a fixed order. The caller synchronises the cluster before it exits, so
+// The sums of all threads of the cluster, in a fixed order. The caller synchronizes the cluster before it exits, so
 // that shared memory outlives the reads of the other blocks.
 __device__ Sums reduced(Sums mine, float inverse, cg::cluster_group cluster) {
   __shared__ Sums warps[kWarps];
@@ -112,11 +112,11 @@ __device__ Sums reduced(Sums mine, float inverse, cg::cluster_group cluster) {
   return total;
 }
 
-// What a column's gradient needs beside its logit.
+// The terms of a column's gradient other than its logit.
 struct Gradient {
-  float shift, inverse, per_sum;      // per_sum: 1 / sum e
-  float to_label, to_p, to_entropy;   // upstream, already divided by T
-  float offset;                       // log p_j + H = (x_j - top) / T + offset
+  float shift, inverse, per_sum;     // per_sum: 1 / sum e
+  float to_label, to_p, to_entropy;  // upstream, already divided by T
+  float offset;                      // log p_j + H = (x_j - top) / T + offset
 
   __device__ __forceinline__ float of(float x, bool is_label) const {
     const float d = x - shift, p = exp_scaled(d, inverse) * per_sum;
@@ -131,8 +131,13 @@ __device__ __forceinline__ Gradient gradient_of(const LogprobArgs& a, int64_t n,
   const float entropy = a.grad_entropy ? a.grad_entropy[n] : 0.0f;
   const float lse = a.grad_logsumexp ? a.grad_logsumexp[n] : 0.0f;
   // H - log sum = -(sum e u) / sum
-  return {row.top,           inverse,           1.0f / row.sum,        label * inverse, (lse - label) * inverse,
-          entropy * inverse, -row.weighted / row.sum};
+  return {row.top,
+          inverse,
+          1.0f / row.sum,
+          label * inverse,
+          (lse - label) * inverse,
+          entropy * inverse,
+          -row.weighted / row.sum};
 }
 
 // One block's share of a row: whole 16-byte vectors [first, first + vectors) counted from the row's first aligned
@@ -148,7 +153,11 @@ __device__ __forceinline__ Slice slice_of(const T* x, int64_t columns, cg::clust
   const int64_t head = min(off == 0 ? 0 : kPerVector<T> - off, columns);
   const int64_t all = (columns - head) / kPerVector<T>, each = (all + cluster.num_blocks() - 1) / cluster.num_blocks();
   const int64_t first = min(each * cluster.block_rank(), all);
-  return {head, first, min(each, all - first), head + all * kPerVector<T>, cluster.block_rank() == 0,
+  return {head,
+          first,
+          min(each, all - first),
+          head + all * kPerVector<T>,
+          cluster.block_rank() == 0,
           cluster.block_rank() + 1 == cluster.num_blocks()};
 }
 
@@ -207,9 +216,8 @@ __device__ __forceinline__ void write_slice(const T* x, T* out, const Slice& sli
     for (int64_t i = threadIdx.x; i < slice.vectors * kPerVector<T>; i += kThreads)
       from_float(gradient.of(to_float(value[i]), begin + i == label), out + begin + i);
   }
-  loose_columns(slice, columns, [&](int64_t column) {
-    from_float(gradient.of(to_float(x[column]), column == label), out + column);
-  });
+  loose_columns(slice, columns,
+                [&](int64_t column) { from_float(gradient.of(to_float(x[column]), column == label), out + column); });
 }
 
 template <class T>
@@ -238,14 +246,14 @@ __global__ void __launch_bounds__(kThreads, 2) logprob_row(const LogprobArgs a) 
   const int64_t n = blockIdx.x / cluster.num_blocks();
   const T* x = row_of<T>(a.rows, n);
   const bool writes_stats = cluster.block_rank() == 0 && threadIdx.x == 0;
-  if (a.mask && !a.mask[n]) {  // never read; the whole cluster leaves
+  if (a.mask && !a.mask[n]) {  // never read; all blocks of the cluster return
     if (writes_stats) store_stats(a, n, {0.0f, 1.0f, 0.0f}, 0.0f);
     if (kGradient && cluster.block_rank() == 0) clear(row_of<T>(a.out, n), 0, a.width);
     return;
   }
   const uint64_t local = static_cast<uint64_t>(a.labels[n]) - static_cast<uint64_t>(a.vocab_start);
   const int64_t label = local < static_cast<uint64_t>(a.columns) ? static_cast<int64_t>(local) : -1;
-  // Before the cluster meets, and so before anything is written: `out` may be `rows`.
+  // Before the cluster synchronizes, and so before any write: `out` may be `rows`.
   const float target = writes_stats && label >= 0 ? to_float(x[label]) : -INFINITY;
 
   const float inverse = 1.0f / a.temperature;

@@ -19,9 +19,9 @@ struct DeviceRows {
 struct LogprobArgs {
   DeviceRows rows, out;  // out.data: null for statistics alone; may be rows.data
   LogitsType type;
-  int64_t count;          // N
-  const int64_t* labels;  // [N]
-  const bool* mask;       // [N], or null
+  int64_t count;                                               // N
+  const int64_t* labels;                                       // [N]
+  const bool* mask;                                            // [N], or null
   const float *grad_logprobs, *grad_entropy, *grad_logsumexp;  // [N] each; null is 0
   float temperature;
   int64_t vocab_start, columns, width;  // width: V

@@ -1,4 +1,7 @@
-"""The RLHF ops: pure functions of tensors, scalars and at most one process group. Importing this needs torch alone."""
+"""The RLHF ops: pure functions of tensors, scalars and at most one process group.
+
+Importing this package needs torch alone.
+"""
 
 from __future__ import annotations
 

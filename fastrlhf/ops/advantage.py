@@ -194,9 +194,14 @@ def _shaped_gae(
 
 @_shaped_gae.register_fake
 def _(rollout: Rollout, kl_coef: Tensor, options: TargetOptions, backend: str) -> ShapedGAE:
-    logprobs, dtype = rollout.logprobs, checks.compute_dtype(rollout.logprobs)
-    per_token = (logprobs.new_empty(logprobs.shape, dtype=dtype) for _ in range(4))
-    return ShapedGAE(*per_token, logprobs.new_empty((logprobs.shape[0], len(Moment)), dtype=dtype))
+    batch, length = rollout.logprobs.shape
+
+    def empty(columns: int) -> Tensor:
+        dtype = checks.compute_dtype(rollout.logprobs)
+        return rollout.logprobs.new_empty((batch, columns), dtype=dtype)
+
+    per_token = (empty(length), empty(length), empty(length), empty(length))
+    return ShapedGAE(*per_token, empty(len(Moment)))
 
 
 def _whiten(
@@ -250,11 +255,11 @@ def rollout_targets(
         kl_coef = kl_coef.detach().to(logprobs.device, dtype, non_blocking=True)
     else:
         kl_coef = torch.full((), float(kl_coef), dtype=dtype, device=logprobs.device)
-    constants = (t.detach() for t in (scores, logprobs, ref_logprobs, values))
-    options = TargetOptions(estimator, clip, float(gamma), float(lam))
-    rewards, kl, advantages, returns, moments = _shaped_gae(
-        Rollout(*constants, mask), kl_coef, options, backend
+    rollout = Rollout(
+        scores.detach(), logprobs.detach(), ref_logprobs.detach(), values.detach(), mask
     )
+    options = TargetOptions(estimator, clip, float(gamma), float(lam))
+    rewards, kl, advantages, returns, moments = _shaped_gae(rollout, kl_coef, options, backend)
     if whiten:
         advantages = _whiten(advantages, mask, moments, 1e-8, group)
     return RolloutTargets(rewards, kl, advantages, returns)

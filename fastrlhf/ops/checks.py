@@ -1,4 +1,7 @@
-"""Argument checks shared by the ops: shapes, dtypes and devices only, never values: a GPU is never waited for."""
+"""Argument checks shared by the ops: shapes, dtypes and devices, never values on a GPU.
+
+Reading a value would wait for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 LONGEST = 60
-"""characters of a value in a message"""
+"""Characters of a value in a message."""
 
 
 def describe(value: object) -> str:
-    """One short line: a tensor's dtype, shape and device in words, another array's type too, the rest as it prints."""
+    """Describe a value on one short line.
+
+    A tensor by dtype, shape and device, another array by type, dtype and shape, the rest by repr.
+    """
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
     kind = f"{type(value).__module__.split('.')[0]}.{type(value).__qualname__}"
@@ -27,24 +33,20 @@ def describe(value: object) -> str:
 
 
 def require(holds: bool, argument: str, got: object, expected: str) -> None:
-    """Raise ValueError naming the argument, what came and what was expected, unless `holds`."""
+    """Raise ValueError with the argument, its value and what was expected, unless `holds`."""
     if not holds:
         raise ValueError(f"{argument}: got {describe(got)}, expected {expected}")
 
 
 def floating(argument: str, x: object) -> None:
-    require(
-        isinstance(x, Tensor) and x.dtype in FLOATS,
-        argument,
-        x,
-        "a float32, bfloat16, float16 or float64 tensor",
-    )
+    fits = isinstance(x, Tensor) and x.dtype in FLOATS
+    require(fits, argument, x, "a float32, bfloat16, float16 or float64 tensor")
 
 
 def like(
     argument: str, x: object, shape: torch.Size, device: torch.device, kind: str = "float"
 ) -> None:
-    """Check that `x` is a tensor of `shape` on `device` whose dtype is of `kind`: "float", "integer" or "bool"."""
+    """Check that `x` is a tensor of `shape` on `device`; `kind`: "float", "integer" or "bool"."""
     dtypes = {"float": FLOATS, "integer": INTEGERS, "bool": (torch.bool,)}[kind]
     words = {"float": "a float", "integer": "an integer", "bool": "a bool"}[kind]
     fits = isinstance(x, Tensor) and x.dtype in dtypes and x.shape == shape and x.device == device
@@ -52,7 +54,7 @@ def like(
 
 
 def number(x: object) -> bool:
-    """Whether x is a number or a 0-dim tensor (those of numpy count)."""
+    """Return whether x is a number (numpy's included) or a 0-dim tensor."""
     return isinstance(x, Real) or (isinstance(x, Tensor) and x.dim() == 0)
 
 
@@ -69,18 +71,14 @@ def choice(argument: str, x: object, options: tuple[object, ...]) -> None:
 
 
 def denominator(x: float | Tensor | None, device: torch.device) -> None:
-    """A float above 0, a 0-dim tensor (not read here), or None."""
+    """Check that x is a float above 0, a 0-dim tensor (not read here), or None."""
     if isinstance(x, Tensor):
-        require(
-            x.dim() == 0 and x.device == device,
-            "denominator",
-            x,
-            f"a float or a 0-dim tensor on {device}",
-        )
+        fits = x.dim() == 0 and x.device == device
+        require(fits, "denominator", x, f"a float or a 0-dim tensor on {device}")
     elif x is not None:
         positive("denominator", x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 stays (for gradcheck); everything else is computed and returned in float32."""
+    """Return float64 for float64 (for gradcheck), float32 for every other dtype."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

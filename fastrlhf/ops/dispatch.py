@@ -196,7 +196,7 @@ class Kernel(Generic[Arguments, Result]):
         return launch
 
 
-KERNELS: dict[str, Kernel[..., object]] = {}
+KERNELS: dict[str, Kernel] = {}
 
 
 class BackendReport(TypedDict, total=False):

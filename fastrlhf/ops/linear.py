@@ -49,7 +49,7 @@ from fastrlhf.ops.logprob_kernels import (
     results_from,
 )
 from fastrlhf.ops.registry import Context, Gradients, custom_op
-from fastrlhf.ops.rows import RowSlice, VocabShard, flat, vocab_shard
+from fastrlhf.ops.rows import RowSlice, VocabShard, flat, map_tensors, vocab_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -164,9 +164,9 @@ def _linear_logprobs_backward(
     rows = CountedRows(
         as_matrix(head.hidden), flat(tokens.mask), width, num_counted=tokens.num_counted
     )
-    saved, upstream = SavedRow(*map(flat, saved)), TokenGrads(*map(flat, upstream))
+    saved, upstream = map_tensors(flat, saved), map_tensors(flat, upstream)
     scale = grad_scale(rows, *upstream)
-    upstream = TokenGrads(*(div(g, scale) for g in upstream))
+    upstream = map_tensors(lambda g: div(g, scale), upstream)
     sums = GradientSums(rows, head.weight, needs)
     buffer = empty_pooled(head.hidden, rows.step, width)
 
@@ -179,8 +179,8 @@ def _linear_logprobs_backward(
             logits[None],
             rows.take(labels, at),
             rows.take(rows.mask, at),
-            SavedRow(*(rows.take(t, at) for t in saved)),
-            TokenGrads(*(rows.take(g, at) for g in upstream)),
+            map_tensors(lambda t: rows.take(t, at), saved),
+            map_tensors(lambda g: rows.take(g, at), upstream),
             temperature,
             shard.vocab_start,
             shard.columns,

@@ -48,7 +48,7 @@ from fastrlhf.ops.logprob_kernels import (
 )
 from fastrlhf.ops.ppo import PPOLoss, PPOOptions, PPOTokens
 from fastrlhf.ops.registry import Context, Gradients, custom_op
-from fastrlhf.ops.rows import RowSlice, VocabShard, flat, vocab_shard
+from fastrlhf.ops.rows import RowSlice, VocabShard, flat, map_tensors, vocab_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -226,8 +226,8 @@ def _linear_loss(
     assert mask is not None
     matrix = as_matrix(head.hidden)
     rows = CountedRows(matrix, mask, chunk_width, shard.sharded, tokens.num_counted)
-    constants = (flat(policy.old_logprobs), flat(policy.advantages))
-    scale = grad_scale(rows, constants[1], at_least=policy.entropy_coef)
+    old_logprobs, advantages = flat(policy.old_logprobs), flat(policy.advantages)
+    scale = grad_scale(rows, advantages, at_least=policy.entropy_coef)
     count = mask.sum().clamp(min=1).to(dtype) if denominator is None else denominator.to(dtype)
     divisor = count if scale is None else scale
     metrics = torch.zeros(len(PPOMetric), dtype=dtype, device=head.hidden.device)
@@ -240,11 +240,12 @@ def _linear_loss(
     for chunk in logits.chunks():
         stats = chunk.statistics()
         logp, entropy, _ = finish_statistics(stats, chunk.mask, temperature)
-        of_chunk = PolicyTerms(*(rows.take(t, chunk.at) for t in constants), *policy[2:])
+        taken = (rows.take(old_logprobs, chunk.at), rows.take(advantages, chunk.at))
+        of_chunk = PolicyTerms(*taken, policy.clip, policy.entropy_coef)
         sums, grads = _chunk_loss(logp, entropy, chunk.mask, of_chunk, backend)
         _add_metrics_(metrics, sums)
         if any(needs) and not chunk.holds_gradient:
-            grads = TokenGrads(*(div(g, divisor) for g in grads))
+            grads = map_tensors(lambda g: div(g, divisor), grads)
             _write_gradient_(chunk, stats, entropy, grads, temperature, shard, backend)
         if any(needs):
             gradients.add(chunk.at, chunk.logits, chunk.hidden)
@@ -298,7 +299,7 @@ def _(
 
 
 class _Context(Context, Protocol):
-    dtypes: list[torch.dtype | None]
+    dtypes: list[torch.dtype]
     """Of hidden, weight and bias."""
 
 
@@ -317,7 +318,7 @@ def _setup(
 ) -> None:
     _loss, *saved = output
     ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if t is None else t.dtype for t in head]
+    ctx.dtypes = [(head.weight if t is None else t).dtype for t in head]
     ctx.save_for_backward(*saved)
 
 

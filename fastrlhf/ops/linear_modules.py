@@ -1,11 +1,12 @@
 """The linear ops as nn.Modules, for models that keep their loss as a submodule.
 
-They hold options, never parameters: the weight comes with each call, so a tied or sharded one stays the model's own.
+They hold options, never parameters: the weight is an argument of each call, so a tied or sharded
+one stays the model's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor, nn
 
@@ -17,26 +18,45 @@ from fastrlhf.ops.ppo import PPOLoss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+
+class SharedOptions(TypedDict, total=False):
+    """Options of all linear ops, as in `linear_logprobs`."""
+
+    temperature: float
+    vocab_start: int | None
+    vocab_size: int | None
+    group: ProcessGroup | None
+    backend: str
 
 
 class _FusedLinear(nn.Module):
-    """What the three share: temperature, the vocabulary's shard, backend."""
-
     def __init__(
-        self, *, temperature: float = 1.0, vocab_start: int | None = None, vocab_size: int | None = None,
-        group: ProcessGroup | None = None, backend: str = "auto",
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        temperature: float = 1.0,
+        vocab_start: int | None = None,
+        vocab_size: int | None = None,
+        group: ProcessGroup | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         checks.positive("temperature", temperature)
         self.temperature, self.backend = temperature, backend
         self.vocab_start, self.vocab_size, self.group = vocab_start, vocab_size, group
 
-    def _options(self) -> dict[str, object]:
-        names = ("temperature", "vocab_start", "vocab_size", "group", "backend")
-        return {name: getattr(self, name) for name in names}
+    def _options(self) -> SharedOptions:
+        return {
+            "temperature": self.temperature,
+            "vocab_start": self.vocab_start,
+            "vocab_size": self.vocab_size,
+            "group": self.group,
+            "backend": self.backend,
+        }
 
     def extra_repr(self) -> str:
-        """Every option held, the group by its name: what a model's printout needs to tell two losses apart."""
+        """Return every option, the group by its name, so that a printed model tells losses apart."""
         held = {
             name: value
             for name, value in vars(self).items()
@@ -47,56 +67,97 @@ class _FusedLinear(nn.Module):
 
 
 class FusedLinearLogprobs(_FusedLinear):
-    """`linear_logprobs` with its options held; `forward` takes its tensors."""
+    """`linear_logprobs` with fixed options; `forward` takes its tensors."""
 
     def __init__(
-        self, *, recompute: bool | str = "auto", with_entropy: bool = False, **options: object
+        self,
+        *,
+        recompute: bool | str = "auto",
+        with_entropy: bool = False,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+        super().__init__(**options)
         checks.choice("recompute", recompute, ("auto", True, False))
         self.recompute, self.with_entropy = recompute, with_entropy
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None,
-        mask: Tensor | None = None, ref_logprobs: Tensor | None = None,
-    ) -> TokenLogprobs:  # fmt: skip
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+    ) -> TokenLogprobs:
         return linear_logprobs(
-            hidden, weight, labels, bias=bias, mask=mask, ref_logprobs=ref_logprobs, recompute=self.recompute,
-            with_entropy=self.with_entropy, **self._options(),  # type: ignore[arg-type]
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            mask=mask,
+            ref_logprobs=ref_logprobs,
+            recompute=self.recompute,
+            with_entropy=self.with_entropy,
+            **self._options(),
+        )
 
 
 class FusedLinearCrossEntropy(_FusedLinear):
-    """`linear_cross_entropy` with its options held; without a mask, labels of `ignore_index` do not count."""
+    """`linear_cross_entropy` with fixed options; the default mask excludes `ignore_index` labels."""
 
-    def __init__(self, *, ignore_index: int = -100, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+    def __init__(self, *, ignore_index: int = -100, **options: Unpack[SharedOptions]) -> None:
+        super().__init__(**options)
         self.ignore_index = ignore_index
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None = None, *,
-        bias: Tensor | None = None, denominator: float | Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
         mask = labels != self.ignore_index if mask is None else mask
-        options: dict[str, Any] = self._options()
         return linear_cross_entropy(
-            hidden, weight, labels, mask, bias=bias, denominator=denominator, **options
+            hidden, weight, labels, mask, bias=bias, denominator=denominator, **self._options()
         )
 
 
 class FusedLinearPPOLoss(_FusedLinear):
-    """`linear_ppo_loss` with its options held; `forward` takes its tensors."""
+    """`linear_ppo_loss` with fixed options; `forward` takes its tensors."""
 
-    def __init__(self, *, clip: float = 0.2, entropy_coef: float = 0.0, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+    def __init__(
+        self, *, clip: float = 0.2, entropy_coef: float = 0.0, **options: Unpack[SharedOptions]
+    ) -> None:
+        super().__init__(**options)
         checks.positive("clip", clip)
         self.clip, self.entropy_coef = clip, entropy_coef
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
-        bias: Tensor | None = None, denominator: float | Tensor | None = None,
-    ) -> PPOLoss:  # fmt: skip
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        bias: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> PPOLoss:
         return linear_ppo_loss(
-            hidden, weight, labels, old_logprobs, advantages, mask, bias=bias, denominator=denominator, clip=self.clip,
-            entropy_coef=self.entropy_coef, **self._options(),  # type: ignore[arg-type]
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            old_logprobs,
+            advantages,
+            mask,
+            bias=bias,
+            denominator=denominator,
+            clip=self.clip,
+            entropy_coef=self.entropy_coef,
+            **self._options(),
+        )

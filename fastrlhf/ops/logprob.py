@@ -5,7 +5,7 @@ Not supported: second derivatives. Out of scope: the GEMM that makes the logits 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastrlhf.ops.logprob_kernels import (
     results_from,
 )
 from fastrlhf.ops.registry import Context, Gradients, custom_op
-from fastrlhf.ops.rows import VocabShard, as_rows, flat, vocab_shard
+from fastrlhf.ops.rows import VocabShard, as_rows, flat, map_tensors, vocab_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,7 +82,7 @@ def _forward_rows(
         # one launch computes all results
         forward = STATISTICS.triton_function("logprob_forward", rows)
         options = (temperature, with_entropy, shard.vocab_start, shard.columns)
-        return RowResults(*forward(rows, labels, mask, ref_logprobs, *options))
+        return cast(RowResults, forward(rows, labels, mask, ref_logprobs, *options))
     statistics = STATISTICS.implementation(rows, backend, shard.sharded)
     stats = statistics(rows, labels, mask, temperature, shard.vocab_start, shard.columns)
     if shard.sharded:
@@ -155,8 +155,7 @@ def _backward_into(
     shard: VocabShard,
     backend: str,
 ) -> None:
-    saved = SavedRow(*(flat(t) for t in saved))
-    upstream = TokenGrads(*(flat(t) for t in upstream))
+    saved, upstream = map_tensors(flat, saved), map_tensors(flat, upstream)
     backward = BACKWARD.implementation(rows, backend)
     columns = (shard.vocab_start, shard.columns)
     backward(rows, flat(labels).long(), flat(mask), saved, upstream, temperature, *columns, out)

@@ -17,7 +17,7 @@ from fastrlhf.ops import checks, layouts
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
 from fastrlhf.ops.layouts import PPOMetric
 from fastrlhf.ops.registry import Context, Gradients, custom_op
-from fastrlhf.ops.rows import flat
+from fastrlhf.ops.rows import flat, map_tensors
 
 
 class PPOLoss(NamedTuple):
@@ -195,8 +195,7 @@ def _ppo_loss(
     tokens: PPOTokens, denominator: Tensor | None, options: PPOOptions, backend: str
 ) -> _Outputs:
     run = KERNEL.implementation(tokens.logprobs, backend)
-    flat_tokens = PPOTokens(*(flat(t) for t in tokens))
-    metrics, grad_logprobs, grad_values = run(flat_tokens, denominator, options)
+    metrics, grad_logprobs, grad_values = run(map_tensors(flat, tokens), denominator, options)
     if tokens.values is not None:
         grad_values = grad_values.view(tokens.values.shape)
     loss = metrics[PPOMetric.LOSS].clone()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
-_SCHEMA_TYPES = {
+_SCHEMA_TYPES: dict[object, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     float: "float",
@@ -51,6 +51,7 @@ class Function(Protocol):
 
 Arguments = ParamSpec("Arguments")
 Upstream = ParamSpec("Upstream")
+Some = ParamSpec("Some")  # a shape function names only the arguments that it uses
 Result = TypeVar("Result")
 Ctx = TypeVar("Ctx", bound=Context)
 Gradients = Mapping[str, Tensor | None]
@@ -110,7 +111,7 @@ class Op(Generic[Arguments, Result]):
         """Return whether autograd wants the gradient of each argument named."""
         return [ctx.needs_input_grad[self.argument_names.index(name)] for name in names]
 
-    def register_fake(self, shapes: Callable[Arguments, Result]) -> None:
+    def register_fake(self, shapes: Callable[Some, Result]) -> None:
         """Register a function that returns empty tensors with the outputs' shapes and dtypes."""
         function = self._grouping(cast(Function, shapes))
         torch.library.register_fake(self.name, function, lib=_LIBRARY)
@@ -128,12 +129,19 @@ class Op(Generic[Arguments, Result]):
         silently wrong: it raises RuntimeError.
         """
 
+        run = cast(Function, backward)
+
+        def gradients_of(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            gradients = cast(Gradients, run(ctx, *upstream))
+            assert gradients.keys() <= set(self.argument_names), (self.name, list(gradients))
+            return tuple(gradients.get(name) for name in self.argument_names)
+
         def once(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             if not torch.is_grad_enabled():
-                return self._by_position(function(ctx, *upstream))
+                return gradients_of(ctx, *upstream)
             with torch.no_grad():
-                gradients = self._by_position(function(ctx, *upstream))
-            # each requires grad, even from constant upstreams, so that no path past it is taken for a zero
+                gradients = gradients_of(ctx, *upstream)
+            # each requires grad, even from constant upstreams, so that no path past it counts as 0
             return tuple(
                 None if g is None else _Once.apply(g.detach().requires_grad_(), self.name)
                 for g in gradients
@@ -142,14 +150,9 @@ class Op(Generic[Arguments, Result]):
         def setup(ctx: Context, inputs: tuple[object, ...], output: object) -> None:
             cast(Function, setup_context)(ctx, output, *self._grouped(inputs))
 
-        function = cast("Callable[Concatenate[Context, Upstream], Gradients]", backward)
         torch.library.register_autograd(
             self.name, once, setup_context=setup_context and setup, lib=_LIBRARY
         )
-
-    def _by_position(self, gradients: Gradients) -> tuple[Tensor | None, ...]:
-        assert gradients.keys() <= set(self.argument_names), (self.name, list(gradients))
-        return tuple(gradients.get(name) for name in self.argument_names)
 
 
 class _Group:

@@ -5,8 +5,8 @@ A row has unit stride in V and any strides in B and L, so `logits[:, :-1]` is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, overload
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, overload
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 RowSlice: TypeAlias = "slice[int, int, int]"
+Group = TypeVar("Group", bound=tuple[Tensor | None, ...])
 
 # Elements of logits that a torch implementation upcasts at a time: 16 MiB in fp32, about the size
 # of a last-level cache.
@@ -78,6 +79,11 @@ def flat(x: Tensor | None) -> Tensor | None: ...
 def flat(x: Tensor | None) -> Tensor | None:
     """Return a per-token tensor [...] as contiguous [N]."""
     return None if x is None else x.contiguous().view(-1)
+
+
+def map_tensors(function: Callable[[Tensor | None], Tensor | None], group: Group) -> Group:
+    """Apply `function` to each tensor of a NamedTuple such as SavedRow, None included."""
+    return type(group)(*map(function, group))  # type: ignore[arg-type]  # the bound of a NamedTuple
 
 
 def row_blocks(rows: Tensor, columns: int) -> Iterator[tuple[RowSlice, RowSlice]]:
