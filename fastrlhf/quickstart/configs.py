@@ -1,4 +1,4 @@
-"""The quickstart's settings: how much of everything, and the configuration of each training run."""
+"""Settings of the quickstart: its scales, and the configuration of each training run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ STARTS = {"sft": "pretrain", "rm": "sft", "ppo": "sft", "ppo_ptx": "sft"}
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything, and how fast it learns; the defaults are a tiny GPT from random weights that two CPU
-    cores with AVX-512 train in under 5 minutes ("full").
+    """Sizes, amounts of training and learning rates.
+
+    The defaults ("full") are a tiny GPT from random weights that two CPU cores with AVX-512 train
+    in under 5 minutes.
     """
 
     vocab_size: int = 4096
@@ -23,11 +25,11 @@ class Scale:
     hidden: int = 128
     heads: int = 4
     context: int = 128
-    """Prompt and response together, in tokens; the tiny GPT's positions."""
+    """Maximum tokens of prompt and response together; also the positions of the tiny GPT."""
     window: int = 96
     """Tokens in a pretraining window."""
     new_tokens: int = 32
-    """Longest response, in tokens."""
+    """Maximum tokens of a response."""
     batch: int = 32
     """Sequences in a step of pretraining and SFT."""
     pretrain_steps: int = 400
@@ -35,11 +37,11 @@ class Scale:
     sft_steps: int = 350
     sft_lr: float = 1e-3
     pretrain_fraction: float = 0.2
-    """Share of pretraining text mixed into SFT, as for InstructGPT's starting point of RL."""
+    """Share of pretraining text mixed into SFT, as for the initial policy of InstructGPT's RL."""
     ranking_prompts: int = 2400
     rm_epochs: float = 1.0
     rm_batch: int = 16
-    """Prompts, each with all its responses."""
+    """Prompts per step, each with all its responses."""
     rm_micro_batch: int = 8
     rm_lr: float = 5e-4
     ppo_runs: tuple[str, ...] = ("ppo", "ppo_ptx")
@@ -57,9 +59,9 @@ class Scale:
 
 
 SHORT = Scale(pretrain_steps=150, sft_steps=140, ranking_prompts=1800, ppo_steps=18)
-"""For slow processors: the same model and evaluation after about half of the work."""
+"""For slow processors: the same model and evaluation with about half of the training."""
 SCALES = {"full": Scale(), "short": SHORT}
-"""Of the tiny GPT; `scales.choose` picks one."""
+"""Scales of the tiny GPT; `scales.choose` selects one."""
 
 PRETRAINED = Scale(
     context=72,
@@ -82,14 +84,14 @@ PRETRAINED = Scale(
     eval_prompts=160,
     eval_windows=96,
 )
-"""For a pretrained model of a hundred million parameters: half an hour of two CPU cores.
+"""For a pretrained model of a hundred million parameters: half an hour on two CPU cores.
 
-Learning rates are a tenth of the tiny model's or less, because these weights already hold something worth keeping.
+Learning rates are a tenth of the tiny model's or less, so that the model keeps what it has learned.
 """
 
 
 def model_section(scale: Scale) -> dict[str, Any]:
-    """The `model` section of the tiny GPT."""
+    """Return the `model` section of the tiny GPT."""
     return {
         "family": "gpt",
         "num_layers": scale.layers,
@@ -101,14 +103,17 @@ def model_section(scale: Scale) -> dict[str, Any]:
 
 
 def data_path(out: Path, name: str) -> Path:
-    """The file of a data split."""
+    """Return the file of a data split."""
     return out / "data" / f"{name}.jsonl"
 
 
 def stage_config(
     run: str, out: Path, scale: Scale, model: dict[str, Any], parallel: dict[str, int], seed: int
 ) -> Config:
-    """The configuration of run "pretrain", "sft", "rm", "ppo" or "ppo_ptx", under the folder `out`."""
+    """Return the configuration of a run in the folder `out`.
+
+    `run` is "pretrain", "sft", "rm", "ppo" or "ppo_ptx".
+    """
     files, sections = _runs(out, scale)[run]
     shared: dict[str, Any] = {
         "model": {**model, "load": str(out / STARTS[run]) if run in STARTS else None},
@@ -130,27 +135,8 @@ def stage_config(
 
 
 def _runs(out: Path, scale: Scale) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
-    """Run -> (data key -> split, the sections that are its own)."""
-    minibatch = scale.ppo_batch // scale.ppo_minibatches
+    """Return for each run (data key -> split, the sections that differ from other runs)."""
     batch = {"global_batch_size": scale.batch, "micro_batch_size": scale.batch}
-    ppo = {
-        "train": {
-            "steps": scale.ppo_steps,
-            "global_batch_size": scale.ppo_batch,
-            "micro_batch_size": minibatch,
-        },
-        "optimizer": {"lr": scale.ppo_lr},
-        "schedule": {"decay": "constant", "warmup_steps": 2},
-    }
-    options = {
-        "reward_model": str(out / "rm"),
-        "batch_size": scale.ppo_batch,
-        "minibatch_size": minibatch,
-        "ptx_per_episode": 1,
-        "value_lr": scale.value_lr,
-        "kl_coef": scale.kl_coef,
-        "ema_decay": scale.ema_decay,
-    }
     return {
         "pretrain": (
             {"train": "pretrain"},
@@ -179,9 +165,32 @@ def _runs(out: Path, scale: Scale) -> dict[str, tuple[dict[str, str], dict[str, 
                 "optimizer": {"lr": scale.rm_lr},
             },
         ),
-        "ppo": ({"prompts": "ppo"}, {**ppo, "ppo": {**options, "gamma_ptx": 0.0}}),
+        "ppo": ({"prompts": "ppo"}, _ppo_sections(out, scale, 0.0)),
         "ppo_ptx": (
             {"prompts": "ppo", "pretrain": "pretrain"},
-            {**ppo, "ppo": {**options, "gamma_ptx": scale.gamma_ptx}},
+            _ppo_sections(out, scale, scale.gamma_ptx),
         ),
+    }
+
+
+def _ppo_sections(out: Path, scale: Scale, gamma_ptx: float) -> dict[str, Any]:
+    minibatch = scale.ppo_batch // scale.ppo_minibatches
+    return {
+        "train": {
+            "steps": scale.ppo_steps,
+            "global_batch_size": scale.ppo_batch,
+            "micro_batch_size": minibatch,
+        },
+        "optimizer": {"lr": scale.ppo_lr},
+        "schedule": {"decay": "constant", "warmup_steps": 2},
+        "ppo": {
+            "reward_model": str(out / "rm"),
+            "batch_size": scale.ppo_batch,
+            "minibatch_size": minibatch,
+            "ptx_per_episode": 1,
+            "value_lr": scale.value_lr,
+            "kl_coef": scale.kl_coef,
+            "ema_decay": scale.ema_decay,
+            "gamma_ptx": gamma_ptx,
+        },
     }

@@ -1,14 +1,17 @@
-"""Real English text that every machine with Python on it already holds: the documentation of its own packages.
+"""A corpus of English text from the documentation of the installed Python packages.
 
-`gather` reads the source files of the standard library and of the installed packages with `ast` (nothing is imported
-or run) and takes from them paragraphs of prose, for the tokenizer and for pretraining, and demonstrations: the words
-of a function's name and its arguments as the prompt, the first sentence of its docstring as the response.
+`gather` parses the source files of the standard library and of the installed packages with `ast`
+(nothing is imported or run). It extracts paragraphs of prose for the tokenizer and pretraining, and
+demonstrations: the prompt is a function's name and arguments in words, the response is the first
+sentence of its docstring.
 
-The unit of every split is the "user": the folder a file lies in, as a dotted name of at most three parts. No user is
-in two splits, and the held-out text is that of the users whose prompts are held out, so neither evaluation sees a line
-of training text. The result depends on nothing but the installed files and the seed. Left out on purpose: tests,
-vendored copies of other packages, and a limit in seconds, which would make the result depend on the machine's load;
-bytes are limited instead.
+The unit of every split is the "user": the folder of a file, as a dotted name of at most three
+parts. No user is in two splits. The held-out text is that of the users whose prompts are held out,
+so neither evaluation sees a line of training text. The result depends only on the installed files
+and the seed.
+
+Out of scope: tests, vendored copies of other packages, and a limit in seconds, which would make the
+result depend on the machine's load; bytes are limited instead.
 """
 
 from __future__ import annotations
@@ -36,11 +39,11 @@ from fastrlhf.quickstart.text import (
 )
 
 _SKIPPED = (
-    "test tests testing idle_test __pycache__ site-packages dist-packages _vendor _vendored vendored third_party"
-    " licenses externals pgen2 encodings fastrlhf"
+    "test tests testing idle_test __pycache__ site-packages dist-packages _vendor _vendored "
+    "vendored third_party licenses externals pgen2 encodings fastrlhf"
 )
 SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
-# Share of the users in each split. "eval" is held out of everything, pretraining included.
+# Share of the users in each split. "eval" is held out of all training, pretraining included.
 SPLITS = {"sft": 0.58, "ranking": 0.20, "ppo": 0.14, "eval": 0.08}
 
 
@@ -49,52 +52,53 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is read and kept; the defaults take about 15 s of one core."""
+    """Maximum amounts that are read and kept; the defaults take about 15 s on one core."""
 
     source_bytes: int = 48_000_000
-    """Python source parsed in all."""
+    """Python source in total."""
     package_bytes: int = 6_000_000
-    """Python source parsed of one top-level package, so that the largest ones do not drown the others."""
+    """Python source of one top-level package, so that the largest do not dominate."""
     file_bytes: int = 800_000
-    """Larger files are skipped: nearly all of them are generated tables."""
+    """Size of a file; nearly all larger files are generated tables."""
     text_characters: int = 12_000_000
-    """Prose kept."""
+    """Prose in total."""
     demonstrations_per_user: int = 200
-    """As in the paper (section 3.2): at most 200 prompts a user."""
+    """As in the paper (section 3.2): at most 200 prompts per user."""
     demonstrations_per_name: int = 4
-    """Of one function name, so that a package's hundred `forward` methods do not fill a split."""
+    """Per function name, so that a package's hundred `forward` methods do not fill a split."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One function: what it is called, and how its author summed it up."""
+    """One function: its name as the prompt, its author's summary as the response."""
 
     prompt: str
     response: str
     user_id: str
 
     def record(self) -> dict[str, str]:
-        """As a line of a demonstrations file."""
+        """Return the record of a demonstrations file."""
         return {"prompt": self.prompt, "response": self.response, "user_id": self.user_id}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What `gather` returns."""
+    """Text and demonstrations, as returned by `gather`."""
 
     train_text: list[str] = field(default_factory=list)
-    """Documents for the tokenizer and pretraining, one a source file, paragraphs separated by an empty line."""
+    """Documents for the tokenizer and pretraining, one per source file; paragraphs are separated by
+    an empty line."""
     heldout_text: list[str] = field(default_factory=list)
     """Documents of the "eval" users, for the pretraining loss."""
     demonstrations: dict[str, list[Demonstration]] = field(default_factory=dict)
-    """By split: "sft", "ranking", "ppo", "eval"."""
+    """Demonstrations of each split: "sft", "ranking", "ppo", "eval"."""
 
 
 def make_prompt(name: str, arguments: list[str]) -> str:
-    """The prompt of a function: its name in words and up to four arguments, then a cue.
+    """Return the prompt of a function: its name in words, up to four arguments, and a cue.
 
-    The name is written in words ("parse header" for `parse_header`) so that the tokens are those of the sentence to be
-    written and a model of a million parameters can learn to copy them.
+    The name is written in words ("parse header" for `parse_header`), so that a model of a million
+    parameters can learn to copy them into the summary.
     """
     shown = [" ".join(name_words(argument)) for argument in arguments[:4]]
     inside = ", ".join(argument for argument in shown if argument) or "nothing"
@@ -102,12 +106,12 @@ def make_prompt(name: str, arguments: list[str]) -> str:
 
 
 def prompt_name(prompt: str) -> list[str]:
-    """The words of the function's name in a prompt made by `make_prompt`."""
+    """Return the words of the function's name in a prompt made by `make_prompt`."""
     return words(prompt.partition("\n")[0].partition(":")[2])
 
 
 def default_roots() -> list[Path]:
-    """The standard library's folder and the folders of installed packages of the running interpreter."""
+    """Return the folders of the standard library and of the installed packages."""
     found = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")]
     return [root for root in dict.fromkeys(found) if root.is_dir()]
 
@@ -115,22 +119,22 @@ def default_roots() -> list[Path]:
 def gather(
     roots: Iterable[Path] | None = None, *, seed: int = 0, limits: Limits | None = None
 ) -> Corpus:
-    """Text and demonstrations from the Python sources and documentation files under `roots` (default: this
-    interpreter's).
+    """Gather text and demonstrations from the Python sources and documentation under `roots`.
 
-    The same installed files and the same seed give the same corpus. Raises UserError where there is too little text to
-    learn from.
+    The default roots are those of this interpreter. The same files and seed give the same corpus.
+    Raises UserError if there is too little text to learn from.
     """
     limits = limits or Limits()
     roots = default_roots() if roots is None else [Path(root) for root in roots]
-    with _no_collections():
+    with _paused_gc():
         return _gather(roots, seed, limits)
 
 
 @contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """Pause the cyclic garbage collector, which a file's syntax tree triggers hundreds of times and which finds nothing
-    there: trees hold no cycles.
+def _paused_gc() -> Iterator[None]:
+    """Pause the cyclic garbage collector.
+
+    A file's syntax tree would trigger it hundreds of times, although trees have no cycles.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -161,15 +165,19 @@ def _gather(roots: list[Path], seed: int, limits: Limits) -> Corpus:
     fewest = min(len(found) for found in corpus.demonstrations.values())
     if characters < 100_000 or fewest < 20:
         raise UserError(
-            f"only {characters:,} characters of documentation and {fewest} documented functions in the smallest split "
-            f"under {', '.join(map(str, roots))}, expected 100,000 and 20; the quickstart learns from docstrings of "
-            "the standard library and of the installed packages: it needs their .py files"
+            f"{', '.join(map(str, roots))}: only {characters:,} characters of documentation and "
+            f"{fewest} documented functions in the smallest split, expected 100,000 and 20; "
+            "the quickstart learns from the docstrings of the standard library and the installed "
+            "packages: install their .py files"
         )
     return corpus
 
 
 def split_of(user: str, seed: int) -> str:
-    """The split of a user: a hash of its name and the seed, so that it does not depend on what else is installed."""
+    """Return the split of a user, by a hash of its name and the seed.
+
+    So it does not depend on the other installed packages.
+    """
     point = int.from_bytes(_digest(f"{seed}:{user}"), "big") / 2**64
     for split, share in SPLITS.items():
         if point < share:
@@ -179,8 +187,9 @@ def split_of(user: str, seed: int) -> str:
 
 
 def read_source(path: Path, user: str) -> tuple[list[str], list[Demonstration]]:
-    """The documentation strings of a file and its demonstrations; both empty where the file cannot be read as what it
-    is named.
+    """Return the documentation strings and the demonstrations of a file.
+
+    Both are empty if the file cannot be read or parsed.
     """
     try:
         content = path.read_bytes()
@@ -190,17 +199,12 @@ def read_source(path: Path, user: str) -> tuple[list[str], list[Demonstration]]:
                 tree = ast.parse(content)
             return _documented(tree, user)
         text = content.decode("utf-8")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # the last two: absurdly nested source
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        # Extremely nested source raises RecursionError or MemoryError.
         return [], []
-    return [
-        str(email.message_from_string(text).get_payload()) if path.name == "METADATA" else text
-    ], []
+    if path.name == "METADATA":
+        text = str(email.message_from_string(text).get_payload())
+    return [text], []
 
 
 def _documented(tree: ast.Module, user: str) -> tuple[list[str], list[Demonstration]]:
@@ -224,8 +228,9 @@ def _documented(tree: ast.Module, user: str) -> tuple[list[str], list[Demonstrat
 
 
 def _long_strings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
-    """Texts kept as constants: `X = \"\"\"...\"\"\"` and `topics = {"if": "..."}` (the language reference, in
-    `pydoc_data`).
+    """Yield texts that are constants: `X = \"\"\"...\"\"\"` and `topics = {"if": "..."}`.
+
+    The latter is the language reference in `pydoc_data`.
     """
     for statement in node.body:
         if isinstance(statement, ast.Assign):
@@ -244,8 +249,9 @@ def _long_strings(node: ast.Module | ast.ClassDef) -> Iterator[str]:
 
 
 def demonstrate(name: str, arguments: list[str], doc: str, user: str) -> Demonstration | None:
-    """A demonstration from one function's docstring, or None where the docstring does not sum the function up in a
-    short sentence.
+    """Return a demonstration from one function's docstring.
+
+    Returns None if the docstring does not begin with a short sentence that summarizes the function.
     """
     spoken = name_words(name)
     response = first_sentence(doc)
@@ -258,9 +264,8 @@ def demonstrate(name: str, arguments: list[str], doc: str, user: str) -> Demonst
     )
     if name.startswith("__") or not fits or not 1 <= len(spoken) <= 5 or max(map(len, spoken)) < 3:
         return None
-    if not is_prose(
-        response + " of the of the"
-    ):  # a short summary may well hold no function word at all
+    # A short summary may have no function word at all, so some are added for the check.
+    if not is_prose(response + " of the of the"):
         return None
     return Demonstration(
         make_prompt(name, [a for a in arguments if a not in ("self", "cls")]), response, user
@@ -268,8 +273,9 @@ def demonstrate(name: str, arguments: list[str], doc: str, user: str) -> Demonst
 
 
 def _admit(demonstration: Demonstration, counts: collections.Counter[str], limits: Limits) -> bool:
-    """Whether a demonstration is new, and its user and its function's name are still below their limits; counts it if
-    so.
+    """Return whether a demonstration is new and within the limits; count it if so.
+
+    The limits are on its user and on its function's name.
     """
     name = "name " + " ".join(prompt_name(demonstration.prompt))
     user = "user " + demonstration.user_id
@@ -286,7 +292,10 @@ def _admit(demonstration: Demonstration, counts: collections.Counter[str], limit
 
 
 def _first_time(paragraph: str, seen: set[bytes]) -> bool:
-    """False for a paragraph met before, class names and numbers aside: generated docstrings differ in nothing else."""
+    """Return False for a paragraph that was seen before.
+
+    Class names and numbers are ignored: generated docstrings often differ only in these.
+    """
     key = _digest(
         " ".join(word for word in plain(paragraph).split() if word.islower() and word.isalpha())
     )
@@ -297,8 +306,9 @@ def _first_time(paragraph: str, seen: set[bytes]) -> bool:
 
 
 def _select(roots: list[Path], limits: Limits) -> Iterator[tuple[Path, str]]:
-    """The files to read, standard library first, within the limits on bytes; sorted inside, so the order never
-    varies.
+    """Yield the files to read and their users, within the limits on bytes, in a fixed order.
+
+    The standard library comes first.
     """
     left = limits.source_bytes
     for root in roots:
@@ -306,19 +316,19 @@ def _select(roots: list[Path], limits: Limits) -> Iterator[tuple[Path, str]]:
         for path in _walk(root):
             packages.setdefault(path.relative_to(root).parts[0], []).append(path)
         for _, paths in sorted(packages.items()):
-            # A package too large to read whole is sampled evenly, by hash, rather than read up to some letter of the
-            # alphabet.
-            left_here = limits.package_bytes
+            # A package that is too large to read completely is sampled evenly, by hash, not cut at
+            # some letter of the alphabet.
+            package_left = limits.package_bytes
             for path in sorted(paths, key=lambda p: _digest(p.relative_to(root).as_posix())):
                 size = path.stat().st_size
-                if size <= min(limits.file_bytes, left_here, left):
-                    left_here -= size
+                if size <= min(limits.file_bytes, package_left, left):
+                    package_left -= size
                     left -= size
                     yield path, user_of(path.relative_to(root))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Python sources and documentation files under a folder, without tests, vendored packages and links."""
+    """Yield Python sources and documentation files; skip tests, vendored packages and links."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name in SKIPPED_FOLDERS or path.name.startswith("."):
             continue
@@ -329,7 +339,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def user_of(relative: Path) -> str:
-    """torch/nn/modules/conv.py -> torch.nn.modules; argparse.py -> argparse; numpy-2.1.dist-info/METADATA -> numpy."""
+    """Return the user of a file: its folders, at most three, as a dotted name.
+
+    torch/nn/modules/conv.py -> torch.nn.modules; argparse.py -> argparse;
+    numpy-2.1.dist-info/METADATA -> numpy.
+    """
     folders = relative.parts[:-1][:3] or (relative.stem,)
     return ".".join((folders[0].partition("-")[0], *folders[1:])).lower()
 

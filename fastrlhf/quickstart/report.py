@@ -1,5 +1,6 @@
-"""The quickstart's report: what each stage did, whether the loop worked, and what the models say, for a reader new to
-RLHF.
+"""HTML report of the quickstart, for readers who are new to RLHF.
+
+It shows the stages, whether the loop worked, and responses of each model.
 """
 
 from __future__ import annotations
@@ -21,63 +22,67 @@ from fastrlhf.evaluation.report import (
 from fastrlhf.evaluation.winrate import WinRate
 from fastrlhf.quickstart.labeler import TERMS, WEIGHTS, Calibration
 
-# One colour a model, everywhere on the page.
+# The colour of each model in all charts.
 COLORS = {"base": 5, "SFT": 0, "PPO": 1, "PPO-ptx": 2}
 
 STAGES = {
     "Pretraining": "A tiny GPT learns English from the documentation installed on this machine.",
-    "SFT": "It learns the task from demonstrations: a function's name in, a one-line summary out.",
-    "Ranking": "It writes 4 to 9 summaries for each of many functions; simulated labelers rank them.",
+    "SFT": "It learns from demonstrations to summarize a function in one line, given its name.",
+    "Ranking": "It writes 4 to 9 summaries for each function, which simulated labelers rank.",
     "Reward model": "A second model learns from all ranked pairs to score a summary.",
-    "PPO-ptx": "The policy learns to write what the reward model likes, held back by two ties to where it came from.",
+    "PPO-ptx": "The policy learns to write summaries with high scores. A KL penalty and "
+    "pretraining gradients keep it close to the earlier models.",
 }
 _PRETRAINED_STAGE = (
     "A pretrained model is converted; its logits are compared with those of transformers."
 )
-# Run -> (heading, what happened in it, what to look for), in the order of the page.
+# Run -> (heading, description, what to look for), in the order of the page.
 RUNS = {
     "pretrain": (
         "Pretraining",
-        "Next-token prediction on running text. A model that has seen text for a minute is no writer yet, but it "
-        "knows common words and how sentences go.",
-        "The loss should fall steeply, then flatten. It starts near the logarithm of the vocabulary size: guessing.",
+        "Next-token prediction on text. After a minute of training the model knows common words "
+        "and the form of sentences, but does not write well.",
+        "The loss should fall steeply, then flatten. It starts near the logarithm of the "
+        "vocabulary size, the loss of a uniform prediction.",
     ),
     "sft": (
         "Supervised fine-tuning (SFT)",
-        "The same training on demonstrations, with a loss on the response alone. Its result is the policy that the "
-        "later stages start from and are compared with.",
-        "A fast drop at first, as the model learns the form, then slow progress. Held-out loss above training loss "
-        "is over-fitting.",
+        "The same training on demonstrations, with a loss only on the response. The later stages "
+        "start from the resulting policy and are compared with it.",
+        "A fast drop at first, as the model learns the form, then slow progress. A held-out loss "
+        "above the training loss shows overfitting.",
     ),
     "rm": (
         "Reward model",
-        "A copy of the SFT model with one number as its output. For every pair of a prompt's ranked responses it "
-        "should give the better one the higher score.",
-        "Accuracy should climb from 0.5 towards what noisy labels allow; the loss starts near 0.693, the logarithm "
-        "of 2.",
+        "A copy of the SFT model whose output is one number. For every pair of a prompt's ranked "
+        "responses, the better one should have the higher score.",
+        "Accuracy should rise from 0.5 towards the limit that noisy labels set. The loss starts "
+        "near 0.693, the logarithm of 2.",
     ),
     "ppo": (
         "PPO, without pretraining gradients",
-        "The policy samples summaries, the reward model scores them, and PPO makes well-scored ones likelier. A "
-        "penalty on the KL divergence keeps it near the SFT model.",
-        "Score and KL rise together; a score that rises while the labeler's opinion does not would be reward hacking.",
+        "The policy samples summaries, the reward model scores them, and PPO raises the "
+        "probability of those with high scores. A penalty on the KL divergence keeps the policy "
+        "near the SFT model.",
+        "Score and KL should rise together. If the score rises but the labelers' preference does "
+        "not, that is reward hacking.",
     ),
     "ppo_ptx": (
         "PPO-ptx: PPO with pretraining gradients mixed in",
-        "The policy samples summaries, the reward model scores them, and PPO makes well-scored ones likelier, near "
-        "the SFT model; every update also takes a step on pretraining text, so that what was learned there is not "
-        "forgotten: the method of InstructGPT.",
+        "PPO as in the paper: the policy samples summaries, the reward model scores them, and PPO "
+        "raises the probability of those with high scores, with a KL penalty. Every update also "
+        "has gradients from pretraining text, so that the model keeps what it learned there.",
         "The score should rise while the pretraining loss stays near that of SFT.",
     ),
 }
 
-# Metrics worth a newcomer's look; the reports of the single runs show all.
+# Metrics on this page; the reports of the single runs show all.
 SHOWN = ("loss", "accuracy", "score", "kl", "entropy", "ptx_loss", "response_length", "value_loss")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt and what each model answered."""
+    """One held-out prompt and the response of each model."""
 
     prompt: str
     answers: Sequence[Answer]
@@ -85,28 +90,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Results:
-    """What the stages found, for the report."""
+    """Results of all stages, for the report."""
 
     summary: Mapping[str, Any]
-    """What summary.json holds."""
+    """Contents of summary.json."""
     runs: Mapping[str, Path]
-    """Output folders of the training runs: keys of `RUNS`. Without "pretrain" the models come from a pretrained one."""
+    """Output folders of the training runs, by the keys of `RUNS`. Without "pretrain" the first
+    model was a pretrained one."""
     win_rates: Mapping[str, WinRate]
-    """Model -> win rate against SFT on held-out prompts; names as in `COLORS`."""
+    """Win rate of each model (names as in `COLORS`) against SFT on held-out prompts."""
     terms: Mapping[str, Mapping[str, float]]
-    """Model -> mean of each term of the labelers' rule, and of the utility, over held-out responses: see
-    `labeler.mean_terms`.
-    """
+    """Means of the terms of the labelers' rule and of the utility over each model's held-out
+    responses: see `labeler.mean_terms`."""
     calibration: Calibration
     counts: Mapping[str, int]
-    """What the data amounted to, in words: {"documents": ..., "demonstrations": ...}."""
+    """Amounts of data by name: {"documents": ..., "demonstrations": ...}."""
     samples: Sequence[Sample]
 
 
 def outcomes(summary: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether the loop worked: what a healthy installation reaches, by the key of summary.json it is read from.
+    """Return whether each target was reached, by the key of summary.json.
 
-    What pretraining gradients are good for shows in comparison with a PPO run without them, and not otherwise.
+    A working installation reaches all targets. The effect of pretraining gradients is only a target
+    if there is a PPO run without them to compare with.
     """
     loss = summary["pretrain_loss"]
     reached = {
@@ -115,38 +121,35 @@ def outcomes(summary: Mapping[str, Any]) -> dict[str, bool]:
         and summary["winrate_ppo_ptx_vs_sft_ci95"][0] > 0.5,
     }
     if "ppo" in loss:
-        reached["pretrain_loss"] = abs(loss["ppo_ptx"] - loss["sft"]) < abs(
-            loss["ppo"] - loss["sft"]
-        )
+        with_ptx, without = (abs(loss[run] - loss["sft"]) for run in ("ppo_ptx", "ppo"))
+        reached["pretrain_loss"] = with_ptx < without
     return reached
 
 
 def write_quickstart_report(out: str | Path, results: Results) -> Path:
-    """Writes `out`/report.html. Raises UserError where a run left no metrics."""
+    """Write `out`/report.html and return its path; raise UserError if a run has no metrics."""
     report = Report(
         "The InstructGPT loop on a laptop",
-        f"{_subject(results)} was shown demonstrations, judged by simulated labelers and trained on their "
-        "preferences with reinforcement learning, by the same code that does it at scale. This page shows what came "
-        "of it.",
+        f"{_subject(results)} was fine-tuned on demonstrations and then trained on the "
+        "preferences of simulated labelers with reinforcement learning, with the code that also "
+        "runs at scale. This page shows the results.",
     )
     _headlines(report, results)
-    report.section("What happened", "Five stages, each starting from the one before:")
+    report.section("Stages", "Each of the five stages starts from the previous one:")
     report.stages(
         STAGES
         if "pretrain" in results.runs
         else {"Pretrained": _PRETRAINED_STAGE, **_without_first(STAGES)}
     )
-    report.table(["the data", "amount"], [[name, count] for name, count in results.counts.items()])
+    report.table(["data", "amount"], [[name, count] for name, count in results.counts.items()])
     _outcome(report, results)
     _samples(report, results.samples, is_tiny="pretrain" in results.runs)
     _labelers(report, results.calibration)
     for i, key in enumerate((key for key in RUNS if key in results.runs), 1):
-        heading, what, look = RUNS[key]
-        report.section(f"{i}. {heading}", what, f"What to look for: {look}")
+        heading, description, look = RUNS[key]
+        report.section(f"{i}. {heading}", description, f"What to look for: {look}")
         report.charts(metric_charts(read_metrics(results.runs[key] / "metrics.jsonl"), SHOWN))
-        report.note(
-            f"Everything this stage recorded: {results.runs[key].name}/report.html beside this page."
-        )
+        report.note(f"{results.runs[key].name}/report.html shows all metrics of this stage.")
     _timing(report, results.summary["seconds"])
     return report.write(Path(out) / "report.html")
 
@@ -182,7 +185,7 @@ def _headlines(report: Report, results: Results) -> None:
             Headline(
                 "Pretraining loss, PPO-ptx",
                 f"{loss['ppo_ptx']:.3f}",
-                f"SFT {loss['sft']:.3f}, PPO {loss['ppo']:.3f}; expected nearer to SFT than PPO is"
+                f"SFT {loss['sft']:.3f}, PPO {loss['ppo']:.3f}; expected closer to SFT than PPO"
                 if "ppo" in loss
                 else f"before {loss['base']:.3f}, SFT {loss['sft']:.3f}",
                 reached.get("pretrain_loss"),
@@ -190,7 +193,7 @@ def _headlines(report: Report, results: Results) -> None:
             Headline(
                 "KL of PPO-ptx from SFT",
                 f"{summary['kl_ppo_ptx']:.2f}",
-                "nats a response: how far it moved",
+                "nats per response",
             ),
             Headline("Time", _minutes(summary["seconds"]["total"]), "all stages"),
         ]
@@ -200,9 +203,9 @@ def _headlines(report: Report, results: Results) -> None:
 def _outcome(report: Report, results: Results) -> None:
     report.section(
         "Did it work?",
-        "On functions from packages that no stage has seen, the labelers compared each model's summary with the SFT "
-        "model's. Half of the comparisons won is no better than SFT. The whiskers are 95 % intervals, from "
-        "resampling prompts.",
+        "On functions from packages that no stage has seen, the labelers compared each model's "
+        "summary with the SFT model's. A win rate of 50 % is as good as SFT. The whiskers are 95 "
+        "% intervals from resampling prompts.",
     )
     wins = [Bar(name, w.rate, w.low, w.high, COLORS[name]) for name, w in results.win_rates.items()]
     loss = results.summary["pretrain_loss"]
@@ -223,8 +226,8 @@ def _outcome(report: Report, results: Results) -> None:
             chart_figure(
                 "Loss on held-out pretraining text",
                 bar_chart(losses, from_zero=False),
-                "Nats a token; lower is better. What a model gains in one task it tends to lose elsewhere; the "
-                "pretraining gradients of PPO-ptx limit that loss.",
+                "Nats per token; lower is better. Training on one task tends to make a model "
+                "worse at others; the pretraining gradients of PPO-ptx limit that.",
             ),
             chart_figure(
                 "Mean score by the labelers' rule",
@@ -240,7 +243,7 @@ def _outcome(report: Report, results: Results) -> None:
         for model, terms in results.terms.items()
     ]
     report.note(
-        "What changed in the responses, by the terms of the labelers' rule (0 to 1, higher is better):"
+        "Mean terms of the labelers' rule for each model's responses (0 to 1, higher is better):"
     )
     report.table(header, rows)
 
@@ -252,21 +255,21 @@ def _score_against_kl(runs: Mapping[str, Path]) -> str:
         if "kl" in metrics and "score" in metrics:
             series.append(Series(name, metrics["kl"][1], metrics["score"][1], COLORS[name]))
     return chart_figure(
-        "Score against distance",
-        scatter_chart(series, "KL from SFT (nats a response)", "reward model's score"),
-        "One dot an iteration. Up is better by the reward model, right is farther from SFT: the best bargain is up "
-        "and left.",
+        "Score against KL",
+        scatter_chart(series, "KL from SFT (nats per response)", "reward model's score"),
+        "One dot per iteration. A higher score at the same KL is better.",
         {one.name: one.color for one in series},
     )
 
 
 def _samples(report: Report, samples: Sequence[Sample], is_tiny: bool) -> None:
     report.section(
-        "What the models say",
-        "Held-out functions, one sampled response of each model. The score is the labelers' rule without noise, from "
-        "0 to 1."
+        "Sampled responses",
+        "Held-out functions with one sampled response of each model. The score is that of the "
+        "labelers' rule without noise, from 0 to 1."
         + (
-            " A model of a million parameters that has read for a minute knows the form better than the meaning."
+            " A model of a million parameters, trained for minutes, learns the form better than"
+            " the meaning."
             if is_tiny
             else ""
         ),
@@ -278,43 +281,43 @@ def _samples(report: Report, samples: Sequence[Sample], is_tiny: bool) -> None:
 def _labelers(report: Report, calibration: Calibration) -> None:
     report.section(
         "The simulated labelers",
-        "They share one rule, what PEP 257 asks of a docstring's first line, and each adds noise of its own, set so "
-        "that two of them agree as often as the paper's did (72.6 %). Held-out accuracy is measured against such "
-        "noisy labels.",
+        "They share one rule, which follows PEP 257 for the first line of a docstring. Each adds "
+        "independent noise, calibrated so that two of them agree as often as the paper's labelers "
+        "(72.6 %). Held-out accuracy is measured against such noisy labels.",
     )
     meaning = {
         "relevant": "mentions the words of the function's name",
-        "command": 'opens with a command: "Return", not "Returns"',
+        "command": 'begins with a command: "Return", not "Returns"',
         "sentence": "one sentence, capital letter first, full stop last",
         "length": "5 to 14 words",
         "real_words": "words that occur in the pretraining text",
-        "varied": "does not repeat itself: multiplies the sum of the others",
+        "varied": "does not repeat words; multiplies the sum of the others",
     }
     report.table(
-        ["term of the rule", "what it asks", "weight"],
+        ["term of the rule", "requirement", "weight"],
         [
             [name.replace("_", " "), text, WEIGHTS.get(name, "factor")]
             for name, text in meaning.items()
         ],
     )
     report.note(
-        f"Measured on the sampled responses: two labelers agree on {calibration.agreement:.1%} of the pairs that "
-        f"neither calls a tie; one calls {calibration.ties:.1%} of pairs a tie; a perfect reward model would reach "
-        f"{calibration.ceiling:.1%}."
+        f"On the sampled responses, two labelers agree on {calibration.agreement:.1%} of the "
+        f"pairs that neither calls a tie. A labeler calls {calibration.ties:.1%} of the pairs a "
+        f"tie. The accuracy of a perfect reward model would be {calibration.ceiling:.1%}."
     )
 
 
 def _timing(report: Report, seconds: Mapping[str, float]) -> None:
-    report.section("Where the time went")
+    report.section("Time")
     bars = [
         Bar(name.replace("_", " "), value) for name, value in seconds.items() if name != "total"
     ]
     report.charts(
         [
             chart_figure(
-                "Seconds a stage",
+                "Seconds per stage",
                 bar_chart(bars, digits=1),
-                f"{_minutes(seconds['total'])} in all.",
+                f"{_minutes(seconds['total'])} in total.",
             )
         ]
     )

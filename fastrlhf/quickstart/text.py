@@ -1,8 +1,10 @@
-"""Turning documentation markup into plain English paragraphs, and names of functions into words.
+"""Convert documentation markup to plain English paragraphs, and function names to words.
 
-Regular expressions only, tuned on reStructuredText, Markdown and numpy/Google-style docstrings. Left out on purpose: a
-real reStructuredText parser (docutils would be one more dependency, and the text only has to be good enough to
-pretrain a toy GPT on).
+It uses only regular expressions, tuned on reStructuredText, Markdown and numpy/Google-style
+docstrings.
+
+Not supported: complete reStructuredText. docutils would be one more dependency, and the text only
+has to be good enough to pretrain a tiny GPT.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ import inspect
 import re
 import string
 
-# The commonest English function words: running prose is rich in them, while tables, lists of names and other languages
-# are not.
+# The most frequent English function words: they are frequent in prose, but not in tables, lists of
+# names and other languages.
 _FUNCTION_WORDS = (
-    "a an the of to in is are be if for and or with that this it on as by from not will can when which at has have"
-    " you we no all any each may must should was were been its their into than then used"
+    "a an the of to in is are be if for and or with that this it on as by from not will can when "
+    "which at has have you we no all any each may must should was were been its their into than "
+    "then used"
 )
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 _LICENCE = re.compile(
-    r"copyright|licen[sc]e|warrant(y|ies)|all rights reserved|permission is hereby|redistribut|\(c\) (19|20)\d\d",
+    r"copyright|licen[sc]e|warrant(y|ies)|all rights reserved|permission is hereby|redistribut"
+    r"|\(c\) (19|20)\d\d",
     re.IGNORECASE,
 )
 _FENCE = re.compile(r"^(```|~~~).*?^(```|~~~)\s*$", re.DOTALL | re.MULTILINE)
@@ -28,8 +32,9 @@ _UNDERLINE = re.compile(r"^\s*([=\-~^*#+.`_\"'])\1{2,}\s*$")
 _FIELD = re.compile(r"^\s*(:\w[\w ]*:|@\w+|\.\. |#+ |\|)")
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.!?](?=\s+[A-Z]|$)")
-# (characters that a match holds, pattern, replacement), applied in this order. Looking for the characters first is what
-# makes most paragraphs, which hold none, cheap.
+# (characters that every match contains, pattern, replacement), applied in this order. Most
+# paragraphs have none of the characters, and looking for these is much faster than matching the
+# pattern.
 _INLINE = [
     ("![", re.compile(r"!\[[^\]]*\]\([^)]*\)"), ""),  # images
     ("[", re.compile(r"\[`?([^\]`]+)`?\](\([^)]*\)|\[[^\]]*\])"), r"\1"),  # Markdown links
@@ -58,29 +63,33 @@ _TYPOGRAPHY = {
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case: runs of letters, with an apostrophe inside allowed."""
+    """Return the words of a text in lower case: letters, with an apostrophe allowed inside."""
     return [word.lower() for word in _WORD.findall(text)]
 
 
 def name_words(identifier: str) -> list[str]:
-    """`parseHTTPHeader_v2` -> ["parse", "http", "header", "v"]: an identifier split at underscores, digits and
-    capitals.
+    """Split an identifier at underscores, digits and capitals.
+
+    `parseHTTPHeader_v2` -> ["parse", "http", "header", "v"].
     """
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)
     return [part.lower() for part in parts]
 
 
 def plain(text: str) -> str:
-    """One line of plain text: quotes made ASCII, inline reStructuredText, Markdown and HTML markup taken away."""
+    """Return the text on one line with ASCII quotes and without inline markup.
+
+    The markup may be reStructuredText, Markdown or HTML.
+    """
     text = text.translate(_TYPOGRAPHY)
-    for held, pattern, replacement in _INLINE:
-        if held in text:
+    for contained, pattern, replacement in _INLINE:
+        if contained in text:
             text = pattern.sub(replacement, text)
     return " ".join(text.split())
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a docstring as plain text; "" where its first paragraph is not prose."""
+    """Return the first sentence of a docstring as plain text, "" if it begins with markup."""
     paragraph = inspect.cleandoc(text).split("\n\n", 1)[0]
     if any(
         _FIELD.match(line) or _UNDERLINE.match(line) or ">>>" in line
@@ -93,9 +102,10 @@ def first_sentence(text: str) -> str:
 
 
 def prose_paragraphs(text: str) -> list[str]:
-    """The English paragraphs of a docstring or a documentation file, markup removed.
+    """Return the English paragraphs of a docstring or a documentation file, without markup.
 
-    Doctests, code blocks, directives, headings, field lists, licence texts, tables and other languages are dropped.
+    Doctests, code blocks, directives, headings, field lists, licence texts, tables and other
+    languages are dropped.
     """
     text = _FENCE.sub("", inspect.cleandoc(text))
     kept = []
@@ -107,12 +117,9 @@ def prose_paragraphs(text: str) -> list[str]:
             for line in block.splitlines()
             if not (_FIELD.match(line) or _UNDERLINE.match(line))
         ]
-        if (
-            lines
-            and all(line.startswith("    ") for line in lines)
-            and not block.rstrip().endswith(".")
-        ):
-            continue  # an indented block without a full stop is code or a table far more often than prose
+        indented = bool(lines) and all(line.startswith("    ") for line in lines)
+        if indented and not block.rstrip().endswith("."):
+            continue  # far more often code or a table than prose
         paragraph = plain("\n".join(lines))
         if is_prose(paragraph):
             kept.append(paragraph)
@@ -120,7 +127,7 @@ def prose_paragraphs(text: str) -> list[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English running text: letters, function words and no legal boilerplate."""
+    """Return whether a paragraph is English prose: letters, function words, no licence text."""
     if not paragraph.isascii() or _LICENCE.search(paragraph):
         return False
     found = words(paragraph)

@@ -1,4 +1,4 @@
-"""Which scale a quickstart runs: as asked, as recorded in its folder, or by the time of a step."""
+"""The scale of a quickstart: as requested, as recorded in its folder, or by the time of a step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastrlhf.config import Config, ParallelConfig
+from fastrlhf.data.batches import PackedBatch
 from fastrlhf.errors import UserError
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.quickstart import scales, stages
@@ -33,7 +34,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_the_short_scale_is_the_same_task_after_less_work() -> None:
-    """Model, evaluation and learning rates are the full scale's; only amounts of training differ."""
+    """Only amounts of training differ; model, evaluation and learning rates are the same."""
     full = SCALES["full"]
     amounts = {
         "pretrain_steps": full.pretrain_steps,
@@ -50,7 +51,7 @@ def test_the_short_scale_is_the_same_task_after_less_work() -> None:
 )
 def test_auto_keeps_the_full_scale_under_seven_minutes(
     seconds: float,
-    expected: str,
+    expected: scales.ScaleName,
     mesh: meshes.Mesh,
     config: Config,
     tmp_path: Path,
@@ -58,29 +59,29 @@ def test_auto_keeps_the_full_scale_under_seven_minutes(
 ) -> None:
     monkeypatch.setattr(scales, "step_seconds", lambda *_: seconds)
     assert scales.choose(tmp_path, "auto", mesh, config) == (expected, seconds)
-    # What was chosen stays, however fast the machine is when the run resumes.
+    # A resumed run keeps the scale, however fast the machine is then.
     monkeypatch.setattr(scales, "step_seconds", lambda *_: pytest.fail("measured again"))
     assert scales.choose(tmp_path, "auto", mesh, config) == (expected, seconds)
-    assert scales.choose(tmp_path, expected, mesh, config) == (expected, seconds)  # type: ignore[arg-type]
-    other = "short" if expected == "full" else "full"
+    assert scales.choose(tmp_path, expected, mesh, config) == (expected, seconds)
+    other: scales.ScaleName = "short" if expected == "full" else "full"
     with pytest.raises(
-        UserError, match=rf"holds a run at scale {expected}; give another --out for --scale {other}"
+        UserError, match=rf"has a run at scale {expected}; give another --out for --scale {other}"
     ):
-        scales.choose(tmp_path, other, mesh, config)  # type: ignore[arg-type]
+        scales.choose(tmp_path, other, mesh, config)
 
 
-@pytest.mark.parametrize("asked", ["full", "short"])
-def test_a_scale_that_is_asked_for_needs_no_measurement(
-    asked: scales.ScaleName,
+@pytest.mark.parametrize("requested", ["full", "short"])
+def test_a_requested_scale_needs_no_measurement(
+    requested: scales.ScaleName,
     mesh: meshes.Mesh,
     config: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scales, "step_seconds", lambda *_: pytest.fail("measured"))
-    assert scales.choose(tmp_path, asked, mesh, config) == (asked, None)
+    assert scales.choose(tmp_path, requested, mesh, config) == (requested, None)
     assert json.loads((tmp_path / "scale.json").read_text()) == {
-        "scale": asked,
+        "scale": requested,
         "step_seconds": None,
     }
 
@@ -88,11 +89,11 @@ def test_a_scale_that_is_asked_for_needs_no_measurement(
 def test_the_measured_step_is_one_of_pretraining(
     mesh: meshes.Mesh, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the scale's sizes, and no later draw depends on it: the generators are as they were."""
+    """It has the scale's sizes, and does not change the state of the random generators."""
     seen = []
     step = scales.SupervisedFinetuning.step
 
-    def recorded(self: scales.SupervisedFinetuning, batches: list) -> dict[str, float]:
+    def recorded(self: scales.SupervisedFinetuning, batches: list[PackedBatch]) -> dict[str, float]:
         seen.extend(batch.tokens.numel() for batch in batches)
         return step(self, batches)
 
@@ -103,8 +104,8 @@ def test_the_measured_step_is_one_of_pretraining(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_pretrained_model_has_a_scale_of_its_own(tmp_path: Path) -> None:
+def test_a_pretrained_model_has_a_fixed_scale(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"--scale short is for the tiny model; leave it out with --model"
+        UserError, match=r"--scale short is for the tiny model only; leave it out with --model"
     ):
         stages.run(tmp_path / "out", scale="short", model=str(tmp_path))

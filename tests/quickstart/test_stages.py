@@ -1,4 +1,4 @@
-"""The whole loop at a scale of seconds: every stage runs, and leaves what the quickstart promises."""
+"""The full loop at a scale of seconds: every stage runs, and the promised files exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from fastrlhf.errors import UserError
 from fastrlhf.quickstart import pretrained, stages
 
-# Both paths in one process: the packages' documentation is read once, and less of it.
+# Both paths run in one process, so that the packages' documentation is read once. Less is read.
 SCRIPT = """
 import functools
 from pathlib import Path
@@ -27,23 +27,26 @@ from fastrlhf.quickstart.stages import run
 
 FOLDER = Path({folder!r})
 SIZES = dict(
-    sft_steps=4, ranking_prompts=40, rm_epochs=1.0, ppo_steps=2, ppo_batch=16, eval_prompts=16, eval_windows=32
+    sft_steps=4, ranking_prompts=40, rm_epochs=1.0, ppo_steps=2, ppo_batch=16,
+    eval_prompts=16, eval_windows=32,
 )
 
 
 def write_llama(folder):
-    \"\"\"A random Llama with a tokenizer of its own, as a user's pretrained model.\"\"\"
+    \"\"\"Write a random Llama with its tokenizer, as a user's pretrained model.\"\"\"
     train_bpe(corpus.gather(seed=1234).train_text, 400, folder)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True,
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=128,
+        tie_word_embeddings=True,
     )).save_pretrained(folder)
 
 
 if __name__ == "__main__":
     limits = corpus.Limits(source_bytes=10_000_000)
     corpus.gather = functools.lru_cache(functools.partial(corpus.gather, limits=limits))
-    run(FOLDER / "run", scale=Scale(vocab_size=512, layers=2, hidden=32, heads=2, pretrain_steps=4, **SIZES))
+    shape = dict(vocab_size=512, layers=2, hidden=32, heads=2)
+    run(FOLDER / "run", scale=Scale(**shape, pretrain_steps=4, **SIZES))
     write_llama(FOLDER / "llama")
     scale = Scale(ppo_runs=("ppo_ptx",), pretrain_fraction=0.0, **SIZES)
     run(FOLDER / "pretrained", scale=scale, model=str(FOLDER / "llama"))
@@ -72,7 +75,7 @@ def out(folder: Path) -> Path:
     return folder / "run"
 
 
-def test_summary_has_what_is_promised(out: Path) -> None:
+def test_summary_has_its_keys_and_plausible_values(out: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert 0.0 <= summary["rm_heldout_accuracy"] <= 1.0
     low, high = summary["winrate_ppo_ptx_vs_sft_ci95"]
@@ -101,19 +104,19 @@ def test_rankings_are_of_four_to_nine_responses(out: Path) -> None:
     assert all(len(row["ranks"]) == len(row["responses"]) for row in rows)
 
 
-def test_report_stands_alone(out: Path) -> None:
+def test_report_is_self_contained(out: Path) -> None:
     page = (out / "report.html").read_text()
     assert "PPO-ptx" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script src" not in page and "<link" not in page
 
 
-def test_a_pretrained_model_takes_the_place_of_pretraining(folder: Path) -> None:
+def test_a_pretrained_model_replaces_pretraining(folder: Path) -> None:
     out = folder / "pretrained"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["model"] == str(folder / "llama") and summary["dtype"] in ("fp32", "bf16")
     assert set(summary["pretrain_loss"]) == {"base", "sft", "ppo_ptx"}
-    # A random model guesses: the loss is near log(400) = 5.99.
+    # The loss of a random model is near log(400) = 5.99.
     assert 5.5 < summary["pretrain_loss"]["base"] < 6.5
     assert "winrate_ppo_vs_sft" not in summary and 0.0 <= summary["winrate_ppo_ptx_vs_sft"] <= 1.0
     conversion = json.loads((out / "pretrain" / "conversion.json").read_text())
@@ -128,14 +131,16 @@ def test_a_pretrained_model_takes_the_place_of_pretraining(folder: Path) -> None
     )
 
 
-def test_another_model_in_the_folder_is_not_taken_for_it(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"holds .*llama; give another --out"):
+def test_another_model_in_the_folder_is_rejected(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"has the model .*llama; give another --out"):
         pretrained.save_base(
             folder / "other", folder / "pretrained" / "pretrain", folder, mesh=None
         )  # type: ignore[arg-type]
 
 
-def test_a_missing_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_gives_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"no such folder; expected tiny, smollm2 or a local path"):
         pretrained.find(str(tmp_path / "nothing"))
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
@@ -160,8 +165,8 @@ def test_the_packages_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pretrained.find("smollm2")
 
 
-def test_responses_may_hold_any_character(tmp_path: Path) -> None:
-    """A sampled one did: U+2028 and others end a line for str.splitlines, and none in a file of JSON."""
+def test_responses_may_have_any_character(tmp_path: Path) -> None:
+    """U+2028 and others end a line for str.splitlines, but not in a file of JSON lines."""
     records = [
         {"prompt": "p", "responses": ["a\u2028b", "c\x85\x0bd", "e\r\nf"]},
         {"prompt": "q", "responses": []},
@@ -169,5 +174,5 @@ def test_responses_may_hold_any_character(tmp_path: Path) -> None:
     loop = SimpleNamespace(seed=3, path=lambda name: tmp_path / f"{name}.jsonl")
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     loop.path("samples").write_text("".join(lines), encoding="utf-8")
-    found = stages._Loop.records(loop, "samples", 2)  # type: ignore[arg-type]
+    found = stages._Quickstart.records(loop, "samples", 2)  # type: ignore[arg-type]
     assert sorted(found, key=lambda record: record["prompt"]) == records

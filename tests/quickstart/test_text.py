@@ -1,4 +1,4 @@
-"""Markup taken away, prose kept: hand-written docstrings in, paragraphs and sentences out."""
+"""Hand-written docstrings: markup is removed, prose is kept."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastrlhf.quickstart.text import (
         ("__", []),
     ],
 )
-def test_name_words(identifier, expected):
+def test_name_words(identifier: str, expected: list[str]) -> None:
     assert name_words(identifier) == expected
 
 
-def test_words_keep_apostrophes_and_drop_numbers():
+def test_words_keep_apostrophes_and_drop_numbers() -> None:
     assert words("Don't use 3 X-rays!") == ["don't", "use", "x", "rays"]
 
 
@@ -44,7 +44,7 @@ def test_words_keep_apostrophes_and_drop_numbers():
         ("two\n  lines", "two lines"),
     ],
 )
-def test_plain(markup, expected):
+def test_plain(markup: str, expected: str) -> None:
     assert plain(markup) == expected
 
 
@@ -61,11 +61,11 @@ def test_plain(markup, expected):
         ("", ""),
     ],
 )
-def test_first_sentence(doc, expected):
+def test_first_sentence(doc: str, expected: str) -> None:
     assert first_sentence(doc) == expected
 
 
-def test_prose_paragraphs_keep_sentences_and_drop_the_rest():
+def test_prose_paragraphs_keep_sentences_and_drop_the_rest() -> None:
     doc = """Read the lines of a file and return them as a list.
 
         The file is closed when the last of the lines has been read.
@@ -103,5 +103,5 @@ def test_prose_paragraphs_keep_sentences_and_drop_the_rest():
         ("Too short.", False),
     ],
 )
-def test_is_prose(paragraph, prose):
+def test_is_prose(paragraph: str, prose: bool) -> None:
     assert is_prose(paragraph) is prose
