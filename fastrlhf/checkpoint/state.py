@@ -28,7 +28,7 @@ class LearnerState(TypedDict):
 
     updates: int
     """Updates made; overflows of fp16 do not count."""
-    loss_scale: dict[str, object] | None
+    loss_scale: dict[str, float] | None
     """State of the fp16 loss scale; None in other dtypes."""
 
 

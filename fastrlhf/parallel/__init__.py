@@ -1,12 +1,15 @@
-"""Process groups, pipeline schedule and CPU support: the only package that reads megatron's global parallel state."""
+"""Process groups, pipeline schedule and CPU support.
+
+This is the only package that reads megatron's global parallel state.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
-# What megatron-core and torch say of their own insides at every import and step, and no user can act on.
-# apex and Transformer Engine are optional here, and `fastrlhf doctor` says once what is missing.
+# Warnings of megatron-core and torch at every import and step that no user can act on. apex and
+# Transformer Engine are optional here; `fastrlhf doctor` reports what is missing.
 for _message in (
     "Apex|Transformer Engine|transformer_engine",
     "use DTensor instead",

@@ -1,14 +1,14 @@
-"""Lets megatron-core run on a machine without a GPU.
+"""Patches that let megatron-core run on a machine without a GPU.
 
-megatron-core names CUDA devices, CUDA generators and CUDA tensor types outright. `install()` sends each of those to its
-CPU counterpart; it is called only where there is no GPU, and it changes nothing else: no arithmetic, no schedule, no
-collective.
+megatron-core hard-codes CUDA devices, CUDA generators and CUDA tensor types. `install()` redirects
+each of them to its CPU counterpart. It is called only if there is no GPU, and it changes nothing
+else: no arithmetic, no schedule, no collective.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _installed: _CudaToCpu | None = None
-_originals: list[tuple[Any, str, Any]] = []
+_originals: list[tuple[object, str, object]] = []
 
 
 def _names_cuda(device: object) -> bool:
@@ -27,11 +27,11 @@ def _names_cuda(device: object) -> bool:
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """Redirects CUDA devices in torch calls to the CPU (about 1 microsecond a call)."""
+    """Redirection of CUDA devices in torch calls to the CPU (about 1 microsecond per call)."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
@@ -41,23 +41,23 @@ class _CudaToCpu(TorchFunctionMode):
             args = tuple(_CPU if _names_cuda(arg) else arg for arg in args)
         out = func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # megatron's optimizers sort parameters by type name ("torch.cuda.FloatTensor").
+            # megatron's optimizers group parameters by type name ("torch.cuda.FloatTensor").
             return out.replace("torch.", "torch.cuda.", 1)
         return out
 
 
 def install() -> None:
-    """Patches torch and megatron for a CPU-only process; safe to call again. Says so once, in the log."""
+    """Patch torch and megatron for a process without a GPU; further calls do nothing."""
     global _installed
     if _installed is not None:
         return
     assert not torch.cuda.is_available(), "CPU support is for machines without a GPU"
     import megatron.core.tensor_parallel.random as megatron_random
 
-    def get_rng_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def get_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+    def set_rng_state(state: torch.Tensor, *_args: object, **_kwargs: object) -> None:
         torch.set_rng_state(state)
 
     _patch(torch.cuda, "current_device", lambda: _CPU)
@@ -74,7 +74,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes the patches back, so that a process that is done with megatron finds torch as it was."""
+    """Remove the patches, so that torch behaves as before in a process that has used megatron."""
     global _installed
     if _installed is None:
         return
@@ -85,6 +85,6 @@ def uninstall() -> None:
         setattr(owner, name, original)
 
 
-def _patch(owner: Any, name: str, replacement: Any) -> None:
+def _patch(owner: object, name: str, replacement: Callable) -> None:
     _originals.append((owner, name, getattr(owner, name)))
     setattr(owner, name, replacement)

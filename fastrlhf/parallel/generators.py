@@ -1,4 +1,4 @@
-"""megatron's tracker of random generators: the states that differ between tensor-parallel ranks."""
+"""States of megatron's random generators, which differ between tensor-parallel ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""megatron-core's indexed data set (.bin of token ids, .idx of document ends), for `data/` to read and write.
+"""megatron-core's indexed dataset (.bin of token ids, .idx of document ends), for use in `data/`.
 
-`data/` imports this module only inside the functions that need it, so that it works without megatron-core.
+`data/` imports this module only in the functions that need it, so that it works without
+megatron-core.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The mesh of ranks: start-up under torchrun (NCCL or gloo), megatron's process groups, and the few collectives
-trainers use.
+"""The mesh of ranks: start-up, megatron's process groups, and the collectives that trainers use.
 
-Ranks are laid out tensor-fastest, then data, then pipeline (megatron's "tp-cp-ep-dp-pp" order). Every other package is
-handed a `Mesh`; none reads megatron's global state.
+Ranks are started by torchrun and communicate with NCCL or gloo. They are ordered tensor-fastest,
+then data, then pipeline (megatron's "tp-cp-ep-dp-pp" order). Every other package receives a `Mesh`;
+none reads megatron's global state.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the mesh and its groups. Sizes multiply to the world size (context parallelism is 1)."""
+    """This rank's coordinates in the mesh, and its groups.
+
+    The sizes multiply to the world size (context parallelism is 1).
+    """
 
     device: torch.device
     rank: int
@@ -50,7 +53,7 @@ class Mesh:
     pipeline_group: Group
     data_group: Group
     groups: ProcessGroupCollection
-    """All of megatron's groups, for the megatron classes that take them."""
+    """All of megatron's groups, for megatron's classes."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -62,23 +65,26 @@ class Mesh:
 
     @property
     def vocab_group(self) -> Group | None:
-        """The group over which the vocabulary is sharded; None when it is whole on this rank."""
+        """The group over which the vocabulary is sharded; None if it is not sharded."""
         return self.tensor_group if self.tensor_size > 1 else None
 
     def sum_over_data(self, value: torch.Tensor) -> torch.Tensor:
-        """Sums `value` over the data-parallel ranks, in place; returns it."""
+        """Sum `value` over the data-parallel ranks in place and return it."""
         if self.data_size > 1:
             dist.all_reduce(value, group=self.data_group)
         return value
 
     def max_over_data(self, value: torch.Tensor) -> torch.Tensor:
-        """Maximum of `value` over the data-parallel ranks, in place; returns it."""
+        """Take the maximum of `value` over the data-parallel ranks in place and return it."""
         if self.data_size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.data_group)
         return value
 
     def from_last_stage(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Gives every pipeline stage the last stage's tensor (other stages pass None; shape and dtype travel along)."""
+        """Broadcast the last stage's tensor, with its shape and dtype, to every pipeline stage.
+
+        The other stages pass None.
+        """
         if self.pipeline_size == 1:
             assert tensor is not None
             return tensor
@@ -95,12 +101,13 @@ class Mesh:
         return tensor
 
     def gather_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows of all data-parallel ranks, [n, ...] -> [data_size * n, ...], in rank order; same shape on every
-        rank.
+        """Concatenate the rows of all data-parallel ranks in rank order.
+
+        [n, ...] -> [data_size * n, ...]. The shape must be the same on every rank.
         """
         if self.data_size == 1:
             return tensor
-        # gloo gathers no bool tensors.
+        # gloo does not gather bool tensors.
         row = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
         parts = [torch.empty_like(row) for _ in range(self.data_size)]
         dist.all_gather(parts, row, group=self.data_group)
@@ -109,17 +116,18 @@ class Mesh:
     def sum_metrics(
         self, rows: Sequence[Mapping[str, torch.Tensor | float]], largest: Sequence[str] = ()
     ) -> dict[str, float]:
-        """Adds up per-micro-batch metrics of the last stage over micro-batches and data-parallel ranks, for every rank.
+        """Sum the last stage's metrics over micro-batches and data-parallel ranks, for every rank.
 
-        Losses are sums over a globally known denominator, so their sum is the loss of the global batch whatever the
-        layout. A metric that a micro-batch lacks counts as 0. Those named in `largest` are maxima instead.
+        `rows` has one mapping per micro-batch. Losses have the denominator of the global batch, so
+        their sum is the loss of the global batch under any layout. A metric that a micro-batch
+        lacks counts as 0. The maximum is taken of metrics named in `largest`.
         """
         names = sorted({name for row in rows for name in row})
         if self.world_size > self.tensor_size:
-            # Stages before the last have no rows, and data-parallel ranks may differ in kinds of micro-batches.
-            everyone: list[list[str]] = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(everyone, names)
-            names = sorted({name for some in everyone for name in some})
+            # Stages before the last have no rows, and data-parallel ranks may have other metrics.
+            gathered: list[list[str]] = [[] for _ in range(self.world_size)]
+            dist.all_gather_object(gathered, names)
+            names = sorted({name for rank_names in gathered for name in rank_names})
         table = torch.zeros(len(rows), len(names), dtype=torch.float64, device=self.device)
         for i, row in enumerate(rows):
             for j, name in enumerate(names):
@@ -135,17 +143,18 @@ class Mesh:
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
-    """Joins the process group (torchrun's, or a group of one), builds megatron's groups and seeds every generator.
+    """Join the process group, build megatron's groups and seed every generator.
 
-    Dropout and sampling seeds differ by data-parallel rank and pipeline stage and agree inside a tensor-parallel group,
-    but for megatron's tensor-parallel region, whose generator differs on each of its ranks.
+    The process group is torchrun's, or a group of one process. Seeds differ by data-parallel rank
+    and pipeline stage and are equal in a tensor-parallel group, except for the generator of
+    megatron's tensor-parallel regions, which differs on each of its ranks. A second call in the
+    same process, possibly with other sizes, builds new groups.
 
-    May be called again in the same process, also with other sizes: the groups are built anew.
-    Raises `UserError` when the world size is not divisible by tensor * pipeline.
+    Raises UserError if the world size is not divisible by tensor * pipeline.
     """
     if parallel.tensor > 1:
-        # megatron asks for one queue of GPU work, in whose order communication overlaps with computation; CUDA reads
-        # the variable when it starts.
+        # megatron needs a single hardware queue, so that kernels that overlap communication and
+        # computation start in launch order. CUDA reads the variable at start-up.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -154,9 +163,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     model_parallel = parallel.tensor * parallel.pipeline
     if world_size % model_parallel:
         raise UserError(
-            f"{world_size} processes cannot be split into groups of parallel.tensor={parallel.tensor} * "
-            f"parallel.pipeline={parallel.pipeline} = {model_parallel}: launch a multiple of {model_parallel} "
-            f"(torchrun --nproc-per-node {model_parallel} -m fastrlhf ...) or change the sizes"
+            f"{world_size} processes cannot be split into groups of "
+            f"parallel.tensor={parallel.tensor} * parallel.pipeline={parallel.pipeline} = "
+            f"{model_parallel}: launch a multiple of {model_parallel} (torchrun --nproc-per-node "
+            f"{model_parallel} -m fastrlhf ...) or change the sizes"
         )
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -173,18 +183,19 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
         parallel.tensor,
         parallel.pipeline,
         distributed_timeout_minutes=parallel.timeout_s / 60,
-        create_gloo_process_groups=False,  # for megatron's own checkpoints, which are not used
+        create_gloo_process_groups=False,  # only megatron's own checkpoints use them
     )
-    mesh = _describe(device, parallel)
+    mesh = _build_mesh(device, parallel)
     seed_generators(mesh, seed)
     return mesh
 
 
 @contextlib.contextmanager
 def joined(parallel: ParallelConfig, seed: int) -> Iterator[Mesh]:
-    """Initialize a mesh for a block, and leave its groups at the end.
+    """Initialize a mesh for a `with` block and leave its groups at the end.
 
-    After an exception only a single process leaves them: with several, the others may be anywhere.
+    After an exception the groups are left only if there is a single process: other ranks may be in
+    a different collective.
     """
     mesh = initialize(parallel, seed)
     try:
@@ -202,25 +213,28 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
     mark_groups_joined()
     if "RANK" in os.environ:
         store, rank, world_size = _rendezvous()
-        # torchrun's store outlives a mesh, and with --max-restarts the processes: under one prefix, the next mesh would
-        # read the addresses of the last one's ranks.
+        # torchrun's store outlives a mesh, and with --max-restarts the processes. With the same
+        # prefix, the next mesh would read the addresses of the previous mesh's ranks.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt{attempt}.mesh{next(_joined)}", store)
+        store = dist.PrefixStore(f"attempt{attempt}.mesh{next(_mesh_number)}", store)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-_joined = itertools.count()
+_mesh_number = itertools.count()
 
 
 @functools.cache
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """torchrun's store, this rank and the world size. Kept: a second server could not have the same port."""
+    """Return torchrun's store, this rank and the world size.
+
+    Cached, because a second server could not bind the same port.
+    """
     return next(dist.rendezvous("env://"))
 
 
-def _describe(device: torch.device, parallel: ParallelConfig) -> Mesh:
+def _build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(
         device=device,
@@ -241,17 +255,18 @@ def _describe(device: torch.device, parallel: ParallelConfig) -> Mesh:
 
 
 def seed_generators(mesh: Mesh, seed: int) -> None:
-    """Seeds torch's, megatron's, NumPy's and Python's generators for this rank's place in the mesh."""
-    place = place_seed(seed, mesh.data_rank, mesh.pipeline_rank)
-    torch.manual_seed(place)
-    random.seed(place)
-    np.random.seed(place % 2**32)
-    model_parallel_cuda_manual_seed(place, force_reset_rng=True)
+    """Seed torch's, megatron's, NumPy's and Python's generators for this rank of the mesh."""
+    own = rank_seed(seed, mesh.data_rank, mesh.pipeline_rank)
+    torch.manual_seed(own)
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    model_parallel_cuda_manual_seed(own, force_reset_rng=True)
 
 
-def place_seed(seed: int, data_rank: int, pipeline_rank: int) -> int:
-    """The seed of a place in the mesh: `seed` itself at the first, elsewhere a hash, so that no two runs of different
-    seeds share a stream.
+def rank_seed(seed: int, data_rank: int, pipeline_rank: int) -> int:
+    """Return the seed of a rank: `seed` itself at the first coordinates, otherwise a hash.
+
+    Runs with different seeds share no random stream.
     """
     if data_rank == pipeline_rank == 0:
         return seed
@@ -259,18 +274,21 @@ def place_seed(seed: int, data_rank: int, pipeline_rank: int) -> int:
 
 
 def hashed_seed(*parts: object) -> int:
-    """A seed in 56 bits (megatron adds to it, and torch takes no more than 64) that other parts, however near, share no
-    stream with.
+    """Return a seed of 56 bits from a hash of `parts`.
+
+    Similar parts do not share a random stream. 56 bits, because megatron adds to the seed and torch
+    accepts at most 64.
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "little")
 
 
 def finalize() -> None:
-    """Leaves the process groups (a second `initialize` may follow, with other sizes).
+    """Leave the process groups; `initialize` may be called again, also with other sizes.
 
-    Groups that a model still refers to keep their threads: see `parallel.exit`. Not for several ranks after a failure:
-    a group that ends waits for its collectives, and the other ranks may never join those.
+    Groups that a model still refers to keep their threads: see `parallel.exit`. Do not call it on
+    several ranks after a failure: a group that ends waits for its collectives, which the other
+    ranks may never join.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

@@ -1,13 +1,12 @@
 """megatron-core's gradient buffers, Adam and learning-rate schedule, built from our configuration.
 
-The only module that reaches into megatron's optimizers. Their chain holds one optimizer here: it has more only for
-mixtures of experts.
+This is the only module that uses the internals of megatron's optimizers. Their chain has one
+optimizer here; it has more only for mixtures of experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -32,9 +31,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def wrap_data_parallel(
     mesh: Mesh, stage: torch.nn.Module, config: TransformerConfig, *, is_sharded: bool
 ) -> DistributedDataParallel:
-    """Return `stage` with contiguous fp32 gradient buffers that are reduced over data-parallel ranks.
+    """Return `stage` with contiguous fp32 gradient buffers, reduced over data-parallel ranks.
 
-    `is_sharded` says that the distributed optimizer will keep one shard of the state on each rank.
+    `is_sharded`: the distributed optimizer will keep one shard of the state on each rank.
     """
     return DistributedDataParallel(
         config,
@@ -42,8 +41,8 @@ def wrap_data_parallel(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=is_sharded,
             overlap_grad_reduce=mesh.data_size > 1,
-            # megatron would gather the weights in hooks of the training forward; rollouts, the LM head and the
-            # running average read them without it.
+            # megatron would gather the weights in hooks of the training forward pass; rollouts, the
+            # LM head and the running average read them outside of it.
             overlap_param_gather=False,
         ),
         stage,
@@ -58,7 +57,7 @@ def build_optimizer(
     *,
     is_sharded: bool,
 ) -> ChainedOptimizer:
-    """Return AdamW over the parameters of `ddp`, state allocated, with fp32 masters where needed."""
+    """Build AdamW over the parameters of `ddp`, with its state and fp32 masters allocated."""
     config: TransformerConfig = ddp.config
     chain = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -86,8 +85,9 @@ def build_optimizer(
 def _allocate_state(chain: ChainedOptimizer) -> None:
     """Allocate Adam's state eagerly and enable its fused kernel.
 
-    megatron only saves and loads optimizer state that already exists, and torch allocates it at the first step. The
-    fused kernel makes one pass over memory and no temporaries of the size of the weights.
+    megatron only saves and loads optimizer state that already exists, and torch allocates it at the
+    first step. The fused kernel makes one pass over memory, without temporaries of the size of the
+    weights.
     """
     for part in chain.chained_optimizers:
         if not isinstance(part.optimizer, torch.optim.Adam):
@@ -118,7 +118,8 @@ def build_scheduler(
         max_lr=lr,
         min_lr=min_lr,
         lr_warmup_steps=schedule.warmup_steps,
-        # megatron wants the warm-up to end before the decay does; a run shorter than its warm-up never gets there.
+        # megatron requires that the warm-up ends before the decay; a run shorter than its warm-up
+        # ends before either.
         lr_decay_steps=max(steps, schedule.warmup_steps + 1),
         lr_decay_style=schedule.decay,
         start_wd=optimizer.weight_decay,
@@ -142,9 +143,12 @@ def reduced_gradients(mesh: Mesh, ddp: DistributedDataParallel) -> Iterator[Tens
 
 
 def gradient_norm(chain: ChainedOptimizer) -> float:
-    """Return the norm of the accumulated gradient over all ranks, without the loss scale; inf or nan on overflow."""
+    """Return the norm of the accumulated gradient over all ranks, without the loss scale.
+
+    It is inf or nan on overflow.
+    """
     for part in chain.chained_optimizers:
-        # What `step` does first, except unscaling and counting overflows.
+        # The first part of `step`, without unscaling and overflow checks.
         if isinstance(part, MixedPrecisionOptimizer):
             part._copy_model_grads_to_main_grads()
         else:
@@ -152,7 +156,7 @@ def gradient_norm(chain: ChainedOptimizer) -> float:
     return float(chain.get_grad_norm()) / float(chain.get_loss_scale())
 
 
-# ---- what a checkpoint stores ---------------------------------------------------------------------------------------
+# ---- optimizer state in checkpoints --------------------------------------------------------------
 
 
 def is_sharded_over_data(chain: ChainedOptimizer) -> bool:
@@ -163,10 +167,11 @@ def is_sharded_over_data(chain: ChainedOptimizer) -> bool:
 def parameter_state(
     chain: ChainedOptimizer, stage: torch.nn.Module
 ) -> dict[Tensor, dict[str, tuple[Tensor, int]]]:
-    """Return parameter -> name -> (flat state tensor, its first element's position in the flattened parameter).
+    """Return parameter -> name -> (flat state tensor, its offset).
 
-    Names are Adam's moments "exp_avg" and "exp_avg_sq", and "master" for a half-precision parameter's fp32 copy.
-    Parameters whose state is on other data-parallel ranks are left out.
+    The offset is that of its first element in the flattened parameter. Names are Adam's moments
+    "exp_avg" and "exp_avg_sq", and "master" for a half-precision parameter's fp32 copy. Parameters
+    whose state is on other data-parallel ranks are omitted.
     """
     part = _single(chain)
     return {
@@ -192,14 +197,18 @@ def _state_of(
 def _main_parameters(
     part: MegatronOptimizer, stage: torch.nn.Module
 ) -> dict[Tensor, tuple[Tensor, int]]:
-    """Return parameter -> (the fp32 tensor that the optimizer updates, where it begins in the flattened parameter)."""
+    """Return parameter -> (fp32 tensor that the optimizer updates, its offset).
+
+    The offset is that of its first element in the flattened parameter.
+    """
     if not isinstance(part, DistributedOptimizer):
         return {
             parameter: (getattr(parameter, "main_param", parameter), 0)
             for parameter in stage.parameters()
         }
-    # megatron's own map is wrong for models of two dtypes (half-precision layers, an fp32 head): it counts in the
-    # order of the gradient buffers, while the inner optimizer has the fp32 parameters first.
+    # megatron's own map is wrong for models of two dtypes (half-precision layers, fp32 head): it
+    # counts in the order of the gradient buffers, but the inner optimizer has the fp32 parameters
+    # first.
     found = {}
     for models, shards in (
         (part.model_float16_groups, part.shard_fp32_from_float16_groups),
@@ -213,7 +222,7 @@ def _main_parameters(
     return found
 
 
-def loss_scale_state(chain: ChainedOptimizer) -> dict[str, Any] | None:
+def loss_scale_state(chain: ChainedOptimizer) -> dict[str, float] | None:
     """Return the state of the fp16 loss scale, for JSON; None in other dtypes."""
     scaler = getattr(_single(chain), "grad_scaler", None)
     state = scaler.state_dict() if scaler is not None else {}
@@ -224,7 +233,7 @@ def restore_counts(
     chain: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
     updates: int,
-    loss_scale: Mapping[str, Any] | None,
+    loss_scale: Mapping[str, float] | None,
 ) -> None:
     """Set the number of updates made (learning rate, Adam's bias correction) and the loss scale."""
     part = _single(chain)
@@ -237,7 +246,8 @@ def restore_counts(
     if isinstance(part.optimizer, torch.optim.Adam):
         for values in part.optimizer.state.values():
             values["step"].fill_(updates)
-    else:  # Transformer Engine's and apex's Adam count in the group, which lacks the count until their first step
+    else:
+        # Transformer Engine's and apex's Adam keep the count in the group, from the first step on.
         for group in part.optimizer.param_groups:
             group["step"] = updates
 

@@ -1,9 +1,9 @@
-"""Says where a rank was when a collective hung or a run failed: rank, phase and collective.
+"""Report of a collective that hangs or fails: rank, phase and collective.
 
-The trainers name what they are doing with `phase("rollout")`. A collective that waits longer than `parallel.timeout_s`
-raises in gloo by itself; on NCCL, where the wait is inside a CUDA synchronisation, the watchdog thread notices that the
-main thread has not left the same collective or synchronisation, reports it and ends the process so that torchrun can
-act.
+Trainers name their phases with `phase("rollout")`. gloo raises if a collective takes longer than
+`parallel.timeout_s`. With NCCL the wait is in a CUDA synchronization: the watchdog thread detects
+that the main thread has not left the same collective or synchronization, reports it and ends the
+process, so that torchrun stops the other ranks.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from types import FrameType, TracebackType
 
 _phases: list[str] = []
 _COLLECTIVE_FILES = ("distributed_c10d.py",)
-# Calls of these in a line, and no loop over `items` or question after `os.cpu_count()`.
+# Matches calls of these methods in a line of code, but not a loop over `items` or `os.cpu_count()`.
 _WAITS = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Names what this rank does inside the block; nested phases read `outer/inner`."""
+    """Name the phase of a `with` block; nested phases are reported as `outer/inner`."""
     _phases.append(name)
     try:
         yield
     except BaseException:
-        # Keep the innermost name for the report of a failure that is on its way out.
+        # Keep the innermost phase for the report: the exception leaves all of them.
         _failed_in.setdefault("phase", current_phase())
         raise
     finally:
@@ -42,12 +42,15 @@ _failed_in: dict[str, str] = {}
 
 
 def current_phase() -> str:
-    """The phase this rank is in, `start-up` before the first."""
+    """Return the phase that this rank is in, `start-up` before the first one."""
     return "/".join(_phases) or "start-up"
 
 
-def _collective(frames: list[traceback.FrameSummary]) -> tuple[str, str] | None:
-    """(collective, file:line of our caller) of the outermost torch.distributed call in a stack, or None."""
+def _find_collective(frames: list[traceback.FrameSummary]) -> tuple[str, str] | None:
+    """Return (collective, file:line of its caller in this project), or None.
+
+    The collective is the outermost torch.distributed call in the stack.
+    """
     caller = ""
     for frame in frames:
         if frame.filename.endswith(_COLLECTIVE_FILES) and frame.name != "wrapper":
@@ -58,10 +61,11 @@ def _collective(frames: list[traceback.FrameSummary]) -> tuple[str, str] | None:
 
 
 def describe_failure(error: BaseException) -> str | None:
-    """One line on a failed or timed-out collective: rank, phase, collective, caller; None if `error` is something
-    else.
+    """Describe a failed or timed-out collective in one line: rank, phase, collective, caller.
+
+    Returns None if `error` is not the failure of a collective.
     """
-    where = _collective(traceback.extract_tb(error.__traceback__))
+    where = _find_collective(traceback.extract_tb(error.__traceback__))
     if where is None:
         return None
     name, caller = where
@@ -72,15 +76,17 @@ def describe_failure(error: BaseException) -> str | None:
 
 
 class Watchdog:
-    """Reports a collective that fails inside the block, and ends the process if one has not returned for `timeout_s`
-    seconds.
+    """Context manager that reports collectives that fail or hang.
+
+    If a collective has not returned for `timeout_s` seconds (with a margin for gloo's own timeout),
+    it ends the process.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
-        # A daemon only for an interrupt between __enter__ and the block: nobody would stop it then.
+        # A daemon, because an interrupt between __enter__ and the block would leave it running.
         self._thread = threading.Thread(target=self._watch, name="collective-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -91,14 +97,14 @@ class Watchdog:
         self, _type: type | None, error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()  # at once: it waits for nothing else, and holds no lock
+        self._thread.join()  # returns immediately: the thread waits for nothing else
         if error is not None and (line := describe_failure(error)) is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         seen: tuple | None = None
         since = time.monotonic()
-        # gloo's own timeout comes first (it raises, which is the better report); the margin leaves it time.
+        # The margin lets gloo's own timeout come first: it raises an error with more information.
         limit = self.timeout_s * 1.2 + 10
         while not self._stop.wait(min(10.0, self.timeout_s / 4)):
             frame = sys._current_frames().get(self._main or 0)
@@ -110,7 +116,7 @@ class Watchdog:
 
     def _report(self, frame: FrameType | None) -> None:
         frames = traceback.extract_stack(frame)
-        name, caller = _collective(frames) or (frames[-1].name, "a device synchronisation")
+        name, caller = _find_collective(frames) or (frames[-1].name, "a device synchronisation")
         rank = os.environ.get("RANK", "0")
         line = (
             f"rank {rank}: {name} has not returned for {self.timeout_s:.0f} s in phase "
@@ -121,7 +127,7 @@ class Watchdog:
 
 
 def _waiting_at(frame: FrameType | None) -> tuple | None:
-    """Identity of the wait the main thread is in (frame object and instruction), or None when it is computing."""
+    """Return the identity of a wait (frame and instruction), or None if the frame is computing."""
     if frame is None:
         return None
     frames = traceback.extract_stack(frame)

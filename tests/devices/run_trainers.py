@@ -1,4 +1,4 @@
-"""Every trainer on the stand-in for a GPU, for test_devices.py.
+"""Runs of every trainer on the simulated GPU, for test_devices.py.
 
 torchrun --nproc-per-node 2 run_trainers.py WORKSPACE
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,14 +16,11 @@ import stand_in
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "debug"
 BF16 = "model.dtype=bf16"
-# (name, command, overrides), one after the other: each starts from models that an earlier one saved.
+# (name, command, overrides), in order: later runs start from models that earlier ones saved.
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true", BF16]
 RUNS = (
-    (
-        "pretrain",
-        "pretrain",
-        [BF16],
-    ),  # data-parallel: the distributed optimizer, overlapped with the backward
+    # Data-parallel: the distributed optimizer, with communication overlapped with the backward.
+    ("pretrain", "pretrain", [BF16]),
     ("sft", "sft", [*TENSOR, "model.recompute=full"]),
     ("sft-micro-1", "sft", [*TENSOR, "train.micro_batch_size=1"]),
     ("rm", "rm", ["parallel.pipeline=2", "model.dtype=fp16", "model.residual_dropout=0.1"]),
@@ -32,7 +30,7 @@ RUNS = (
 
 
 def overrides(workspace: Path, command: str) -> list[str]:
-    """The debug configurations' paths, moved into the workspace."""
+    """Return overrides that move the debug configurations' paths into the workspace."""
     data = workspace / "data"
     sources = {
         "pretrain": [f"data.train={data / 'text.jsonl'}"],
@@ -69,10 +67,7 @@ def main(workspace: Path) -> None:
 
     first = os.environ["RANK"] == "0"
     if first:
-        sys.path.insert(0, str(CONFIGS))
-        import make_data
-
-        make_data.main(workspace / "data")
+        runpy.run_path(str(CONFIGS / "make_data.py"))["main"](workspace / "data")
     for name, command, extra in RUNS:
         stand_in.WAITS.clear()
         options = [*overrides(workspace, command), f"output_dir={workspace / name}", *extra]

@@ -1,11 +1,11 @@
-"""A GPU played by the CPU: to find tensors left on the host, and waits for the device, where there is no GPU.
+"""A simulated GPU that finds tensors left on the host and device synchronizations, without a GPU.
 
-Tensors "on cuda:0" are CPU tensors whose storage carries a label. `start()` makes torch say that it sees GPUs, so that
-the program takes its GPU branches, and puts every call of torch under two modes: one that reads and answers for
-devices, one that follows labels through the operators, also inside autograd and inside our own ops. As on a GPU,
-operators and collectives that mix devices raise; where the host would have to wait for the device is counted in
-`WAITS`, by the innermost lines of this project.
-Left out on purpose: what only a GPU can run. Triton kernels (ops run in torch), graphs, streams, NCCL, memory.
+Tensors "on cuda:0" are CPU tensors whose storage is labelled. `start()` makes torch report GPUs, so
+that the program takes its GPU branches, and runs every torch call under two modes. One handles
+device arguments and device properties; the other propagates labels through the operators, also in
+autograd and in our own ops. As on a GPU, operators and collectives that mix devices raise. Places
+where the host would wait for the device are counted in `WAITS`, by the innermost function of this
+project. Not supported: Triton kernels (ops run in torch), graphs, streams, NCCL, memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PROJECT = Path(__file__).parents[2] / "fastrlhf"
 WAITS: collections.Counter[str] = collections.Counter()
-"""How often the host waited for the device, by "file:function" of the project."""
+"""Number of times that the host waited for the device, by "file:function" of the project."""
 
 _labels: dict[int, StorageWeakRef] = {}
 _CROSSING = {"aten::copy_", "aten::_to_copy", "aten::set_"}
@@ -56,10 +56,10 @@ _ANSWERS = {
 
 
 class DeviceError(RuntimeError):
-    """What a real GPU would have refused."""
+    """An operation that raises on a real GPU."""
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
@@ -98,11 +98,11 @@ def _wait() -> None:
         WAITS[f"{Path(code.co_filename).relative_to(PROJECT)}:{code.co_name}"] += 1
 
 
-# --- the two modes ---------------------------------------------------------------------------------------------------
+# ---- the two modes -------------------------------------------------------------------------------
 
 
 class _Move(torch.autograd.Function):
-    """A copy on the other device; its gradient comes back."""
+    """Copy to the other device; the gradient is copied back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gpu: bool) -> Tensor:
@@ -125,7 +125,7 @@ def _backward(
     create_graph: bool = False,
     **_: Any,
 ) -> None:
-    """torch.autograd.backward, all that is called here of it, without asking the modes once more."""
+    """Run the part of torch.autograd.backward that is used here, without entering modes again."""
     roots = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
     given = (
         tuple(grad_tensors)
@@ -141,7 +141,7 @@ def _backward(
 
 
 class Calls(TorchFunctionMode):
-    """Calls of torch from Python: devices asked for and answered."""
+    """Mode for Python calls of torch: handles device arguments and device properties."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -156,7 +156,7 @@ class Calls(TorchFunctionMode):
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self._moved(func, *args, **kwargs)
         if func in (torch.Tensor.backward, torch.autograd.backward):
-            with self:  # a mode is left while it handles a call
+            with self:  # a mode is disabled while it handles a call
                 return _backward(*args, **kwargs)
         if func is torch.Tensor.numpy and on_gpu(args[0]):
             raise DeviceError("can't convert cuda:0 device type tensor to numpy")
@@ -192,7 +192,7 @@ class Calls(TorchFunctionMode):
 
 
 class Operators(TorchDispatchMode):
-    """Every operator, those of autograd too: results are where the operands are, and operands in one place."""
+    """Mode for operators, including autograd's: labels results and checks operands."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -204,11 +204,10 @@ class Operators(TorchDispatchMode):
         if len(on_host) < len(operands):
             self._check(name, args, operands, on_host)
         elif name.startswith("c10d::") and name != "c10d::barrier" and operands:
-            raise DeviceError(f"{name}: NCCL takes no tensor on the CPU")
+            raise DeviceError(f"{name}: NCCL does not support tensors on the CPU")
         result = func(*args, **kwargs)
-        known = {
-            _storage(t)._cdata for t in operands
-        }  # in place and views: the storage has its label
+        # The storage of in-place results and views is labelled already.
+        known = {_storage(t)._cdata for t in operands}
         new = [
             t
             for t in tree_leaves(result)
@@ -218,15 +217,16 @@ class Operators(TorchDispatchMode):
         return result
 
     def _check(self, name: str, args: tuple, operands: list[Tensor], on_host: list[Tensor]) -> None:
-        """Operands of which at least one is on the GPU."""
+        """Check operands of which at least one is on the GPU, and count waits."""
         if name in _INDEXING:
             if not on_gpu(args[0]):
-                raise DeviceError(f"{name}: indices are on cuda:0, what they index is on the CPU")
-            fills = (
-                name != "aten::index" and len(operands) == 3 and operands[2].dim() == 0
-            )  # x[mask] = 0: masked_fill
+                raise DeviceError(
+                    f"{name}: indices are on cuda:0, but the indexed tensor is on the CPU"
+                )
+            # x[mask] = 0 is a masked_fill.
+            fills = name != "aten::index" and len(operands) == 3 and operands[2].dim() == 0
             if not fills and any(t.dtype in (torch.bool, torch.uint8) for t in operands[1:]):
-                _wait()  # for the number of True elements
+                _wait()  # to read the number of True elements
         elif name == "aten::copy_":
             if not on_gpu(args[0]):
                 _wait()
@@ -236,11 +236,12 @@ class Operators(TorchDispatchMode):
             there = [tuple(t.shape) for t in operands if on_gpu(t)]
             here = [tuple(t.shape) for t in on_host]
             raise DeviceError(
-                f"{name}: expected all tensors on one device, got {there} on cuda:0 and {here} on the CPU"
+                f"{name}: expected all tensors on one device, got {there} on cuda:0 and {here} on "
+                "the CPU"
             )
 
 
-# --- start -----------------------------------------------------------------------------------------------------------
+# ---- start ---------------------------------------------------------------------------------------
 
 
 def varlen_attn(
@@ -254,7 +255,7 @@ def varlen_attn(
     *,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """torch.nn.attention.varlen's, sequence by sequence: causal from the last key."""
+    """Compute torch.nn.attention.varlen's varlen_attn per sequence, causal from the last key."""
     assert (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -263,10 +264,8 @@ def varlen_attn(
     )
     assert cu_q.dtype == cu_k.dtype == torch.int32 and window_size == (-1, 0)
     out = []
-    with (
-        torch._C.DisableTorchFunction(),
-        torch._C._DisableTorchDispatch(),
-    ):  # a kernel reads them on the device
+    # A kernel reads the lengths on the device, so reading them here is not a wait.
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         pairs = [itertools.pairwise(cu.tolist()) for cu in (cu_q, cu_k)]
     for (q0, q1), (k0, k1) in zip(*pairs, strict=True):
         assert q1 - q0 <= max_q and k1 - k0 <= max_k
@@ -280,11 +279,11 @@ def varlen_attn(
 
 
 class _Nothing(mock.MagicMock):
-    """A stream or an event: there is one queue, and it is always empty."""
+    """A stream or an event; there is one queue, and it is always empty."""
 
 
-def _stand_in_for_cuda() -> None:
-    generator = torch.default_generator  # which the operators draw from
+def _replace_cuda() -> None:
+    generator = torch.default_generator  # the operators use it
     nothing = _Nothing()
     sizes = {"total_memory": 80 << 30, "multi_processor_count": 132}
     properties = types.SimpleNamespace(name="stand-in", major=9, minor=0, **sizes)
@@ -321,25 +320,26 @@ def _stand_in_for_cuda() -> None:
                 setattr(module, name, replacement)
 
 
-def _gloo_for_nccl() -> None:
-    """gloo carries the tensors; what the program asks for, and where objects travel, is as with NCCL."""
+def _replace_nccl() -> None:
+    """Use gloo for communication, but require NCCL and its device for objects."""
     join, new_group = c10d.init_process_group, c10d.new_group
 
     def init_process_group(backend: str, **options: Any) -> None:
         if backend != "nccl":
-            raise DeviceError(f"init_process_group({backend!r}): on GPUs it is nccl")
+            raise DeviceError(f"init_process_group({backend!r}): expected nccl on GPUs")
         join("gloo", **options)
 
     def group_of(*args: Any, backend: Any = None, pg_options: Any = None, **options: Any) -> Any:
         return new_group(*args, backend="gloo", **options)
 
     for module in (c10d, dist):
-        module.init_process_group, module.new_group = init_process_group, group_of  # type: ignore[attr-defined]
+        module.init_process_group = init_process_group  # type: ignore[attr-defined]
+        module.new_group = group_of  # type: ignore[attr-defined]
     c10d._get_object_coll_device = lambda *_: CUDA  # type: ignore[assignment, return-value]
 
 
 def _follow_default_device() -> None:
-    """`with torch.device("cuda")`: hands the device on to the modes outside it."""
+    """Pass the device of `with torch.device("cuda")` to the modes outside of it."""
     context = torch.utils._device.DeviceContext
     plain = context.__torch_function__
 
@@ -357,7 +357,10 @@ def _follow_default_device() -> None:
 
 
 def _follow_ops() -> None:
-    """The bodies of this project's ops run outside the modes of their caller: they get their own."""
+    """Run implementations of this project's ops under modes of their own.
+
+    They run outside of their caller's modes.
+    """
     from fastrlhf.ops import registry
 
     plain = registry.custom_op
@@ -377,11 +380,11 @@ def _follow_ops() -> None:
 
 
 def start() -> None:
-    """For the rest of the process; before the project's ops are imported."""
+    """Simulate a GPU for the rest of the process; call it before the project's ops are imported."""
     assert not torch.cuda.is_available() and "fastrlhf.ops.logprob" not in sys.modules
     os.environ["FASTRLHF_BACKEND"] = "torch"
-    _stand_in_for_cuda()
-    _gloo_for_nccl()
+    _replace_cuda()
+    _replace_nccl()
     _follow_default_device()
     _follow_ops()
     Calls().__enter__()
@@ -391,6 +394,5 @@ def start() -> None:
     from fastrlhf.models import eager_forward
 
     varlen.varlen_attn = varlen_attn
-    eager_forward.no_torch_function = (
-        contextlib.nullcontext
-    )  # it would switch off the answers about devices
+    # The real one would disable the handling of device properties.
+    eager_forward.no_torch_function = contextlib.nullcontext

@@ -1,4 +1,4 @@
-"""Trainers on a stand-in for a GPU: no tensor is left on the host, and the host seldom waits for the device."""
+"""Trainers on a simulated GPU: no tensor is left on the host, and the host rarely waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ STEPS, TOKENS = 2, 16
 def waits(
     tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]
 ) -> dict[str, dict[str, int]]:
-    """Of each run, how often rank 0 waited for the device, by "file:function"; a run that mixed devices has failed."""
+    """Return, per run, the number of waits of rank 0 for the device by "file:function".
+
+    A run that mixes devices fails.
+    """
     folder = tmp_path_factory.mktemp("devices")
     torchrun(SCRIPT, folder, ranks=2)
     return {
@@ -31,7 +34,7 @@ def test_every_trainer_runs(waits: dict[str, dict[str, int]]) -> None:
     assert set(waits) == {"pretrain", "sft", "sft-micro-1", "rm", "ppo", "ppo-tensor"}
 
 
-def test_a_step_waits_as_often_for_many_micro_batches(waits: dict[str, dict[str, int]]) -> None:
+def test_waits_of_a_step_do_not_depend_on_micro_batches(waits: dict[str, dict[str, int]]) -> None:
     assert waits["sft"] == waits["sft-micro-1"]
     assert waits["sft"]["algorithms/sft.py:step"] == STEPS
 
@@ -44,12 +47,13 @@ def test_a_decode_step_waits_once(waits: dict[str, dict[str, int]]) -> None:
 
 
 @pytest.mark.parametrize("run", ["ppo", "ppo-tensor"])
-def test_micro_batches_of_ppo_wait_for_no_mask(run: str, waits: dict[str, dict[str, int]]) -> None:
+def test_micro_batches_of_ppo_do_not_wait_for_masks(
+    run: str, waits: dict[str, dict[str, int]]
+) -> None:
     heads = {"algorithms/ppo.py:_values", "algorithms/ppo.py:_reference_logprobs"}
     assert not heads & set(waits[run])
-    assert (
-        waits[run]["algorithms/rollouts.py:to_padded"] == 2 * STEPS
-    )  # what all micro-batches were scored, put in place
+    # The scores of all micro-batches are scattered once per model and step.
+    assert waits[run]["algorithms/rollouts.py:to_padded"] == 2 * STEPS
 
 
 CHECKS = """
@@ -58,7 +62,7 @@ import stand_in
 stand_in.start()
 import torch
 
-def refused(operation):
+def error_of(operation):
     try:
         operation()
     except stand_in.DeviceError as error:
@@ -66,17 +70,18 @@ def refused(operation):
     return "nothing"
 
 x = torch.ones(3, device="cuda")
-both = (x * 2).requires_grad_()
-print(refused(lambda: x + torch.ones(3)))
-print(refused(lambda: torch.ones(3)[x.long()]))
-print(refused(lambda: x.numpy()))
-print(refused(lambda: both.cpu() * x))
-(both.cpu() * torch.arange(3.0)).sum().backward()
-print(both.device, both.grad.device, both.grad.cpu().tolist(), (x * torch.tensor(2.0)).is_cuda, torch.ones(1).device)
+y = (x * 2).requires_grad_()
+print(error_of(lambda: x + torch.ones(3)))
+print(error_of(lambda: torch.ones(3)[x.long()]))
+print(error_of(lambda: x.numpy()))
+print(error_of(lambda: y.cpu() * x))
+(y.cpu() * torch.arange(3.0)).sum().backward()
+print(y.device, y.grad.device, y.grad.cpu().tolist())
+print((x * torch.tensor(2.0)).is_cuda, torch.ones(1).device)
 """
 
 
-def test_the_stand_in_refuses_what_a_gpu_would() -> None:
+def test_the_simulated_gpu_raises_where_a_gpu_does() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHECKS],
         cwd=SCRIPT.parent,
@@ -86,8 +91,9 @@ def test_the_stand_in_refuses_what_a_gpu_would() -> None:
     )
     assert done.stdout.splitlines() == [
         "aten::add: expected all tensors on one device, got [(3,)] on cuda:0 and [(3,)] on the CPU",
-        "aten::index: indices are on cuda:0, what they index is on the CPU",
+        "aten::index: indices are on cuda:0, but the indexed tensor is on the CPU",
         "can't convert cuda:0 device type tensor to numpy",
         "aten::mul: expected all tensors on one device, got [(3,)] on cuda:0 and [(3,)] on the CPU",
-        "cuda:0 cuda:0 [0.0, 1.0, 2.0] True cpu",
+        "cuda:0 cuda:0 [0.0, 1.0, 2.0]",
+        "True cpu",
     ], done.stderr[-2000:]

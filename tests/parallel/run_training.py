@@ -1,17 +1,19 @@
-"""Training under every layout of four ranks; test_training.py and test_checkpoint.py launch this once and compare with
-one rank.
+"""Training under every layout of four ranks, for comparison with one rank.
 
-torchrun --nproc-per-node 4 run_training.py FOLDER writes FOLDER/<layout>/ and the checkpoints FOLDER/saved.<layout>/.
+torchrun --nproc-per-node 4 run_training.py FOLDER
+
+Writes FOLDER/<layout>/ and the checkpoints FOLDER/saved.<layout>/, which test_training.py and
+test_checkpoint.py read.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,14 +30,16 @@ from fastrlhf.config import (
 )
 from fastrlhf.data.batches import PackedBatch, pack
 from fastrlhf.models.gpt import GPT, build_model, global_names
+from fastrlhf.models.heads import Head
 from fastrlhf.models.hf.weights import hf_tensors
 from fastrlhf.ops import linear_cross_entropy
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.schedule import LossHead
 from fastrlhf.training import optimizer as optimizers
 from fastrlhf.training.optimizer import Learner
 
-# (parallel section, optimizer.distributed); the data-parallel size is what is left of four ranks.
+# (parallel section, optimizer.distributed); the data-parallel size is 4 / (tensor * pipeline).
 LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
     "data": ({}, False),
     "data-sharded-optimizer": ({}, True),
@@ -58,14 +62,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"family": "gpt", **SHAPE},
     "untied": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, "qk_norm": True, **SHAPE},
 }
-# eps is far above the noise of gradients that are exactly 0 in theory (a key's bias): Adam would blow the noise up to
-# a step.
+# eps is far above the rounding of gradients that are 0 in theory (a key's bias): Adam would scale
+# the rounding up to a full step.
 OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
 SCHEDULE = ScheduleConfig(decay="cosine", warmup_steps=2)
 
 
 def global_batch(step: int) -> list[PackedBatch]:
-    """Four micro-batches of several sequences, different at every step, the same on every rank."""
+    """Return four micro-batches of several sequences, different per step, equal on every rank."""
     generator = torch.Generator().manual_seed(step)
     return [
         pack(
@@ -76,7 +80,7 @@ def global_batch(step: int) -> list[PackedBatch]:
     ]
 
 
-def lm_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBatch], Any]:
+def lm_head(stage: GPT, denominator: float) -> LossHead[PackedBatch]:
     def head(
         hidden: torch.Tensor, batch: PackedBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -92,7 +96,7 @@ def lm_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBat
     return head
 
 
-def scalar_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, PackedBatch], Any]:
+def scalar_head(stage: GPT, denominator: float) -> LossHead[PackedBatch]:
     def head(
         hidden: torch.Tensor, batch: PackedBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -105,14 +109,14 @@ def scalar_head(stage: GPT, denominator: float) -> Callable[[torch.Tensor, Packe
 
 
 class Training:
-    """A model and its learner: just enough of an algorithm to train and to save."""
+    """A model and its learner, with the methods that training and saving need."""
 
     def __init__(
         self,
         mesh: Mesh,
         model: ModelConfig,
         seed: int = 5,
-        head: Literal["lm", "scalar"] = "lm",
+        head: Head = "lm",
         **optimizer: Any,
     ) -> None:
         self.mesh = mesh
@@ -120,36 +124,37 @@ class Training:
         config = OptimizerConfig(**{**OPTIMIZER, **optimizer})
         self.learner = Learner(mesh, self.stage, config, SCHEDULE, total_steps=10)
 
-    def gradients(self, step: int, *, apart: bool = False) -> float:
-        """Accumulates the gradients of a global batch, `apart` those of the first micro-batch and of the rest; returns
-        its loss.
+    def gradients(self, step: int, *, with_norms: bool = False) -> float:
+        """Accumulate the gradients of a global batch and return its loss.
+
+        `with_norms` measures the norms of the first micro-batch and of the others.
         """
         batches = global_batch(step)
         denominator = float(sum(batch.loss_mask.sum() for batch in batches))
         mine = batches[self.mesh.data_rank :: self.mesh.data_size]
         head = (lm_head if self.stage.head_kind == "lm" else scalar_head)(self.stage, denominator)
-        if apart and len(mine) > 1:
+        if with_norms and len(mine) > 1:
             metrics, _ = self.learner.accumulate_with_norms([mine[:1], mine[1:]], head)
         else:
             metrics = self.learner.accumulate(mine, head)
         return self.mesh.sum_metrics(metrics)["loss"]
 
-    def steps(self, numbers: Sequence[int], *, apart: bool = False) -> list[dict[str, float]]:
-        """Trains on these global batches; loss, lr and gradient norm of each."""
+    def steps(self, numbers: Sequence[int], *, with_norms: bool = False) -> list[dict[str, float]]:
+        """Train on these global batches; return loss, lr and gradient norm of each."""
         return [
-            {"loss": self.gradients(number, apart=apart)} | self.learner.step()
+            {"loss": self.gradients(number, with_norms=with_norms)} | self.learner.step()
             for number in numbers
         ]
 
     def main_gradients(self) -> dict[str, torch.Tensor]:
-        """Whole gradients on rank 0, by Hugging Face name."""
+        """Return complete gradients on rank 0, by Hugging Face name."""
         own: dict[str, Any] = {
             name: vars(parameter)["main_grad"] for name, parameter in global_names(self.stage)
         }
         return dict(hf_tensors(self.stage, own))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole weights on rank 0, by Hugging Face name."""
+        """Return complete weights on rank 0, by Hugging Face name."""
         own = {name: parameter.detach().clone() for name, parameter in global_names(self.stage)}
         return dict(hf_tensors(self.stage, own))
 
@@ -170,18 +175,21 @@ def checkpointer(mesh: Mesh, folder: Path) -> Checkpointer:
 
 
 def two_steps(mesh: Mesh, kind: str, distributed: bool) -> dict[str, Any]:
-    """Gradients of the first global batch, the metrics of two steps and the weights after them."""
+    """Return the first global batch's gradients, the metrics of two steps and the weights then."""
     model = ModelConfig(**MODELS[kind], dtype="fp32")
-    # A sharded optimizer leaves each rank with the sum of its own shard only, so gradients are read without one.
+    # A sharded optimizer sums only each rank's own shard, so gradients are read without one.
     replicated = Training(mesh, model, distributed=False)
     replicated.gradients(0)
     training = Training(mesh, model, distributed=distributed)
-    steps = training.steps([0]) + training.steps([1], apart=mesh.world_size > 1)
+    steps = training.steps([0]) + training.steps([1], with_norms=mesh.world_size > 1)
     return {"gradients": replicated.main_gradients(), "steps": steps, "weights": training.weights()}
 
 
 def save_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[str, float]]:
-    """Two steps, a checkpoint, and the two steps after it; the weights saved go to folder/weights.safetensors."""
+    """Run two steps, save a checkpoint and its weights, and return the next two steps.
+
+    The weights are in folder/weights.safetensors.
+    """
     training = Training(
         mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), distributed=distributed
     )
@@ -196,9 +204,10 @@ def save_and_continue(mesh: Mesh, folder: Path, distributed: bool) -> list[dict[
 def load_and_continue(
     mesh: Mesh, folder: Path, distributed: bool, resaved: Path | None = None
 ) -> dict[str, Any]:
-    """The two steps after a checkpoint, in a model with other weights, and whether it got those saved.
+    """Load a checkpoint into a model with other weights; return the next two steps.
 
-    What was loaded is saved again to `resaved` before the steps.
+    Also returns whether the loaded weights are those saved. They are saved again to `resaved`
+    before the steps.
     """
     training = Training(
         mesh, ModelConfig(**MODELS["untied"], dtype="fp32"), seed=99, distributed=distributed
@@ -218,9 +227,7 @@ def load_and_continue(
 
 
 def there_and_back(mesh: Mesh, folder: Path, saved: str, distributed: bool) -> dict[str, bool]:
-    """Of every layout that loaded `saved`, saved it and lets this one load it and save it again: are the files equal,
-    weights and optimizer state?
-    """
+    """Return per layout whether files that it loaded and saved again are equal to `saved`."""
     wanted = tensor_files(folder / f"saved.{saved}")
     for via in LAYOUTS:
         training = Training(
@@ -232,7 +239,7 @@ def there_and_back(mesh: Mesh, folder: Path, saved: str, distributed: bool) -> d
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """Hash of each file of tensors of the checkpoint but the generators'."""
+    """Return the hash of each tensor file of the checkpoint, except the generators'."""
     entries = json.loads((folder / "step_00000002" / "files.json").read_text())["files"]
     return {
         n: e["blake2b"]
@@ -242,7 +249,10 @@ def tensor_files(folder: Path) -> dict[str, str]:
 
 
 def resume_with_dropout(mesh: Mesh, folder: Path) -> list[list[dict[str, float]]]:
-    """Two steps after a checkpoint, without and with a restart: dropout's generators and the fp32 masters are in it."""
+    """Return two steps after a checkpoint, without and with a restart.
+
+    They depend on dropout's generators and the fp32 masters in the checkpoint.
+    """
     model = ModelConfig(**MODELS["tied"], dtype="bf16", residual_dropout=0.2, attention_dropout=0.2)
     training = Training(mesh, model)
     training.steps([0])
@@ -255,10 +265,13 @@ def resume_with_dropout(mesh: Mesh, folder: Path) -> list[list[dict[str, float]]
 
 
 def half_precision(mesh: Mesh, dtype: str, initial_loss_scale: float, steps: int) -> dict[str, Any]:
-    """Repeats one global batch; whether the first step moved the weights, and whether all ranks skip the same steps."""
+    """Train on one repeated global batch.
+
+    Returns the steps, whether the first moved the weights, and whether all ranks skipped the same.
+    """
     training = Training(
         mesh, ModelConfig(**MODELS["tied"], dtype=dtype), initial_loss_scale=initial_loss_scale
-    )  # type: ignore[arg-type]
+    )
     before = [parameter.detach().clone() for parameter in training.stage.parameters()]
     first = training.steps([0])
     moved = any(
@@ -266,12 +279,12 @@ def half_precision(mesh: Mesh, dtype: str, initial_loss_scale: float, steps: int
     )
     metrics = first + training.steps([0] * (steps - 1))
     skipped = torch.tensor([row.get("skipped", 0.0) for row in metrics])
-    everyone = [torch.empty_like(skipped) for _ in range(mesh.world_size)]
-    dist.all_gather(everyone, skipped)
+    gathered = [torch.empty_like(skipped) for _ in range(mesh.world_size)]
+    dist.all_gather(gathered, skipped)
     return {
         "steps": metrics,
         "moved": moved,
-        "agree": all(torch.equal(other, skipped) for other in everyone),
+        "agree": all(torch.equal(other, skipped) for other in gathered),
     }
 
 
@@ -323,7 +336,7 @@ def back(folder: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    # As many buckets of gradients as real models have; these are too small for more than one.
+    # Several gradient buckets, as in real models: with the default size these models have one.
     optimizers.DistributedDataParallelConfig = partial(
         DistributedDataParallelConfig, bucket_size=3000
     )  # type: ignore[misc]

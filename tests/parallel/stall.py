@@ -1,7 +1,10 @@
-"""torchrun --nproc-per-node 2 stall.py: rank 1 comes late to a collective; rank 0 says so and leaves.
+"""Rank 1 is late for a collective; rank 0 reports it and exits.
 
-Imports take longer than the limit on collectives, and on a busy machine one rank's much longer than the other's. So the
-ranks meet first, and then have the limit for every step of joining the groups.
+torchrun --nproc-per-node 2 stall.py
+
+Imports take longer than the timeout of collectives, and on a busy machine one rank's take much
+longer than the other's. So the ranks first wait for each other, and each step of joining the groups
+has the full timeout.
 """
 
 from __future__ import annotations

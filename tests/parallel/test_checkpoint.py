@@ -1,4 +1,4 @@
-"""A checkpoint continues the run under any layout, and exactly under the same one."""
+"""A checkpoint continues the run under any layout, and bitwise under the same one."""
 
 from __future__ import annotations
 
@@ -38,15 +38,18 @@ def assert_same_steps(ours: list[dict[str, float]], expected: list[dict[str, flo
 @pytest.mark.parametrize("loaded", LOADED)
 @pytest.mark.parametrize("saved", SAVED)
 def test_another_layout_continues_the_run(saved: str, loaded: str, ran: Path) -> None:
-    """Tensor, pipeline and data-parallel sizes differ, and so may the form of the optimizer."""
+    """Tensor, pipeline and data-parallel sizes differ, and the optimizer may be sharded or not."""
     got = read(ran, loaded, "loaded")[saved]
     assert got["same weights"]
     assert_same_steps(got["steps"], read(ran, saved, "results")["continued"])
 
 
 @pytest.mark.parametrize("saved", SAVED)
-def test_every_other_layout_gives_back_what_it_loaded(saved: str, ran: Path) -> None:
-    """Loaded there, saved there, loaded and saved here: the same files, so weights and Adam's state to the bit."""
+def test_every_other_layout_saves_what_it_loaded(saved: str, ran: Path) -> None:
+    """Loading and saving in another layout and again here gives the same files.
+
+    So weights and Adam's state are bitwise equal.
+    """
     same = read(ran, saved, "back")
     assert same == dict.fromkeys(LOADED, True)
 
@@ -70,7 +73,7 @@ def test_four_ranks_save_what_one_rank_would(
 
 
 def test_same_layout_continues_exactly_with_dropout_and_bf16(ran: Path) -> None:
-    """Dropout's generators and the fp32 master weights are in the checkpoint: not even the last bit differs."""
+    """Dropout's generators and fp32 masters are in the checkpoint: steps are bitwise equal."""
     unbroken, resumed = read(ran, "both-sequence", "results")["resumed"]
     assert resumed == unbroken
 

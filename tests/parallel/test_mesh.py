@@ -1,4 +1,4 @@
-"""Start-up, seeds, and what a rank says when another does not come."""
+"""Start-up, seeds, and the report about a rank that does not join a collective."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_process_is_a_mesh_without_torchrun() -> None:
             1,
         )
         assert mesh.is_first_stage and mesh.is_last_stage and mesh.vocab_group is None
-        assert not mesh.sequence_parallel  # nothing to split over
+        assert not mesh.sequence_parallel  # there is one rank
         assert mesh.sum_metrics([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]) == {
             "a": 1.5,
             "b": 5.0,
@@ -63,7 +63,7 @@ def test_seeds_decide_the_generators() -> None:
 
 
 def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
-    """parallel.timeout_s is 10: rank 0 gives up on rank 1, which sleeps for an hour, and torchrun ends both."""
+    """With parallel.timeout_s=10, rank 0 stops waiting for rank 1, which sleeps for an hour."""
     command = [
         sys.executable,
         "-m",
@@ -81,24 +81,27 @@ def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
         (line for line in done.stderr.splitlines() if "collective" in line and "rank 0" in line),
         done.stderr,
     )
-    expected = r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): .*[Tt]imed? ?out"
+    expected = (
+        r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): "
+        r".*[Tt]imed? ?out"
+    )
     assert re.search(expected, line), line
 
 
-def test_runs_of_other_seeds_share_no_stream() -> None:
-    """Seed 2234 of the first rank must not be seed 1234 of the next."""
-    places = [
+def test_runs_with_other_seeds_share_no_stream() -> None:
+    """The first rank under one seed must not have the seed of the second rank under another."""
+    ranks = [
         (seed, data, pipeline)
         for seed in range(0, 3000, 500)
         for data in range(8)
         for pipeline in range(4)
     ]
-    seeds = {meshes.place_seed(*place) for place in places}
-    assert len(seeds) == len(places) and max(seeds) < 2**63
-    assert meshes.place_seed(7, 0, 0) == 7
+    seeds = {meshes.rank_seed(*rank) for rank in ranks}
+    assert len(seeds) == len(ranks) and max(seeds) < 2**63
+    assert meshes.rank_seed(7, 0, 0) == 7
 
 
-def test_tensor_parallelism_asks_cuda_for_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallelism_sets_one_cuda_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     for given, expected in (("8", "8"), (None, "1")):
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given or "")
@@ -119,18 +122,18 @@ def test_tensor_parallelism_asks_cuda_for_one_queue(monkeypatch: pytest.MonkeyPa
         ("ids = tokenizer.encode_batch([item for item in texts], workers=os.cpu_count())", False),
     ],
 )
-def test_what_the_watchdog_takes_for_a_wait(line: str, waits: bool) -> None:
+def test_lines_that_the_watchdog_counts_as_a_wait(line: str, waits: bool) -> None:
     assert (_WAITS.search(line) is not None) == waits
 
 
-def test_other_errors_are_no_failed_collectives() -> None:
+def test_other_errors_are_not_failed_collectives() -> None:
     try:
         raise ValueError("something else")
     except ValueError as error:
         assert describe_failure(error) is None
 
 
-def test_a_command_that_ends_well_leaves_its_process_groups(
+def test_a_successful_command_leaves_its_process_groups(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     joined: list[bool] = []

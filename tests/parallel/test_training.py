@@ -1,4 +1,4 @@
-"""Every layout makes the gradients and updates of one rank; half precision trains, and skips what overflows."""
+"""Every layout has the gradients and updates of one rank; half precision trains."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def results(ran: Path, layout: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def serial(request: pytest.FixtureRequest, script: ModuleType, mesh: Mesh) -> dict[str, Any]:
-    """One rank's gradients, steps and weights, with tied and with untied embeddings."""
+    """Return one rank's gradients, steps and weights, with tied and with untied embeddings."""
     return {"kind": request.param} | script.two_steps(mesh, request.param, distributed=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 class TestLayouts:
+    """Each layout compared with one rank."""
+
     def test_losses_and_gradient_norms(
         self, layout: str, serial: dict[str, Any], ran: Path
     ) -> None:
@@ -65,7 +67,7 @@ class TestLayouts:
 
 
 def test_one_rank_trains(script: ModuleType, mesh: Mesh, serial: dict[str, Any]) -> None:
-    """The reference itself: its steps move every weight, clip, and lower the loss of a batch that is repeated."""
+    """The reference's steps change every weight, clip, and lower the loss of a repeated batch."""
     training = script.Training(
         mesh, script.ModelConfig(**script.MODELS[serial["kind"]], dtype="fp32")
     )
@@ -86,8 +88,9 @@ def test_half_precision_trains_like_fp32(
     training = script.Training(mesh, script.ModelConfig(**script.MODELS["tied"], dtype="fp32"))
     for ours, exact in zip(half["steps"], training.steps([0] * 5), strict=True):
         assert ours["loss"] == pytest.approx(
-            exact["loss"], rel=1e-2
-        )  # bf16 keeps 8 bits: 0.4 % a rounding
+            exact["loss"],
+            rel=1e-2,  # bf16 has 8 significant bits: a rounding is 0.4 %
+        )
 
 
 def test_fp16_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(ran: Path) -> None:
@@ -95,13 +98,12 @@ def test_fp16_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(ran: Pa
     assert overflow["agree"] and not overflow["moved"]
     assert [step["skipped"] for step in overflow["steps"]] == [1.0] * 3
     assert len({step["loss"] for step in overflow["steps"]}) == 1
-    assert (
-        len({step["lr"] for step in overflow["steps"]}) == 1
-    )  # a skipped step does not move the schedule
+    # A skipped step does not advance the schedule.
+    assert len({step["lr"] for step in overflow["steps"]}) == 1
     assert overflow["steps"][-1]["loss_scale"] < overflow["steps"][0]["loss_scale"]
 
 
-def test_an_update_without_micro_batches_is_refused(script: ModuleType, mesh: Mesh) -> None:
+def test_an_update_without_micro_batches_is_an_error(script: ModuleType, mesh: Mesh) -> None:
     training = script.Training(mesh, script.ModelConfig(**script.MODELS["tied"], dtype="fp32"))
     with pytest.raises(ValueError, match="every data-parallel rank needs a micro-batch"):
         training.learner.accumulate([], script.lm_head(training.stage, 1.0))
