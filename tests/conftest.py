@@ -18,7 +18,7 @@ gc.set_threshold(50_000, 20, 100)
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-from python_runs import run_python
+from python_runs import run_python  # noqa: E402
 
 from fastrlhf.config import ModelConfig  # noqa: E402
 
