@@ -167,8 +167,8 @@ def _charts(results: Mapping[str, Any]) -> list[str]:
 def _agreement(report: Report, agreement: Mapping[str, Any]) -> None:
     report.section(
         "Agreement between labelers",
-        f"Two labelers ranked {agreement['n']:,} pairs strictly; "
-        f"a share of {agreement['rate']:.3f} is in the same order ({_interval(agreement)}). "
+        f"Of the {agreement['n']:,} pairs that two labelers ranked strictly, a share of "
+        f"{agreement['rate']:.3f} is in the same order ({_interval(agreement)}). "
         f"{agreement['tied_pairs']:,} more pairs were a tie for one of the two. "
         "A model trained on one labeler's rankings cannot be expected to "
         "agree with another labeler more often.",
