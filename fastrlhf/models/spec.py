@@ -49,17 +49,6 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
     """Return megatron's configuration of `model` on `mesh`."""
     dtype = DTYPES[model.dtype]
     on_gpu = mesh.device.type == "cuda"
-    # The fused (torch.compile'd) functions are faster on a GPU; on a CPU they would start a
-    # compiler. megatron's fused GELU adds a bias and is the tanh approximation, but it is selected
-    # by the name of the exact GELU.
-    fused_gelu = on_gpu and model.activation == "gelu_tanh" and model.bias
-    gelu = partial(F.gelu, approximate="tanh" if model.activation == "gelu_tanh" else "none")
-    layers = model.recompute_layers or model.num_layers
-    full_recompute = (
-        {"recompute_method": "block", "recompute_num_layers": layers}
-        if model.recompute == "full"
-        else {}
-    )
     return StageConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -72,17 +61,14 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
         add_bias_linear=model.bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        gated_linear_unit=model.activation == "swiglu",
-        activation_func=F.silu if model.activation == "swiglu" else F.gelu if fused_gelu else gelu,
-        bias_activation_fusion=fused_gelu or (on_gpu and model.activation == "swiglu"),
+        **_activation_fields(model, on_gpu=on_gpu),
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         hidden_dropout=model.residual_dropout,
         embedding_dropout=model.embedding_dropout,
         attention_dropout=model.attention_dropout,
         attention_kernel=model.attention,
-        recompute_granularity=None if model.recompute == "none" else model.recompute,
-        **full_recompute,
+        **_recompute_fields(model),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bf16",
@@ -100,6 +86,30 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
         use_cpu_initialization=True,  # allocate on torch's default device, set by the builder
         perform_initialization=False,  # initialize_weights does it, equally for every layout
     )
+
+
+def _activation_fields(model: ModelConfig, *, on_gpu: bool) -> dict[str, object]:
+    # The fused (torch.compile'd) functions are faster on a GPU; on a CPU they would start a
+    # compiler. megatron's fused GELU adds a bias and is the tanh approximation, but it is selected
+    # by the name of the exact GELU.
+    fused_gelu = on_gpu and model.activation == "gelu_tanh" and model.bias
+    gelu = partial(F.gelu, approximate="tanh" if model.activation == "gelu_tanh" else "none")
+    gated = model.activation == "swiglu"
+    return {
+        "gated_linear_unit": gated,
+        "activation_func": F.silu if gated else F.gelu if fused_gelu else gelu,
+        "bias_activation_fusion": fused_gelu or (on_gpu and gated),
+    }
+
+
+def _recompute_fields(model: ModelConfig) -> dict[str, object]:
+    if model.recompute != "full":
+        return {"recompute_granularity": None if model.recompute == "none" else model.recompute}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": model.recompute_layers or model.num_layers,
+    }
 
 
 def layer_spec(config: StageConfig, mesh: Mesh) -> TransformerBlockSubmodules:

@@ -134,7 +134,7 @@ def build_scheduler(
 def reduced_gradients(mesh: Mesh, ddp: DistributedDataParallel) -> Iterator[Tensor]:
     """Yield the parts of megatron's buffers that hold sums over the data-parallel ranks.
 
-    With the distributed optimizer that is this rank's shard of each bucket, else the whole bucket.
+    With the distributed optimizer that is this rank's shard of each bucket, otherwise the full bucket.
     """
     for buffer in ddp.buffers:
         for bucket in buffer.buckets:

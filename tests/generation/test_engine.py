@@ -166,7 +166,7 @@ def test_lengths(cases: ModuleType, mesh: Mesh, model: GPT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "options", "error", "says"),
+    ("prompts", "options", "error", "message"),
     [
         (
             [[1], [2] * 256],
@@ -187,9 +187,9 @@ def test_lengths(cases: ModuleType, mesh: Mesh, model: GPT) -> None:
     ],
 )
 def test_invalid_arguments(
-    mesh: Mesh, model: GPT, prompts: list, options: dict, error: type, says: str
+    mesh: Mesh, model: GPT, prompts: list, options: dict, error: type, message: str
 ) -> None:
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises(error, match=message) as caught:
         generate(
             model,
             prompts,
@@ -308,9 +308,9 @@ def first_completed(tokenizer: Any, stop: tuple[str, ...], tokens: list[int]) ->
 )
 def test_stop_strings_cut_by_any_tokens(tokenizer: Any, stop: tuple[str, ...]) -> None:
     text = "the cat sat at. naïve café 🙂🙂 end the mat. Überraschung!\n\nHuman: hi"
-    whole = tokenizer.encode(text)
+    encoded = tokenizer.encode(text)
     pieces = [token for word in text for token in tokenizer.encode(word)]  # one character at a time
-    for tokens in (whole, pieces, [*whole, tokenizer.eos_token_id]):
+    for tokens in (encoded, pieces, [*encoded, tokenizer.eos_token_id]):
         matcher = StopStrings(stop, tokenizer)
         found = next(
             (n for n in range(1, len(tokens) + 1) if matcher.completed_by(tokens[:n])), None
@@ -335,11 +335,11 @@ def test_stop_strings_end_responses(
     text = tokenizer.decode(free[2].tokens, clean_up_tokenization_spaces=False)
     stop = (text[4:7], text[9:11])
     ended = run(stop)
-    for whole, cut in zip(free, ended, strict=True):
-        n = first_completed(tokenizer, stop, whole.tokens)
-        assert cut.tokens == whole.tokens[:n]
-        assert cut.logprobs == pytest.approx(whole.logprobs[:n], abs=1e-5)
-        assert cut.stopped == (whole.stopped or n is not None)
+    for uncut, cut in zip(free, ended, strict=True):
+        n = first_completed(tokenizer, stop, uncut.tokens)
+        assert cut.tokens == uncut.tokens[:n]
+        assert cut.logprobs == pytest.approx(uncut.logprobs[:n], abs=1e-5)
+        assert cut.stopped == (uncut.stopped or n is not None)
     assert len(ended[2].tokens) < len(free[2].tokens)
     with pytest.raises(ValueError, match="tokenizer"):
         generate(model, prompts, SamplingParams(stop=("x",)), mesh=mesh, eos=EOS)

@@ -147,7 +147,7 @@ def test_extreme_logits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens 5"),
@@ -158,6 +158,6 @@ def test_extreme_logits() -> None:
         ({"stop": ("",)}, "empty string"),
     ],
 )
-def test_params_are_checked(changes: dict, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_params_are_checked(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SamplingParams(**changes)

@@ -94,11 +94,11 @@ class TestDropout:
         p = 0.4
         stage = build_model(ModelConfig(**GPT2, embedding_dropout=p), mesh, VOCAB, seed=1)
         with torch.no_grad():
-            whole = stage.eval().embedding(batch.tokens[None], batch.positions[None])
+            full = stage.eval().embedding(batch.tokens[None], batch.positions[None])
             dropped = stage.train().embedding(batch.tokens[None], batch.positions[None])
         kept = dropped != 0
         assert abs(kept.float().mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
-        torch.testing.assert_close(dropped[kept], (whole / (1 - p))[kept])
+        torch.testing.assert_close(dropped[kept], (full / (1 - p))[kept])
 
     def test_attention_keeps_its_expectation(self, mesh: Mesh, batch: PackedBatch) -> None:
         torch.manual_seed(0)
