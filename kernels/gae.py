@@ -26,7 +26,7 @@ MOMENTS = tl.constexpr(len(Moment))
 
 
 def scan_options(length: int) -> dict[str, int]:
-    """Return the launch options of one program per row: four positions per thread, more would spill."""
+    """Return the launch options: four positions per thread, more would spill."""
     return {"BLOCK": 128, "num_warps": 1} if length <= 128 else {"BLOCK": 1024, "num_warps": 8}
 
 
@@ -110,7 +110,7 @@ def _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, at, inside):
 
 @triton.jit
 def _shaped(d, keep, is_last, score, kl_coef, clip, ESTIMATOR: tl.constexpr, CLIPPED: tl.constexpr):
-    """Return (reward, kl) for log-ratios d: -kl_coef * clipped kl, plus the score at the last one."""
+    """Return (-kl_coef * clipped kl plus the score at the last position, kl) of log-ratios d."""
     kl = d
     if ESTIMATOR == "abs":
         kl = tl.abs(d)

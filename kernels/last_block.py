@@ -36,8 +36,8 @@ def arrivals(like: Tensor) -> Tensor:
         return _zero(like)
     stream = torch.cuda.current_stream(like.device)
     if stream not in _COUNTERS:
-        # In another thread: when torch.compile warms up a CUDA graph, this thread allocates from the
-        # graph's memory pool, and nothing there may outlive the call.
+        # In another thread: when torch.compile warms up a CUDA graph, this thread allocates from
+        # the graph's memory pool, and nothing there may outlive the call.
         with ThreadPoolExecutor(1) as other:
             _COUNTERS[stream] = other.submit(_zero_on, stream, like).result()
     return _COUNTERS[stream]

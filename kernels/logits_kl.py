@@ -49,7 +49,7 @@ def _add(x, top, total, scale):
 
 @triton.jit
 def _fold(x, y, top_x, sum_x, top_y, sum_y, cross, scale):
-    """Add groups to the sums; cross is sum e (x - y) of raw logits, so only the max of x rescales it."""
+    """Add groups; cross is sum e (x - y) of raw logits, so only the max of x rescales it."""
     top_x, keep, e, sum_x = _add(x, top_x, sum_x, scale)
     top_y, _, _, sum_y = _add(y, top_y, sum_y, scale)
     cross = keep * cross + tl.sum(tl.where(e == 0.0, 0.0, e * (x - y)), 1)
@@ -326,7 +326,7 @@ def logits_kl_backward(
     out: Tensor | None,
     ref_out: Tensor | None,
 ) -> None:
-    """Write the gradients of rows into `out` and of ref_rows into `ref_out`, unless they are None."""
+    """Write the gradients of rows into `out` and of ref_rows into `ref_out`, unless None."""
     tokens = rows.shape[0] * rows.shape[1]
     outs = [rows if t is None else t for t in (out, ref_out)]
     if tokens:

@@ -46,7 +46,7 @@ def _exponent(x, top, scale):
 
 @triton.jit
 def _fold(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
-    """Add logits [G, VECTOR] to their groups' (max, sum e, sum e u) [G], with u = (x - max) * scale.
+    """Add logits [G, VECTOR] to their groups' (max, sum e, sum e u) [G], u = (x - max) * scale.
 
     A group is what one thread loads at a time: threads exchange nothing before the row's end.
     """
@@ -330,7 +330,7 @@ def logprob_forward(
     vocab_start: int,
     columns: int,
 ) -> RowResults:
-    """Return the results [N] of rows [B, L, V] in one launch; entropy and kl [0] unless requested."""
+    """Return the results [N] in one launch; entropy and kl are [0] unless requested."""
     tokens = labels.numel()
 
     def out(requested: bool = True) -> Tensor:

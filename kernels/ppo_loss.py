@@ -1,7 +1,7 @@
 """The clipped PPO policy and value losses with their gradients and metrics, in one launch.
 
-A function with the signature of `_ppo_loss_torch` in fastrlhf/ops/ppo.py. The gradients are those of
-sums: the denominator may be the mask's count, which is known only when the last block finishes.
+The signature is that of `_ppo_loss_torch` in fastrlhf/ops/ppo.py. The gradients are those of sums:
+the denominator may be the mask's count, which is known only when the last block finishes.
 """
 
 from __future__ import annotations

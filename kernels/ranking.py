@@ -1,8 +1,8 @@
 """The pairwise ranking loss over all pairs of ragged prompts, with its gradient, in one launch.
 
-A function with the signature of `_ranking_loss_torch` in fastrlhf/ops/ranking.py. One program per
-prompt, tiles of 16 x 16 pairs, so that K = 9 is one tile and K = 64 sixteen; K itself is read on the
-device and has no limit.
+The signature is that of `_ranking_loss_torch` in fastrlhf/ops/ranking.py. One program per prompt,
+tiles of 16 x 16 pairs, so that K = 9 is one tile and K = 64 sixteen; K itself is read on the device
+and has no limit.
 """
 
 from __future__ import annotations

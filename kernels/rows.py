@@ -25,7 +25,7 @@ class Kernel(Protocol):
 
 
 def jit(*counts: str) -> Callable[[Callable[..., None]], Kernel]:
-    """Apply triton.jit, compiling once for all values of `counts` and all alignments of pointers."""
+    """Apply triton.jit, compiling once for all values of `counts` and pointer alignments."""
 
     def decorate(function: Callable[..., None]) -> Kernel:
         pointers = [name for name in function.__code__.co_varnames if name.endswith("_ptr")]

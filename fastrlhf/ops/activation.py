@@ -1,4 +1,4 @@
-"""gelu(x + bias) of a matrix product's rows in one pass, for models on a CPU, where torch needs three.
+"""gelu(x + bias) of a matrix product's rows in one pass on a CPU, where torch needs three.
 
 torch adds a bias by copying it over the output before the product, and its tanh GELU takes five
 times as long as a tanh. Not supported: GPUs (megatron-core has fused activations there) and other

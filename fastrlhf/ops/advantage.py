@@ -207,7 +207,7 @@ def _(rollout: Rollout, kl_coef: Tensor, options: TargetOptions, backend: str) -
 def _whiten(
     advantages: Tensor, mask: Tensor, moments: Tensor, eps: float, group: ProcessGroup | None
 ) -> Tensor:
-    """Return (A - mean) / sqrt(var + eps) from the moments by row (combined as Chan et al. 1979)."""
+    """Return (A - mean) / sqrt(var + eps) from the moments by row (Chan et al. 1979)."""
     count, mean = moments[:, Moment.COUNT], moments[:, Moment.MEAN]
     sums = torch.stack([count.sum(), (count * mean).sum()])
     total, weighted = all_reduce_sum(sums, group).unbind()

@@ -46,7 +46,7 @@ def _triton_version() -> str | None:
 
 @functools.cache
 def _load_extension(name: str) -> str | None:
-    """Import the extension fastrlhf._C_<name>; None when it loaded, otherwise why not."""
+    """Import the extension fastrlhf._C_<name>; return None, or the reason if it fails."""
     try:
         importlib.import_module(f"fastrlhf._C_{name}")
     except ImportError as error:
@@ -55,7 +55,10 @@ def _load_extension(name: str) -> str | None:
 
 
 def _interpreting() -> bool:
-    """Triton kernels run on CPU tensors when TRITON_INTERPRET=1 was set before triton was imported."""
+    """Return whether Triton kernels run on CPU tensors.
+
+    TRITON_INTERPRET=1 must be set before triton is imported.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -65,33 +68,54 @@ def _triton_problem(device: torch.device | None = None) -> str | None:
     if _interpreting() or (device is not None and device.type == "cuda"):
         return None
     if not torch.cuda.is_available():
-        return "triton needs a GPU and torch sees none (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
+        return (
+            "triton needs a GPU and torch sees none"
+            " (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
+        )
     if device is not None:
-        return f"triton kernels need CUDA tensors, these are on {device}: move them or pass backend='auto'"
+        return (
+            f"triton kernels need CUDA tensors, these are on {device}:"
+            " move them or pass backend='auto'"
+        )
     return None
 
 
 def _cuda_problem(device: torch.device | None = None) -> str | None:
     why = _load_extension("cuda")
     if why is not None:
-        return f"the extension fastrlhf._C_cuda is not built ({why}): reinstall with nvcc on PATH and a torch for CUDA"
+        return (
+            f"the extension fastrlhf._C_cuda is not built ({why}):"
+            " reinstall with nvcc on PATH and a torch for CUDA"
+        )
     if not torch.cuda.is_available():
         return "the cuda backend needs a GPU and torch sees none: pass backend='auto'"
     if device is not None and device.type != "cuda":
-        return f"the cuda backend needs CUDA tensors, these are on {device}: move them or pass backend='auto'"
+        return (
+            f"the cuda backend needs CUDA tensors, these are on {device}:"
+            " move them or pass backend='auto'"
+        )
     found = torch.cuda.get_device_capability(device)
     if found < MIN_CUDA_CAPABILITY:
         has = ".".join(map(str, found))
-        return f"its kernels need compute capability 9.0 or more, this GPU has {has}: pass backend='auto'"
+        return (
+            f"its kernels need compute capability 9.0 or more, this GPU has {has}:"
+            " pass backend='auto'"
+        )
     return None
 
 
 def _cpu_problem(device: torch.device | None = None) -> str | None:
     why = _load_extension("cpu")
     if why is not None:
-        return f"the C++ extension fastrlhf._C_cpu is not built ({why}): reinstall with a C++ compiler present"
+        return (
+            f"the C++ extension fastrlhf._C_cpu is not built ({why}):"
+            " reinstall with a C++ compiler present"
+        )
     if device is not None and device.type != "cpu":
-        return f"the cpu backend needs CPU tensors, these are on {device}: move them or pass backend='auto'"
+        return (
+            f"the cpu backend needs CPU tensors, these are on {device}:"
+            " move them or pass backend='auto'"
+        )
     return None
 
 
@@ -123,7 +147,7 @@ class Kernel(Generic[Arguments, Result]):
     def problem(
         self, backend: str, tensor: Tensor | None = None, sharded: bool = False
     ) -> str | None:
-        """Return why `backend` cannot run this kernel (on `tensor`, if given), and the fix, or None."""
+        """Return why `backend` cannot run this kernel (on `tensor`) and the fix, or None."""
         if backend == "torch":
             return None
         if backend == "cuda" and self._cuda_impl is None:

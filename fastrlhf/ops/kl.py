@@ -1,4 +1,4 @@
-"""Per-token KL estimates from sampled log-probs, and the exact per-token KL from two sets of logits.
+"""Per-token KL: estimates from sampled log-probs, and exact values from two sets of logits.
 
 Out of scope: reductions; average with `masked_mean`.
 """
@@ -154,7 +154,7 @@ def _finish(stats: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
 
 
 def _combine(stats: Tensor, temperature: float) -> Tensor:
-    """Merge the shards' statistics [R, 5, N], in rank order, into those of the vocabulary [5, N]."""
+    """Merge the shards' statistics [R, 5, N], in rank order, into the vocabulary's [5, N]."""
     row_max, scale = _common_scale(stats, KLStatistic.ROW_MAX, KLStatistic.ROW_SUM, temperature)
     ref_max, ref_scale = _common_scale(stats, KLStatistic.REF_MAX, KLStatistic.REF_SUM, temperature)
     cross = torch.where(scale == 0, 0.0, scale * stats[:, KLStatistic.CROSS])
@@ -171,7 +171,7 @@ def _combine(stats: Tensor, temperature: float) -> Tensor:
 def _common_scale(
     stats: Tensor, maximum: KLStatistic, total: KLStatistic, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the maximum [N] over the shards, and the factor [R, N] that moves each shard's sums to it."""
+    """Return the maximum [N] over the shards, and the factors [R, N] of their sums."""
     top = stats[:, maximum].amax(0)
     scale = torch.exp((stats[:, maximum] - top) / temperature)
     return top, torch.where(stats[:, total] == 0, 0.0, scale)

@@ -1,7 +1,8 @@
-"""Names for the rows of the small tensors that kernels return: the source of every backend's layout.
+"""Names for the rows of the small tensors that kernels return, for every backend.
 
-The Triton kernels take their indices from here; csrc/layouts.h repeats them for C++ and CUDA, and
-tests/csrc/test_layouts.py compares the two. Members index a tensor, `len(Layout)` is its size.
+This is the source: the Triton kernels take their indices from here, csrc/layouts.h repeats them for
+C++ and CUDA, and tests/csrc/test_layouts.py compares the two. Members index a tensor, `len(Layout)`
+is its size.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Moment(IntEnum):
 
 
 class PPOMetric(IntEnum):
-    """Elements of the metrics [10] of the PPO loss: the fields of PPOLoss, then the gradient's scale."""
+    """Elements of the PPO loss's metrics [10]: the fields of PPOLoss, then the gradient's scale."""
 
     LOSS = 0
     POLICY_LOSS = 1
@@ -66,7 +67,7 @@ class PPOMetric(IntEnum):
 
 
 class RankingMetric(IntEnum):
-    """Elements of the metrics [5] of the ranking loss: the fields of RankingLoss, then the gradient's scale."""
+    """Elements of the ranking loss's metrics [5]: those of RankingLoss, then the grad scale."""
 
     LOSS = 0
     ACCURACY = 1

@@ -247,7 +247,7 @@ def mul_to(x: Tensor, factor: Tensor | None, dtype: torch.dtype, consume: bool =
 
 
 def saved_tensors_are_final() -> bool:
-    """Return whether this backward is the last through its graph, so that saved tensors are free."""
+    """Return whether this backward is the last to read the saved tensors."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps_graph is not None and not keeps_graph()
 
@@ -317,7 +317,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, keep: bool) -> Non
 
 
 def prefetch_one(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield each item once the next one is made, so that its collective overlaps the next's GEMM."""
+    """Yield each item once the next is made: its collective overlaps the next one's GEMM."""
     for previous in items:
         for item in items:
             yield previous

@@ -153,7 +153,8 @@ class _ChunkedLogits(NamedTuple):
         chosen = STATISTICS.choose(buffers, self.backend, self.shard.sharded)
         options = (self.temperature, self.shard.vocab_start, self.shard.columns)
         for i, at in enumerate(rows):
-            hidden, labels, mask = rows.chunk(at), rows.take(self.labels_N, at), self._mask(at)
+            hidden, labels = rows.chunk(at), rows.take(self.labels_N, at)
+            mask = rows.take(rows.mask, at)
             logits = self.head.chunk_logits(hidden, buffers[i % alive, : at.stop - at.start])
             in_one_read = chosen == "cuda" and self.d_logprobs_N is not None
             if in_one_read:
@@ -164,9 +165,6 @@ class _ChunkedLogits(NamedTuple):
                 statistics = STATISTICS.implementation(logits, chosen)
                 stats = statistics(logits[None], labels, mask, *options)
             yield _Chunk(at, hidden, labels, mask, logits, self._combined(stats), in_one_read)
-
-    def _mask(self, at: RowSlice) -> Tensor | None:
-        return self.rows.take(self.rows.mask, at)
 
     def _combined(self, stats: Tensor) -> Callable[[], Tensor]:
         if not self.shard.sharded:
@@ -354,23 +352,13 @@ def _run_loss(
     checks.denominator(denominator, device)
     check_num_counted(tokens.num_counted, tokens.mask)
     shard = vocab_shard(width, vocab_start, vocab_size, group)
-    # All ranks must cut the same chunks, and only the true size tells a rank how wide the others'
-    # shards are.
+    # All ranks must cut the same chunks; only the true size gives the others' widths.
     chunk_width = width if group is None else -(-(vocab_size or 0) // group.size())
     grad = torch.is_grad_enabled()
     needs = [grad and t is not None and t.requires_grad for t in head]
     divide_by = ppo.as_denominator(denominator, head.hidden)
-    loss, metrics, _, _, _ = _linear_loss(
-        head,
-        tokens,
-        policy,
-        divide_by,
-        float(temperature),
-        shard,
-        chunk_width,
-        backend,
-        needs,
-    )
+    options = (float(temperature), shard, chunk_width, backend, needs)
+    loss, metrics, _, _, _ = _linear_loss(head, tokens, policy, divide_by, *options)
     return loss, metrics
 
 
@@ -389,7 +377,7 @@ def linear_cross_entropy(
     group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the cross-entropy of (hidden @ weight.T + bias) / T over the True positions, 0-dim fp32.
+    """Return the cross-entropy of (hidden @ weight.T + bias) / T at the True positions, 0-dim fp32.
 
     -sum of log softmax(...)[label] / denominator. The denominator (a float or a 0-dim tensor)
     defaults to the number of True positions. Shapes, dtypes, `num_counted` and `group` as in

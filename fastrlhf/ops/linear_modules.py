@@ -56,7 +56,7 @@ class _FusedLinear(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """Return every option, the group by its name, so that a printed model tells losses apart."""
+        """Return every option, the group by its name, so that printed losses are distinct."""
         held = {
             name: value
             for name, value in vars(self).items()
@@ -104,7 +104,7 @@ class FusedLinearLogprobs(_FusedLinear):
 
 
 class FusedLinearCrossEntropy(_FusedLinear):
-    """`linear_cross_entropy` with fixed options; the default mask excludes `ignore_index` labels."""
+    """`linear_cross_entropy` with fixed options; by default `ignore_index` labels are masked."""
 
     def __init__(self, *, ignore_index: int = -100, **options: Unpack[SharedOptions]) -> None:
         super().__init__(**options)

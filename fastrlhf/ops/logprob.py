@@ -236,7 +236,7 @@ def token_grads(
     grad_logsumexp: Tensor | None,
     grad_kl: Tensor | None,
 ) -> tuple[TokenGrads, Tensor | None]:
-    """Return the upstream of the row's results, and that of the k1 KL, which passes to the log-probs.
+    """Return the upstream of a row's results and of its KL, which also passes to the log-probs.
 
     A gradient of an empty output, one that was not requested, counts as None.
     """

@@ -34,7 +34,7 @@ class TokenGrads(NamedTuple):
 
 
 class RowResults(NamedTuple):
-    """Outputs of the forward, fp32, one per token; entropy and kl are empty [0] unless requested."""
+    """Outputs of the forward, fp32, per token; entropy and kl are empty [0] unless requested."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -158,7 +158,7 @@ def forward_backward_cuda(
     columns: int,
     out: Tensor,
 ) -> Tensor:
-    """Write the gradient of `rows` into `out` and return the statistics, in one read of the logits."""
+    """Write the gradient of `rows` into `out` and return the statistics, in one read."""
     return torch.ops.fastrlhf_cuda.logprob_forward_backward(
         rows, labels, mask, *upstream, temperature, vocab_start, columns, out
     )
@@ -186,7 +186,7 @@ BACKWARD = Kernel("logprob_backward", _backward_torch, "fastrlhf.kernels.logprob
 
 
 def combine_statistics(stats: Tensor, temperature: float) -> Tensor:
-    """Merge the shards' statistics [R, 4, N], in rank order, into those of the vocabulary [4, N]."""
+    """Merge the shards' statistics [R, 4, N], in rank order, into the vocabulary's [4, N]."""
     maxima = stats[:, SoftmaxStatistic.ROW_MAX]
     sums = stats[:, SoftmaxStatistic.ROW_SUM]
     row_max = maxima.amax(0)

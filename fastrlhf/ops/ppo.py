@@ -142,20 +142,8 @@ def _ppo_loss_torch(
     plain, clipped = -advantage * ratio, -advantage * clipped_ratio
     grad_logprobs = torch.where(clipped > plain, 0.0, plain)
     zero = scale.new_zeros(())
-    value = value_clipped = entropy = zero
-    grad_values = logprobs.new_empty(0, dtype=dtype)
-    if tokens.values is not None and tokens.old_values is not None and tokens.returns is not None:
-        v, old, target = clean(tokens.values), clean(tokens.old_values), clean(tokens.returns)
-        step, bounded = v - old, (v - old).clamp(-options.value_clip, options.value_clip)
-        error, clipped_error = v - target, old + bounded - target
-        # A step inside the bound is never cut: old + (v - old) may round past v, which would lose
-        # its gradient.
-        cut = (step != bounded) & (clipped_error.square() > error.square())
-        value = 0.5 * torch.where(cut, clipped_error, error).square().sum()
-        value_clipped = cut.sum(dtype=dtype)
-        grad_values = torch.where(cut, 0.0, options.value_coef * error)
-    if tokens.entropy is not None:
-        entropy = clean(tokens.entropy).sum()
+    value, value_clipped, grad_values = _value_terms(tokens, options)
+    entropy = zero if tokens.entropy is None else clean(tokens.entropy).sum()
     kept_ratio = torch.where(mask, ratio, 0.0)
     metrics = scale * layouts.stack(
         PPOMetric,
@@ -178,6 +166,25 @@ def _ppo_loss_torch(
     if mask.numel():
         metrics[PPOMetric.RATIO_MAX] = kept_ratio.max()
     return metrics, grad_logprobs, grad_values
+
+
+def _value_terms(tokens: PPOTokens, options: PPOOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (sum of the value loss, number of clipped values, gradient [N] or [0])."""
+    dtype = checks.compute_dtype(tokens.logprobs)
+    if tokens.values is None or tokens.old_values is None or tokens.returns is None:
+        zero = tokens.logprobs.new_zeros((), dtype=dtype)
+        return zero, zero, tokens.logprobs.new_empty(0, dtype=dtype)
+    v, old, target = (
+        torch.where(tokens.mask, t.to(dtype), 0.0)
+        for t in (tokens.values, tokens.old_values, tokens.returns)
+    )
+    step, bounded = v - old, (v - old).clamp(-options.value_clip, options.value_clip)
+    error, clipped_error = v - target, old + bounded - target
+    # A step inside the bound is never cut: old + (v - old) may round past v, which would lose its
+    # gradient.
+    cut = (step != bounded) & (clipped_error.square() > error.square())
+    value = 0.5 * torch.where(cut, clipped_error, error).square().sum()
+    return value, cut.sum(dtype=dtype), torch.where(cut, 0.0, options.value_coef * error)
 
 
 KERNEL = Kernel("ppo_loss", _ppo_loss_torch, "fastrlhf.kernels.ppo_loss")

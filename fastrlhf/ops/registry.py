@@ -78,8 +78,8 @@ class Op(Generic[Arguments, Result]):
         returned = hints.pop("return")
         self._groups = [_Group(name, hint) for name, hint in hints.items()]
         fields = [field for group in self._groups for field in group.fields]
-        self.argument_names = [name for name, _ in fields]
-        assert len(set(self.argument_names)) == len(fields), (name, self.argument_names)
+        self._positions = {name: position for position, (name, _) in enumerate(fields)}
+        assert len(self._positions) == len(fields), f"{name}: two arguments have one name"
         arguments = [
             f"{_SCHEMA_TYPES[hint]}{'(a!)' if name == mutates else ''} {name}"
             for name, hint in fields
@@ -97,11 +97,9 @@ class Op(Generic[Arguments, Result]):
     def _grouped(self, flat: tuple[object, ...]) -> list[object]:
         groups, start = [], 0
         for group in self._groups:
-            if group.make is None:
-                groups.append(flat[start])
-            else:
-                groups.append(group.make(*flat[start : start + len(group.fields)]))
-            start += len(group.fields)
+            stop = start + group.size
+            groups.append(flat[start] if group.make is None else group.make(flat[start:stop]))
+            start = stop
         return groups
 
     def _grouping(self, function: Function) -> Function:
@@ -109,7 +107,7 @@ class Op(Generic[Arguments, Result]):
 
     def needs_grad(self, ctx: Context, *names: str) -> list[bool]:
         """Return whether autograd wants the gradient of each argument named."""
-        return [ctx.needs_input_grad[self.argument_names.index(name)] for name in names]
+        return [ctx.needs_input_grad[self._positions[name]] for name in names]
 
     def register_fake(self, shapes: Callable[Some, Result]) -> None:
         """Register a function that returns empty tensors with the outputs' shapes and dtypes."""
@@ -132,9 +130,10 @@ class Op(Generic[Arguments, Result]):
         run = cast(Function, backward)
 
         def gradients_of(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-            gradients = cast(Gradients, run(ctx, *upstream))
-            assert gradients.keys() <= set(self.argument_names), (self.name, list(gradients))
-            return tuple(gradients.get(name) for name in self.argument_names)
+            by_position: list[Tensor | None] = [None] * len(self._positions)
+            for name, gradient in cast(Gradients, run(ctx, *upstream)).items():
+                by_position[self._positions[name]] = gradient
+            return tuple(by_position)
 
         def once(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
             if not torch.is_grad_enabled():
@@ -159,11 +158,12 @@ class _Group:
     """One parameter of an implementation: a value of the schema, or a NamedTuple of several."""
 
     def __init__(self, name: str, hint: type) -> None:
-        self.make: type | None = None
+        self.make: Callable[[tuple[object, ...]], object] | None = None
         self.fields: list[tuple[str, type]] = [(name, hint)]
         if isinstance(hint, type) and issubclass(hint, tuple):
-            self.make = hint
+            self.make = getattr(hint, "_make")  # noqa: B009  (typed for NamedTuples only)
             self.fields = list(typing.get_type_hints(hint).items())
+        self.size = len(self.fields)
 
 
 def _returned(hint: type) -> str:
@@ -196,7 +196,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _OnceContext, *_: Tensor | None) -> None:
         raise RuntimeError(
-            f"{ctx.name} has no second derivative: use its plain torch formula for gradient penalties"
+            f"{ctx.name} has no second derivative: use its plain torch formula for gradient"
+            " penalties"
         )
 
 

@@ -1,4 +1,4 @@
-"""The CPU extension under each instruction set, and the switches that the tests here share."""
+"""Fixtures that select the instruction set and threads of the CPU extension."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def built() -> None:
 
 @pytest.fixture(params=LEVELS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, built: None) -> str:
-    """Every test that takes this runs once for each instruction set that this build and this CPU have."""
+    """Run the test once for each instruction set that this build and this CPU have."""
     monkeypatch.setenv("FASTRLHF_CPU_ISA", request.param)
     try:
         assert torch.ops.fastrlhf_cpu.isa() == request.param
@@ -48,6 +48,6 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def cpu(isa: str) -> SimpleNamespace:
-    """The raw kernels, under the instruction set of `isa`."""
+    """Return the raw kernels, under the instruction set of `isa`."""
     assert os.environ["FASTRLHF_CPU_ISA"] == isa
     return torch.ops.fastrlhf_cpu

@@ -1,4 +1,4 @@
-"""Building the extensions: what is left out is said in one line, and the CUDA kernels compile without spilling."""
+"""Builds of the extensions: a skipped one is reported in one line; CUDA kernels do not spill."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(root: Path, folder: Path, **environment: str) -> subprocess.CompletedP
         ({"CXX": "false"}, "false failed, see above"),
     ],
 )
-def test_what_cannot_be_built_is_left_out_and_the_install_goes_on(
+def test_an_extension_that_cannot_be_built_is_skipped(
     root: Path, tmp_path: Path, environment: dict[str, str], why: str
 ) -> None:
     done = build(root, tmp_path, NVCC="no-such-nvcc", **environment)

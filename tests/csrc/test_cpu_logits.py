@@ -1,7 +1,8 @@
-"""The kernels over logits against float64, under every instruction set: errors are bounded, not compared by eye.
+"""The kernels over logits against float64, under every instruction set, with derived error bounds.
 
-eps is fp32's. An exponential of u carries the rounding of u itself, |u| eps / 2, whoever computes it; sums and the
-last logarithm add a few eps more. The bounds below are those, times small constants; torch's softmax obeys them too.
+eps is fp32's. An exponential of u carries the rounding of u itself, |u| eps / 2, in any
+implementation; sums and the last logarithm add a few eps. The bounds below are those, times small
+constants; torch's softmax obeys them too.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 from fastrlhf.ops import kl as kl_op
 from fastrlhf.ops import logits_kl, logprobs
 from fastrlhf.ops import logprob_kernels as logprob_op
+from fastrlhf.ops.layouts import SoftmaxStatistic
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = (1, 3, 123, 252, 507, 511, 513, 2047, 2049, 4100, 50257)
 EPS = torch.finfo(torch.float32).eps
+ROW_MAX, ROW_SUM = SoftmaxStatistic.ROW_MAX, SoftmaxStatistic.ROW_SUM
 
 
 def make(
@@ -79,7 +82,7 @@ def test_statistics_far_from_zero_and_at_other_temperatures(
 def gradient(
     rows: Tensor, labels: Tensor, grads: tuple[Tensor, ...], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient in float64, and how large an error of fp32 arithmetic may be, per element."""
+    """Return the gradient in float64 and the bound on the error of fp32 arithmetic, per element."""
     g_lp, g_h, g_lse = (g.double()[:, None] for g in grads)
     logp = torch.log_softmax(rows[0].double() / temperature, -1)
     p = logp.exp()
@@ -109,8 +112,8 @@ def test_backward_against_float64_out_of_place_and_in_place(
     arguments = (
         labels,
         None,
-        stats[0].clone(),
-        stats[1].clone(),
+        stats[ROW_MAX].clone(),
+        stats[ROW_SUM].clone(),
         entropy,
         *grads,
         temperature,
@@ -129,7 +132,8 @@ def test_backward_against_float64_out_of_place_and_in_place(
 
 
 def test_large_outputs_are_the_same_in_place(cpu: SimpleNamespace) -> None:
-    # From 1 MiB on, pages are asked for before a thread writes its rows; rows of 50,257 begin at any alignment.
+    # From 1 MiB on, pages are populated before a thread writes its rows; rows of 50,257 begin at
+    # any alignment.
     for dtype in DTYPES:
         rows, labels = make(100, 50257, dtype)
         stats = cpu.logprob_statistics(rows, labels, None, 1.0, 0, 50257)
@@ -137,8 +141,8 @@ def test_large_outputs_are_the_same_in_place(cpu: SimpleNamespace) -> None:
         arguments = (
             labels,
             None,
-            stats[0].clone(),
-            stats[1].clone(),
+            stats[ROW_MAX].clone(),
+            stats[ROW_SUM].clone(),
             None,
             ones,
             None,
@@ -164,10 +168,10 @@ def test_masked_rows_are_never_read(cpu: SimpleNamespace, dtype: torch.dtype) ->
     clean = cpu.logprob_statistics(rows, labels, None, 1.0, 0, 252)
     stats = cpu.logprob_statistics(dirty, dirty_labels, mask, 1.0, 0, 252)
     assert torch.equal(stats[:, mask], clean[:, mask])
-    assert stats.isfinite().all() and (stats[1] > 0).all()
+    assert stats.isfinite().all() and (stats[ROW_SUM] > 0).all()
     out = torch.full_like(rows, 7.0)
     upstream = torch.where(mask, 1.0, torch.nan)
-    per_token = (stats[0].clone(), stats[1].clone(), None, upstream, None, None)
+    per_token = (stats[ROW_MAX].clone(), stats[ROW_SUM].clone(), None, upstream, None, None)
     cpu.logprob_backward(dirty, dirty_labels, mask, *per_token, 1.0, 0, 252, out)
     assert (out[0, ~mask] == 0).all() and out.isfinite().all() and out[0, mask].any()
 
@@ -179,7 +183,7 @@ def test_masked_rows_are_never_read(cpu: SimpleNamespace, dtype: torch.dtype) ->
 def test_minus_infinity_is_probability_zero(cpu: SimpleNamespace, dtype: torch.dtype) -> None:
     rows, labels = make(3, 2100, dtype)
     rows[0, :, 5:1500] = -torch.inf
-    rows[0, 1, :2048] = -torch.inf  # a whole block
+    rows[0, 1, :2048] = -torch.inf  # a full block
     labels = torch.tensor([2, 2099, 10])
     want = exact(rows, labels)
     for temperature in (1.0, 0.5):
@@ -190,7 +194,7 @@ def test_minus_infinity_is_probability_zero(cpu: SimpleNamespace, dtype: torch.d
             torch.testing.assert_close(got[:2].double(), truth[:2], rtol=8 * EPS, atol=8 * EPS)
         stats = cpu.logprob_statistics(rows, labels, None, temperature, 0, 2100)
         out, g = torch.empty_like(rows), torch.ones(3)
-        per_token = (stats[0].clone(), stats[1].clone(), ours[1], g, g, g)
+        per_token = (stats[ROW_MAX].clone(), stats[ROW_SUM].clone(), ours[1], g, g, g)
         cpu.logprob_backward(rows, labels, None, *per_token, temperature, 0, 2100, out)
         assert out.isfinite().all() and (out[0, 0, 5:1500] == 0).all()
 
@@ -211,14 +215,14 @@ def test_shards_padding_and_labels_elsewhere(cpu: SimpleNamespace, dtype: torch.
     stats = cpu.logprob_statistics(rows, labels, None, 1.0, 1000, 100)
     want = logprob_op._statistics_torch(rows, labels, None, 1.0, 1000, 100)
     torch.testing.assert_close(stats, want, rtol=4 * EPS, atol=4 * EPS)
-    assert stats[3].isinf().tolist() == [True, False, False, True]
+    assert stats[SoftmaxStatistic.TARGET].isinf().tolist() == [True, False, False, True]
     out, g = torch.full_like(rows, 7.0), torch.ones(4)
     cpu.logprob_backward(
         rows,
         labels,
         None,
-        stats[0].clone(),
-        stats[1].clone(),
+        stats[ROW_MAX].clone(),
+        stats[ROW_SUM].clone(),
         None,
         g,
         None,
@@ -242,7 +246,7 @@ def test_shards_padding_and_labels_elsewhere(cpu: SimpleNamespace, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_rows_are_read_and_written_where_they_lie(
+def test_strided_rows_are_read_and_written_in_place(
     cpu: SimpleNamespace, dtype: torch.dtype
 ) -> None:
     whole = make(3 * 8, 140, dtype)[0].view(3, 8, 140)
@@ -251,7 +255,7 @@ def test_strided_rows_are_read_and_written_where_they_lie(
     copy = view.contiguous()
     stats = cpu.logprob_statistics(view, labels, None, 1.0, 0, 123)
     assert torch.equal(stats, cpu.logprob_statistics(copy, labels, None, 1.0, 0, 123))
-    per_token = (stats[0].clone(), stats[1].clone(), None, torch.ones(21), None, None)
+    per_token = (stats[ROW_MAX].clone(), stats[ROW_SUM].clone(), None, torch.ones(21), None, None)
     want = torch.empty_like(copy)
     cpu.logprob_backward(copy, labels, None, *per_token, 1.0, 0, 123, want)
     untouched = whole.clone()
@@ -344,7 +348,19 @@ def test_one_thread_and_two_give_the_same_bits(cpu: SimpleNamespace, two_threads
         kl_stats = cpu.logits_kl_statistics(rows, ref, mask, 1.0, 5003)
         g, out, kl_out = torch.ones(64), torch.empty_like(rows), torch.empty_like(rows)
         cpu.logprob_backward(
-            rows, labels, mask, stats[0].clone(), stats[1].clone(), g, g, g, g, 1.0, 0, 5003, out
+            rows,
+            labels,
+            mask,
+            stats[ROW_MAX].clone(),
+            stats[ROW_SUM].clone(),
+            g,
+            g,
+            g,
+            g,
+            1.0,
+            0,
+            5003,
+            out,
         )
         cpu.logits_kl_backward(rows, ref, mask, kl_stats, g, g, 1.0, 5003, kl_out, None)
         return [stats, kl_stats, out, kl_out]

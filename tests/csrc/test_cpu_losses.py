@@ -1,4 +1,4 @@
-"""GAE, the PPO and the ranking losses in C++ against their torch bodies in float64, under every instruction set."""
+"""GAE, PPO and ranking losses in C++ against torch in float64, under every instruction set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def widened(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
 
 
-# --- gae -------------------------------------------------------------------------------------------------------------
+# --- gae -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_shaped_rewards_gae_and_moments(
         torch.testing.assert_close(ours.double(), truth.double(), rtol=64 * EPS, atol=1e3 * EPS)
 
 
-# --- ppo -------------------------------------------------------------------------------------------------------------
+# --- ppo -----------------------------------------------------------------------------------------
 
 
 def ppo_inputs(n: int, dtype: torch.dtype, full: bool = True) -> list[Tensor | None]:
@@ -138,8 +138,9 @@ def test_ppo_loss(cpu: SimpleNamespace, n: int, full: bool, dtype: torch.dtype) 
         got = cpu.ppo_loss(*inputs, denominator, *options)
         wide = None if denominator is None else denominator.double()
         want = _ppo_loss_torch(PPOTokens(*widened(*inputs)), wide, PPOOptions(*options))
-        # A ratio carries a rounding of log-probs up to 8 in size; a token at the clip's very edge may fall either side
-        # in fp32, which moves the two fractions by whole tokens: none does with these seeds.
+        # A ratio carries a rounding of log-probs up to 8 in size. A token at the edge of the clip
+        # may fall on either side in fp32, which moves the two fractions by 1 / count: none does
+        # with these seeds.
         for ours, truth in zip(got, want, strict=True):
             torch.testing.assert_close(ours.double(), truth, rtol=32 * EPS, atol=32 * EPS)
 
@@ -158,7 +159,8 @@ def test_ppo_loss_mixes_dtypes_and_takes_no_true_position(cpu: SimpleNamespace) 
 
 
 def test_approx_kl_does_not_cancel_for_tiny_steps(cpu: SimpleNamespace) -> None:
-    # r - 1 - log r = d^2 / 2 + d^3 / 6 for small d: computed as written, fp32 would return noise of 1e-7
+    # r - 1 - log r = d^2 / 2 + d^3 / 6 for small d: computed as written, fp32 returns noise of
+    # 1e-7
     step = 2.0**-14
     logprobs, old = torch.full((64,), -step), torch.full((64,), -2 * step)
     mask = torch.ones(64, dtype=torch.bool)
@@ -186,7 +188,7 @@ def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace
     assert metrics[spoiled].isnan().all() and d_logprobs.isnan().nonzero().tolist() == [[1500]]
 
 
-# --- ranking ---------------------------------------------------------------------------------------------------------
+# --- ranking -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -233,7 +235,7 @@ def test_ranking_loss_at_its_edges(cpu: SimpleNamespace) -> None:
         cpu.ranking_loss(torch.zeros(2), ranks, torch.tensor([0, 3]), True)
 
 
-# --- all -------------------------------------------------------------------------------------------------------------
+# --- all -----------------------------------------------------------------------------------------
 
 
 def test_one_thread_and_two_give_the_same_bits(cpu: SimpleNamespace, two_threads: None) -> None:
@@ -261,9 +263,17 @@ def test_through_the_public_ops(isa: str) -> None:
     for backend in ("cpu", "torch"):
         leaves = [t.detach().clone().requires_grad_() for t in (logprobs, values, entropy, scores)]
         loss = ppo_loss(
-            leaves[0], old, advantages, mask, values=leaves[1], old_values=old_values, returns=returns,
-            entropy=leaves[2], entropy_coef=0.1, backend=backend,
-        )  # fmt: skip
+            leaves[0],
+            old,
+            advantages,
+            mask,
+            values=leaves[1],
+            old_values=old_values,
+            returns=returns,
+            entropy=leaves[2],
+            entropy_coef=0.1,
+            backend=backend,
+        )
         ranking = pairwise_ranking_loss(
             leaves[3], ranks, torch.tensor([0, 9, 9, 27]), backend=backend
         )
@@ -278,7 +288,7 @@ def test_through_the_public_ops(isa: str) -> None:
 
 
 def test_freed_outputs_are_used_again_and_live_ones_never(built: None) -> None:
-    """Each is 1 MiB, so that the pool holds it. Results are of different inputs: a shared page would show."""
+    """Each is 1 MiB, so that the pool holds it. Inputs differ: a shared page is detected."""
     rewards = torch.randn(512, 512, generator=generator())
     everywhere = torch.ones(512, 512, dtype=torch.bool)
 
@@ -302,7 +312,7 @@ def test_freed_outputs_are_used_again_and_live_ones_never(built: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(
+def test_a_loss_uses_the_pages_of_the_last_one_and_does_not_share_gradients(
     built: None, dtype: torch.dtype
 ) -> None:
     """The weight's gradient is 1 MiB in fp32, and so are the logits of 256 rows."""
@@ -320,7 +330,7 @@ def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(
     second = gradient()
     assert first.data_ptr() != second.data_ptr()
     assert torch.equal(first, kept) and torch.equal(second, kept)
-    if dtype == torch.float32:  # in bf16 it is scaled and rounded into memory of its own
+    if dtype == torch.float32:  # in bf16 it is scaled and rounded into new memory
         address = second.data_ptr()
         del second
         assert gradient().data_ptr() == address
@@ -329,7 +339,10 @@ def test_a_loss_uses_the_pages_of_the_last_one_and_keeps_gradients_apart(
 
 
 def test_a_bad_size_of_the_pool_is_named(built: None, root: Path) -> None:
-    code = "import torch, fastrlhf.ops as o; x = torch.ones(512, 512); o.gae(x, x, x > 0, backend='cpu')"
+    code = (
+        "import torch, fastrlhf.ops as o; x = torch.ones(512, 512);"
+        " o.gae(x, x, x > 0, backend='cpu')"
+    )
     environment = {**os.environ, "FASTRLHF_POOL_MB": "12MB", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False

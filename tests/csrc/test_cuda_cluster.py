@@ -1,4 +1,4 @@
-"""The sm_90 cluster kernels against the torch bodies in float64; they need a GPU and the extension built for it."""
+"""The sm_90 cluster kernels against torch in float64; needs a GPU and fastrlhf._C_cuda."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ ENUM = re.compile(r"struct (\w+) \{\s*enum : int64_t \{([^}]*)\};\s*\};")
 
 
 def names(layout: type[IntEnum]) -> list[str]:
-    """The members in the order of their values, in lower case."""
+    """Return the members in the order of their values, in lower case."""
     assert sorted(layout) == list(range(len(layout)))
     return [member.name.lower() for member in sorted(layout)]
 

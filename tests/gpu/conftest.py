@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def gib():
-    """gib(n): skip unless the GPU has n GiB free."""
+    """Return a function that skips the test unless the GPU has n GiB free."""
 
     def need(count: float) -> None:
         free, _ = torch.cuda.mem_get_info()

@@ -16,7 +16,8 @@ pytestmark = [
         not ops.backends()["cuda"]["available"], reason=str(ops.backends()["cuda"]["why_not"])
     ),
 ]
-# Roundings of results and gradients to the dtype, and in the linear ops of logits and their gradients too.
+# Rounding of results and gradients to the dtype; in the linear ops also of logits and their
+# gradients.
 ROUNDINGS = 8
 
 
@@ -25,9 +26,10 @@ def data(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x = {
         "hidden": torch.randn(n, width, device="cuda").to(dtype),
         "weight": (2 * width**-0.5 * torch.randn(vocab, width, device="cuda")).to(dtype),
-        "labels": torch.randint(vocab, (n,), device="cuda"), "mask": torch.rand(n, device="cuda") > 0.2,
+        "labels": torch.randint(vocab, (n,), device="cuda"),
+        "mask": torch.rand(n, device="cuda") > 0.2,
         "advantages": torch.randn(n, device="cuda"),
-    }  # fmt: skip
+    }
     now = linear_logprobs_ref(x["hidden"].double(), x["weight"].double(), x["labels"]).logprobs
     x["old"] = (
         now + 0.5 * torch.randint(-1, 2, (n,), device="cuda")
@@ -36,7 +38,7 @@ def data(vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def results(op: str, x: dict[str, torch.Tensor], backend: str) -> list[torch.Tensor]:
-    """[values, gradients]; backend "float64" is the plain torch reference."""
+    """Return [values, gradients]; backend "float64" is the plain torch reference."""
     exact = backend == "float64"
     h, w = leaves = [x[k].double() if exact else x[k].clone() for k in ("hidden", "weight")]
     for leaf in leaves:

@@ -46,7 +46,8 @@ def test_graphs_draw_what_steps_draw(family: str, dtype: str) -> None:
                 )
                 for graphs in (False, True)
             )
-            # Row buckets are other shapes of the same products, so half precision may round a draw the other way.
+            # Row buckets are other shapes of the same products, so half precision may round a draw
+            # the other way.
             same = [a.tokens == b.tokens for a, b in zip(eager, captured, strict=True)]
             assert all(same) if dtype == "fp32" else sum(same) > len(same) / 2
     finally:

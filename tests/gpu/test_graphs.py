@@ -1,4 +1,4 @@
-"""The ops inside torch.compile's graphs, compiled for the GPU, and inside CUDA graphs replayed on new data."""
+"""The ops in graphs of torch.compile, compiled for the GPU, and in CUDA graphs, replayed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ N, V, H, B, T = 96, 1003, 64, 8, 12
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """One row of tokens as [B, T] and as [N]; all leaves of fp32, so that both ways round alike."""
+    """Return tokens as [B, T] and as [N]; all leaves fp32, so that both ways round alike."""
     x = {
-        "logits": 2 * torch.randn(B, T, V, device=CUDA), "hidden": torch.randn(B, T, H, device=CUDA),
-        "weight": torch.randn(V, H, device=CUDA) * H**-0.5, "values": torch.randn(B, T, device=CUDA),
-        "old": -3 - torch.rand(B, T, device=CUDA), "scores": torch.randn(B, device=CUDA),
-        "labels": torch.randint(V, (B, T), device=CUDA), "mask": torch.rand(B, T, device=CUDA) > 0.2,
-        "ranks": torch.randint(4, (B,), device=CUDA), "offsets": torch.arange(0, B + 1, 4, device=CUDA),
-    }  # fmt: skip
+        "logits": 2 * torch.randn(B, T, V, device=CUDA),
+        "hidden": torch.randn(B, T, H, device=CUDA),
+        "weight": torch.randn(V, H, device=CUDA) * H**-0.5,
+        "values": torch.randn(B, T, device=CUDA),
+        "old": -3 - torch.rand(B, T, device=CUDA),
+        "scores": torch.randn(B, device=CUDA),
+        "labels": torch.randint(V, (B, T), device=CUDA),
+        "mask": torch.rand(B, T, device=CUDA) > 0.2,
+        "ranks": torch.randint(4, (B,), device=CUDA),
+        "offsets": torch.arange(0, B + 1, 4, device=CUDA),
+    }
     return {k: v.requires_grad_() if k in LEAVES else v for k, v in x.items()}
 
 
@@ -31,7 +36,7 @@ LEAVES = ("logits", "hidden", "weight", "values")
 
 
 def step(x: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Every op once, summed into one loss."""
+    """Return one loss, the sum of every op."""
     mask, labels = x["mask"], x["labels"]
     token = ops.logprobs(x["logits"], labels, mask=mask, with_entropy=True, ref_logprobs=x["old"])
     linear = ops.linear_logprobs(
@@ -42,9 +47,16 @@ def step(x: dict[str, torch.Tensor]) -> torch.Tensor:
     )
     advantages, returns = ops.gae(x["old"], x["values"], mask)
     loss = ops.ppo_loss(
-        token.logprobs, x["old"], targets.advantages, mask, values=x["values"], old_values=x["values"].detach() + 0.1,
-        returns=returns, entropy=token.entropy, entropy_coef=0.01,
-    ).loss  # fmt: skip
+        token.logprobs,
+        x["old"],
+        targets.advantages,
+        mask,
+        values=x["values"],
+        old_values=x["values"].detach() + 0.1,
+        returns=returns,
+        entropy=token.entropy,
+        entropy_coef=0.01,
+    ).loss
     loss = (
         loss
         + ops.linear_ppo_loss(x["hidden"], x["weight"], labels, x["old"], advantages, mask).loss
@@ -106,14 +118,14 @@ def test_results_do_not_change_from_run_to_run(repeat):
 
 
 def scalar_losses(x: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The ops that end with a sum over the blocks of their launch."""
+    """Return the loss of the ops that end with a sum over the blocks of their launch."""
     logp = torch.log_softmax(x["logits"], -1)[..., 0]
     ranking = ops.pairwise_ranking_loss(logp[:, 0], x["ranks"], x["offsets"])
     return ops.ppo_loss(logp, x["old"], x["values"].detach(), x["mask"]).loss + ranking.loss
 
 
 def test_graphs_of_torch_compile():
-    """mode="reduce-overhead" warms up in a graph's memory pool, where an op may leave nothing behind."""
+    """mode="reduce-overhead" warms up in a graph's memory pool, where ops may keep no memory."""
     torch._dynamo.reset()
     x = batch()
     compiled = torch.compile(scalar_losses, fullgraph=True, mode="reduce-overhead")

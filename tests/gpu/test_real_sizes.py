@@ -1,8 +1,9 @@
 """Every op at the sizes of a training run, against float64 computed some rows at a time.
 
-Errors are measured as || ours - exact || / || exact ||. Bounds: per-token results are fp32 sums over V terms of inputs
-that float64 reads too, so 1e-5; gradients are stored in the dtype of the inputs, so its rounding unit (4e-3 for bf16,
-whose logits are rounded as well in the linear ops, hence three of them there).
+Errors are measured as || ours - exact || / || exact ||. Bounds: per-token results are fp32 sums
+over V terms of inputs that float64 reads too, so 1e-5; gradients are stored in the dtype of the
+inputs, so its rounding unit (4e-3 for bf16, whose logits are rounded as well in the linear ops,
+hence three of them there).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def random_logits(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def check_rows(logits, labels, tokens, grad, g_logp, g_entropy, rows) -> None:
-    """logprobs, entropy, log-sum-exp and the gradient at some rows, against float64."""
+    """Compare logprobs, entropy, log-sum-exp and the gradient at some rows with float64."""
     for at in rows:
         x = logits.detach()[at].double().requires_grad_()
         exact = logprobs_ref(x, labels[at])
@@ -69,7 +70,7 @@ def test_logprobs(vocab, dtype, gib):
 
 
 def test_logprobs_past_2_to_the_31(gib):
-    """18,000 tokens of a 128k vocabulary: offsets of the last rows need more than 32 bits, in both directions."""
+    """18,000 tokens of a 128k vocabulary: offsets of the last rows need more than 32 bits."""
     gib(24)
     n, vocab = 18_000, 128_256
     assert n * vocab > 2**31
@@ -112,7 +113,7 @@ def head(
 def exact_gradients(
     loss_of_rows, h, w, rows: int = 256
 ) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Sum of `loss_of_rows(h, w, slice)` over blocks of rows and its gradients, in float64."""
+    """Return the sum of `loss_of_rows(h, w, slice)` over blocks and its gradients, in float64."""
     total, dh = 0.0, torch.empty(h.shape, dtype=torch.float64, device=CUDA)
     w64 = w.detach().double().requires_grad_()
     dw = torch.zeros_like(w64)
@@ -126,7 +127,7 @@ def exact_gradients(
     return total, dh, dw
 
 
-# 5,000 rows: one whole chunk of the head and a rest
+# 5,000 rows: one full chunk of the head and a remainder
 N, H, V = 5000, 1024, 50257
 
 
@@ -184,7 +185,7 @@ def test_linear_logprobs(recompute, gib):
 
 
 def test_a_fused_loss_never_holds_the_logits(gib):
-    """Memory of the forward and backward beyond the inputs: dh, dW in fp32 and its copy, and a chunk of logits."""
+    """Forward and backward allocate dh, dW in fp32 and its copy, and a chunk of logits."""
     gib(16)
     n, hidden, vocab = 32_768, 512, 50_257
     h, w, labels, mask = head(n, hidden, vocab)
@@ -226,9 +227,14 @@ def test_ppo_loss():
     )
     l64, v64 = (t.detach().double().requires_grad_() for t in leaves)
     exact = ppo_loss_ref(
-        l64, old.double(), advantages.double(), mask, values=v64, old_values=old_values.double(),
+        l64,
+        old.double(),
+        advantages.double(),
+        mask,
+        values=v64,
+        old_values=old_values.double(),
         returns=returns.double(),
-    )  # fmt: skip
+    )
     assert error(torch.stack(out).detach()[:3], torch.stack(exact).detach()[:3]) < PER_TOKEN
     # a ratio that rounds across the clip loses or gains its gradient: a handful in half a million
     for ours, truth in zip(

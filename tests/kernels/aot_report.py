@@ -1,6 +1,7 @@
-"""Compile every Triton kernel, as it ships, for a GPU that need not be there; print what each needs as JSON lines.
+"""Compile every Triton kernel for GPUs that need not exist here; print its resources as JSON lines.
 
-Run as `python aot_report.py 80 90 100` (compute capabilities). Spilled registers would show as stack or local memory.
+Run `python aot_report.py 80 90 100` (compute capabilities). Spilled registers would appear as stack
+or local memory.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ LOGITS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def _signature(
     kernel: Any, pointers: dict[str, str], floats: set[str], constexprs: dict[str, Any]
 ) -> ASTSource:
-    """Pointers as named, of unknown alignment, the given floats fp32, counts 32-bit, strides 64-bit (the widest that a
-    launch can pass)."""
+    """Return the source with pointer types as named, of unknown alignment.
+
+    `floats` are fp32, counts 32-bit, strides 64-bit (the widest that a launch can pass).
+    """
     signature = {}
     for name in kernel.arg_names:
         if name in constexprs:
@@ -62,7 +65,7 @@ def _vocabulary(kernel: Any, dtype: str, **flags: Any) -> tuple[ASTSource, int]:
 
 
 def sources() -> Iterator[tuple[str, ASTSource, int]]:
-    """(name, source, warps) of everything that can be launched, with every option on."""
+    """Yield (name, source, warps) of every kernel, with every option on."""
     both = {"MASKED": True, "ENTROPY": True}
     for d in LOGITS:
         yield f"logprob_statistics {d}", *_vocabulary(logprob._statistics_kernel, d, MASKED=True)
@@ -108,11 +111,15 @@ def resources(name: str, source: ASTSource, warps: int, capability: int) -> dict
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     return {
-        "kernel": name, "sm": capability, "registers": used["REG"], "spilled_bytes": used["STACK"] + used["LOCAL"],
-        "shared_bytes": built.metadata.shared, "warps": warps,
+        "kernel": name,
+        "sm": capability,
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": built.metadata.shared,
+        "warps": warps,
         "vector_loads": len(re.findall(r"ld\.global\S*\.v[248]", ptx)),
         "vector_stores": len(re.findall(r"st\.global\S*\.v[248]", ptx)),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

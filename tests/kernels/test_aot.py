@@ -1,4 +1,4 @@
-"""Every shipped kernel compiles for Ampere, Hopper and Blackwell with no GPU present, without spilling a register."""
+"""Every kernel compiles for Ampere, Hopper and Blackwell, without a GPU and without spills."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_resources(built):
 
 
 def test_rows_are_read_and_written_at_full_width(built):
-    """16 bytes a load in the unmasked blocks, although no stride is known to be aligned."""
+    """Unmasked blocks use 16-byte accesses, although no stride is known to be aligned."""
     for k in built:
         if k["kernel"].split()[0] in VOCABULARY:
             assert k["vector_loads"] >= 2, k

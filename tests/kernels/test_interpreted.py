@@ -1,7 +1,7 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU through the tests of tests/ops, and where they live.
+"""The tests of tests/ops with the Triton kernels under Triton's interpreter, on a CPU.
 
-With a GPU tests/ops runs them natively; without one, this starts it again under TRITON_INTERPRET=1, in a process of its
-own because triton reads that variable as it is imported.
+With a GPU tests/ops runs the kernels natively. Without one, these tests run it in a new process
+under TRITON_INTERPRET=1, a variable that triton reads at import.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_op_tests_pass_under_the_interpreter(half):
 
 
 def test_kernels_is_not_a_top_level_package():
-    """transformers imports Hugging Face's `kernels`; a package of ours by that name would shadow it."""
+    """transformers imports Hugging Face's `kernels`, which a package of that name would shadow."""
     assert not (ROOT / "kernels/__init__.py").exists()
     link = ROOT / "fastrlhf/kernels"
     assert link.is_symlink() and os.readlink(link) == "../kernels"

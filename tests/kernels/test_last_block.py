@@ -1,4 +1,4 @@
-"""The counters of launches that end with a sum over all blocks: whose they are, and where their memory comes from."""
+"""The counters of launches that end with a sum over all blocks: their sharing and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIKE = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Stands in for a GPU: .now is the current stream, .capturing whether a graph is being captured on it."""
+    """Fake a GPU: .now is the current stream, .capturing whether a graph is captured on it."""
     state = SimpleNamespace(now="first", capturing=False, threads=[])
 
     def zero(like):
@@ -39,8 +39,8 @@ def test_a_stream_keeps_its_counter_and_shares_it_with_no_other(streams):
     assert last_block.arrivals(LIKE) is not first
 
 
-def test_a_graph_has_a_counter_of_its_own(streams):
-    """One made while a graph is captured would be zeroed by that graph's replay alone, and others would count on it."""
+def test_a_graph_has_its_own_counter(streams):
+    """A counter made during a capture is zeroed by that graph's replay only: none may share it."""
     streams.capturing = True
     first, second = last_block.arrivals(LIKE), last_block.arrivals(LIKE)
     assert first is not second
@@ -49,7 +49,9 @@ def test_a_graph_has_a_counter_of_its_own(streams):
 
 
 def test_counters_that_stay_are_allocated_by_another_thread(streams):
-    """While torch.compile warms up a CUDA graph it takes this thread's allocations from the graph's memory pool, and
-    raises for those that are still alive afterwards."""
+    """The warm-up of a CUDA graph takes this thread's allocations from the graph's memory pool.
+
+    torch.compile raises for those that are still alive afterwards.
+    """
     last_block.arrivals(LIKE)
     assert streams.threads and threading.get_ident() not in streams.threads

@@ -1,4 +1,4 @@
-"""Launches with no GPU, up to the launch itself: arguments are bound and specialised, kernels compiled for Hopper."""
+"""Launches without a GPU: arguments are bound and specialized, kernels compiled for Hopper."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """compiled(): how often each kernel has been compiled."""
+    """Return a function that counts how often each kernel has been compiled."""
     driver = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
         get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     jitted = type(logprob._forward_kernel)
     monkeypatch.setattr(
@@ -54,7 +55,7 @@ def compiled(monkeypatch):
 
 
 def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
-    """Every kernel on slices that begin `offset` elements into their storage, with every option."""
+    """Launch every kernel, with every option, on slices that begin at `offset` in their storage."""
 
     def cut(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         size = int(torch.Size(shape).numel())

@@ -1,4 +1,7 @@
-"""Every op test runs on each backend that can run here; with TRITON_INTERPRET=1 (see tests/kernels) on Triton alone."""
+"""Fixtures of the op tests, which run on each available backend.
+
+With TRITON_INTERPRET=1 (see tests/kernels) they run on Triton only.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def device(backend: str) -> torch.device:
 
 @pytest.fixture
 def torch_only() -> None:
-    """For what does not depend on the backend: no need to repeat it under the interpreter."""
+    """Skip, under the interpreter, a test that does not depend on the backend."""
     if INTERPRETING:
         pytest.skip("does not run a kernel")
 
@@ -44,7 +47,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def within():
-    """within(ours, exact, torchs, bound): |ours - exact| <= the largest |torchs - exact| + bound, and NaNs nowhere."""
+    """Return a check that |ours - exact| <= max |torchs - exact| + bound, without NaN."""
 
     def check(
         ours: torch.Tensor, exact: torch.Tensor, torchs: torch.Tensor, bound: torch.Tensor | float

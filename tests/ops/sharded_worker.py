@@ -1,6 +1,7 @@
-"""One of four gloo ranks: every op that takes a group, over groups of 2, 3 and 4 ranks, against the whole vocabulary.
+"""One of four gloo ranks: every op that takes a group, against the unsharded vocabulary.
 
-Run by test_sharded.py as `python sharded_worker.py RANK STORE_FILE OUT_FILE`; writes {check: error or null} as JSON.
+The groups have 2, 3 and 4 ranks. test_sharded.py runs
+`python sharded_worker.py RANK STORE_FILE OUT_FILE`, which writes {check: error or null} as JSON.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ VOCAB, HIDDEN, SHAPE = 53, 7, (2, 6)  # 53 divides by no group size
 
 
 class Shard:
-    """This rank's columns of the vocabulary: uneven ones, or even ones with padding past the true size."""
+    """This rank's columns of the vocabulary: uneven, or even with padding past the true size."""
 
     def __init__(self, group: dist.ProcessGroup, padded: bool) -> None:
         size, rank = group.size(), group.rank()
         self.group = group
-        if padded:  # every shard as wide as the widest plus 20: the last ones hold padding, some nothing else
+        if padded:
+            # every shard is 20 wider than the widest: the last ones hold padding, some only that
             width = -(-VOCAB // size) + 20
             self.start, self.width = rank * width, width
             self.options = {"group": group, "vocab_size": VOCAB}
@@ -73,12 +75,18 @@ def data() -> dict[str, torch.Tensor]:
     mask = torch.rand(SHAPE, generator=g) > 0.25
     labels = torch.randint(0, VOCAB, SHAPE, generator=g)
     return {
-        "logits": 5 * torch.randn(*SHAPE, VOCAB, generator=g), "other": torch.randn(*SHAPE, VOCAB, generator=g),
-        "hidden": hidden.masked_fill(~mask[..., None], torch.nan), "weight": torch.randn(VOCAB, HIDDEN, generator=g),
-        "bias": torch.randn(VOCAB, generator=g), "labels": torch.where(mask, labels, -100), "mask": mask,
-        "old": torch.randn(SHAPE, generator=g) - 4, "advantages": torch.randn(SHAPE, generator=g),
-        "upstream": torch.randn(4, *SHAPE, generator=g), "ref": torch.randn(SHAPE, generator=g),
-    }  # fmt: skip
+        "logits": 5 * torch.randn(*SHAPE, VOCAB, generator=g),
+        "other": torch.randn(*SHAPE, VOCAB, generator=g),
+        "hidden": hidden.masked_fill(~mask[..., None], torch.nan),
+        "weight": torch.randn(VOCAB, HIDDEN, generator=g),
+        "bias": torch.randn(VOCAB, generator=g),
+        "labels": torch.where(mask, labels, -100),
+        "mask": mask,
+        "old": torch.randn(SHAPE, generator=g) - 4,
+        "advantages": torch.randn(SHAPE, generator=g),
+        "upstream": torch.randn(4, *SHAPE, generator=g),
+        "ref": torch.randn(SHAPE, generator=g),
+    }
 
 
 def check_logprobs(shard: Shard, dtype: torch.dtype, shift: float) -> None:
@@ -111,7 +119,7 @@ def check_logprobs(shard: Shard, dtype: torch.dtype, shift: float) -> None:
 
 
 def check_forbidden_tokens(shard: Shard) -> None:
-    """A shard whose every logit is -inf must not spoil the others."""
+    """Check that a shard whose logits are all -inf does not affect the others."""
     d = data()
     d["logits"][..., :30] = -torch.inf
     labels = d["labels"].clamp(min=40)
@@ -139,7 +147,10 @@ def check_logits_kl(shard: Shard) -> None:
 
 
 def check_linear(shard: Shard, call: Callable[..., torch.Tensor]) -> None:
-    """`call(hidden, weight, bias, data, **options)` to a scalar; dH must be the whole one, dW and db the shard's."""
+    """Check a scalar `call(hidden, weight, bias, data, **options)`.
+
+    dH must be that of the unsharded head, dW and db the shard's part.
+    """
     d = data()
     whole = [d[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")]
     mine = [d["hidden"].clone(), shard.cut(d["weight"], 0), shard.cut(d["bias"], 0)]
@@ -157,10 +168,10 @@ def check_linear(shard: Shard, call: Callable[..., torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def three_rows_a_chunk(shard: Shard, padded: bool) -> Iterator[None]:
-    """Several chunks, so that the statistics of one travel while the next one is made.
+    """Cut several chunks, so that the statistics of one travel while the next one is made.
 
-    With padding the budget allows three rows, counted at ceil(VOCAB / size) columns on every rank; without, no rank
-    knows the others' widths, and the row limit decides.
+    With padding the budget allows three rows, counted at ceil(VOCAB / size) columns on every rank;
+    without, no rank knows the others' widths, and the row limit decides.
     """
     budget = str(3 * -(-VOCAB // shard.group.size()) * 4 / 2**20) if padded else ""
     with (

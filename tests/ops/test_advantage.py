@@ -7,7 +7,7 @@ from fastrlhf.ops import gae, masked_whiten, rollout_targets, shaped_rewards, to
 
 
 def gae_per_row(rewards, values, mask, gamma, lam):
-    """The sum that defines GAE (equation 16), on each row's True positions alone: sum_k (gamma lam)^k delta_{t+k}."""
+    """Compute sum_k (gamma lam)^k delta_{t+k} over each row's True positions (equation 16)."""
     advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for b in range(rewards.shape[0]):
         at = mask[b].nonzero().flatten()
@@ -74,7 +74,7 @@ def test_gae_dtypes_strides_and_empty(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rollouts_are_computed_in_fp32(dtype, backend, device):
-    """A 0-dim kl_coef or mean does not promote: the results are those of the same numbers in fp32, to the bit."""
+    """A 0-dim kl_coef or mean does not promote: results equal those of fp32 inputs bit for bit."""
     half = [torch.randn(*shape).to(dtype).to(device) for shape in ((3,), (3, 20), (3, 20), (3, 20))]
     full, mask = [t.float() for t in half], torch.rand(3, 20).to(device) > 0.3
     coefficient = torch.tensor(0.1, device=device)
@@ -172,7 +172,7 @@ def test_estimators_by_hand(estimator, torch_only):
 
 
 def test_estimators_average_to_the_true_kl(torch_only):
-    """E_p[k1] = E_p[k3] = KL(p || q), summed over a whole distribution instead of sampled."""
+    """E_p[k1] = E_p[k3] = KL(p || q), summed over the distribution instead of sampled."""
     p, q = torch.randn(2, 9, dtype=torch.float64).log_softmax(-1)
     true = (p.exp() * (p - q)).sum()
     for estimator in ("k1", "k3"):

@@ -1,4 +1,4 @@
-"""Arguments that are no tensors: one short line that names the argument, what came and what was expected."""
+"""Errors for wrong arguments: one short line with the argument, its value and what was expected."""
 
 from __future__ import annotations
 

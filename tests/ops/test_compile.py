@@ -1,4 +1,4 @@
-"""torch.compile keeps one graph through every op, and the registered ops pass torch.library.opcheck."""
+"""torch.compile keeps one graph through every op; the registered ops pass opcheck."""
 
 from __future__ import annotations
 
@@ -32,9 +32,15 @@ def losses(x, h, w, backend):
     advantages = ops.masked_whiten(advantages, MASK)
     values = x[:, :3, 2]
     out = ops.ppo_loss(
-        logp, logp.detach() + 0.1, advantages, MASK, values=values, old_values=values.detach(), returns=returns,
+        logp,
+        logp.detach() + 0.1,
+        advantages,
+        MASK,
+        values=values,
+        old_values=values.detach(),
+        returns=returns,
         backend=backend,
-    )  # fmt: skip
+    )
     head = ops.linear_ppo_loss(
         h, w, LABELS, logp.detach(), advantages, MASK, entropy_coef=0.1, backend=backend
     )
@@ -137,7 +143,7 @@ def test_opcheck(op, arguments, torch_only):
 
 @pytest.mark.parametrize("upstream", [1.0, -1.0, 0.5])
 def test_a_backward_leaves_the_outputs_of_the_loss_as_they_were(upstream, torch_only):
-    """Its gradients are outputs, which opcheck compares after a backward; negative losses alone showed a change."""
+    """Its gradients are outputs, which opcheck compares; only negative losses showed a change."""
     policy = (None, None, 0.2, 0.1)
     options = (None, *policy, None, 1.0, 0, 7, "", 7, "auto", [True, True, True])
     outputs = torch.ops.fastrlhf.linear_loss(

@@ -29,9 +29,24 @@ from fastrlhf.ops.logprob_kernels import (
 pytestmark = pytest.mark.usefixtures("torch_only")
 
 BLOCKED = (
-    "megatron", "transformers", "triton", "pydantic", "numpy", "scipy", "datasets", "kernels", "yaml", "typer", "rich",
-    "tensorboard", "matplotlib", "einops", "flash_attn", "transformer_engine", "apex",
-)  # fmt: skip
+    "megatron",
+    "transformers",
+    "triton",
+    "pydantic",
+    "numpy",
+    "scipy",
+    "datasets",
+    "kernels",
+    "yaml",
+    "typer",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+    "einops",
+    "flash_attn",
+    "transformer_engine",
+    "apex",
+)
 PROBE = f"""
 import sys
 blocked = {BLOCKED!r}
@@ -74,7 +89,7 @@ def test_all_names_are_exported():
         assert callable(getattr(ops, name)) and getattr(ops, name).__doc__
 
 
-def test_backends_says_what_runs_and_why_not():
+def test_backends_reports_what_runs_and_why_not():
     report = backends()
     assert report["torch"] == {
         "available": True,
@@ -89,7 +104,7 @@ def test_backends_says_what_runs_and_why_not():
         )
 
 
-def test_asking_for_what_cannot_run_gives_the_cure():
+def test_an_unavailable_backend_names_the_fix():
     if torch.cuda.is_available():
         pytest.skip("triton runs here")
     with pytest.raises(
@@ -152,12 +167,12 @@ def test_triton_launches_on_the_gpu_of_its_tensors(monkeypatch):
     assert seen == [1] and current == [0]
 
 
-# --- the cluster kernels, stood in for by torch bodies on the CPU ----------------------------------------------------
+# --- the cluster kernels, replaced by torch implementations on the CPU ----------------------------
 
 
 @pytest.fixture
 def cuda_calls(monkeypatch):
-    """Makes backend "cuda" runnable here; the names of the extension's functions as they are called."""
+    """Make backend "cuda" run here; return the names of the extension's functions as called."""
     calls = []
 
     def logprob_statistics(*arguments):
@@ -182,7 +197,7 @@ def cuda_calls(monkeypatch):
 
 
 def everything_over_a_vocabulary(backend):
-    """[name, results and gradients] of each op that reaches the log-prob kernels."""
+    """Yield (name, results and gradients) of each op that uses the log-prob kernels."""
     g = torch.Generator().manual_seed(5)
     h, w = torch.randn(2, 6, 3, generator=g), torch.randn(11, 3, generator=g)
     labels, mask = torch.randint(0, 11, (2, 6), generator=g), torch.rand(2, 6, generator=g) > 0.3
@@ -252,14 +267,17 @@ def test_cuda_refuses_what_it_cannot_run(cuda_calls, monkeypatch):
     assert not cuda_calls
 
 
-def test_where_cuda_cannot_run_it_says_why(monkeypatch):
+def test_backends_reports_why_cuda_cannot_run(monkeypatch):
     note = "only when asked for, by backend='cuda' or FASTRLHF_BACKEND=cuda; 'auto' takes triton"
     assert backends()["cuda"]["note"] == note
     x, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
     monkeypatch.setattr(
         dispatch, "_load_extension", lambda name: f"No module named 'fastrlhf._C_{name}'"
     )
-    why = r"fastrlhf\._C_cuda is not built \(No module named 'fastrlhf\._C_cuda'\): reinstall with nvcc on PATH"
+    why = (
+        r"fastrlhf\._C_cuda is not built \(No module named 'fastrlhf\._C_cuda'\):"
+        r" reinstall with nvcc on PATH"
+    )
     with pytest.raises(
         RuntimeError, match=r"backend 'cuda' cannot run logprob_statistics: .*" + why
     ):

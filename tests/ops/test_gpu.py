@@ -1,4 +1,4 @@
-"""What only a GPU can show: no op waits for it, and one compilation serves every batch size."""
+"""Tests that need a GPU: no op waits for it, and one compilation serves every batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [
 
 
 def everything(tokens: int, vocab: int = 1003) -> None:
-    """Every op, forward and backward, on a [2, tokens] batch."""
+    """Run every op, forward and backward, on a [2, tokens] batch."""
     device = "cuda"
     x = torch.randn(2, tokens, vocab, device=device, dtype=torch.bfloat16, requires_grad=True)
     h = torch.randn(2, tokens, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -77,9 +77,14 @@ def test_no_recompilation_for_another_batch_size():
     from fastrlhf.kernels import gae, logits_kl, logprob, ppo_loss, ranking
 
     kernels = [
-        logprob._forward_kernel, logprob._backward_kernel, logits_kl._statistics_kernel, logits_kl._backward_kernel,
-        ppo_loss._kernel, gae._shaped_gae_kernel, ranking._kernel,
-    ]  # fmt: skip
+        logprob._forward_kernel,
+        logprob._backward_kernel,
+        logits_kl._statistics_kernel,
+        logits_kl._backward_kernel,
+        ppo_loss._kernel,
+        gae._shaped_gae_kernel,
+        ranking._kernel,
+    ]
 
     def compiled() -> int:
         return sum(len(cache[0]) for k in kernels for cache in k.device_caches.values())
@@ -92,7 +97,7 @@ def test_no_recompilation_for_another_batch_size():
 
 
 def test_slices_at_any_alignment_compile_nothing_and_are_right():
-    """Rows of an odd width, and a first row anywhere: full-width accesses must still start at 16 bytes."""
+    """Full-width accesses start at 16 bytes for odd widths and any address of the first row."""
     from fastrlhf.kernels import logprob
 
     base = torch.randn(64 * 4099, device="cuda", dtype=torch.bfloat16)

@@ -58,7 +58,7 @@ def test_strided_views_and_odd_vocabularies(backend, device, within):
 
 
 def test_golden_equal_and_forbidden(backend, device):
-    """KL((1/4, 3/4) || (1/2, 1/2)); equal logits have none; a token forbidden in both adds nothing."""
+    """KL((1/4, 3/4) || (1/2, 1/2)); equal logits give 0, as does a token forbidden in both."""
     x = torch.tensor([[0.0, math.log(3), -math.inf]], device=device)
     y = torch.tensor([[1.0, 1.0, -math.inf]], device=device)
     expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)

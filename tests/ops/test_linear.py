@@ -24,12 +24,12 @@ def double(tensors):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Roundings to `dtype` on the way: the logits, dlogits and the result; torch's own error is allowed on top."""
+    """Return the rounding of logits, dlogits and result to `dtype`; torch's error is added."""
     return 4 * torch.finfo(dtype).eps
 
 
 def compare(inputs, call_ours, call_ref, within, upstream):
-    """Values and gradients of `call_ours`, against float64 and against the same-dtype reference."""
+    """Compare values and gradients of `call_ours` with float64 and with the reference's error."""
     exact_in = double(inputs)
     results = []
     for call, tensors in ((call_ours, inputs), (call_ref, exact_in), (call_ref, inputs)):
@@ -47,7 +47,7 @@ def compare(inputs, call_ours, call_ref, within, upstream):
 
 @pytest.fixture(params=["small chunks", "one chunk"])
 def chunking(request, monkeypatch):
-    """18 rows of 123 logits: in chunks of at most 5 (fp32) or 10 (bf16) rows, and in a single one."""
+    """Cut 18 rows of 123 logits into chunks of at most 5 (fp32) or 10 (bf16) rows, or one."""
     if request.param == "small chunks":
         monkeypatch.setenv("FASTRLHF_LINEAR_BUDGET_MB", str(5.5 * 123 * 4 / 2**20))
 
@@ -65,8 +65,9 @@ def test_logprobs(dtype, recompute, backend, device, within, chunking):
             h, w, labels, bias=b, recompute=recompute, with_entropy=True, backend=backend, **shared
         ),
         lambda h, w, b: linear_logprobs_ref(h, w, labels, bias=b, **shared),
-        within, upstream,
-    )  # fmt: skip
+        within,
+        upstream,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,10 +78,13 @@ def test_cross_entropy(dtype, denominator, backend, device, within, chunking):
     shared = {"denominator": denominator, "temperature": 1.3}
     compare(
         inputs,
-        lambda h, w, b: [linear_cross_entropy(h, w, labels, mask, bias=b, backend=backend, **shared)],
+        lambda h, w, b: [
+            linear_cross_entropy(h, w, labels, mask, bias=b, backend=backend, **shared)
+        ],
         lambda h, w, b: [linear_cross_entropy_ref(h, w, labels, mask, bias=b, **shared)],
-        within, [torch.tensor(-2.5)],
-    )  # fmt: skip
+        within,
+        [torch.tensor(-2.5)],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,16 +93,19 @@ def test_ppo_loss(dtype, entropy_coef, backend, device, within, chunking):
     inputs, labels, mask = make(dtype, device)
     with torch.no_grad():
         now = linear_logprobs_ref(*double(inputs[:2]), labels, bias=inputs[2].double()).logprobs
-    # half of the ratios are clipped, none stands near a border where rounding would choose the side
+    # half of the ratios are clipped, none is near a border where rounding would choose the side
     old = (now + 0.5 * torch.randint(-1, 2, labels.shape, device=device) * 0.8).float()
     advantages = torch.randn(labels.shape, device=device)
     shared = {"clip": 0.2, "entropy_coef": entropy_coef}
     compare(
         inputs,
-        lambda h, w, b: linear_ppo_loss(h, w, labels, old, advantages, mask, bias=b, backend=backend, **shared),
+        lambda h, w, b: linear_ppo_loss(
+            h, w, labels, old, advantages, mask, bias=b, backend=backend, **shared
+        ),
         lambda h, w, b: linear_ppo_loss_ref(h, w, labels, old, advantages, mask, bias=b, **shared),
-        within, [torch.tensor(1.5)],
-    )  # fmt: skip
+        within,
+        [torch.tensor(1.5)],
+    )
 
 
 def test_nothing_leaks_from_under_the_mask(backend, device):
@@ -120,7 +127,7 @@ def test_nothing_leaks_from_under_the_mask(backend, device):
 
 @pytest.mark.parametrize("extra", [0, 2, 100])
 def test_rows_not_counted_never_reach_a_gemm(extra, backend, device, monkeypatch):
-    """As on a GPU, whose masks cannot be read: the caller says how many rows count, or a few more, or too many."""
+    """As on a GPU, whose masks cannot be read: num_counted is exact, a little or far too large."""
     monkeypatch.setattr(linear_chunks, "readable", lambda mask: False)
     inputs, labels, mask = make(torch.float32, device)
     with torch.no_grad():
@@ -186,7 +193,7 @@ def test_retain_graph_and_frozen_parameters(backend, device):
 
 
 def test_the_weight_gradient_is_accumulated_in_fp32(backend, device, monkeypatch):
-    """64 chunks each adding 2^-9 of a first, large one: in bf16 every one of them would round away."""
+    """64 chunks each add 2^-9 of a first, large one: in bf16 each would round to 0."""
     for limit in ("CPU_ROWS", "GPU_ROWS"):
         monkeypatch.setattr(linear_chunks, limit, 1)
     h = torch.full((65, 1), 2.0**-9, dtype=torch.bfloat16, device=device)
@@ -228,7 +235,7 @@ def all_losses(h, w, b, labels, mask, advantages, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_casts_as_a_linear_layer_does(dtype, backend, device):
-    """fp32 parameters under bf16 autocast: bit for bit what bf16 ones give; gradients come back in their own dtype."""
+    """fp32 parameters under bf16 autocast equal bf16 ones bit for bit; their gradients are fp32."""
     (h, w, b), labels, mask = make(torch.float32, device)
     h, advantages = h.detach().to(dtype).requires_grad_(), torch.randn(labels.shape, device=device)
     half = [t.detach().bfloat16().requires_grad_() for t in (h, w, b)]
@@ -250,7 +257,7 @@ def test_autocast_casts_as_a_linear_layer_does(dtype, backend, device):
 
 
 def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
-    """fp32 operands too, and inside one compiled graph: or the head would be slower than nn.Linear."""
+    """Autocast casts fp32 operands too, and in a compiled graph, as nn.Linear does."""
     (h, w, b), labels, mask = make(torch.float32, device)
     seen = []
     chunk_logits = linear_chunks.LinearHead.chunk_logits
@@ -295,7 +302,8 @@ def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
         ),
         (
             {"num_counted": -1},
-            "num_counted: got -1, expected the number of the mask's True positions, or a larger one",
+            "num_counted: got -1, expected the number of the mask's True positions, or a larger"
+            " one",
         ),
         ({"mask": None}, "mask: got None, expected a bool tensor"),
         ({"denominator": 0.0}, "denominator: got 0.0, expected a number above 0"),
@@ -307,8 +315,11 @@ def test_autocast_multiplies_in_its_dtype(backend, device, monkeypatch):
 )
 def test_mistakes_are_named(change, message, torch_only):
     given = {
-        "hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torch.zeros(2, dtype=torch.long),
-        "mask": torch.ones(2, dtype=torch.bool), **change,
-    }  # fmt: skip
+        "hidden": torch.zeros(2, 3),
+        "weight": torch.zeros(5, 3),
+        "labels": torch.zeros(2, dtype=torch.long),
+        "mask": torch.ones(2, dtype=torch.bool),
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**given)

@@ -1,4 +1,4 @@
-"""What the linear ops cost, counted by the profiler: GEMMs, bytes of logits alive, rows that do not count."""
+"""The cost of the linear ops, by the profiler: GEMMs, bytes of logits, rows that do not count."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def setup(tokens, vocab, hidden, dtype=torch.float32):
 
 
 def run(op, h, w, labels, mask, x, bias=None):
-    """Forward and backward of one op."""
+    """Run forward and backward of one op."""
     if op == "cross_entropy":
         linear_cross_entropy(h, w, labels, mask, bias=bias).backward()
     elif op == "ppo_loss":
@@ -50,7 +50,7 @@ def gemms(*args, **kwargs):
 
 
 def peak_bytes(*args):
-    """The largest sum of allocations minus frees since the start, with no memory kept from earlier calls."""
+    """Return the largest allocations minus frees since the start, the output pool being empty."""
     if backends()["cpu"]["available"]:
         torch.ops.fastrlhf_cpu.release()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -85,23 +85,25 @@ def test_a_frozen_weight_or_hidden_saves_its_gemm():
 
 
 @pytest.mark.parametrize("op", ["cross_entropy", "ppo_loss", "recomputed"])
-def test_logits_are_never_whole(op, monkeypatch):
-    """8192 x 128256 in fp32 would be 4.2 GB. Not all rows count, to keep the test short: 2048 (1.05 GB)
-    with the C++ kernels, 512 with torch's.
+def test_complete_logits_are_never_held(op, monkeypatch):
+    """The complete logits, 4.2 GB for 8192 x 128256 in fp32, are never held.
+
+    Not all rows count, to keep the test short: 2048 (1.05 GB) with the C++ kernels, 512 with
+    torch's.
     """
     tokens, vocab, hidden = 8192, 128256, 8
     h, w, labels, x = setup(tokens, vocab, hidden)
     budget(monkeypatch, 32 * 2**20)
     counted = 2048 if backends()["cpu"]["available"] else 512
     mask = torch.arange(tokens) % (tokens // counted) == 0
-    # the budget's logits, what a torch body upcasts beside them, dW before and after scaling, dh, per-token vectors
-    bodies, weight_bytes, hidden_bytes = 5 * 16 * 2**20, 4 * vocab * hidden, 4 * tokens * hidden
-    allowed = 32 * 2**20 + bodies + 3 * weight_bytes + 4 * hidden_bytes
+    # the budget's logits, their upcast in torch, dW before and after scaling, dh, per-token vectors
+    upcast, weight_bytes, hidden_bytes = 5 * 16 * 2**20, 4 * vocab * hidden, 4 * tokens * hidden
+    allowed = 32 * 2**20 + upcast + 3 * weight_bytes + 4 * hidden_bytes
     assert 16 * 2**20 < peak_bytes(op, h, w, labels, mask, x) < allowed < counted * vocab * 4
 
 
 def test_memory_does_not_grow_with_the_rows(monkeypatch):
-    """Twice the rows take the bytes of twice the hidden states and per-token vectors more, and no logits."""
+    """Twice the rows add the bytes of their hidden states and per-token vectors, but no logits."""
     budget(monkeypatch, 2**20)
     vocab, hidden = 4099, 8
     peaks = []

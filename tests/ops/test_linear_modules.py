@@ -34,9 +34,17 @@ def test_logprobs_module():
     module = FusedLinearLogprobs(recompute=False, with_entropy=True, temperature=0.5, vocab_size=10)
     ours = module(h, w, labels.clamp(max=9), bias=b, mask=mask, ref_logprobs=ref)
     expected = linear_logprobs(
-        h, w, labels.clamp(max=9), bias=b, mask=mask, ref_logprobs=ref, recompute=True, with_entropy=True,
-        temperature=0.5, vocab_size=10,
-    )  # fmt: skip
+        h,
+        w,
+        labels.clamp(max=9),
+        bias=b,
+        mask=mask,
+        ref_logprobs=ref,
+        recompute=True,
+        with_entropy=True,
+        temperature=0.5,
+        vocab_size=10,
+    )
     assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
 
 

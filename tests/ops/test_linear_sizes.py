@@ -1,4 +1,4 @@
-"""The linear ops at real vocabulary sizes, over uneven chunks, with tied weights, and in fp16 at large denominators."""
+"""The linear ops at real vocabulary sizes: uneven chunks, tied weights, large fp16 denominators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_chunks(monkeypatch, w, rows):
 
 
 def results(op, reference, tensors, labels, mask, old, advantages, upstream):
-    """(values, gradients) of one op or of its plain torch form, for the same upstream."""
+    """Return (values, gradients) of one op or of its plain torch form, for the same upstream."""
     h, w, b = tensors = [t.detach().clone().requires_grad_() for t in tensors]
     shared = {"bias": b, "temperature": 0.7}
     if op == "cross_entropy":
@@ -59,10 +59,11 @@ def results(op, reference, tensors, labels, mask, old, advantages, upstream):
 def test_equals_float64(op, vocab, within, monkeypatch):
     """8 rows count: chunks of 3, 3 and 2.
 
-    A logit is H + 1 products and sums off by one rounding u each, of terms as large as |h| |w| + |b|; divided by T,
-    that moves a log-prob by at most twice as much, and ratios and gradients relatively so. The gradient of h is a sum
-    over the vocabulary besides, which some processors' kernels take term by term: V roundings of partial sums up to
-    |gradient of the logits| |w|, of which 6 standard deviations are allowed, 6 u sqrt(V / 3).
+    A logit is H + 1 products and sums off by one rounding u each, of terms as large as |h| |w| +
+    |b|; divided by T, that moves a log-prob by at most twice as much, and ratios and gradients
+    relatively so. The gradient of h is a sum over the vocabulary besides, which some processors'
+    kernels take term by term: V roundings of partial sums up to |gradient of the logits| |w|, of
+    which 6 standard deviations are allowed, 6 u sqrt(V / 3).
     """
     inputs, labels, mask = make(vocab)
     small_chunks(monkeypatch, inputs[1], 3)
@@ -78,7 +79,8 @@ def test_equals_float64(op, vocab, within, monkeypatch):
     torchs = results(op, True, inputs, *arguments)
     h, w, b = (t.abs() for t in exact_in)
     bound = 2 * (h.shape[1] + 2) * 2**-24 * float((h @ w.T + b).max()) / 0.7
-    # With a column more for each token, 1 in its hidden states and 0 in w, w's gradient has that of its logits too.
+    # One more column per token, 1 in its hidden states and 0 in w: w's gradient then contains that
+    # of the token's logits.
     hidden, weight = torch.eye(len(labels)).double(), torch.zeros(vocab, len(labels)).double()
     wider = [torch.cat([exact_in[0], hidden], 1), torch.cat([exact_in[1], weight], 1), exact_in[2]]
     of_logits = results(op, True, wider, *arguments)[1][1][:, w.shape[1] :]
@@ -127,10 +129,11 @@ def normwise(ours, exact):
 @pytest.mark.parametrize("op", ["cross_entropy", "ppo_loss", "recomputed", "kept"])
 @pytest.mark.parametrize("loss_scale", [1.0, 64.0])
 def test_nothing_underflows_at_a_denominator_of_a_million(op, dtype, loss_scale, monkeypatch):
-    """p / 1e6 for p around 1 / 8191 is 1e-10, far below fp16's least 6e-8: naively every such dlogit would be 0.
+    """Dlogits of p / 1e6, 1e-10 for p around 1 / 8191, do not underflow in fp16 (least: 6e-8).
 
-    The weights are 1 + noise, so that dh = w_label - sum p w is wrong by the whole of what the p lose. dh and dW are
-    rounded to the dtype a few times, relatively, and once to a multiple of its least number.
+    The weights are 1 + noise, so that dh = w_label - sum p w is wrong by all that the p lose. dh
+    and dW are rounded to the dtype a few times, relatively, and once to a multiple of its least
+    number.
     """
     (h, w, b), labels, mask = make(8191, hidden=16, tokens=64, dtype=dtype)
     w = (1 + w * 0.25).to(dtype)
@@ -169,7 +172,7 @@ def test_nothing_underflows_at_a_denominator_of_a_million(op, dtype, loss_scale,
 
 
 def test_the_upstream_of_a_masked_row_is_not_measured(monkeypatch):
-    """A NaN or huge upstream under the mask must not set the unit that the gradients are divided by."""
+    """A NaN or huge upstream under the mask must not set the scale of the gradients."""
     (h, w, b), labels, mask = make(33, dtype=torch.float16)
     h.requires_grad_()
     upstream = torch.where(mask, torch.randn(mask.shape), torch.nan)

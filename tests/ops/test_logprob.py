@@ -23,7 +23,7 @@ if (
 
 
 def value_bound(exact: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Exponentials good to a few ulp, then log2(V) levels of partial sums, a log and a subtraction."""
+    """Return the error of exponentials good to a few ulp, log2(V) partial sums and a log."""
     size = exact.double().abs().nan_to_num(0.0, posinf=0.0, neginf=0.0)
     return 2**-21 + math.log2(vocab + 1) * 2**-23 + 2**-22 * size
 
@@ -160,7 +160,7 @@ def test_nothing_leaks_from_under_the_mask(poison, backend, device):
 
 @pytest.mark.parametrize("column", [0, 40, 122])
 def test_a_nan_logit_shows(column, backend, device):
-    """Maxima and bounds inside the kernels pass over NaN; the results must not."""
+    """Maxima and bounds inside the kernels skip NaN; the results must not."""
     logits, labels = make((2,), 123, torch.float32, device)
     with torch.no_grad():
         logits[0, column] = torch.nan
@@ -183,7 +183,7 @@ def test_all_rows_masked_and_no_rows(backend, device):
     assert out.logprobs.shape == (0,) and empty.grad.shape == (0, 17)
 
 
-def test_padded_columns_are_left_out(backend, device):
+def test_padded_columns_are_excluded(backend, device):
     logits, labels = make((5,), 200, torch.float32, device)
     padded = torch.cat(
         [logits.detach(), torch.full((5, 56), 1e4, device=device)], -1
@@ -323,10 +323,10 @@ def test_mistakes_are_named(change, message, torch_only):
 
 
 def test_offsets_past_2_to_the_31(backend, device, within):
-    """Two rows 2.17e9 elements apart; only their own pages of the 4 GiB between them are ever touched."""
-    vocab, apart = 1000, 16_900 * 128_256
-    store = torch.empty(apart + vocab, dtype=torch.bfloat16, device=device)
-    rows = store.as_strided((2, vocab), (apart, 1))
+    """Two rows are 2.17e9 elements apart; only their pages of the 4 GiB are ever touched."""
+    vocab, distance = 1000, 16_900 * 128_256
+    store = torch.empty(distance + vocab, dtype=torch.bfloat16, device=device)
+    rows = store.as_strided((2, vocab), (distance, 1))
     rows.copy_(torch.randn(2, vocab))
     labels = torch.tensor([3, 997], device=device)
     ours = logprobs(rows, labels, with_entropy=True, backend=backend)
@@ -336,7 +336,7 @@ def test_offsets_past_2_to_the_31(backend, device, within):
 
 
 def test_masked_rows_are_not_even_read_for_their_labels(backend, device):
-    """Labels far outside the row, under the mask: reading there would be a memory error or a NaN."""
+    """Labels far outside the row, under the mask: reading there would fail or give NaN."""
     logits, labels = make((3,), 50, torch.float32, device)
     mask = torch.tensor([True, False, True], device=device)
     labels[1] = 2**62

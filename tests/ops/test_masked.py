@@ -28,7 +28,7 @@ def test_bf16_sums_in_fp32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_half_precision_is_whitened_in_fp32(dtype, shift_mean):
-    """A 0-dim fp32 mean does not promote half-precision elements: x - mean must not be formed in their dtype."""
+    """x - mean must be computed in fp32: a 0-dim fp32 mean does not promote half precision."""
     x, mask = (torch.randn(1000) + 3).to(dtype), torch.rand(1000) > 0.3
     white = masked_whiten(x, mask, shift_mean)
     kept = x[mask].double()

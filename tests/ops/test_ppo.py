@@ -10,7 +10,7 @@ from fastrlhf.ops.ppo import ppo_loss_ref
 
 
 def make(shape, dtype, device, border=0.02):
-    """Random rollouts whose ratios and value errors keep `border` away from where the clip decides."""
+    """Return random rollouts whose ratios and value errors are `border` away from the clip."""
 
     def away_from(x, edge):
         near = ((x.abs() - edge).abs() < border).to(x.dtype)
@@ -21,10 +21,14 @@ def make(shape, dtype, device, border=0.02):
     old_values = torch.randn(shape)
     values = old_values + away_from(0.3 * torch.randn(shape), 0.2)
     tensors = {
-        "logprobs": old + ratio.clamp(min=0.1).log(), "old_logprobs": old, "advantages": torch.randn(shape),
-        "values": values, "old_values": old_values, "returns": values + torch.randn(shape).sign() * 1.5,
+        "logprobs": old + ratio.clamp(min=0.1).log(),
+        "old_logprobs": old,
+        "advantages": torch.randn(shape),
+        "values": values,
+        "old_values": old_values,
+        "returns": values + torch.randn(shape).sign() * 1.5,
         "entropy": torch.rand(shape) * 3,
-    }  # fmt: skip
+    }
     mask = (torch.rand(shape) > 0.3).to(device)
     tensors = {k: v.to(dtype).to(device) for k, v in tensors.items()}
     for name in ("logprobs", "values", "entropy"):
@@ -55,7 +59,7 @@ def test_a_value_inside_the_clip_keeps_its_gradient(backend, device):
 
 
 def test_a_small_kl_is_not_lost_in_rounding(backend, device):
-    """r - 1 - log r of two numbers that are nearly 1 and 0: formed as it stands, 1e-7 of rounding against 5e-9."""
+    """r - 1 - log r near r = 1: computed as written it is 5e-9 with a rounding error of 1e-7."""
     old = -1 - torch.rand(1000, device=device)
     logprobs, mask = old + 1e-4, torch.ones_like(old, dtype=torch.bool)
     step = logprobs.double() - old.double()
@@ -85,7 +89,7 @@ def test_against_float64(shape, dtype, denominator, backend, device, within):
 
 
 def test_golden(backend, device):
-    """One token, ratio 2 and advantage 1: clipped to 1.2, no gradient. One of ratio 1 and advantage -3: gradient 3."""
+    """Ratio 2, advantage 1: clipped to 1.2, no gradient. Ratio 1, advantage -3: gradient 3."""
     logp = torch.tensor([math.log(0.5), -1.0, 9.0], device=device, requires_grad=True)
     old = torch.tensor([math.log(0.25), -1.0, 0.0], device=device)
     advantages, mask = (
@@ -98,9 +102,18 @@ def test_golden(backend, device):
         torch.tensor([1.5, 1.0, 0.0], device=device),
     )
     out = ppo_loss(
-        logp, old, advantages, mask, values=values, old_values=old_values, returns=returns, value_coef=2.0,
-        entropy=torch.tensor([1.0, 2.0, 9.0], device=device), entropy_coef=0.5, backend=backend,
-    )  # fmt: skip
+        logp,
+        old,
+        advantages,
+        mask,
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        value_coef=2.0,
+        entropy=torch.tensor([1.0, 2.0, 9.0], device=device),
+        entropy_coef=0.5,
+        backend=backend,
+    )
     policy = (-1.2 + 3.0) / 2
     # value 1: clipped to 0.2, (0.2 - 1.5)^2 = 1.69 > 0.25; value 2: inside the clip, (0 - 1)^2 = 1
     value = (0.5 * 1.69 + 0.5 * 1.0) / 2
@@ -173,9 +186,16 @@ def test_gradcheck(torch_only):
 
     def loss(logp, values, entropy):
         return ppo_loss(
-            logp, tensors["old_logprobs"], tensors["advantages"], mask, values=values, entropy=entropy,
-            entropy_coef=0.3, value_coef=0.7, **constants,
-        ).loss  # fmt: skip
+            logp,
+            tensors["old_logprobs"],
+            tensors["advantages"],
+            mask,
+            values=values,
+            entropy=entropy,
+            entropy_coef=0.3,
+            value_coef=0.7,
+            **constants,
+        ).loss
 
     assert torch.autograd.gradcheck(
         loss, (tensors["logprobs"], tensors["values"], tensors["entropy"])

@@ -12,7 +12,7 @@ from fastrlhf.ops import pairwise_ranking_loss
 
 
 def brute_force(prompts, reduction):
-    """The definition, as a double loop in Python floats: prompts is a list of (scores, ranks)."""
+    """Compute the definition as a double loop in floats; prompts: list of (scores, ranks)."""
     means, losses, right, margins = [], [], [], []
     for scores, ranks in prompts:
         mine = []

@@ -1,4 +1,4 @@
-"""A gradient that an op formed by itself is a constant to autograd: differentiating it must raise, not give zeros."""
+"""Second derivatives of the ops raise: their gradients are constants to autograd, not zeros."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_a_second_derivative_is_refused(name, torch_only):
     expected = torch.autograd.grad(CASES[name](x), x)[0]
     (gradient,) = torch.autograd.grad(CASES[name](x), x, create_graph=True)
     assert torch.equal(gradient, expected)
-    # beside a term that has one, as in a gradient penalty: a constant would pass for zero there
+    # with a term that has one, as in a gradient penalty: a constant would count as zero there
     with pytest.raises(RuntimeError, match=r"fastrlhf::\w+ has no second derivative"):
         (gradient.square().sum() + x.square().sum()).backward()
 
 
 def test_each_registered_gradient_is_tried():
-    """Ops without a gradient and linear_loss, which both linear losses call, aside."""
+    """Except ops without a gradient, and linear_loss, which both linear losses call."""
     library = torch.ops.fastrlhf
     differentiable = {
         n
@@ -55,7 +55,7 @@ def test_each_registered_gradient_is_tried():
     assert differentiable - {"gae", "shaped_gae", "linear_loss", "name"} <= set(CASES)
 
 
-def test_what_is_differentiated_by_autograd_still_has_one(torch_only):
+def test_ops_differentiated_by_autograd_have_one(torch_only):
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     mask, ref = torch.rand(3, 4) > 0.3, torch.randn(3, 4, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(lambda t: ops.masked_whiten(t, mask), (x,))
@@ -63,7 +63,7 @@ def test_what_is_differentiated_by_autograd_still_has_one(torch_only):
 
 
 def test_other_second_derivatives_may_share_the_graph(torch_only):
-    """create_graph alone harms nobody: only the path through an op raises."""
+    """create_graph is harmless: only the path through an op raises."""
     x, y = torch.randn(3, 7, requires_grad=True), torch.randn(3, requires_grad=True)
     loss = ops.logprobs(x, LABELS).logprobs.sum() + y.pow(3).sum()
     _, gradient = torch.autograd.grad(loss, (x, y), create_graph=True)

@@ -1,4 +1,4 @@
-"""A vocabulary sharded over 2, 3 and 4 processes equals a whole one: values, gradients, the same bits on every rank."""
+"""A vocabulary sharded over 2, 3 and 4 processes equals an unsharded one, on every rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("torch_only")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Launch the four ranks once; the errors of each check, by rank."""
+    """Launch the four ranks once; return the errors of each check, by rank."""
     folder = tmp_path_factory.mktemp("sharded")
     root = str(WORKER.parents[2])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
@@ -59,5 +59,5 @@ def test_every_check_ran(results):
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_sharded_equals_whole(name, results):
+def test_sharded_equals_unsharded(name, results):
     assert not results[name], "\n".join(results[name])
