@@ -227,7 +227,8 @@ def shaped_gae(rollout: Rollout, kl_coef: Tensor, options: TargetOptions) -> Sha
     def out(columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=torch.float32, device=rollout.logprobs.device)
 
-    results = ShapedGAE(*(out(length) for _ in range(4)), out(len(Moment)))
+    per_token = (out(length), out(length), out(length), out(length))
+    results = ShapedGAE(*per_token, out(len(Moment)))
     if rows:
         _shaped_gae_kernel[(rows,)](
             *rollout,
