@@ -7,7 +7,7 @@ namespace fastrlhf {
 namespace {
 
 constexpr int64_t kGaeBlock = 256;    // positions converted to fp32 at a time
-constexpr int64_t kGaeAhead = 4 * W;  // positions to fetch ahead: hardware does not follow so many rows at once
+constexpr int64_t kGaeAhead = 4 * W;  // positions to fetch ahead: hardware follows only a few rows at a time
 
 // W rows in the lanes of a vector: each step waits for the one before it, and no branch is taken on the mask, so that
 // scattered masks cost no more than full ones.

@@ -21,7 +21,15 @@ PAGES = [
     *(ROOT / name for name in ("bench/README.md", "tests/README.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
-CODE_FOLDERS = ("examples", "tests/examples", "tests/packaging")
+CODE_FOLDERS: tuple[str, ...] = (
+    "fastrlhf",
+    "kernels",
+    "csrc",
+    "tests",
+    "bench",
+    "configs",
+    "examples",
+)
 """Folders whose comments and docstrings are checked."""
 CODE = sorted(
     path
