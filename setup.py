@@ -58,7 +58,8 @@ def torch_folders() -> tuple[list[str], list[str]]:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         raise Unbuildable(
-            f"torch cannot be imported here ({error}); install torch first, then fastrlhf with --no-build-isolation"
+            f"torch cannot be imported here ({error}); install torch first, then fastrlhf with"
+            " --no-build-isolation"
         ) from None
     return include_paths(), library_paths()
 
@@ -79,7 +80,8 @@ def nvcc() -> str:
         raise Unbuildable(f"{name} is older than CUDA 12, which sm_90 needs")
     if torch.version.cuda and not forced and version[1] != torch.version.cuda.split(".")[0]:
         raise Unbuildable(
-            f"{name} is CUDA {version[1]}.{version[2]} and torch was built with {torch.version.cuda}"
+            f"{name} is CUDA {version[1]}.{version[2]} and torch was built with"
+            f" {torch.version.cuda}"
         )
     return name
 

@@ -4,10 +4,10 @@ python -m bench                  every op on this machine, at the default shapes
 python -m bench gae logprobs --quick  some ops, tiny shapes, seconds
 python -m bench logprobs --shapes 8192x128256 --dtypes bfloat16 --providers fastrlhf quack
 python -m bench cpu-targets      the ratios that the CPU kernels are held to
-python -m bench head-memory      memory of the trainers' losses, with the linear ops and with whole logits
-python -m bench end-to-end       SFT, reward model and PPO-ptx of a 1.3B model, and in plain Hugging Face
+python -m bench head-memory      memory of the trainers' losses, with and without the linear ops
+python -m bench end-to-end       SFT, reward model and PPO-ptx of 1.3B, and plain Hugging Face
 python -m bench generation       tokens per second of rollouts (bench/generation.py)
-python -m bench ppo-iteration    a whole PPO iteration against TRL's trainer (bench/ppo_iteration.py)
+python -m bench ppo-iteration    a PPO iteration against TRL's trainer (bench/ppo_iteration.py)
 python -m bench shared-prompt    a reward model's step, prompts encoded once or with every response
 python -m bench report --out FOLDER  table and plots of earlier results
 python -m bench list             ops and providers, and which of them are installed
@@ -145,7 +145,8 @@ def measure(args: argparse.Namespace, out: Path, console: Console) -> int:
         f"{r:.3g} TFLOP/s {str(d)[6:]}" for d, r in session.limits.matmul_tflop_s.items()
     )
     console.print(
-        f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s; matmul {rates}; load {machine.load()}"
+        f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s; matmul {rates}; load"
+        f" {machine.load()}"
     )
     rows: list[results.Row] = []
     for name in args.ops or OPS:

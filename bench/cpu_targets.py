@@ -1,13 +1,14 @@
 """python -m bench cpu-targets: the ratios that the CPU kernels are held to, measured in one run.
 
-  logprobs with entropy   at least 8x eager log_softmax + gather + entropy, at most one more [N, V] buffer
+  logprobs with entropy   at least 8x eager log_softmax + gather + entropy; one [N, V] buffer
   gae                     at least 30x a Python loop over time
   pairwise_ranking_loss   at least 20x a Python loop over pairs
   linear_cross_entropy, linear_ppo_loss        at most 1.10x three bare GEMMs
   linear_logprobs with recompute               at most 1.10x four bare GEMMs
 
-Forward and backward (gae: forward), medians, candidates in turn. A ratio's range is p20 over p80 to p80 over p20.
-Where eager can be written two ways (bf16 logits upcast or not), the target is held against the faster one.
+Forward and backward (gae: forward), medians, candidates in turn. A ratio's range is p20 over p80 to
+p80 over p20. If eager can be written two ways (bf16 logits upcast or not), the target refers to the
+faster one.
 """
 
 from __future__ import annotations
@@ -189,7 +190,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """Return the outcomes as a Markdown table."""
     text = results.text_of
     lines = [
-        "| op | shape | dtype | measured | against | ours ms | theirs ms | ratio | range | target | reached |",
+        (
+            "| op | shape | dtype | measured | against | ours ms | theirs ms | ratio | range |"
+            " target | reached |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for o in outcomes:
@@ -248,7 +252,8 @@ def main(argv: Sequence[str]) -> int:
     unknown = set(args.ops) - {t.op for t in TARGETS}
     if unknown:
         parser.error(
-            f"no target for {', '.join(sorted(unknown))}: expected {', '.join(t.op for t in TARGETS)}"
+            f"no target for {', '.join(sorted(unknown))}: expected"
+            f" {', '.join(t.op for t in TARGETS)}"
         )
     torch.set_num_threads(args.threads)
     device = torch.device("cpu")
@@ -269,9 +274,10 @@ def main(argv: Sequence[str]) -> int:
         append_csv(args.out / results.CSV_NAME, rows)
         outcomes += judge(target, rows)
     about = (
-        f"{machine.cpu_name()}, {args.threads} threads, torch {torch.__version__}, commit {session.about['commit']}, "
-        f"copy {limits.copy_gb_s:.3g} GB/s, matmul {limits.matmul_tflop_s[F32]:.3g} TFLOP/s fp32, "
-        f"load {began} at the start and {machine.load()} at the end"
+        f"{machine.cpu_name()}, {args.threads} threads, torch {torch.__version__}, commit"
+        f" {session.about['commit']}, copy {limits.copy_gb_s:.3g} GB/s, matmul"
+        f" {limits.matmul_tflop_s[F32]:.3g} TFLOP/s fp32, load {began} at the start and"
+        f" {machine.load()} at the end"
     )
     text = f"{about}\n\n{table(outcomes)}\n"
     print(f"\n{text}")

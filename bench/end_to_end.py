@@ -77,7 +77,9 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 HELP = {
-    "prompt": "tokens of a prompt: PPO's; elsewhere the longest, the others down to a quarter of it",
+    "prompt": (
+        "tokens of a prompt: PPO's; elsewhere the longest, the others down to a quarter of it"
+    ),
     "response": "tokens of a response, likewise",
     "minibatch": "episodes in an update",
     "ptx_per_episode": "pretraining windows of prompt + response tokens for each episode",
@@ -205,7 +207,8 @@ def main(argv: Sequence[str]) -> int:
     session = start(args)
     rate = session.limits.matmul_tflop_s[DTYPES[args.dtype]]
     console.print(
-        f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s, matmul {rate:.4g} TFLOP/s {args.dtype}"
+        f"limits here: copy {session.limits.copy_gb_s:.4g} GB/s, matmul {rate:.4g} TFLOP/s"
+        f" {args.dtype}"
     )
     out = args.out or HERE / "results" / machine.folder_name(session.device)
     rows: list[StepRow] = []

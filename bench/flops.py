@@ -81,7 +81,7 @@ def matrix_entries(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, work: Work, vocab: int) -> int:
-    """Return the operations of a forward pass with an LM head of `vocab` columns (1: scalar head)."""
+    """Return the operations of a forward pass; `vocab` is the LM head's columns (scalar head: 1)."""
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * work.pairs
     return (
         2 * matrix_entries(model) * work.tokens

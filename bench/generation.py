@@ -159,20 +159,23 @@ def main(argv: Sequence[str]) -> int:
             if seed:  # the first is the warm-up
                 results[name].append(result)
     print(
-        f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.prompts} prompts, {args.slots} slots"
+        f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.prompts} prompts,"
+        f" {args.slots} slots"
     )
     for name, rows in results.items():
         wall = sorted(row["wall"] for row in rows)
         cpu = statistics.median(row["cpu"] for row in rows)
         mean = statistics.mean(row["tokens"] for row in rows) / args.prompts
         print(
-            f"{name:12}  {statistics.median(wall):7.0f} tokens/s (median; {wall[0]:.0f}..{wall[-1]:.0f}),"
-            f" {cpu:.0f} tokens/CPU-s, mean response {mean:.0f} tokens"
+            f"{name:12}  {statistics.median(wall):7.0f} tokens/s (median;"
+            f" {wall[0]:.0f}..{wall[-1]:.0f}), {cpu:.0f} tokens/CPU-s, mean response {mean:.0f}"
+            " tokens"
         )
     for kind in ("wall", "cpu"):
         ratios = sorted(a[kind] / b[kind] for a, b in zip(*results.values(), strict=True))
         print(
-            f"ratio by {kind:4}  {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
+            f"ratio by {kind:4}  {statistics.median(ratios):.2f} ({ratios[0]:.2f} .."
+            f" {ratios[-1]:.2f})"
         )
     if args.json:
         args.json.write_text(

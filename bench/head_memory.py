@@ -188,7 +188,8 @@ def main(argv: Sequence[str]) -> int:
     logits = args.tokens * args.vocab * (4 if args.dtype == "fp32" else 2)
     shape = f"{args.tokens} tokens, half of them counted; {args.layers} layers x {args.hidden}"
     print(
-        f"{shape}, vocabulary {args.vocab}, {args.dtype}; whole logits would be {logits / 1e6:.0f} MB"
+        f"{shape}, vocabulary {args.vocab}, {args.dtype}; whole logits would be"
+        f" {logits / 1e6:.0f} MB"
     )
     for name, step in losses(stage, batch).items():
         ours = measure(stage, step, mesh.device)
@@ -197,8 +198,9 @@ def main(argv: Sequence[str]) -> int:
         off = abs(ours[0] - whole[0]) / abs(whole[0])
         off_gradients = float(((ours[1] - whole[1]).abs() / whole[1].clamp(min=1e-12)).max())
         print(
-            f"{name}: {ours[2] / 1e6:.0f} MB with the linear ops, {whole[2] / 1e6:.0f} MB with whole logits; "
-            f"loss {ours[0]:.6f}, relative difference {off:.1e}, of a gradient's norm at most {off_gradients:.1e}"
+            f"{name}: {ours[2] / 1e6:.0f} MB with the linear ops, {whole[2] / 1e6:.0f} MB with"
+            f" whole logits; loss {ours[0]:.6f}, relative difference {off:.1e}, of a gradient's"
+            f" norm at most {off_gradients:.1e}"
         )
     meshes.finalize()
     return 0

@@ -26,7 +26,7 @@ class Limits(NamedTuple):
     matmul_tflop_s: dict[torch.dtype, float]
 
     def floor_ms(self, moved: int, flops: int, dtype: torch.dtype) -> float:
-        """Return the time below which no version that moves `moved` bytes and does `flops` can run."""
+        """Return a lower bound on the time of moving `moved` bytes and doing `flops` operations."""
         memory = moved / self.copy_gb_s / 1e6
         rate = self.matmul_tflop_s.get(dtype)
         return max(memory, flops / rate / 1e9) if rate else memory
@@ -127,7 +127,7 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """Return the folder of bench/results: "cpu", or the GPU's name in letters, digits and dashes."""
+    """Return the folder of bench/results: "cpu", or the GPU's name in letters and dashes."""
     if device.type == "cpu":
         return "cpu"
     return "-".join("".join(c if c.isalnum() else " " for c in device_name(device)).split()).lower()
@@ -142,9 +142,11 @@ def describe(device: torch.device, threads: int) -> dict[str, str | int]:
         "triton": version_of("triton"),
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": "yes"
-        if _git("status", "--porcelain", "--", "fastrlhf", "kernels", "csrc", "bench")
-        else "no",
+        "dirty": (
+            "yes"
+            if _git("status", "--porcelain", "--", "fastrlhf", "kernels", "csrc", "bench")
+            else "no"
+        ),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

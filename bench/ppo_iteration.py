@@ -356,8 +356,9 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     best = max(row["matmul_tflop_s"] for row in rows)
     limit = matmul_flops(args) / best / 1e12
     lines = [
-        f"{args.episodes} episodes of {args.prompt} + {args.response} tokens, {args.minibatches} update(s), "
-        f"{args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.threads} threads"
+        f"{args.episodes} episodes of {args.prompt} + {args.response} tokens, {args.minibatches}"
+        f" update(s), {args.layers} layers x {args.hidden}, vocabulary {args.vocab}, {args.threads}"
+        " threads"
     ]
     for side, times in seconds.items():
         name = f"TRL {TRL}" if side == "trl" else "fastrlhf"

@@ -23,14 +23,14 @@ from typing import Any
 from fastrlhf.data.prepare.prepare import prepare
 from fastrlhf.data.prepare.rules import SPLITS, Rules
 
-# fmt: off
-WORDS = (
-    "the", "a", "cat", "dog", "model", "writes", "explains", "summarise", "please", "list", "how", "why", "what", "of",
-    "in", "on", "and", "with", "about", "story", "code", "python", "email", "letter", "poem", "recipe", "travel",
-    "history", "science", "answer", "question", "short", "long", "simple", "detail", "friend", "work", "plan", "week",
-    "garden", "river", "music", "paint", "number", "sum", "table", "budget", "meeting", "report", "idea", "name",
+WORDS = tuple(
+    (
+        "the a cat dog model writes explains summarise please list how why what of in on and with "
+        "about story code python email letter poem recipe travel history science answer question "
+        "short long simple detail friend work plan week garden river music paint number sum table "
+        "budget meeting report idea name"
+    ).split()  # noqa: SIM905 (a list of single words would take a page)
 )
-# fmt: on
 BUSY_PER_THOUSAND = 1  # users, who write twice the cap and more
 DUPLICATES, PERSONAL, ALIKE = 0.05, 0.01, 0.01  # shares of the prompts
 # Put together here, so that no scanner takes this file for a leak.
@@ -126,10 +126,10 @@ def check(corpus: Path, out: Path, manifest: dict[str, Any], cap: int) -> dict[s
         "pii_precision": len(reported & planted) / len(reported),
         "cap_recall": sum(count <= cap for count in busy.values()) / len(busy),
         "cap_precision": sum(count >= cap for count in busy.values()) / len(busy),
-        "users_in_two_splits": len(
-            owners["train"] & owners["valid"] | owners["train"] & owners["test"]
-        )
-        + len(owners["valid"] & owners["test"]),
+        "users_in_two_splits": (
+            len(owners["train"] & owners["valid"] | owners["train"] & owners["test"])
+            + len(owners["valid"] & owners["test"])
+        ),
         "unaccounted": manifest["read"] - manifest["kept"] - sum(manifest["dropped"].values()),
     }
 

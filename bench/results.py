@@ -88,7 +88,8 @@ def append_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str,
             found = tuple(next(csv.reader(file), ()))
         if found != tuple(columns):
             raise ValueError(
-                f"{path}: its columns are those of another version; move it away or pass another --out"
+                f"{path}: its columns are those of another version; move it away or pass another"
+                " --out"
             )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -115,7 +116,7 @@ def _parse(column: str, text: str) -> float | int | None:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """Return the last measurement of each case, provider and clock; a file may hold several runs."""
+    """Return the last measurement of each case, provider and clock of a file."""
     kept: dict[tuple[str, ...], Row] = {}
     for row in rows:
         key = (row.op, row.mode, row.provider, row.shape, row.dtype, row.device, row.clock)
@@ -248,7 +249,7 @@ def _summary(timed: Sequence[Row]) -> list[str]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Plot one bar per provider and case with its p20-p80 range; False if there is nothing to plot."""
+    """Plot one bar per provider and case with its p20-p80 range; False if nothing is plotted."""
     from matplotlib.figure import Figure
 
     clock = "cold" if any(r.clock == "cold" for r in rows) else "wall"
@@ -279,7 +280,10 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
         axis.tick_params(labelsize=8)
     for axis in axes[len(cases) :]:
         axis.remove()
-    about = f"{timed[0].device}, {timed[0].threads} threads, torch {timed[0].torch}, commit {timed[0].commit}"
+    about = (
+        f"{timed[0].device}, {timed[0].threads} threads, torch {timed[0].torch}, commit"
+        f" {timed[0].commit}"
+    )
     figure.suptitle(
         f"Median ms ({clock}), p20-p80, and % of the measured limit. {about}", fontsize=9
     )

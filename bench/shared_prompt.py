@@ -101,11 +101,13 @@ def main(argv: Sequence[str]) -> int:
             times[name].append(timed(step, mesh.device)[1])
     ratios = sorted(b / a for a, b in zip(times["shared"], times["separate"], strict=True))
     print(
-        f"prompt {args.prompt}, K = {args.k} responses of {args.response}; {args.family}, {args.layers} layers x",
+        f"prompt {args.prompt}, K = {args.k} responses of {args.response}; {args.family},"
+        f" {args.layers} layers x",
         end=" ",
     )
     print(
-        f"{args.hidden}, {args.dtype}, {mesh.device.type}, {args.threads} threads; gradients differ by {difference:.1e}"
+        f"{args.hidden}, {args.dtype}, {mesh.device.type}, {args.threads} threads; gradients differ"
+        f" by {difference:.1e}"
     )
     for name, batch in batches.items():
         median = statistics.median(times[name])
@@ -115,7 +117,8 @@ def main(argv: Sequence[str]) -> int:
         )
     tokens = batches["separate"].tokens.numel() / batches["shared"].tokens.numel()
     print(
-        f"ratio     {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f}); of the tokens {tokens:.2f}"
+        f"ratio     {statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f}); of the"
+        f" tokens {tokens:.2f}"
     )
     if args.json:
         args.json.write_text(

@@ -26,8 +26,10 @@ from fastrlhf.errors import UserError
 
 T = TypeVar("T")
 AGREE = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 5e-2}
-"""Relative difference of the sides' first losses and gradient norms above which they do not do the same work. Half
-precision leaves room for gradients that one side sums in fp32 and the other in its weights' dtype."""
+"""Relative difference of first losses and gradient norms above which two sides do different work.
+
+Half precision leaves room for gradients that one side sums in fp32 and the other in its weights'
+dtype."""
 OTHERS = 3
 """Times that a part of a step is timed by itself."""
 

@@ -181,7 +181,7 @@ def against(side: Side, sides: Sequence[Side], phase: str = "") -> dict[str, Any
 
 
 def rows_of(part: str, side: Side, sides: Sequence[Side], session: Session) -> list[StepRow]:
-    """Return a row for the step, its phases and the parts timed separately, or for their failures."""
+    """Return rows for the step, its phases and the parts timed separately, or their failures."""
     rows: list[StepRow] = []
     failures = {side.mode: (side.status, side.note)} if side.status != "ok" else {}
     if side.times:

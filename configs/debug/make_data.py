@@ -1,4 +1,4 @@
-"""Make the data of the debug configurations: sums to learn, ranked answers, and a tokenizer trained on them.
+"""Make the data of the debug configurations: sums, ranked answers, and a tokenizer.
 
 python configs/debug/make_data.py [FOLDER]        (default: runs/debug/data)
 """

@@ -1,4 +1,4 @@
-"""The trainers' steps and plain Hugging Face's: equal work, and a side's failure affects it alone."""
+"""The trainers' steps and plain Hugging Face's do equal work; a failure affects one side."""
 
 from __future__ import annotations
 
@@ -203,7 +203,8 @@ def test_past_the_deadline_nothing_is_begun(session):
 def test_memory_of_the_host_that_is_full():
     def full():
         raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9"
+            " bytes"
         )
 
     assert guarded("x", full)[1] == "out of memory"

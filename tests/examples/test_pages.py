@@ -109,7 +109,7 @@ def test_the_readme_has_commands_and_records():
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty working folder from which configs/ is reached as in the repository."""
+    """Return an empty working folder from which configs/ is reached as in the repository."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -148,7 +148,7 @@ def test_readme_op(capsys: pytest.CaptureFixture[str]):
 
 
 def test_python_api(folder: Path):
-    """The page's blocks in order, in one namespace; one that begins with `# NAME.py` is that file."""
+    """Run the page's blocks in order; a block that begins with `# NAME.py` is that file."""
     page = ROOT / "docs/python_api.md"
     make_data = runpy.run_path(str(ROOT / "configs/debug/make_data.py"))["main"]
     make_data(folder / "runs/debug/data")

@@ -1,4 +1,4 @@
-"""Every message that docs/troubleshooting.md quotes occurs in the code, and every named warning is on the page."""
+"""Messages that docs/troubleshooting.md quotes occur in the code; all warnings are listed."""
 
 from __future__ import annotations
 

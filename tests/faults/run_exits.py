@@ -126,7 +126,8 @@ def start(folder: Path, name: str, ending: str) -> list[int]:
 
 
 CONFIG = """
-model: {family: gpt, num_layers: 1, hidden_size: 16, num_heads: 2, ffn_size: 32, max_positions: 32, dtype: fp32}
+model: {family: gpt, num_layers: 1, hidden_size: 16, num_heads: 2, ffn_size: 32,
+  max_positions: 32, dtype: fp32}
 parallel: {timeout_s: 1200}
 data: {tokenizer: DATA/tokenizer, train: DATA/text.jsonl, sequence_length: 16, cache: DATA/cache}
 optimizer: {lr: 1.0e-3}
