@@ -23,14 +23,13 @@ from typing import Any
 from fastrlhf.data.prepare.prepare import prepare
 from fastrlhf.data.prepare.rules import SPLITS, Rules
 
-WORDS = tuple(
-    (
-        "the a cat dog model writes explains summarise please list how why what of in on and with "
-        "about story code python email letter poem recipe travel history science answer question "
-        "short long simple detail friend work plan week garden river music paint number sum table "
-        "budget meeting report idea name"
-    ).split()  # noqa: SIM905 (a list of single words would take a page)
+TEXT = (
+    "the a cat dog model writes explains summarise please list how why what of in on and with "
+    "about story code python email letter poem recipe travel history science answer question "
+    "short long simple detail friend work plan week garden river music paint number sum table "
+    "budget meeting report idea name"
 )
+WORDS = tuple(TEXT.split())
 BUSY_PER_THOUSAND = 1  # users, who write twice the cap and more
 DUPLICATES, PERSONAL, ALIKE = 0.05, 0.01, 0.01  # shares of the prompts
 # Put together here, so that no scanner takes this file for a leak.
