@@ -6,7 +6,7 @@ Same rules as `sections.py`: strict pydantic models, a docstring under each fiel
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -157,7 +157,7 @@ class GenerationConfig(Section):
         return self
 
 
-def _range(value: Any) -> Any:
+def _range(value: object) -> object:
     """Parse 4 as (4, 4) and "4..9" as (4, 9)."""
     if isinstance(value, int):
         return (value, value)

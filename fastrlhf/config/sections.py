@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from fastrlhf.config.yaml_file import ConfigError
 
 
-def _not_bool(value: Any) -> Any:
+def _not_bool(value: object) -> object:
     """Refuse a boolean where a number is expected.
 
     pydantic would read `train.steps: true` as one step.
@@ -55,7 +55,10 @@ Blend = Annotated[
 ]
 """Paths, or path -> weight."""
 
-FAMILIES: dict[str, dict[str, Any]] = {
+Fields = dict[str, object]
+"""The fields of a section that are validated already."""
+
+FAMILIES: dict[str, Fields] = {
     "gpt": {
         "position": "learned",
         "norm": "layernorm",
@@ -74,14 +77,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Values that `model.family` gives to unset fields."""
 
 
-def _from_family(key: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda fields: FAMILIES[fields["family"]][key]
+# Any: pydantic validates the value against the type of the field.
+def _from_family(key: str) -> Callable[[Fields], Any]:  # type: ignore[explicit-any]
+    return lambda fields: FAMILIES[str(fields["family"])][key]
 
 
-def _ffn_default(fields: dict[str, Any]) -> int:
-    return (
-        4 * fields["hidden_size"] if fields["family"] == "gpt" else 0
-    )  # 0 is refused below, with the cure
+def _ffn_default(fields: Fields) -> int:
+    hidden = fields["hidden_size"]
+    # 0 is refused by the model section's check, with the cure.
+    return 4 * hidden if fields["family"] == "gpt" and isinstance(hidden, int) else 0
 
 
 class Section(BaseModel):
@@ -100,7 +104,7 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_means_unset(cls, values: Any) -> Any:
+    def _null_means_unset(cls, values: object) -> object:
         """Treat null as unset for fields with a derived default, such as `num_kv_heads: null`."""
         if not isinstance(values, dict):
             return values
@@ -148,7 +152,7 @@ class ModelConfig(Section):
     """Feed-forward activation. Unset: the family's."""
     bias: bool = Field(default_factory=_from_family("bias"))
     """Biases in the linear layers. Unset: the family's."""
-    qkv_bias: bool = Field(default_factory=lambda fields: fields["bias"])
+    qkv_bias: bool = Field(default_factory=lambda fields: bool(fields["bias"]))
     """Biases in the query/key/value projection. Unset: the same as bias."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Qwen 3)."""

@@ -12,14 +12,17 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fastrlhf.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+Tree = dict[str, object]
+"""A mapping as YAML gives it: key -> scalar, list or mapping."""
 
 
 class ConfigError(ValueError):
@@ -91,7 +94,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _read(path: Path) -> tuple[Tree, dict[str, int]]:
     """Return the file's mapping, and the line (from 1) of each dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -141,9 +144,7 @@ def _lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str,
         yield from _lines(value_node, path, f"{prefix}{name}.")
 
 
-def _apply(
-    data: dict[str, Any], override: str, model: type[BaseModel], origin: dict[str, str]
-) -> None:
+def _apply(data: Tree, override: str, model: type[BaseModel], origin: dict[str, str]) -> None:
     """Set one `dotted.key=value` in `data`, and record in `origin` which override set that key."""
     key, equals, text = override.partition("=")
     key = key.strip()
@@ -158,9 +159,10 @@ def _apply(
         raise UserError(f"override '{override}': {_unknown(key, model)}")
     *sections, name = key.split(".")
     for section in sections:
-        if not isinstance(data.get(section), dict):
-            data[section] = {}
-        data = data[section]
+        child = data.get(section)
+        if not isinstance(child, dict):
+            child = data[section] = {}
+        data = child
     data[name] = value
     origin[key] = override
 
@@ -223,7 +225,7 @@ def _explain(
     return problems[0][2] + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
 
 
-def _describe(detail: Any, model: type[BaseModel]) -> tuple[str, str]:
+def _describe(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
     """Return the dotted key and the message of one pydantic error."""
     names = [str(part) for part in detail["loc"]]
     key = ".".join(name for name in names if not name.isdigit())
@@ -246,6 +248,6 @@ def _describe(detail: Any, model: type[BaseModel]) -> tuple[str, str]:
     return key, f"{key} is {_shown(value)}, expected {expected}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -58,8 +58,11 @@ class Scale:
     labelers: int = 5
 
 
-SHORT = Scale(pretrain_steps=150, sft_steps=140, ranking_prompts=1800, ppo_steps=18)
-"""For slow processors: the same model and evaluation with about half of the training."""
+SHORT = Scale(pretrain_steps=150, sft_steps=140, ppo_steps=18)
+"""For slow processors: the same model and evaluation after about half of the work.
+
+It keeps all rankings: with 1,800 the held-out accuracy of one seed in three fell to 0.70.
+"""
 SCALES = {"full": Scale(), "short": SHORT}
 """Scales of the tiny GPT; `scales.choose` selects one."""
 

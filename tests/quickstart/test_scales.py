@@ -39,7 +39,6 @@ def test_the_short_scale_is_the_same_task_after_less_work() -> None:
     amounts = {
         "pretrain_steps": full.pretrain_steps,
         "sft_steps": full.sft_steps,
-        "ranking_prompts": full.ranking_prompts,
         "ppo_steps": full.ppo_steps,
     }
     assert all(getattr(SHORT, name) < amount for name, amount in amounts.items())
