@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 OUT ?= runs/quickstart
 # The build of torch: on Linux plain `torch` is the CUDA build, several GB. The CPU build (an extra index, so that torch's
 # own dependencies still come from PyPI in the versions of constraints.txt; pip prefers 2.13.0+cpu to 2.13.0):
-#   make quickstart TORCH="torch --extra-index-url https://download.pytorch.org/whl/cpu"
+#   make quickstart TORCH=...      another build of torch, such as the one without CUDA (docs/quickstart.md)
 TORCH ?= torch
 
 VENV := .venv
