@@ -6,9 +6,8 @@ PYTHON ?= python3
 WORKERS ?= 0
 PYTEST_ARGS ?=
 OUT ?= runs/quickstart
-# The build of torch: on Linux plain `torch` is the CUDA build, several GB. The CPU build (an extra index, so that torch's
-# own dependencies still come from PyPI in the versions of constraints.txt; pip prefers 2.13.0+cpu to 2.13.0):
-#   make quickstart TORCH=...      another build of torch, such as the one without CUDA (docs/quickstart.md)
+# On Linux plain `torch` is the CUDA build, several GB; docs/quickstart.md has the line for the CPU build. That adds an
+# index and replaces none: torch's own dependencies still come from PyPI in the versions of constraints.txt.
 TORCH ?= torch
 
 VENV := .venv
