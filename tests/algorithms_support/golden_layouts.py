@@ -175,12 +175,12 @@ def main(folder: Path) -> None:
     full_world = {"RANK": str(rank), "WORLD_SIZE": "4"}
     os.environ |= {"RANK": str(rank % 2), "WORLD_SIZE": "2"}
     # Worlds that share a store need different names in it.
-    meshes._joined = itertools.count(100 * (pair + 1))
+    meshes._mesh_number = itertools.count(100 * (pair + 1))
     name = list(PAIRS)[pair]
     check(folder, name, PAIRS[name], stored, rank)
     os.environ |= full_world
     meshes._rendezvous.cache_clear()
-    meshes._joined = itertools.count(1000)
+    meshes._mesh_number = itertools.count(1000)
     for name, extra in FULL_WORLD.items():
         check(folder, name, extra, stored, rank)
 
