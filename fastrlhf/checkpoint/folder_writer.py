@@ -30,12 +30,12 @@ from fastrlhf.checkpoint.integrity import (
     sync_folder,
     write_manifest,
 )
+from fastrlhf.checkpoint.names import PARTIAL, REMOVED
 from fastrlhf.checkpoint.shards import ShardFile
 from fastrlhf.errors import UserError
 
 Contents = dict[str, "ShardFile | str"]
 """Relative path -> tensors or text."""
-PARTIAL, REMOVED = ".partial", ".removed"
 _NOTE = "written_"
 
 
