@@ -15,7 +15,6 @@ A checkpoint is a folder `checkpoints/step_XXXXXXXX/`:
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -25,12 +24,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import torch.distributed as dist
-import yaml
 
-import fastrlhf
+from fastrlhf.checkpoint.differences import differences, package_versions
 from fastrlhf.checkpoint.folder_writer import (
     Contents,
     FolderWriter,
@@ -48,6 +46,7 @@ from fastrlhf.checkpoint.model_folder import (
     shard_reader,
 )
 from fastrlhf.checkpoint.names import PARTIAL, REMOVED, step_folders, step_name, step_of
+from fastrlhf.checkpoint.schema import VERSION, StateFile, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardFile, owned, parts_of, snapshot
 from fastrlhf.checkpoint.soundness import check_weights_finite
 from fastrlhf.checkpoint.state import (
@@ -87,8 +86,9 @@ class Checkpointable(Protocol):
 
 
 class RunState(TypedDict, total=False):
-    """Content of `state.json`. A caller of `save` gives the first three."""
+    """Content of `state.json`. A caller of `save` gives step, data and algorithm."""
 
+    version: int
     step: int
     data: Mapping[str, object]
     """Position in the data."""
@@ -218,10 +218,11 @@ class Checkpointer:
                 name: learner.state_dict() for name, learner in algorithm.learners().items()
             }
             complete: RunState = {
+                "version": VERSION,
                 **state,
                 "learners": learners,
                 "layout": _layout(self.mesh),
-                "versions": _versions(),
+                "versions": package_versions(),
             }
             contents["state.json"] = json.dumps(complete, indent=2) + "\n"
             contents["config.yaml"] = self.config_text
@@ -324,7 +325,7 @@ class Checkpointer:
         Checkpoints newer than `path` are damaged or of another run: they are renamed, so that they
         are not taken for the newest later.
         """
-        state: RunState = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_state(path)
         for name, stage in algorithm.models().items():
             if not (path / name).is_dir():
                 raise UserError(
@@ -337,13 +338,15 @@ class Checkpointer:
             reader = shard_reader(path / f"{name}.optimizer")
             for part in parts_of(learner.model, learner.optimizer_values()):
                 reader.fill(part)
+            if name not in state["learners"]:
+                raise UserError(f"{path / 'state.json'}: has no learner {name}")
             learner.load_state_dict(state["learners"][name])
         if state["layout"] == _layout(self.mesh):
             restore_generators(
                 path / "random" / f"rank_{self.mesh.rank:05d}.safetensors", self.mesh
             )
         if self.mesh.rank == 0:
-            for line in _differences(path, state, self.config_text):
+            for line in differences(path, state["versions"], self.config_text):
                 logger.info("resuming with %s", line)
         with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0:
@@ -357,6 +360,18 @@ class Checkpointer:
         with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
                 rename_unused(self.folder)
+
+
+def read_state(path: Path) -> RunState:
+    """Return the state of the checkpoint `path`.
+
+    Raises UserError with the file's name if it is not a state.
+    """
+    try:
+        state = read_file(path / "state.json", StateFile)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'state.json'}: not the state of a run ({error})") from None
+    return cast("RunState", state.model_dump(exclude_unset=True))
 
 
 def saved_metrics(path: Path) -> dict[str, float]:
@@ -388,42 +403,3 @@ def _check_dtype(saved: SavedModel, stage: SavedStage) -> None:
 def _layout(mesh: Mesh) -> list[int]:
     """Return the sizes on which the file of a rank's generators depends."""
     return [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "megatron-core", "safetensors")
-    return {
-        "fastrlhf": fastrlhf.__version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _differences(path: Path, state: RunState, config_text: str) -> list[str]:
-    """Return settings and versions that have changed since the checkpoint, one line each."""
-    before, now = (
-        _flat(yaml.safe_load((path / "config.yaml").read_text())),
-        _flat(yaml.safe_load(config_text)),
-    )
-    lines = [
-        f"{key} {now.get(key)} (was {before.get(key)})"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    versions = _versions()
-    lines += [
-        f"{name} {versions[name]} (was {old})"
-        for name, old in state["versions"].items()
-        if versions[name] != old
-    ]
-    return lines
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, object]:
-    """Return the leaves of nested dictionaries by dotted key."""
-    if not isinstance(tree, dict):
-        return {prefix: tree} if prefix else {}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in _flat(child, f"{prefix}.{name}".strip(".")).items()
-    }

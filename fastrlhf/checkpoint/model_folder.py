@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from fastrlhf.checkpoint.folder_writer import Contents, FolderWriter
-from fastrlhf.checkpoint.integrity import read_manifest, verify
+from fastrlhf.checkpoint.integrity import DamagedManifestError, read_manifest, verify
+from fastrlhf.checkpoint.schema import VERSION, ModelFile, describe_validation, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardReader, owned, parts_of, snapshot, weights
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
@@ -58,8 +60,10 @@ def _find_model(root: Path) -> SavedModel | None:
     """Describe the model at `root`, as `describe_model` does; None if there is none now."""
     candidates = [root]
     pointer = root if root.name in POINTERS else root / "checkpoints" / "latest"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        candidates.append(pointer.parent / pointer.read_text(encoding="utf-8").strip())
+    with contextlib.suppress(OSError, UnicodeDecodeError, ValueError):
+        name = pointer.read_text(encoding="utf-8").strip()
+        if name and name == Path(name).name:  # a folder next to the pointer, nowhere else
+            candidates.append(pointer.parent / name)
     for folder in candidates:
         for model in (folder, *(folder / name for name in _MODELS)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -70,12 +74,22 @@ def _find_model(root: Path) -> SavedModel | None:
 def _read_description(folder: Path) -> SavedModel:
     path = folder / "model.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return SavedModel(path=folder, **{**saved, "model": ModelConfig(**saved["model"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: not the description of a model ({' '.join(str(error).split())})"
-        ) from None
+        file = read_file(path, ModelFile)
+        return SavedModel(
+            path=folder,
+            model=file.config(),
+            vocab_size=file.vocab_size,
+            head=file.head,
+            tokenizer=file.tokenizer,
+            statistics=file.statistics,
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (ValueError, TypeError) as error:
+        reason = describe_validation(error) if isinstance(error, ValueError) else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(f"{path}: not the description of a model ({reason})")
 
 
 def model_contents(
@@ -91,6 +105,7 @@ def model_contents(
     contents: Contents = {f"rank_{dist.get_rank():05d}.safetensors": shards}
     if dist.get_rank() == 0:
         description = {
+            "version": VERSION,
             "model": stage.model_config.model_dump(exclude={"load", "hf"}),
             "vocab_size": stage.vocab_size,
             "head": stage.head_kind,
@@ -165,6 +180,12 @@ def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
 
 def shard_reader(folder: Path) -> ShardReader:
     """Open the shard files that the folder's `files.json` lists, and no others."""
-    return ShardReader(
-        folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
-    )
+    try:
+        return ShardReader(
+            folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
+        )
+    except DamagedManifestError as error:
+        raise UserError(str(error)) from None
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: its shard files cannot be read ({reason})") from None

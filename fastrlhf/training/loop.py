@@ -11,6 +11,7 @@ import torch
 
 from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
+from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.health import HealthMonitor
 from fastrlhf.training.metrics import MetricsLog
@@ -87,8 +88,14 @@ def resume(
         if newest is None:
             return 0
         state = checkpointer.load(newest, algorithm)
-    batches.load_state_dict(state["data"])
-    algorithm.load_state_dict(state["algorithm"])
+    try:
+        batches.load_state_dict(state["data"])
+        algorithm.load_state_dict(state["algorithm"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{newest / 'state.json'}: not the state of this command's run"
+            f" ({type(error).__name__}: {error}); give another output_dir"
+        ) from None
     return state["step"]
 
 
