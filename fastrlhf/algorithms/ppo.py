@@ -29,7 +29,6 @@ from fastrlhf.algorithms.offload import Offload
 from fastrlhf.algorithms.ppo_metrics import (
     PhaseTimer,
     average_updates,
-    check_losses_finite,
     rollout_metrics,
 )
 from fastrlhf.algorithms.ppo_warnings import RunMonitor
@@ -46,6 +45,7 @@ from fastrlhf.algorithms.rollouts import (
     training_batch,
 )
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
+from fastrlhf.checkpoint.soundness import check_losses_finite
 from fastrlhf.config import Config
 from fastrlhf.data.batches import PackedBatch
 from fastrlhf.data.loader import Loader, permutation
@@ -111,6 +111,7 @@ class PPO:
         self.value = models.value
         self.reference = models.reference
         self.rewards = models.rewards
+        self.rewards.timeout_s = config.parallel.timeout_s
         self.average = models.average
         self.tokenizer = tokenizer
         self.pretraining = pretraining
@@ -287,9 +288,11 @@ class PPO:
             return None
         metrics |= self.value_gradient(batches)
         if not self.policy.model.config.fp16:  # its optimizer skips updates that are not finite
-            check_losses_finite(self.iteration + 1, metrics)
+            check_losses_finite(f"iteration {self.iteration + 1}", metrics)
         value = self.value.step()
         metrics |= {"value_grad_norm": value["grad_norm"], "value_lr": value["lr"]}
+        if "skipped" in value:
+            metrics["value_skipped"] = value["skipped"]
         return metrics | self.policy.step()
 
     def _exceeds_target_kl(self, approx_kl: float) -> bool:

@@ -1,12 +1,10 @@
 """Metrics of a PPO iteration: of its episodes, of its updates, and of the time of its phases.
 
-Mean losses come from the updates themselves (ppo.py). Nothing in this module changes training,
-except that a loss that is not finite stops the run.
+Mean losses come from the updates themselves (ppo.py). Nothing in this module changes training.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from fastrlhf.algorithms.rollouts import Rollouts
-from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
 
 Tensor = torch.Tensor
@@ -55,17 +52,6 @@ def average_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     mean = {name: value / len(updates) for name, value in total.items()}
     counts = {"trained_tokens": total["trained_tokens"], "updates": float(len(updates))}
     return {**updates[0], **mean, **counts}
-
-
-def check_losses_finite(iteration: int, metrics: Mapping[str, float]) -> None:
-    """Raise UserError if a loss is NaN or infinite; call before the weights are updated."""
-    for name in ("policy_loss", "value_loss", "ptx_loss"):
-        if not math.isfinite(metrics.get(name, 0.0)):
-            raise UserError(
-                f"iteration {iteration}: {name} is {metrics[name]}; stopped before this update, and the last "
-                "checkpoint is untouched: resume from it with a lower optimizer.lr (or ppo.value_lr), and check the "
-                "scores in samples.jsonl"
-            )
 
 
 class PhaseTimer:

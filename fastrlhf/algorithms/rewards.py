@@ -7,11 +7,7 @@ which PPO adds per token.
 
 from __future__ import annotations
 
-import importlib
-import math
-import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from fastrlhf.algorithms.reward_function import (
+    RewardFunction,
+    call_reward_function,
+    checked_scores,
+    load_reward_function,
+)
 from fastrlhf.algorithms.rm import score_responses
 from fastrlhf.algorithms.rollouts import Rollouts, decode_texts
 from fastrlhf.data.batches import PackedBatch
@@ -29,9 +31,8 @@ from fastrlhf.parallel.mesh import Mesh
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+__all__ = ["RewardFunction", "Rewards", "checked_scores", "load_reward_function"]
 Tensor = torch.Tensor
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""function(prompts, responses) -> one score for each response."""
 OnDevice = Callable[[GPT], AbstractContextManager[object]]
 """`with on_device(model):` holds a model on the device for a block (offload.py)."""
 
@@ -45,6 +46,8 @@ class Rewards:
     function: RewardFunction | None = None
     name: str = "the reward function"
     """Name of the function in errors."""
+    timeout_s: float = 1800.0
+    """Longest call of the function, in seconds."""
     on_device: OnDevice = field(default=nullcontext)
 
     def score(
@@ -72,6 +75,11 @@ class Rewards:
             total += weight * scored
         if self.function is not None:
             total += self._function_scores(self.function, mesh, rollouts, rows, tokenizer)
+        if not total.isfinite().all():
+            raise UserError(
+                f"the weighted sum of the scores is {total[~total.isfinite()][0].item()}; lower"
+                " ppo.reward_weights, or the scores"
+            )
         return total
 
     def _function_scores(
@@ -85,13 +93,20 @@ class Rewards:
         """Score the episodes `rows` with the reward function, fp32 [len(rows)].
 
         The function is called once in a model-parallel group, so that its ranks have the same
-        scores even if it is not deterministic.
+        scores even if it is not deterministic. If a call fails, all ranks raise its UserError.
         """
         scores = torch.zeros(rows.numel(), device=mesh.device)
+        problem = ""
         if mesh.is_last_stage and mesh.tensor_rank == 0:
             prompts, responses = decode_texts(rollouts, rows, tokenizer)
-            checked = checked_scores(function(prompts, responses), responses, self.name)
-            scores = torch.tensor(checked, device=mesh.device)
+            try:
+                checked = call_reward_function(
+                    function, prompts, responses, self.name, self.timeout_s
+                )
+                scores = torch.tensor(checked, device=mesh.device)
+            except UserError as error:
+                problem = str(error)
+        raise_on_any_rank(mesh, problem)
         if mesh.is_last_stage and mesh.tensor_size > 1:
             dist.broadcast(
                 scores, src=dist.get_global_rank(mesh.tensor_group, 0), group=mesh.tensor_group
@@ -99,48 +114,11 @@ class Rewards:
         return mesh.from_last_stage(scores if mesh.is_last_stage else None)
 
 
-def checked_scores(scores: Iterable[object], responses: Sequence[str], name: str) -> list[float]:
-    """Return the scores of the function `name` as floats.
-
-    Raises UserError unless there is one finite number for each response.
-    """
-    got = list(scores)
-    if len(got) != len(responses):
-        raise UserError(
-            f"{name} returned {len(got)} scores for {len(responses)} responses; expected one each"
-        )
-    checked = []
-    for score, response in zip(got, responses, strict=True):
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise UserError(
-                f"{name} scored {score!r} for the response {response[:60]!r}; expected a finite float"
-            )
-        checked.append(float(score))
-    return checked
-
-
-def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardFunction:
-    """Import the function that `spec`, "module:function", names.
-
-    The module may be in the working directory. Raises UserError with the setting `key` if there is
-    no such module or function.
-    """
-    module_name, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:  # the console script's path starts elsewhere
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # an import inside the user's module
-        raise UserError(
-            f"{key} {spec}: no module {error.name}; run in the folder of "
-            f"{module_name.replace('.', '/')}.py, or add that folder to PYTHONPATH"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(
-            f"{key} {spec}: {module.__file__} defines no function {name}; expected "
-            f"def {name}(prompts: list[str], responses: list[str]) -> list[float]"
-        )
-    return function
+def raise_on_any_rank(mesh: Mesh, problem: str) -> None:
+    """Raise the UserError of the first rank that has a `problem`, on every rank; a collective."""
+    problems = [problem]
+    if mesh.world_size > 1:
+        problems = [""] * mesh.world_size
+        dist.all_gather_object(problems, problem)
+    if first := next(filter(None, problems), None):
+        raise UserError(first)

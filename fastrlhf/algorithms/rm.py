@@ -17,6 +17,7 @@ import torch
 
 from fastrlhf import ops
 from fastrlhf.algorithms.protocols import Learner
+from fastrlhf.checkpoint.soundness import check_losses_finite
 from fastrlhf.data import packing
 from fastrlhf.data.batches import (
     PackedBatch,
@@ -25,10 +26,12 @@ from fastrlhf.data.batches import (
     pack_rankings,
     ranking_tokens,
 )
+from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import Metrics
+from fastrlhf.parallel.watchdog import current_phase
 
 Tensor = torch.Tensor
 
@@ -56,6 +59,13 @@ class RewardModelling:
             return loss, {"loss": loss.detach(), **_sums_over_pairs(ranking)}
 
         metrics = _per_pair(self.mesh.sum_metrics(self.reward.accumulate(batches, head)))
+        if not metrics["pairs"]:
+            raise UserError(
+                f"{current_phase()}: no two responses of the global batch have different ranks, so"
+                " there is no pair to learn from; check data.train"
+            )
+        if not self.reward.model.config.fp16:  # its optimizer skips updates that are not finite
+            check_losses_finite(current_phase(), metrics)
         _, tokens, separate = counts.tolist()
         return metrics | self.reward.step() | {"tokens": tokens, "tokens_unshared": separate}
 

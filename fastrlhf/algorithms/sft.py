@@ -15,11 +15,14 @@ import torch
 
 from fastrlhf import ops
 from fastrlhf.algorithms.protocols import Learner
+from fastrlhf.checkpoint.soundness import check_losses_finite
 from fastrlhf.data.batches import PackedBatch
+from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import Metrics
+from fastrlhf.parallel.watchdog import current_phase
 
 Tensor = torch.Tensor
 
@@ -41,6 +44,8 @@ class SupervisedFinetuning:
             return loss, {"loss": loss.detach()}
 
         metrics = self.mesh.sum_metrics(self.policy.accumulate(batches, head))
+        if not self.policy.model.config.fp16:  # its optimizer skips updates that are not finite
+            check_losses_finite(current_phase(), metrics)
         return metrics | self.policy.step() | {"tokens": float(tokens)}
 
     def models(self) -> dict[str, GPT]:
@@ -64,9 +69,18 @@ class SupervisedFinetuning:
 
 
 def counted_tokens(mesh: Mesh, batches: Sequence[PackedBatch]) -> Tensor:
-    """Count the labels in the loss over all micro-batches and data-parallel ranks; fp32 scalar."""
+    """Count the labels in the loss over all micro-batches and data-parallel ranks; fp32 scalar.
+
+    Raises UserError if there are none: the mean loss would be 0/0.
+    """
     counts = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().float()
-    return mesh.sum_over_data(counts)
+    counts = mesh.sum_over_data(counts)
+    if not counts:
+        raise UserError(
+            f"{current_phase()}: no token of the global batch counts in the loss; look at its"
+            " records with `fastrlhf data show`, or raise train.global_batch_size"
+        )
+    return counts
 
 
 def language_loss(model: GPT, hidden: Tensor, batch: PackedBatch, denominator: Tensor) -> Tensor:
@@ -84,7 +98,8 @@ def language_loss(model: GPT, hidden: Tensor, batch: PackedBatch, denominator: T
 def evaluate_loss(mesh: Mesh, model: GPT, batches: Iterable[Sequence[PackedBatch]]) -> float:
     """Return the mean cross-entropy per counted token over `batches`, with dropout off.
 
-    Each element of `batches` is this rank's micro-batches of one step.
+    Each element of `batches` is this rank's micro-batches of one step. Raises UserError if no token
+    counts.
     """
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     one = torch.ones((), device=mesh.device)
@@ -100,4 +115,9 @@ def evaluate_loss(mesh: Mesh, model: GPT, batches: Iterable[Sequence[PackedBatch
     model.train(was_training)
     mesh.sum_over_data(total)
     total = mesh.from_last_stage(total if mesh.is_last_stage else None)
+    if not total[1]:
+        raise UserError(
+            f"{current_phase()}: no token of data.valid counts in the loss; look at its records with"
+            " `fastrlhf data show`"
+        )
     return (total[0] / total[1]).item()

@@ -15,24 +15,21 @@ A checkpoint is a folder `checkpoints/step_XXXXXXXX/`:
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import torch.distributed as dist
-import yaml
 
-import fastrlhf
+from fastrlhf.checkpoint.differences import differences, package_versions
 from fastrlhf.checkpoint.folder_writer import (
-    PARTIAL,
-    REMOVED,
     Contents,
     FolderWriter,
     commit_if_complete,
@@ -48,7 +45,10 @@ from fastrlhf.checkpoint.model_folder import (
     model_contents,
     shard_reader,
 )
+from fastrlhf.checkpoint.names import PARTIAL, REMOVED, step_folders, step_name, step_of
+from fastrlhf.checkpoint.schema import VERSION, StateFile, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardFile, owned, parts_of, snapshot
+from fastrlhf.checkpoint.soundness import check_weights_finite
 from fastrlhf.checkpoint.state import (
     LearnerState,
     SavedLearner,
@@ -86,8 +86,9 @@ class Checkpointable(Protocol):
 
 
 class RunState(TypedDict, total=False):
-    """Content of `state.json`. A caller of `save` gives the first three."""
+    """Content of `state.json`. A caller of `save` gives step, data and algorithm."""
 
+    version: int
     step: int
     data: Mapping[str, object]
     """Position in the data."""
@@ -124,7 +125,7 @@ class Checkpointer:
 
     def path(self, step: int) -> Path:
         """Return the folder of the checkpoint of `step`."""
-        return self.folder / f"step_{step:08d}"
+        return self.folder / step_name(step)
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -136,16 +137,15 @@ class Checkpointer:
         with raise_on_all_ranks("checkpoint.save is on, but the folder cannot be written"):
             if self.mesh.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob(f"step_*{PARTIAL}"):
+                for left in step_folders(self.folder, PARTIAL):
                     if (finished := commit_if_complete(left)) is not None:
                         replace_text(self.folder / "latest", finished.name)
                     else:
                         shutil.rmtree(left)
-                for left in self.folder.glob(f"step_*{REMOVED}"):
+                for left in step_folders(self.folder, REMOVED):
                     shutil.rmtree(left)
-                probe = self.folder / f"probe{PARTIAL}"
-                probe.write_text("")
-                probe.unlink()
+                with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe_"):
+                    pass
 
     def save(
         self,
@@ -158,9 +158,10 @@ class Checkpointer:
 
         With `checkpoint.asynchronous`, returns once everything is copied to host memory. The folder
         then exists after `finish`, or after a `poll` that finds it written. `keep_best` compares
-        `metrics`.
+        `metrics`. Raises DivergedError on every rank if a weight is not finite.
         """
         self.finish()
+        check_weights_finite(f"step {step}", algorithm.models(), self.mesh.device)
         contents = self._contents(algorithm, {**state, "metrics": metrics or {}})
         self._writing = FolderWriter(
             self.path(step), contents, in_background=self.config.asynchronous
@@ -217,10 +218,11 @@ class Checkpointer:
                 name: learner.state_dict() for name, learner in algorithm.learners().items()
             }
             complete: RunState = {
+                "version": VERSION,
                 **state,
                 "learners": learners,
                 "layout": _layout(self.mesh),
-                "versions": _versions(),
+                "versions": package_versions(),
             }
             contents["state.json"] = json.dumps(complete, indent=2) + "\n"
             contents["config.yaml"] = self.config_text
@@ -228,10 +230,10 @@ class Checkpointer:
 
     def _retire(self, newest: Path) -> None:
         """Remove the checkpoints that no rule keeps, and update `best`; the newest is complete."""
-        steps = sorted(path for path in self.folder.glob("step_*") if path.suffix == "")
+        steps = self.checkpoints()
         kept = set(steps[-self.config.keep_last :]) | {newest}
         if self.config.keep_every:
-            kept |= {path for path in steps if int(path.name[5:]) % self.config.keep_every == 0}
+            kept |= {path for path in steps if step_of(path) % self.config.keep_every == 0}
         if self.config.keep_best is not None and (best := self._best(steps)) is not None:
             kept.add(best)
             replace_text(self.folder / "best", best.name)
@@ -242,7 +244,7 @@ class Checkpointer:
         """Return the best of `steps` by `keep_best`, or None if none has its metric."""
         assert self.config.keep_best is not None
         direction, metric = self.config.keep_best.split()
-        values = {path: json.loads((path / "state.json").read_text())["metrics"] for path in steps}
+        values = {path: saved_metrics(path) for path in steps}
         if metric not in values[steps[-1]]:
             logger.warning(
                 "checkpoint.keep_best: %s has no metric %s; it has %s",
@@ -259,6 +261,21 @@ class Checkpointer:
         )
 
     # ---- reading --------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of all checkpoints in order of their steps; not a collective."""
+        return step_folders(self.folder)
+
+    def saved_losses(self, done: int) -> Iterator[tuple[int, float]]:
+        """Yield (step, loss) of the checkpoints up to the step `done`; not a collective."""
+        for path in self.checkpoints():
+            loss = saved_metrics(path).get("loss")
+            if step_of(path) <= done and isinstance(loss, (int, float)):
+                yield step_of(path), float(loss)
+
+    def point_to(self, path: Path) -> None:
+        """Make the checkpoint `path` the latest one; rank 0 calls it."""
+        replace_text(self.folder / "latest", path.name)
 
     def newest(self) -> Path | None:
         """Return the newest intact checkpoint, or None if there are no checkpoints.
@@ -290,9 +307,7 @@ class Checkpointer:
 
     def _candidates(self) -> list[Path]:
         """Return the folders of checkpoints from `latest` on, newest first."""
-        steps = sorted(
-            (path for path in self.folder.glob("step_*") if path.suffix == ""), reverse=True
-        )
+        steps = self.checkpoints()[::-1]
         pointer = self.folder / "latest"
         try:
             latest = self.folder / pointer.read_text(encoding="utf-8").strip()
@@ -310,7 +325,7 @@ class Checkpointer:
         Checkpoints newer than `path` are damaged or of another run: they are renamed, so that they
         are not taken for the newest later.
         """
-        state: RunState = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = read_state(path)
         for name, stage in algorithm.models().items():
             if not (path / name).is_dir():
                 raise UserError(
@@ -323,22 +338,21 @@ class Checkpointer:
             reader = shard_reader(path / f"{name}.optimizer")
             for part in parts_of(learner.model, learner.optimizer_values()):
                 reader.fill(part)
+            if name not in state["learners"]:
+                raise UserError(f"{path / 'state.json'}: has no learner {name}")
             learner.load_state_dict(state["learners"][name])
         if state["layout"] == _layout(self.mesh):
             restore_generators(
                 path / "random" / f"rank_{self.mesh.rank:05d}.safetensors", self.mesh
             )
         if self.mesh.rank == 0:
-            for line in _differences(path, state, self.config_text):
+            for line in differences(path, state["versions"], self.config_text):
                 logger.info("resuming with %s", line)
         with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0:
-                for newer in (
-                    other
-                    for other in self.folder.glob("step_*")
-                    if not other.suffix and other > path
-                ):
-                    rename_unused(newer)
+                for other in self.checkpoints():
+                    if other > path:
+                        rename_unused(other)
         return state
 
     def rename_all_unused(self) -> None:
@@ -346,6 +360,27 @@ class Checkpointer:
         with raise_on_all_ranks(f"cannot write {self.folder}"):
             if self.mesh.rank == 0 and self.folder.is_dir() and any(self.folder.iterdir()):
                 rename_unused(self.folder)
+
+
+def read_state(path: Path) -> RunState:
+    """Return the state of the checkpoint `path`.
+
+    Raises UserError with the file's name if it is not a state.
+    """
+    try:
+        state = read_file(path / "state.json", StateFile)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'state.json'}: not the state of a run ({error})") from None
+    return cast("RunState", state.model_dump(exclude_unset=True))
+
+
+def saved_metrics(path: Path) -> dict[str, float]:
+    """Return the metrics of a checkpoint, none if its state cannot be read."""
+    try:
+        metrics = json.loads((path / "state.json").read_text(encoding="utf-8"))["metrics"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def rename_unused(path: Path) -> None:
@@ -368,42 +403,3 @@ def _check_dtype(saved: SavedModel, stage: SavedStage) -> None:
 def _layout(mesh: Mesh) -> list[int]:
     """Return the sizes on which the file of a rank's generators depends."""
     return [mesh.tensor_size, mesh.pipeline_size, mesh.data_size]
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "megatron-core", "safetensors")
-    return {
-        "fastrlhf": fastrlhf.__version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _differences(path: Path, state: RunState, config_text: str) -> list[str]:
-    """Return settings and versions that have changed since the checkpoint, one line each."""
-    before, now = (
-        _flat(yaml.safe_load((path / "config.yaml").read_text())),
-        _flat(yaml.safe_load(config_text)),
-    )
-    lines = [
-        f"{key} {now.get(key)} (was {before.get(key)})"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    versions = _versions()
-    lines += [
-        f"{name} {versions[name]} (was {old})"
-        for name, old in state["versions"].items()
-        if versions[name] != old
-    ]
-    return lines
-
-
-def _flat(tree: object, prefix: str = "") -> dict[str, object]:
-    """Return the leaves of nested dictionaries by dotted key."""
-    if not isinstance(tree, dict):
-        return {prefix: tree} if prefix else {}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in _flat(child, f"{prefix}.{name}".strip(".")).items()
-    }

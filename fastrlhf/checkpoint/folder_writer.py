@@ -26,16 +26,17 @@ from safetensors.torch import save_file
 from fastrlhf.checkpoint.integrity import (
     Entry,
     hash_and_sync,
+    is_inside,
     replace_text,
     sync_folder,
     write_manifest,
 )
+from fastrlhf.checkpoint.names import PARTIAL, REMOVED
 from fastrlhf.checkpoint.shards import ShardFile
 from fastrlhf.errors import UserError
 
 Contents = dict[str, "ShardFile | str"]
 """Relative path -> tensors or text."""
-PARTIAL, REMOVED = ".partial", ".removed"
 _NOTE = "written_"
 
 
@@ -179,12 +180,15 @@ def commit_if_complete(partial: Path) -> Path | None:
     be changed.
     """
     notes = sorted(partial.glob(f"{_NOTE}*.json"))
-    if not notes or len(notes) < int(notes[0].stem[-5:]):
-        return None
     entries: dict[str, Entry] = {}
-    for note in notes:
-        entries |= json.loads(note.read_text(encoding="utf-8"))
-    return _commit(partial, entries)
+    try:
+        if not notes or len(notes) < int(notes[0].stem[-5:]):
+            return None
+        for note in notes:
+            entries |= json.loads(note.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):  # a note that a crash has damaged
+        return None
+    return _commit(partial, entries) if all(map(is_inside, entries)) else None
 
 
 def _commit(partial: Path, entries: dict[str, Entry]) -> Path:

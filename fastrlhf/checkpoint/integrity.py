@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TypedDict
 
 import torch.distributed as dist
@@ -85,7 +85,8 @@ class DamagedManifestError(Exception):
 def read_manifest(folder: Path) -> dict[str, Entry]:
     """Return the entries of `files.json`.
 
-    Raises DamagedManifestError if the file is missing or differs from what was written.
+    Raises DamagedManifestError if the file is missing, differs from what was written, or names a
+    file outside the folder.
     """
     path = folder / MANIFEST
     try:
@@ -99,13 +100,34 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     try:
         entries = json.loads(text)["files"]
         same = text == _manifest_text(entries)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         same = False
-    if not same:
+    if not same or not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise DamagedManifestError(
             f"{path} is damaged: its list of files does not match the hash stored with it"
         )
+    for name in entries:
+        if not is_inside(name):
+            raise DamagedManifestError(
+                f"{path} is damaged: it names {name!r:.60}, outside the folder"
+            )
     return entries
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a relative path leads to a file inside its folder by its name alone."""
+    parts = PurePosixPath(name).parts
+    absolute = name.startswith("/") or PureWindowsPath(name).drive != ""
+    return bool(parts) and not absolute and ".." not in parts and "\0" not in name
+
+
+def _is_entry(entry: object) -> bool:
+    """Return whether a value of `files.json` has the types of an `Entry`."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and isinstance(entry.get("blake2b"), str)
+    )
 
 
 def verify(folder: Path) -> list[str]:

@@ -5,14 +5,17 @@ A model folder is part of a checkpoint or independent. Any parallel layout can l
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from fastrlhf.checkpoint.folder_writer import Contents, FolderWriter
-from fastrlhf.checkpoint.integrity import read_manifest, verify
+from fastrlhf.checkpoint.integrity import DamagedManifestError, read_manifest, verify
+from fastrlhf.checkpoint.schema import VERSION, ModelFile, describe_validation, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardReader, owned, parts_of, snapshot, weights
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
@@ -32,6 +35,8 @@ class SavedModel:
     tokenizer: str
     statistics: dict[str, float] = field(default_factory=dict)
     """Of reward models: mean (before centring) and standard deviation of demonstrations' scores."""
+    source: Path | None = None
+    """Path that `describe_model` was given; it may lead to another checkpoint later."""
 
 
 def describe_model(path: str | Path) -> SavedModel:
@@ -42,28 +47,49 @@ def describe_model(path: str | Path) -> SavedModel:
     averaged policy ("ema") is preferred to the raw one. Raises UserError if there is no model.
     """
     root = Path(path)
-    candidates = [root]
-    pointer = root if root.name in POINTERS else root / "checkpoints" / "latest"
-    if pointer.is_file():
-        candidates.append(pointer.parent / pointer.read_text().strip())
-    for folder in candidates:
-        for model in (folder, *(folder / name for name in _MODELS)):
-            if (model / "model.json").is_file():
-                return _read_description(model)
+    # A run may remove its checkpoint after `latest` was read: `latest` is then read again.
+    found = _find_model(root) or _find_model(root)
+    if found is not None:
+        return found
     raise UserError(
         f"{path}: no model here; expected a run's output folder, a checkpoint step_XXXXXXXX or a model folder"
     )
 
 
+def _find_model(root: Path) -> SavedModel | None:
+    """Describe the model at `root`, as `describe_model` does; None if there is none now."""
+    candidates = [root]
+    pointer = root if root.name in POINTERS else root / "checkpoints" / "latest"
+    with contextlib.suppress(OSError, UnicodeDecodeError, ValueError):
+        name = pointer.read_text(encoding="utf-8").strip()
+        if name and name == Path(name).name:  # a folder next to the pointer, nowhere else
+            candidates.append(pointer.parent / name)
+    for folder in candidates:
+        for model in (folder, *(folder / name for name in _MODELS)):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return replace(_read_description(model), source=root)
+    return None
+
+
 def _read_description(folder: Path) -> SavedModel:
     path = folder / "model.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return SavedModel(path=folder, **{**saved, "model": ModelConfig(**saved["model"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path}: not the description of a model ({' '.join(str(error).split())})"
-        ) from None
+        file = read_file(path, ModelFile)
+        return SavedModel(
+            path=folder,
+            model=file.config(),
+            vocab_size=file.vocab_size,
+            head=file.head,
+            tokenizer=file.tokenizer,
+            statistics=file.statistics,
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (ValueError, TypeError) as error:
+        reason = describe_validation(error) if isinstance(error, ValueError) else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(f"{path}: not the description of a model ({reason})")
 
 
 def model_contents(
@@ -79,6 +105,7 @@ def model_contents(
     contents: Contents = {f"rank_{dist.get_rank():05d}.safetensors": shards}
     if dist.get_rank() == 0:
         description = {
+            "version": VERSION,
             "model": stage.model_config.model_dump(exclude={"load", "hf"}),
             "vocab_size": stage.vocab_size,
             "head": stage.head_kind,
@@ -109,9 +136,25 @@ def load_model(saved: SavedModel, stage: SavedStage) -> None:
     3.5). Raises UserError with the file if the folder is damaged or holds a different model.
     """
     problems = verify(saved.path)
+    if problems and (newer := _newer(saved)) is not None:
+        saved, problems = newer, verify(newer.path)
     if problems:
         raise UserError(f"{problems[0]}; take another checkpoint, or copy the folder again")
     fill_weights(saved, stage)
+
+
+def _newer(saved: SavedModel) -> SavedModel | None:
+    """Return what `latest` leads to now, if a run has removed the folder `saved`; a collective.
+
+    Returns None if the folder still exists, or if there is no other model of the same shape.
+    """
+    newer: list[SavedModel | None] = [None]
+    if dist.get_rank() == 0 and saved.source is not None and not saved.path.is_dir():
+        found = _find_model(saved.source)
+        if found is not None and (found.model, found.head) == (saved.model, saved.head):
+            newer = [found]
+    dist.broadcast_object_list(newer, src=0)
+    return newer[0] if newer[0] is None or newer[0].path != saved.path else None
 
 
 def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
@@ -137,6 +180,12 @@ def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
 
 def shard_reader(folder: Path) -> ShardReader:
     """Open the shard files that the folder's `files.json` lists, and no others."""
-    return ShardReader(
-        folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
-    )
+    try:
+        return ShardReader(
+            folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
+        )
+    except DamagedManifestError as error:
+        raise UserError(str(error)) from None
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: its shard files cannot be read ({reason})") from None

@@ -15,9 +15,12 @@ import numpy as np
 import torch.distributed as dist
 
 from fastrlhf.algorithms.judging import finite_scores
-from fastrlhf.algorithms.rewards import checked_scores, load_reward_function
+from fastrlhf.algorithms.reward_function import call_reward_function, load_reward_function
+from fastrlhf.algorithms.rewards import raise_on_any_rank
 from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.checkpoint.model_folder import SavedModel
+from fastrlhf.checkpoint.names import step_folders
+from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
@@ -89,7 +92,7 @@ def select(config: Config) -> dict[str, Any]:
     """
     require(config, "eval select")
     out = Path(config.output_dir)
-    steps = sorted(path for path in (out / "checkpoints").glob("step_*") if path.suffix == "")
+    steps = step_folders(out / "checkpoints")
     if not steps:
         raise UserError(
             f"{out / 'checkpoints'}: no checkpoint; give the configuration of a run that has some "
@@ -154,6 +157,7 @@ class _Evaluation:
             tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
         check_vocabulary(saved, tokenizer, folder)
         model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
+        check_policy_finite(str(saved.path), model)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
         responses = respond(
@@ -200,6 +204,7 @@ class _Evaluation:
         """
         assert self.function is not None and self.config.eval.judge is not None
         message: list[list[float]] = [[]]
+        problem = ""
         if self.mesh.rank == 0:
             prompts = [
                 prompt_text(p.prompt)
@@ -207,8 +212,12 @@ class _Evaluation:
                 for _ in row
             ]
             texts = [response.text for row in responses for response in row]
-            scores = self.function(prompts, texts)
-            message = [checked_scores(scores, texts, self.config.eval.judge)]
+            name, limit = f"eval.judge {self.config.eval.judge}", self.config.parallel.timeout_s
+            try:
+                message = [call_reward_function(self.function, prompts, texts, name, limit)]
+            except UserError as error:
+                problem = str(error)
+        raise_on_any_rank(self.mesh, problem)
         dist.broadcast_object_list(message, src=0)
         (scores,), copies = message, self.config.eval.responses
         return [scores[i : i + copies] for i in range(0, len(scores), copies)]

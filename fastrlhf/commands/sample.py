@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from fastrlhf.checkpoint.checkpointer import rename_unused
+from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config
 from fastrlhf.data.files import make_folder
 from fastrlhf.data.records import Prompt
@@ -53,6 +54,7 @@ def run(config: Config) -> None:
     saved = find_policy(config.model.load or config.model.hf, "sample")
     check_vocabulary(saved, tokenizer, config.data.tokenizer)
     model = load_saved(saved, mesh, "lm", config.model.dtype)
+    check_policy_finite(str(saved.path), model)
     slots = config.generation.slots
     prefix = read_prefix(config.data.prompt_prefix)
     counts = sample(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,9 @@ from pathlib import Path
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.charts import Series, line_chart
 from fastrlhf.evaluation.style import STYLE
+from fastrlhf.log_lines import read_log
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
 
@@ -243,23 +247,14 @@ def write_json(path: Path, results: Mapping[str, object]) -> None:
 def read_metrics(path: Path) -> Metrics:
     """Return the numeric columns of a metrics.jsonl: name -> (steps, values).
 
-    "step" and "time" are not columns. An incomplete last line, as a killed run leaves it, is
-    skipped. Raises UserError if the file is missing or another line is malformed.
+    "step" and "time" are not columns. Malformed lines are skipped with a warning, see
+    `log_lines.read_log`. Raises UserError if the file is missing.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected the metrics of a run in its output folder")
     columns: Metrics = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            step = float(record.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(
-                f'{path}:{number}: expected a line {{"step": ..., ...}}, got {line[:60]!r}'
-            ) from error
+    for record in read_log(path, "step").records:
+        step = float(record.pop("step"))
         for name, value in record.items():
             value = math.nan if value is None else value  # MetricsLog writes non-finite values so
             if name != "time" and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -319,10 +314,28 @@ def write_run_report(run_dir: str | Path) -> Path:
     config = folder / "config.yaml"
     if config.is_file():
         report.section("Configuration")
-        report.details("config.yaml with all defaults", config.read_text(encoding="utf-8"))
+        report.details(
+            "config.yaml with all defaults", config.read_text(encoding="utf-8", errors="replace")
+        )
     report.section("Versions")
     report.table(("package", "version"), _versions())
     return report.write(folder / "report.html")
+
+
+def try_run_report(run_dir: str | Path) -> Path | None:
+    """Write the report of a run that has ended; a failure is a warning, and the result is None.
+
+    A page must not change the exit status of a training.
+    """
+    try:
+        return write_run_report(run_dir)
+    except Exception as error:  # of the file system, or of content that a crash has damaged
+        words = getattr(error, "strerror", None) or " ".join(str(error).split())
+        logger.warning(
+            "warning: no-report: %s cannot be written: %s",
+            *(Path(run_dir) / "report.html", words or type(error).__name__),
+        )
+        return None
 
 
 def _known(metrics: Metrics) -> list[str]:
@@ -361,12 +374,11 @@ def _versions() -> list[tuple[str, str]]:
 def _run_samples(report: Report, path: Path) -> None:
     """Append the responses of the first and the last iteration of a samples.jsonl, if it exists.
 
-    An incomplete last line is skipped.
+    Malformed lines are skipped with a warning.
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    records = [json.loads(line) for line in lines if line]
+    records = [record for record in read_log(path, "iteration").records if _is_sample(record)]
     iterations = [record["iteration"] for record in records]
     for iteration in sorted({iterations[0], iterations[-1]}) if iterations else []:
         report.section(
@@ -378,6 +390,17 @@ def _run_samples(report: Report, path: Path) -> None:
                 ended = "" if record["stopped"] else ", cut off"
                 name = f"KL {record['kl']:.2f} nats{ended}"
                 report.sample(record["prompt"], [Answer(name, record["response"], record["score"])])
+
+
+def _is_sample(record: Mapping[str, object]) -> bool:
+    """Return whether a line of samples.jsonl has the fields of `rollouts.SampleRecord`."""
+    texts = (record.get("prompt"), record.get("response"))
+    numbers = (record.get("score"), record.get("kl"))
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, (int, float)) for number in numbers)
+        and "stopped" in record
+    )
 
 
 def _run_headlines(metrics: Metrics) -> list[Headline]:

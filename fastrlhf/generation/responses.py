@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 
 from fastrlhf.checkpoint.model_folder import SavedModel
+from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config
 from fastrlhf.data.records import Prompt, read_records
 from fastrlhf.data.tokenize import encode_prompts, read_prefix
@@ -49,8 +50,10 @@ def respond(
     """Return `copies` responses to each of the tokenized `prompts`, the same on every rank.
 
     The responses depend on the weights, the prompts and `params` alone, not on the parallel
-    layout. Two models with the same `params` use the same random numbers.
+    layout. Two models with the same `params` use the same random numbers. Raises UserError if a
+    weight of the model is not finite.
     """
+    check_policy_finite("the policy", model)
     mine = range(mesh.data_rank, len(prompts), mesh.data_size)
     requests = [(i, j) for i in mine for j in range(copies)]
     generated = generate_all(

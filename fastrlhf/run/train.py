@@ -29,7 +29,7 @@ from fastrlhf.config import (
     training_command,
 )
 from fastrlhf.errors import UserError
-from fastrlhf.evaluation.report import write_run_report
+from fastrlhf.evaluation.report import try_run_report
 from fastrlhf.models.loading import find_model, is_hugging_face
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
@@ -145,7 +145,7 @@ def _loop(
         if mesh.rank == 0:
             fix = "raise train.steps (or train.epochs), or give another output_dir"
             print(f"{out} is finished (step {done} of {job.total_steps}): {fix}", file=sys.stderr)
-            write_run_report(out)
+            try_run_report(out)
         return True
     if mesh.rank == 0 and done:
         print(f"resuming {out} after step {done} of {job.total_steps}", file=sys.stderr)
@@ -175,9 +175,9 @@ def _loop(
     if mesh.rank == 0:
         if stopped is not None:
             print(stopped.line, file=sys.stderr)
-        page = write_run_report(out)
+        page = try_run_report(out)
         if stopped is None:
-            print(f"{page}: {command.name} finished after step {job.total_steps}")
+            print(f"{page or out}: {command.name} finished after step {job.total_steps}")
     if stopped is not None and stopped.interrupted:
         raise KeyboardInterrupt
     return stopped is None

@@ -11,7 +11,9 @@ import torch
 
 from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
+from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
+from fastrlhf.training.health import HealthMonitor
 from fastrlhf.training.metrics import MetricsLog
 from fastrlhf.training.stopping import INTERRUPT, StopRequest
 
@@ -86,8 +88,14 @@ def resume(
         if newest is None:
             return 0
         state = checkpointer.load(newest, algorithm)
-    batches.load_state_dict(state["data"])
-    algorithm.load_state_dict(state["algorithm"])
+    try:
+        batches.load_state_dict(state["data"])
+        algorithm.load_state_dict(state["algorithm"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{newest / 'state.json'}: not the state of this command's run"
+            f" ({type(error).__name__}: {error}); give another output_dir"
+        ) from None
     return state["step"]
 
 
@@ -109,24 +117,31 @@ def run(
     `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM,
     Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step,
     stops, and returns the reason. If a step fails, the checkpoint in progress is completed.
+
+    Raises DivergedError if a loss, a gradient or a weight is not finite, with the checkpoint to
+    continue from. Raises UserError at the end if no update of a model was applied.
     """
+    health = HealthMonitor(algorithm, checkpointer, done)
     step, reason = done, None
     stream: Iterable[Batch] = batches if step < total_steps else ()
-    with StopRequest(checkpointer.mesh.device, deadline) as stop, checkpointer:
+    stopping = StopRequest(checkpointer.mesh.device, deadline)
+    with stopping as stop, health.advice(), checkpointer:
         for batch in stream:
-            start = time.perf_counter()
             step += 1
-            with phase(f"step {step}"), log.traced(step):
-                metrics = algorithm.step(batch) | batches.metrics()
-            metrics |= _speed(metrics, time.perf_counter() - start)
             last = step == total_steps
+            metrics = _step(step, algorithm, batch, batches, health, log)
             if last and finish is not None:
                 with phase("finish"):
                     finish()
+            if last:
+                health.check_applied()
+                health.check_weights(step)
             evaluated = evaluate is not None and (last or _due(step, config.train.eval_interval))
             if evaluate is not None and evaluated:
                 with phase("evaluation"):
-                    metrics |= evaluate()
+                    validation = evaluate()
+                health.check_validation(step, validation)
+                metrics |= validation
             if last or evaluated or _due(step, config.log.interval):
                 log.record(step, metrics)
             reason = None if last else stop.reason()
@@ -141,6 +156,22 @@ def run(
         with phase("checkpoint"):
             checkpointer.finish()
     return None if reason is None else _stop(config, reason, step, total_steps)
+
+
+def _step(
+    step: int,
+    algorithm: Algorithm[Batch],
+    batch: Batch,
+    batches: Batches[Batch],
+    health: HealthMonitor,
+    log: MetricsLog,
+) -> dict[str, float]:
+    """Train on one global batch; return the metrics of the step, speed included."""
+    start = time.perf_counter()
+    with phase(f"step {step}"), log.traced(step):
+        metrics = algorithm.step(batch) | batches.metrics()
+    health.check(step, metrics)
+    return metrics | _speed(metrics, time.perf_counter() - start)
 
 
 def _save(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import yaml
 
 from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.config import LogConfig
+from fastrlhf.log_lines import read_log
 from fastrlhf.progress import Meter
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+logger = logging.getLogger(__name__)
 _SHOWN = ("loss", "accuracy", "reward", "kl", "grad_norm", "lr")
 
 
@@ -33,7 +37,10 @@ class _WandbRun(Protocol):
 
 
 class MetricsLog:
-    """Records the metrics of each step on rank 0; does nothing on other ranks."""
+    """Records the metrics of each step on rank 0; does nothing on other ranks.
+
+    A log that cannot be written is a warning: it never stops the run.
+    """
 
     def __init__(
         self,
@@ -46,29 +53,35 @@ class MetricsLog:
         is_main: bool,
     ) -> None:
         self._folder = folder
+        self._path = folder / "metrics.jsonl"
         self._profile_step = log.profile_step
         self._opened = ExitStack()
-        self._file: IO[str] | None = None
+        self._failures = _Failures()
         self._writer: SummaryWriter | None = None
         self._wandb: _WandbRun | None = None
         self._progress: Meter | None = None
         self._is_main = is_main
         if not is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        _drop_lines_after(path, start_step)
-        self._file = self._opened.enter_context(path.open("a", buffering=1))
+        with self._failures.of(str(self._path)):
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_lines_after(self._path, start_step)
         if log.wandb_project:
-            self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
-            self._opened.callback(self._wandb.finish)
+            with self._failures.of("Weights & Biases"):
+                self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
+                self._at_exit("Weights & Biases", self._wandb.finish)
         if log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with self._failures.of("TensorBoard"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-            self._opened.callback(self._writer.close)
+                path = str(folder / "tensorboard")
+                self._writer = SummaryWriter(path, purge_step=start_step + 1)
+                self._at_exit("TensorBoard", self._writer.close)
         if log.progress:
-            self._progress = self._opened.enter_context(Meter(title, total_steps, start=start_step))
+            with self._failures.of("progress"):
+                meter = Meter(title, total_steps, start=start_step)
+                self._progress = meter.__enter__()
+                self._at_exit("progress", lambda: meter.__exit__(None, None, None))
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -81,6 +94,15 @@ class MetricsLog:
     ) -> None:
         self._opened.__exit__(kind, error, traceback)
 
+    def _at_exit(self, name: str, close: Callable[[], object]) -> None:
+        """Call `close` at the end; its failure is a warning about the log `name`."""
+
+        def guarded() -> None:
+            with self._failures.of(name):
+                close()
+
+        self._opened.callback(guarded)
+
     @contextmanager
     def traced(self, step: int) -> Iterator[None]:
         """Run a step, under torch's profiler if it is `log.profile_step`.
@@ -92,7 +114,9 @@ class MetricsLog:
             return
         with torch.profiler.profile() as profile:
             yield
-        profile.export_chrome_trace(str(self._folder / f"trace_{step}.json"))
+        path = str(self._folder / f"trace_{step}.json")
+        with self._failures.of(path):
+            profile.export_chrome_trace(path)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of `step` (the first is 1) to all logs and update the progress line.
@@ -101,19 +125,58 @@ class MetricsLog:
         """
         if not self._is_main:
             return
-        assert self._file is not None
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(
-            json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n"
-        )
+        with self._failures.of(str(self._path)):
+            line = {"step": step, "time": round(time.time(), 3), **numbers}
+            append_lines(self._path, [line])
         if self._writer is not None:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, step)
+            with self._failures.of("TensorBoard"):
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            with self._failures.of("Weights & Biases"):
+                self._wandb.log(metrics, step=step)
         if self._progress is not None:
             note = "  ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
-            self._progress.update(step, note)
+            with self._failures.of("progress"):
+                self._progress.update(step, note)
+
+
+class _Failures:
+    """Turns failures of a log into one warning for each log."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Run a block that writes the log `name`; an exception is a warning, the first time."""
+        try:
+            yield
+        except Exception as error:  # of the file system, or of TensorBoard's and W&B's own code
+            if name not in self._names:
+                self._names.add(name)
+                words = getattr(error, "strerror", None) or " ".join(str(error).split())
+                logger.warning(
+                    "warning: log-failed: %s: %s; training continues, and this log is incomplete",
+                    *(name, words or type(error).__name__),
+                )
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Append records to a JSONL file; an incomplete last line of an earlier failure is ended first.
+
+    Raises OSError.
+    """
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        left = memoryview(text.encode())
+        while left:  # a full disk takes a part, then raises
+            left = left[file.write(left) or 0 :]
 
 
 def _wandb_run(folder: Path, project: str, resumed: bool) -> _WandbRun:
@@ -139,28 +202,36 @@ def _wandb_run(folder: Path, project: str, resumed: bool) -> _WandbRun:
 
 
 class SampleLog:
-    """Appends sampled responses to a JSONL file, with their `iteration`; for one rank only."""
+    """Appends sampled responses to a JSONL file, with their `iteration`; for one rank only.
+
+    A file that cannot be written is a warning: it never stops the run.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._started = False
+        self._failures = _Failures()
 
     def __call__(self, iteration: int, records: Sequence[Mapping[str, object]]) -> None:
         """Append `records`; before the first ones, drop lines that a resumed run repeats."""
-        if not self._started:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_lines_after(self._path, iteration - 1, "iteration")
-            self._started = True
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"iteration": iteration, **record}) + "\n" for record in records
-            )
+        with self._failures.of(str(self._path)):
+            if not self._started:
+                self._started = True
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _drop_lines_after(self._path, iteration - 1, "iteration")
+            append_lines(self._path, [{"iteration": iteration, **record} for record in records])
 
 
 def _drop_lines_after(path: Path, step: int, key: str = "step") -> None:
-    """Drop lines past `step`, which a resumed run writes again, and an incomplete last line."""
+    """Drop lines past `step`, which a resumed run writes again, and an incomplete last line.
+
+    Broken lines are moved to PATH.broken.
+    """
     if not path.is_file():
         return
-    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in complete if line and json.loads(line)[key] <= step]
-    replace_text(path, "".join(line + "\n" for line in kept))
+    log = read_log(path, key)
+    if log.broken:
+        with path.with_name(path.name + ".broken").open("ab") as file:
+            file.write(b"".join(line + b"\n" for line in log.broken))
+    kept = [record for record in log.records if record[key] <= step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

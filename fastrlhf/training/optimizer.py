@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 
 from fastrlhf.checkpoint.shards import Values
+from fastrlhf.checkpoint.soundness import DivergedError
 from fastrlhf.checkpoint.state import LearnerState
 from fastrlhf.config import OptimizerConfig, ScheduleConfig
-from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import optimizer as megatron_optimizer
 from fastrlhf.parallel import schedule as pipeline
@@ -91,15 +91,14 @@ class Learner:
         """Clip the gradients, update the weights and advance the schedule.
 
         Returns lr and grad_norm, and with fp16 also `skipped` (1.0 after an overflow) and
-        loss_scale. Raises UserError if a gradient of an fp32 or bf16 model is not finite; earlier
-        checkpoints are not affected.
+        loss_scale. Raises DivergedError if a gradient of an fp32 or bf16 model is not finite.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         updated, grad_norm, _ = self.optimizer.step()
         if updated and not math.isfinite(grad_norm or 0.0):
-            raise UserError(
-                f"{current_phase()}: the gradient norm is {grad_norm}; stopped, and the last checkpoint is untouched: "
-                "resume from it with a lower learning rate, and look at the loss in metrics.jsonl"
+            raise DivergedError(
+                f"{current_phase()}: the gradient norm is {grad_norm}; stopped without saving this"
+                " update (see the loss in metrics.jsonl)"
             )
         if updated:
             self.scheduler.step(increment=1)

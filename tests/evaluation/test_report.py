@@ -136,10 +136,12 @@ def test_an_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["{not json", "[1, 2]", '{"loss": 1.0}', '{"step": null}', "3"])
-def test_a_malformed_line_is_reported(tmp_path: Path, broken: str) -> None:
+def test_a_malformed_line_is_named_and_skipped(
+    tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = run_folder(tmp_path, [line(1, loss=2.0), broken, line(3, loss=1.0)])
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
-        read_metrics(folder / "metrics.jsonl")
+    assert read_metrics(folder / "metrics.jsonl")["loss"] == ([1, 3], [2.0, 1.0])
+    assert "metrics.jsonl:2" in caplog.text
 
 
 def test_missing_metrics_raise_user_error(tmp_path: Path) -> None:

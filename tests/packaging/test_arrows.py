@@ -27,7 +27,7 @@ FLOORS = [
     ["kernels"],
     ["ops"],
     ["config"],
-    ["progress", "errors"],
+    ["progress", "errors", "log_lines"],
 ]
 """From the top down. Parts of one floor do not know each other."""
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
