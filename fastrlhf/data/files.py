@@ -74,20 +74,33 @@ def raw_rows(
     position = ReadPosition() if position is None else position
     name = path.name.lower()
     plain = name.removesuffix(".gz")
-    if not path.is_file():
-        raise UserError(f"{path}: {_NOT_HERE}")
+    check_readable(path, text)
     if plain.endswith(".jsonl"):
         yield from _lines(path, position)
     elif name.endswith((".parquet", ".arrow")):
         yield from _table_rows(path, position)
-    elif plain.endswith(".txt") and text:
-        yield 1, {"text": _whole_text(path)}
+    elif plain.endswith(".json"):
+        yield from _json_rows(path, position)
     else:
-        expected = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
+        yield 1, {"text": _whole_text(path)}
+    position.finished, position.current = position.finished + path.stat().st_size, 0
+
+
+def check_readable(path: Path, text: bool = False) -> None:
+    """Raise UserError if `path` is missing or has an unknown extension; see `raw_rows`."""
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    if not path.is_file():
+        raise UserError(f"{path}: {_NOT_HERE}")
+    if not (
+        plain.endswith((".jsonl", ".json"))
+        or name.endswith((".parquet", ".arrow"))
+        or (plain.endswith(".txt") and text)
+    ):
+        expected = ".jsonl, .jsonl.gz, .json, .parquet, .arrow" + ", .txt, .txt.gz" * text
         raise UserError(
             f"{path}: unknown kind of file for records; expected a name ending in {expected}"
         )
-    position.finished, position.current = position.finished + path.stat().st_size, 0
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -156,6 +169,26 @@ def _lines(path: Path, position: ReadPosition) -> Iterator[tuple[int, bytes]]:
         raise DamagedFile(number, _reason(error)) from None
 
 
+def _json_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, Any]]:
+    """Yield (number, item) of a JSON array of objects, as Alpaca and ShareGPT files are.
+
+    A file that does not begin with "[" is read as JSONL, which is often named .json.
+    """
+    text = _whole_text(path)
+    if not text.lstrip().startswith("["):
+        yield from _lines(path, position)
+        return
+    try:
+        rows = json.loads(text)
+    except RecursionError:
+        raise DamagedFile(0, "is nested too deeply; expected an array of objects") from None
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        reason = f"malformed JSON ({error}); copy the file again"
+        raise DamagedFile(line - 1, reason) from None
+    yield from enumerate(rows, 1)
+
+
 def _skip_line(file: io.BufferedIOBase) -> None:
     while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
         pass
@@ -190,17 +223,19 @@ def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[
     number, size = 0, path.stat().st_size
     try:
         with path.open("rb") as file:
-            for done, batch in (
-                _arrow_batches(file) if path.suffix == ".arrow" else _parquet_batches(file)
-            ):
+            for done, batch in _arrow_batches(file) if _is_arrow(path) else _parquet_batches(file):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
                 position.current = int(size * done)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = printable(" ".join(str(error).split()))[:200]
-        kind = "arrow" if path.suffix == ".arrow" else "parquet"
+        kind = "arrow" if _is_arrow(path) else "parquet"
         raise DamagedFile(number, f"not readable as {kind} ({reason}); copy it again") from None
+
+
+def _is_arrow(path: Path) -> bool:
+    return path.suffix.lower() == ".arrow"
 
 
 def _parquet_batches(file: IO[bytes]) -> Iterator[tuple[float, RecordBatch]]:
