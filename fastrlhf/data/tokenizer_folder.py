@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _ADD_BOS = "_fastrlhf_add_bos"  # the attribute of a tokenizer that has the setting data.add_bos
+_OPENAI_FILES = ("encoder.json", "vocab.bpe")
 _JSON_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,18 +44,21 @@ def load_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> PreTrain
     for name in _JSON_FILES:
         _check_json(folder / name)
     here = (folder / "tokenizer.json").is_file()
+    parts = [name for name in _OPENAI_FILES if (folder / name).is_file()]
+    openai = not here and len(parts) == len(_OPENAI_FILES)
 
     def damaged(reason: str) -> UserError:
-        reason = reason if here else "it has no tokenizer.json"
+        if not here and len(parts) == 1:
+            (missing,) = {*_OPENAI_FILES} - {*parts}
+            reason = f"it has {parts[0]} without {missing}, and GPT-2's tokenizer is both"
+        elif not here and not openai:
+            reason = "it has no tokenizer.json"
         return UserError(
             f"{folder}: not a tokenizer folder ({reason}); expected the files transformers saves"
         )
 
     with foreign_errors(damaged):
-        if not here and (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
-            tokenizer = _openai_tokenizer(folder)
-        else:
-            tokenizer = _saved_tokenizer(folder)
+        tokenizer = _openai_tokenizer(folder) if openai else _saved_tokenizer(folder)
         _check_usable(tokenizer, folder)
     setattr(tokenizer, _ADD_BOS, add_bos)
     if add_bos and tokenizer.bos_token_id is None:
