@@ -28,7 +28,6 @@ Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 # Bytes. A longer line means a file without line ends, which would fill the memory.
 LONGEST_LINE = 64 << 20
-_ROWS_BETWEEN_UPDATES = 64  # of the position in a file
 _NOT_HERE = "no such file; check the path"
 
 
@@ -103,6 +102,11 @@ def check_readable(path: Path, text: bool = False) -> None:
         )
 
 
+def is_one_text(path: Path) -> bool:
+    """Return whether the file is one document: a .txt or .txt.gz file."""
+    return path.name.lower().removesuffix(".gz").endswith(".txt")
+
+
 def make_folder(folder: str | Path) -> Path:
     """Create the folder and return it; raise UserError if files cannot be written in it.
 
@@ -160,8 +164,7 @@ def _lines(path: Path, position: ReadPosition) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     _skip_line(file)
-                if number % _ROWS_BETWEEN_UPDATES == 0:
-                    position.current = raw.tell()
+                position.current = raw.tell()
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     yield number, line
@@ -186,7 +189,12 @@ def _json_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, Any]]:
         line = getattr(error, "lineno", 1)
         reason = f"malformed JSON ({error}); copy the file again"
         raise DamagedFile(line - 1, reason) from None
-    yield from enumerate(rows, 1)
+    size = path.stat().st_size
+    for number, row in enumerate(rows, 1):
+        position.current = size * number // len(rows)
+        if not isinstance(row, dict):
+            raise DamagedFile(number - 1, "the array holds other values; expected objects")
+        yield number, row
 
 
 def _skip_line(file: io.BufferedIOBase) -> None:
@@ -220,14 +228,17 @@ def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[
             f"{path}: reading {path.suffix} needs pyarrow; "
             "run pip install pyarrow, or convert the file to .jsonl"
         ) from None
-    number, size = 0, path.stat().st_size
+    number, size, before = 0, path.stat().st_size, 0.0
     try:
         with path.open("rb") as file:
             for done, batch in _arrow_batches(file) if _is_arrow(path) else _parquet_batches(file):
+                share = (done - before) / max(batch.num_rows, 1)  # of the file, in one row
                 for row in batch.to_pylist():
                     number += 1
+                    before += share
+                    position.current = int(size * before)
                     yield number, row
-                position.current = int(size * done)
+                before = done
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = printable(" ".join(str(error).split()))[:200]
         kind = "arrow" if _is_arrow(path) else "parquet"

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fastrlhf.data.files import Paths, ReadPosition, as_files, check_readable, make_folder
+from fastrlhf.data.files import (
+    Paths,
+    ReadPosition,
+    as_files,
+    check_readable,
+    is_one_text,
+    make_folder,
+)
 from fastrlhf.data.foreign_errors import EncodeError, foreign_errors
 from fastrlhf.data.records import Counts, OnError, RecordLocation, located_rows, parse_record
 from fastrlhf.data.rejections import Rejections, open_rejections
@@ -199,6 +206,8 @@ def _chunks(files: list[Path], rejections: Rejections, position: ReadPosition) -
         place = location if len(record.text) <= PIECE else location._replace(raw=None)
         cut = list(pieces(record.text))
         for number, piece in enumerate(cut, 1):
+            if is_one_text(location.path):
+                position.current = location.path.stat().st_size * number // len(cut)
             chunk.append(Piece(piece, number == 1, number == len(cut), place))
             size += len(piece)
             if size >= PIECE:
