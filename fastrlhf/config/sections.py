@@ -274,6 +274,9 @@ class DataConfig(Section):
     prompt_prefix: str | None = None
     """Text file prepended to each prompt, such as a few worked examples for a prompted baseline. It
     counts in max_prompt_tokens. null: no prefix."""
+    add_bos: bool | None = None
+    """Begin prompts that are strings and pretraining documents with the bos token; chat templates
+    write their own. null: as the tokenizer does for text that it encodes with special tokens."""
     loss_on: Literal["last", "all"] = "last"
     """Tokens that SFT trains on in a conversation: the response (last), or the assistant's earlier
     turns too (all)."""

@@ -5,6 +5,12 @@
     transcripts HH-RLHF: chosen and rejected are complete conversations,
                 "\\n\\nHuman: ...\\n\\nAssistant: ..."
     trees       OpenAssistant: one tree of messages per line, replies to a prompt ranked by people
+    sharegpt    ShareGPT: conversations of {"from": "human" | "gpt", "value"}; with chosen and
+                rejected replies, pairs
+    alpaca      Alpaca: instruction, input and output (or chosen and rejected), system, history
+    pandalm     PandaLM: instruction, input, two responses and what each annotator chose
+
+Files may be .json arrays, as those of ShareGPT, Alpaca and PandaLM are.
 
 A row that does not fit is rejected with its file, line and reason, or quarantined. export.py
 converts in the other direction. Not supported: downloading.
@@ -19,12 +25,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
+from fastrlhf.data.files import make_folder, printable
+from fastrlhf.data.instruction_rows import (
+    Turns,
+    alpaca_output,
+    alpaca_pair,
+    alpaca_prompt,
+    instruction_text,
+    kept_ids,
+    pandalm_rankings,
+    reply_text,
+    sharegpt_pair,
+    sharegpt_prompt,
+    sharegpt_reply,
+)
 from fastrlhf.data.records import (
     BadRecord,
     Counts,
     Kind,
     OnError,
     Paths,
+    Row,
     as_paths,
     parse_record,
     parse_rows,
@@ -34,12 +55,12 @@ from fastrlhf.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-Source: TypeAlias = Literal["pairs", "transcripts", "trees"]
-Row: TypeAlias = dict[str, Any]
-Turns: TypeAlias = list[dict[str, str]]
+Source: TypeAlias = Literal["pairs", "transcripts", "trees", "sharegpt", "alpaca", "pandalm"]
 Converter: TypeAlias = Callable[[Any], Iterator[Row]]
 
 PARTIAL = ".partial"
+# What a value of a wrong type raises in a converter: rows of other projects may hold anything.
+_WRONG_TYPES = (TypeError, AttributeError, KeyError, IndexError, ValueError, RecursionError)
 _ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user", "assistant": "assistant"}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
@@ -60,7 +81,11 @@ def convert(
     converter = select_converter(source, kind, _converters(source))
 
     def parse(row: Row) -> list[Any]:
-        return [parse_record(found, kind) for found in converter(row)]
+        try:
+            return [parse_record(found, kind) for found in converter(row)]
+        except _WRONG_TYPES as error:
+            reason = f"{type(error).__name__}: {printable(str(error))[:100]}"
+            raise BadRecord(f"the row is not laid out as {source} are ({reason})") from None
 
     return convert_rows(paths, kind, parse, to_json, Path(out), on_error, rejected, what=kind)
 
@@ -93,6 +118,7 @@ def convert_rows(
         raise UserError(f"{out}: expected an output name ending in .jsonl or .jsonl.gz")
     if out.resolve() in {path.resolve() for path in as_paths(paths)}:
         raise UserError(f"{out}: the input would be overwritten by the output; give another --out")
+    make_folder(out.parent)
     counts, partial = Counts(), out.with_name(out.name + PARTIAL)
     try:
         with partial.open("wb") as raw, _gzipped(raw) if out.suffix == ".gz" else raw as file:
@@ -131,15 +157,25 @@ def _converters(source: Source) -> dict[Kind, Converter]:
             "demonstrations": _transcript_chosen,
             "prompts": _transcript_prompt,
         }
+    if source == "sharegpt":
+        return {
+            "rankings": sharegpt_pair,
+            "demonstrations": sharegpt_reply,
+            "prompts": sharegpt_prompt,
+        }
+    if source == "alpaca":
+        return {
+            "rankings": alpaca_pair,
+            "demonstrations": alpaca_output,
+            "prompts": alpaca_prompt,
+        }
+    if source == "pandalm":
+        return {"rankings": pandalm_rankings, "prompts": alpaca_prompt}
     return {
         "rankings": _tree_rankings,
         "demonstrations": _tree_demonstrations,
         "prompts": _tree_prompts,
     }
-
-
-def _kept_ids(row: Row) -> Row:
-    return {name: row[name] for name in ("user_id", "labeler_id") if row.get(name) is not None}
 
 
 # TRL, OpenRLHF, Alpaca
@@ -154,10 +190,10 @@ def _pair(row: Row) -> Iterator[Row]:
             )
     prompt = row.get("prompt")
     if prompt is None:
-        yield _split_pair(row["chosen"], row["rejected"]) | _kept_ids(row)
+        yield _split_pair(row["chosen"], row["rejected"]) | kept_ids(row)
     else:
-        chosen, rejected = _reply(row["chosen"]), _reply(row["rejected"])
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected} | _kept_ids(row)
+        chosen, rejected = reply_text(row["chosen"]), reply_text(row["rejected"])
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected} | kept_ids(row)
 
 
 def _split_pair(chosen: Any, rejected: Any) -> Row:
@@ -175,47 +211,49 @@ def _split_pair(chosen: Any, rejected: Any) -> Row:
             '"chosen" and "rejected" differ before their last message; '
             "expected one shared conversation"
         )
-    return {"prompt": chosen[:-1], "chosen": _reply(chosen[-1:]), "rejected": _reply(rejected[-1:])}
-
-
-def _reply(value: Any) -> Any:
-    """Return the text of a response given as text or as one assistant message."""
-    if isinstance(value, str):
-        return value
-    if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-        raise BadRecord("a response is not a single assistant message; expected exactly one")
-    return value[0].get("content")
+    return {
+        "prompt": chosen[:-1],
+        "chosen": reply_text(chosen[-1:]),
+        "rejected": reply_text(rejected[-1:]),
+    }
 
 
 def _example(row: Row) -> Iterator[Row]:
+    # KTO rows are good and bad responses to prompts, distinguished by the label alone.
+    if _shown_label(row.get("label")) in ("false", "0", "0.0", "undesirable", "bad"):
+        raise BadRecord(
+            f'"label" is {row["label"]}: the response is a bad example, not a demonstration; '
+            "remove such rows"
+        )
+    yield _unlabeled_example(row) | kept_ids(row)
+
+
+def _shown_label(label: Any) -> str:
+    return str(label).strip().lower()
+
+
+def _unlabeled_example(row: Row) -> Row:
+    """Return the prompt and response of a row in any of the layouts of `pairs`."""
     if isinstance(row.get("messages"), list):
         if len(row["messages"]) < 2:
             raise BadRecord('"messages" has fewer than two entries; expected a prompt and a reply')
-        found = {"prompt": row["messages"][:-1], "response": _reply(row["messages"][-1:])}
-    elif "instruction" in row:
-        parts = (row["instruction"], row.get("input") or "")
-        found = {
-            "prompt": "\n\n".join(str(part) for part in parts if part),
-            "response": row.get("output"),
-        }
-    elif "completion" in row or "response" in row:
+        return {"prompt": row["messages"][:-1], "response": reply_text(row["messages"][-1:])}
+    if "instruction" in row:
+        return {"prompt": instruction_text(row), "response": row.get("output")}
+    if "completion" in row or "response" in row:
         reply = row["completion"] if "completion" in row else row["response"]
-        found = {
-            "prompt": row.get("prompt"),
-            "response": _reply(reply) if isinstance(reply, list) else reply,
-        }
-    elif "chosen" in row:
+        response = reply_text(reply) if isinstance(reply, list) else reply
+        return {"prompt": row.get("prompt"), "response": response}
+    if "chosen" in row:
         (pair,) = _pair(row)
-        found = {"prompt": pair["prompt"], "response": pair["chosen"]}
-    else:
-        keys = "messages; prompt and completion; instruction and output; chosen and rejected"
-        raise BadRecord(f"no known keys (found {', '.join(row) or 'none'}); expected {keys}")
-    yield found | _kept_ids(row)
+        return {"prompt": pair["prompt"], "response": pair["chosen"]}
+    keys = "messages; prompt and completion; instruction and output; chosen and rejected"
+    raise BadRecord(f"no known keys (found {', '.join(row) or 'none'}); expected {keys}")
 
 
 def _prompt(row: Row) -> Iterator[Row]:
-    found = row if "prompt" in row else next(_example(row))
-    yield {"prompt": found["prompt"]} | _kept_ids(row)
+    found = row if "prompt" in row else _unlabeled_example(row)
+    yield {"prompt": found["prompt"]} | kept_ids(row)
 
 
 # HH-RLHF
@@ -242,16 +280,16 @@ def _transcript(text: Any) -> Turns:
 
 def _transcript_pair(row: Row) -> Iterator[Row]:
     chosen, rejected = _transcript(row.get("chosen")), _transcript(row.get("rejected"))
-    yield _split_pair(chosen, rejected) | _kept_ids(row)
+    yield _split_pair(chosen, rejected) | kept_ids(row)
 
 
 def _transcript_chosen(row: Row) -> Iterator[Row]:
     turns = _transcript(row.get("chosen"))
-    yield {"prompt": turns[:-1], "response": turns[-1]["content"]} | _kept_ids(row)
+    yield {"prompt": turns[:-1], "response": turns[-1]["content"]} | kept_ids(row)
 
 
 def _transcript_prompt(row: Row) -> Iterator[Row]:
-    yield {"prompt": _transcript(row.get("chosen"))[:-1]} | _kept_ids(row)
+    yield {"prompt": _transcript(row.get("chosen"))[:-1]} | kept_ids(row)
 
 
 # OpenAssistant

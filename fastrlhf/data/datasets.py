@@ -1,31 +1,44 @@
 """Load record files as token lists in memory, with the paper's length limits.
 
 "Prompts over 1k tokens dropped, responses at most 1k" (arXiv 2203.02155, appendix C): a record with
-a longer prompt is dropped. A longer response is cut and then has no eos, since it did not end
-there. The loaders count both. All records are held in memory: InstructGPT's largest set, 33k
-prompts with up to 9 responses, is under a gigabyte.
+a longer prompt is dropped. A longer response is cut and then has no end marker, since it did not
+end there. The loaders count both. Records travel with their location until they are tokens, so an
+error in tokenizing names file and line and obeys `on_error`, as one in parsing does. All records
+are held in memory: InstructGPT's largest set, 33k prompts with up to 9 responses, is under a
+gigabyte.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
 from fastrlhf.data.records import (
     Counts,
-    Demonstration,
+    Kind,
     OnError,
     Paths,
     Prompt,
+    PromptLike,
     Ranking,
+    RecordLocation,
     as_paths,
-    read_records,
+    located_records,
+    response_texts,
 )
-from fastrlhf.data.tokenize import encode_conversations, encode_prompts, encode_responses
+from fastrlhf.data.rejections import Rejections, open_rejections
+from fastrlhf.data.tokenize import (
+    EncodeError,
+    encode_responses,
+    try_each,
+    try_encode_prompts,
+    without_end_marker,
+)
 from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,24 +61,20 @@ def load_demonstrations(
     rejected: Path | None = None,
     loss_on: Literal["last", "all"] = "last",
 ) -> tuple[list[TokenizedDemonstration], Counts]:
-    """Load demonstrations as prompt + response + eos, in file order.
+    """Load demonstrations as prompt + response + end marker, in file order.
 
     `loss_on` "all" also trains on the assistant's turns in the prompt. Raises UserError if no
     record is usable.
     """
     counts, loaded, shared = Counts(), [], _SharedInts()
-    records: Iterator[Demonstration] = read_records(
-        paths, "demonstrations", on_error, rejected, counts
-    )
-    for chunk in _chunks(records):
-        responses = encode_responses(tokenizer, [record.response for record in chunk])
-        prompts = encode_conversations(
-            tokenizer, [record.prompt for record in chunk], loss_on == "all"
-        )
-        for (prompt, spans), response in zip(prompts, responses, strict=True):
-            if _fits(prompt, max_prompt_tokens, counts):
-                tokens = shared(prompt + _cut(response, max_response_tokens, counts))
-                loaded.append(TokenizedDemonstration(tokens, len(prompt), tuple(spans)))
+    for encoded in _encoded_records(
+        paths, "demonstrations", tokenizer, counts, on_error, rejected, with_spans=loss_on == "all"
+    ):
+        if _fits(encoded.prompt, max_prompt_tokens, counts):
+            _count_markers(tokenizer, encoded.texts, counts)
+            response = _cut(encoded.responses[0], max_response_tokens, counts)
+            tokens = shared(encoded.prompt + response)
+            loaded.append(TokenizedDemonstration(tokens, len(encoded.prompt), tuple(encoded.spans)))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
 
 
@@ -78,24 +87,56 @@ def load_rankings(
     on_error: OnError = "strict",
     rejected: Path | None = None,
 ) -> tuple[list[TokenizedRanking], Counts]:
-    """Load rankings, in file order; every response that was not cut ends in eos.
+    """Load rankings, in file order; every response that was not cut has its end marker.
 
-    Raises UserError if no record is usable.
+    Responses with the same tokens are ties, whatever their ranks (see `tied_ranks`), and a ranking
+    without two different ones is dropped. Raises UserError if no record is usable.
     """
     counts, loaded, shared = Counts(), [], _SharedInts()
-    records: Iterator[Ranking] = read_records(paths, "rankings", on_error, rejected, counts)
-    for chunk in _chunks(records):
-        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk])
-        responses = iter(
-            encode_responses(tokenizer, [text for record in chunk for text in record.responses])
-        )
-        for record, prompt in zip(chunk, prompts, strict=True):
-            ranked = list(islice(responses, len(record.responses)))
-            if _fits(prompt, max_prompt_tokens, counts):
-                cut = [shared(_cut(response, max_response_tokens, counts)) for response in ranked]
-                ids = (record.user_id, record.labeler_id)
-                loaded.append(TokenizedRanking(shared(prompt), cut, record.ranks, *ids))
+    for encoded in _encoded_records(paths, "rankings", tokenizer, counts, on_error, rejected):
+        if not _fits(encoded.prompt, max_prompt_tokens, counts):
+            continue
+        record: Ranking = encoded.record
+        responses = [shared(response[:max_response_tokens]) for response in encoded.responses]
+        ranks = tied_ranks(record.ranks, responses)
+        counts.tied_pairs += _strict_pairs(record.ranks) - _strict_pairs(ranks)
+        if len(set(ranks)) == 1:
+            counts.unranked += 1
+            continue
+        for response in encoded.responses:
+            _cut(response, max_response_tokens, counts)
+        _count_markers(tokenizer, encoded.texts, counts)
+        ids = (record.user_id, record.labeler_id)
+        loaded.append(TokenizedRanking(shared(encoded.prompt), responses, ranks, *ids))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
+
+
+def tied_ranks(
+    ranks: Sequence[int | float], responses: Sequence[Sequence[int]]
+) -> tuple[int | float, ...]:
+    """Return `ranks` with equal responses (the same tokens) tied.
+
+    Equal responses of different ranks contradict each other, and every response ranked between
+    them: it is both worse and better than the same text. All of these become one tie, at the best
+    of their ranks. No pair is reversed, and all other pairs stay as they are.
+    """
+    same: dict[tuple[int, ...], list[int | float]] = {}
+    for rank, response in zip(ranks, responses, strict=True):
+        same.setdefault(tuple(response), []).append(rank)
+    spans = sorted((min(group), max(group)) for group in same.values() if len(group) > 1)
+    merged: list[tuple[int | float, int | float]] = []
+    for best, worst in spans:
+        if merged and best <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(worst, merged[-1][1]))
+        else:
+            merged.append((best, worst))
+    return tuple(
+        next((best for best, worst in merged if best <= rank <= worst), rank) for rank in ranks
+    )
+
+
+def _strict_pairs(ranks: Sequence[int | float]) -> int:
+    return sum(first != second for first, second in combinations(ranks, 2))
 
 
 def check_ranking_sizes(
@@ -140,11 +181,95 @@ def load_prompts(
     usable.
     """
     counts, loaded, shared = Counts(), [], _SharedInts()
-    records: Iterator[Prompt] = read_records(paths, "prompts", on_error, rejected, counts)
-    for chunk in _chunks(records):
-        prompts = encode_prompts(tokenizer, [record.prompt for record in chunk], prefix)
-        loaded += [shared(prompt) for prompt in prompts if _fits(prompt, max_prompt_tokens, counts)]
+    for encoded in _encoded_records(
+        paths, "prompts", tokenizer, counts, on_error, rejected, prefix=prefix
+    ):
+        if _fits(encoded.prompt, max_prompt_tokens, counts):
+            loaded.append(shared(encoded.prompt))
     return _finish(loaded, counts, paths, max_prompt_tokens), counts
+
+
+def load_prompt_records(
+    paths: Paths,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_prompt_tokens: int,
+    on_error: OnError = "strict",
+    rejected: Path | None = None,
+    prefix: str = "",
+) -> tuple[list[Prompt], list[list[int]], Counts]:
+    """Load prompts as records and as token lists; see `load_prompts`."""
+    counts, records, tokens = Counts(), [], []
+    for encoded in _encoded_records(
+        paths, "prompts", tokenizer, counts, on_error, rejected, prefix=prefix
+    ):
+        if _fits(encoded.prompt, max_prompt_tokens, counts):
+            records.append(encoded.record)
+            tokens.append(encoded.prompt)
+    return _finish(records, counts, paths, max_prompt_tokens), tokens, counts
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A record and its token ids: those of its prompt with its spans, and of its responses."""
+
+    record: Any
+    texts: tuple[str, ...]
+    prompt: list[int]
+    spans: list[tuple[int, int]]
+    responses: list[list[int]]
+
+
+def _encoded_records(
+    paths: Paths,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerFast,
+    counts: Counts,
+    on_error: OnError,
+    rejected: Path | None,
+    *,
+    prefix: str = "",
+    with_spans: bool = False,
+) -> Iterator[_Encoded]:
+    """Yield the records of `paths` that can be parsed and encoded; reject the others."""
+    with open_rejections(on_error, rejected, counts) as rejections:
+        for chunk in _chunks(located_records(paths, kind, rejections)):
+            yield from _encode_chunk(chunk, tokenizer, rejections, prefix, with_spans)
+
+
+def _encode_chunk(
+    chunk: list[tuple[RecordLocation, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    rejections: Rejections,
+    prefix: str,
+    with_spans: bool,
+) -> Iterator[_Encoded]:
+    """Yield the records of `chunk` that can be encoded; reject the others at their location."""
+
+    def encode(items: Sequence[tuple[PromptLike, str]]) -> list[list[int]]:
+        return encode_responses(tokenizer, [text for _, text in items], [p for p, _ in items])
+
+    prompts = try_encode_prompts(
+        tokenizer, [record.prompt for _, record in chunk], prefix=prefix, with_spans=with_spans
+    )
+    pairs = [(record.prompt, text) for _, record in chunk for text in response_texts(record)]
+    tokens: list[list[int] | EncodeError] = try_each(encode, pairs) if pairs else []
+    responses = iter(tokens)
+    for (location, record), prompt in zip(chunk, prompts, strict=True):
+        texts = response_texts(record)
+        found = list(islice(responses, len(texts)))
+        errors = [item for item in (prompt, *found) if isinstance(item, EncodeError)]
+        if errors or isinstance(prompt, EncodeError):
+            rejections.reject(location, str(errors[0]))
+            continue
+        good = [ids for ids in found if not isinstance(ids, EncodeError)]
+        yield _Encoded(record, texts, *prompt, good)
+
+
+def _count_markers(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], counts: Counts
+) -> None:
+    counts.end_markers += sum(without_end_marker(tokenizer, text) != text for text in texts)
 
 
 class _SharedInts:

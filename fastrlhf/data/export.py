@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastrlhf.data.convert import Converter, Row, Source, Turns, convert_rows, select_converter
+from fastrlhf.data.convert import Converter, Source, convert_rows, select_converter
+from fastrlhf.data.instruction_rows import Turns
 from fastrlhf.data.records import (
     BadRecord,
     Counts,
@@ -28,8 +29,10 @@ from fastrlhf.data.records import (
     OnError,
     Paths,
     Ranking,
+    Row,
     parse_record,
 )
+from fastrlhf.errors import UserError
 
 _SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 _TREE_ROLES = {"user": "prompter", "assistant": "assistant"}
@@ -64,6 +67,10 @@ def _converters(target: Source) -> dict[Kind, Converter]:
         return {"rankings": _pairs, "demonstrations": _completion, "prompts": _prompt}
     if target == "transcripts":
         return {"rankings": _transcripts}
+    if target != "trees":
+        raise UserError(
+            f"records are not written as {target}; choose --to pairs, transcripts or trees"
+        )
     return {"rankings": _ranked_tree, "demonstrations": _answered_tree, "prompts": _bare_tree}
 
 

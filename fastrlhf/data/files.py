@@ -28,7 +28,6 @@ Paths: TypeAlias = str | Path | Sequence[str | Path]
 
 # Bytes. A longer line means a file without line ends, which would fill the memory.
 LONGEST_LINE = 64 << 20
-_ROWS_BETWEEN_UPDATES = 64  # of the position in a file
 _NOT_HERE = "no such file; check the path"
 
 
@@ -74,20 +73,38 @@ def raw_rows(
     position = ReadPosition() if position is None else position
     name = path.name.lower()
     plain = name.removesuffix(".gz")
-    if not path.is_file():
-        raise UserError(f"{path}: {_NOT_HERE}")
+    check_readable(path, text)
     if plain.endswith(".jsonl"):
         yield from _lines(path, position)
     elif name.endswith((".parquet", ".arrow")):
         yield from _table_rows(path, position)
-    elif plain.endswith(".txt") and text:
-        yield 1, {"text": _whole_text(path)}
+    elif plain.endswith(".json"):
+        yield from _json_rows(path, position)
     else:
-        expected = ".jsonl, .jsonl.gz, .parquet, .arrow" + (", .txt, .txt.gz" if text else "")
+        yield 1, {"text": _whole_text(path)}
+    position.finished, position.current = position.finished + path.stat().st_size, 0
+
+
+def check_readable(path: Path, text: bool = False) -> None:
+    """Raise UserError if `path` is missing or has an unknown extension; see `raw_rows`."""
+    name = path.name.lower()
+    plain = name.removesuffix(".gz")
+    if not path.is_file():
+        raise UserError(f"{path}: {_NOT_HERE}")
+    if not (
+        plain.endswith((".jsonl", ".json"))
+        or name.endswith((".parquet", ".arrow"))
+        or (plain.endswith(".txt") and text)
+    ):
+        expected = ".jsonl, .jsonl.gz, .json, .parquet, .arrow" + ", .txt, .txt.gz" * text
         raise UserError(
             f"{path}: unknown kind of file for records; expected a name ending in {expected}"
         )
-    position.finished, position.current = position.finished + path.stat().st_size, 0
+
+
+def is_one_text(path: Path) -> bool:
+    """Return whether the file is one document: a .txt or .txt.gz file."""
+    return path.name.lower().removesuffix(".gz").endswith(".txt")
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -147,13 +164,37 @@ def _lines(path: Path, position: ReadPosition) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     _skip_line(file)
-                if number % _ROWS_BETWEEN_UPDATES == 0:
-                    position.current = raw.tell()
+                position.current = raw.tell()
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise DamagedFile(number, _reason(error)) from None
+
+
+def _json_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, Any]]:
+    """Yield (number, item) of a JSON array of objects, as Alpaca and ShareGPT files are.
+
+    A file that does not begin with "[" is read as JSONL, which is often named .json.
+    """
+    text = _whole_text(path)
+    if not text.lstrip().startswith("["):
+        yield from _lines(path, position)
+        return
+    try:
+        rows = json.loads(text)
+    except RecursionError:
+        raise DamagedFile(0, "is nested too deeply; expected an array of objects") from None
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        reason = f"malformed JSON ({error}); copy the file again"
+        raise DamagedFile(line - 1, reason) from None
+    size = path.stat().st_size
+    for number, row in enumerate(rows, 1):
+        position.current = size * number // len(rows)
+        if not isinstance(row, dict):
+            raise DamagedFile(number - 1, "the array holds other values; expected objects")
+        yield number, row
 
 
 def _skip_line(file: io.BufferedIOBase) -> None:
@@ -187,20 +228,25 @@ def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[
             f"{path}: reading {path.suffix} needs pyarrow; "
             "run pip install pyarrow, or convert the file to .jsonl"
         ) from None
-    number, size = 0, path.stat().st_size
+    number, size, before = 0, path.stat().st_size, 0.0
     try:
         with path.open("rb") as file:
-            for done, batch in (
-                _arrow_batches(file) if path.suffix == ".arrow" else _parquet_batches(file)
-            ):
+            for done, batch in _arrow_batches(file) if _is_arrow(path) else _parquet_batches(file):
+                share = (done - before) / max(batch.num_rows, 1)  # of the file, in one row
                 for row in batch.to_pylist():
                     number += 1
+                    before += share
+                    position.current = int(size * before)
                     yield number, row
-                position.current = int(size * done)
+                before = done
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         reason = printable(" ".join(str(error).split()))[:200]
-        kind = "arrow" if path.suffix == ".arrow" else "parquet"
+        kind = "arrow" if _is_arrow(path) else "parquet"
         raise DamagedFile(number, f"not readable as {kind} ({reason}); copy it again") from None
+
+
+def _is_arrow(path: Path) -> bool:
+    return path.suffix.lower() == ".arrow"
 
 
 def _parquet_batches(file: IO[bytes]) -> Iterator[tuple[float, RecordBatch]]:

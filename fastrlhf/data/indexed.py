@@ -11,17 +11,28 @@ import logging
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fastrlhf.data.files import Paths, ReadPosition, as_files, make_folder
-from fastrlhf.data.records import Counts, OnError, located_rows, parse_record
-from fastrlhf.data.tokenize import encode_plain
+from fastrlhf.data.files import (
+    Paths,
+    ReadPosition,
+    as_files,
+    check_readable,
+    is_one_text,
+    make_folder,
+)
+from fastrlhf.data.foreign_errors import EncodeError, foreign_errors
+from fastrlhf.data.records import Counts, OnError, RecordLocation, located_rows, parse_record
+from fastrlhf.data.rejections import Rejections, open_rejections
+from fastrlhf.data.token_ids import largest_id
+from fastrlhf.data.tokenize import bos_ids, encode_plain, try_each
 from fastrlhf.errors import UserError
 from fastrlhf.progress import Meter
 
@@ -35,8 +46,19 @@ logger = logging.getLogger(__name__)
 
 # Characters tokenized in one call, so that a book-sized document needs little memory.
 PIECE = 1 << 20
-Pieces: TypeAlias = list[tuple[str, bool]]
-"""Texts, each with whether its document ends there."""
+
+
+class Piece(NamedTuple):
+    """A part of a document: its text, whether the document begins or ends there, its location."""
+
+    text: str
+    begins: bool
+    ends: bool
+    location: RecordLocation
+
+
+Pieces: TypeAlias = list[Piece]
+Ids: TypeAlias = "np.ndarray | EncodeError"
 
 
 def bin_file(prefix: Path) -> Path:
@@ -71,18 +93,18 @@ def write_indexed(
     make_folder(prefix.parent)
     partial = Path(f"{prefix}.partial{os.getpid()}")
     builder = IndexedDatasetBuilder(
-        str(bin_file(partial)), dtype=DType.optimal_dtype(len(tokenizer))
+        str(bin_file(partial)), dtype=DType.optimal_dtype(largest_id(tokenizer) + 1)
     )
     try:
         with ExitStack() as stack:
-            write_rejected = None
-            if on_error == "quarantine":
-                path = f"{prefix}.rejected.jsonl"
-                write_rejected = stack.enter_context(open(path, "w", encoding="utf-8")).write
-            chunks = _chunks(files, on_error, write_rejected, counts, position)
+            path = Path(f"{prefix}.rejected.jsonl")
+            rejections = stack.enter_context(open_rejections(on_error, path, counts))
+            writer = _DocumentWriter(builder, tokenizer, rejections)
+            chunks = _chunks(files, rejections, position)
             progress = stack.enter_context(_meter(files))
-            for token_ids, ends in _tokenize_chunks(chunks, tokenizer, workers, stack):
-                tokens += _add_pieces(builder, token_ids, ends, tokenizer.eos_token_id)
+            for chunk, token_ids in _tokenize_chunks(chunks, tokenizer, workers, stack):
+                writer.add(chunk, token_ids)
+                tokens = writer.tokens
                 progress.update(position.finished + position.current, f"{tokens:,} tokens")
         if tokens == 0:
             raise UserError(
@@ -101,18 +123,51 @@ def write_indexed(
     return {"documents": documents, "tokens": tokens, "rejected": malformed}
 
 
-def _add_pieces(
-    builder: IndexedDatasetBuilder, token_ids: list[np.ndarray], ends: list[bool], eos: int
-) -> int:
-    """Append pieces to the data set, with `eos` where a document ends; return the tokens added."""
-    import torch
+class _DocumentWriter:
+    """Appends documents to the data set, with bos before (see `bos_ids`) and eos after each.
 
-    for ids, last in zip(token_ids, ends, strict=True):
-        builder.add_item(torch.from_numpy(ids))
-        if last:
-            builder.add_item(torch.tensor([eos]))
-            builder.end_document()
-    return sum(map(len, token_ids)) + sum(ends)
+    A document of which a piece cannot be encoded is rejected; pieces of it that were written before
+    end there.
+    """
+
+    def __init__(
+        self,
+        builder: IndexedDatasetBuilder,
+        tokenizer: PreTrainedTokenizerFast,
+        rejections: Rejections,
+    ) -> None:
+        self.tokens = 0
+        self._builder, self._rejections = builder, rejections
+        self._bos, self._eos = bos_ids(tokenizer), tokenizer.eos_token_id
+        self._open = False  # pieces of the current document have been written
+        self._rejected: RecordLocation | None = None
+
+    def add(self, chunk: Pieces, token_ids: Iterable[Ids]) -> None:
+        """Append the pieces of `chunk`, which have these token ids."""
+        for piece, ids in zip(chunk, token_ids, strict=True):
+            if piece.location == self._rejected:
+                continue
+            if isinstance(ids, EncodeError):
+                self._rejections.reject(piece.location, str(ids))
+                self._rejected = piece.location
+                if self._open:
+                    self._end()
+                continue
+            self._append([*self._bos, *ids] if piece.begins and self._bos else ids)
+            self._open = True
+            if piece.ends:
+                self._end()
+
+    def _end(self) -> None:
+        self._append([self._eos])
+        self._builder.end_document()
+        self._open = False
+
+    def _append(self, ids: np.ndarray | list[int]) -> None:
+        import torch
+
+        self._builder.add_item(torch.from_numpy(np.asarray(ids, dtype=np.int64)))
+        self.tokens += len(ids)
 
 
 def _meter(files: list[Path]) -> Meter:
@@ -123,8 +178,7 @@ def _meter(files: list[Path]) -> Meter:
 
 def _check_files_exist(files: list[Path]) -> None:
     for path in files:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; check the path")
+        check_readable(path, text=True)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -140,29 +194,21 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _chunks(
-    files: list[Path],
-    on_error: OnError,
-    write_rejected: Callable[[str], object] | None,
-    counts: Counts,
-    position: ReadPosition,
-) -> Iterator[Pieces]:
+def _chunks(files: list[Path], rejections: Rejections, position: ReadPosition) -> Iterator[Pieces]:
     """Yield lists of pieces with about PIECE characters in total."""
     chunk: Pieces = []
     size = 0
     rows = located_rows(
-        files,
-        "text",
-        lambda row: [parse_record(row, "text")],
-        on_error,
-        write_rejected,
-        counts,
-        position=position,
+        files, "text", lambda row: [parse_record(row, "text")], rejections, position=position
     )
-    for _, (record,) in rows:
+    for location, (record,) in rows:
+        # The raw row is dropped: a document may be a book, cut into many pieces.
+        place = location if len(record.text) <= PIECE else location._replace(raw=None)
         cut = list(pieces(record.text))
         for number, piece in enumerate(cut, 1):
-            chunk.append((piece, number == len(cut)))
+            if is_one_text(location.path):
+                position.current = location.path.stat().st_size * number // len(cut)
+            chunk.append(Piece(piece, number == 1, number == len(cut), place))
             size += len(piece)
             if size >= PIECE:
                 yield chunk
@@ -173,16 +219,14 @@ def _chunks(
 
 def _tokenize_chunks(
     chunks: Iterator[Pieces], tokenizer: PreTrainedTokenizerFast, workers: int, stack: ExitStack
-) -> Iterator[tuple[list[np.ndarray], list[bool]]]:
-    """Yield the token ids of each chunk's pieces, and whether each ends its document, in order.
+) -> Iterator[tuple[Pieces, Iterable[Ids]]]:
+    """Yield each chunk with the token ids of its pieces, in order.
 
     At most two chunks per worker are in flight, so memory does not grow.
     """
     if workers == 1:
         for chunk in chunks:
-            token_ids = encode_plain(tokenizer, [text for text, _ in chunk])
-            ends = [last for _, last in chunk]
-            yield [np.asarray(ids, dtype=np.int64) for ids in token_ids], ends
+            yield chunk, _encode_here(chunk, tokenizer)
         return
     # Spawned, because the tokenizer's threads do not survive a fork. Only the vocabulary is sent,
     # so starting a worker is cheap.
@@ -193,17 +237,26 @@ def _tokenize_chunks(
         initargs=(tokenizer.backend_tokenizer.to_str(),),
     )
     stack.callback(pool.shutdown, cancel_futures=True)
-    in_flight: deque[tuple[Future[list[np.ndarray]], list[bool]]] = deque()
+    in_flight: deque[tuple[Future[list[np.ndarray] | None], Pieces]] = deque()
     for chunk in chunks:
-        in_flight.append(
-            (pool.submit(_encode, [text for text, _ in chunk]), [last for _, last in chunk])
-        )
+        in_flight.append((pool.submit(_encode, [piece.text for piece in chunk]), chunk))
         if len(in_flight) > 2 * workers:
-            future, ends = in_flight.popleft()
-            yield future.result(), ends
+            yield _finished(*in_flight.popleft(), tokenizer)
     while in_flight:
-        future, ends = in_flight.popleft()
-        yield future.result(), ends
+        yield _finished(*in_flight.popleft(), tokenizer)
+
+
+def _finished(
+    future: Future[list[np.ndarray] | None], chunk: Pieces, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Pieces, Iterable[Ids]]:
+    """Wait for a worker's chunk; one that failed there is encoded here, text by text."""
+    found = future.result()
+    return chunk, _encode_here(chunk, tokenizer) if found is None else found
+
+
+def _encode_here(chunk: Pieces, tokenizer: PreTrainedTokenizerFast) -> Iterator[Ids]:
+    for ids in try_each(partial(encode_plain, tokenizer), [piece.text for piece in chunk]):
+        yield ids if isinstance(ids, EncodeError) else np.asarray(ids, dtype=np.int64)
 
 
 _worker_tokenizer: Tokenizer | None = None
@@ -220,7 +273,12 @@ def _start_worker(vocabulary: str) -> None:
     _worker_tokenizer.no_truncation()
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
+def _encode(texts: list[str]) -> list[np.ndarray] | None:
+    """Return the token ids of `texts`, None if one of them cannot be encoded."""
     assert _worker_tokenizer is not None
-    encodings = _worker_tokenizer.encode_batch(texts, add_special_tokens=False)
+    try:
+        with foreign_errors(EncodeError):
+            encodings = _worker_tokenizer.encode_batch(texts, add_special_tokens=False)
+    except EncodeError:
+        return None
     return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]

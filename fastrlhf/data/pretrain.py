@@ -13,16 +13,22 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastrlhf.data.files import make_folder
+from fastrlhf.data.foreign_errors import foreign_errors
 from fastrlhf.data.indexed import bin_file, idx_file, write_indexed
 from fastrlhf.data.loader import permutation
 from fastrlhf.data.records import Paths, as_paths
+from fastrlhf.data.token_ids import id_range, largest_id
+from fastrlhf.data.tokenizer_folder import bos_ids
 from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +40,6 @@ _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER_BYTES = 34  # magic, version, dtype code, sequence count, document count
 _AGAIN = "preprocess the text again"
 _CHECKED_DOCUMENTS = 1000
-_CHECKED_TOKENS = 1 << 20
 
 
 class TokenStream:
@@ -176,15 +181,22 @@ def _read_indexed(prefix: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarra
         raise UserError(
             f"{idx_file(prefix)}: not a readable megatron index ({size} bytes); {_AGAIN}"
         )
-    try:
+    damaged = f"{idx_file(prefix)}: not a readable megatron index"
+    if (size := bin_file(prefix).stat().st_size) == 0:
+        raise UserError(f"{bin_file(prefix)}: is empty; copy it again, or {_AGAIN}")
+    with (
+        _quiet_destructors(),
+        foreign_errors(lambda why: UserError(f"{damaged} ({why}); {_AGAIN}")),
+    ):
         index = IndexedDataset(str(prefix)).index
-    except (AssertionError, ValueError, OSError) as error:
-        raise UserError(
-            f"{idx_file(prefix)}: not a readable megatron index ({error}); {_AGAIN}"
-        ) from None
     if not np.issubdtype(index.dtype, np.integer):
         raise UserError(
             f"{idx_file(prefix)}: holds {np.dtype(index.dtype)}, expected token ids; {_AGAIN}"
+        )
+    if size % (width := np.dtype(index.dtype).itemsize):
+        raise UserError(
+            f"{bin_file(prefix)}: has {size} bytes, expected a multiple of {width} (the bytes of a "
+            f"token by its index); copy it again, or {_AGAIN}"
         )
     tokens = np.memmap(bin_file(prefix), dtype=index.dtype, mode="r")
     ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
@@ -194,9 +206,27 @@ def _read_indexed(prefix: Path, tokenizer: PreTrainedTokenizerFast) -> np.ndarra
             f"{bin_file(prefix)}: has {len(tokens)} tokens, "
             f"expected {expected} by its index; {_AGAIN}"
         )
-    documents = np.asarray(index.document_indices[1 : _CHECKED_DOCUMENTS + 1])
-    _check_tokens(prefix, tokens, ends[documents - 1], tokenizer)
+    with foreign_errors(lambda why: UserError(f"{damaged} ({why}); {_AGAIN}")):
+        documents = np.asarray(index.document_indices[1 : _CHECKED_DOCUMENTS + 1])
+        document_ends = ends[documents - 1]
+    _check_tokens(prefix, tokens, document_ends, tokenizer)
     return tokens
+
+
+@contextmanager
+def _quiet_destructors() -> Iterator[None]:
+    """Suppress errors of destructors: megatron's fail for a data set that could not be opened."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except UserError as error:
+        if error.__context__ is not None:  # its frames keep the half-open data set alive
+            traceback.clear_frames(error.__context__.__traceback__)
+            error.__context__.__traceback__ = None
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def _check_tokens(
@@ -204,14 +234,17 @@ def _check_tokens(
 ) -> None:
     """Raise UserError if the tokens are from another tokenizer or documents do not end in eos.
 
-    Either would silently train a bad model. The first million tokens and thousand documents are
-    checked.
+    Either would silently train a bad model. All tokens are read once (`id_range`); the ends of the
+    first thousand documents are checked.
     """
-    largest = int(tokens[:_CHECKED_TOKENS].max())
-    if largest >= len(tokenizer):
+    smallest, largest = id_range(bin_file(prefix), tokens)
+    if smallest < 0:
+        raise UserError(f"{bin_file(prefix)}: holds the token {smallest}; {_AGAIN}")
+    if largest > (last := largest_id(tokenizer)):
+        gaps = f" with ids up to {last}" if last != len(tokenizer) - 1 else ""
         raise UserError(
             f"{bin_file(prefix)}: holds token {largest}, but the tokenizer has {len(tokenizer)} "
-            "tokens; use the tokenizer it was made with"
+            f"tokens{gaps}; use the tokenizer it was made with"
         )
     if not (tokens[document_ends - 1] == tokenizer.eos_token_id).all():
         raise UserError(
@@ -244,5 +277,6 @@ def _fingerprint(path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
         stat.st_mtime_ns,
         vocabulary,
         tokenizer.eos_token_id,
+        *bos_ids(tokenizer),
     ]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

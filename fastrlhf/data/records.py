@@ -9,12 +9,10 @@ Out of scope: tokenizing (tokenize.py), cleaning (prepare/).
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -25,27 +23,32 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from fastrlhf.data import files
 from fastrlhf.data.files import (
     DamagedFile,
     Paths,
     ReadPosition,
     as_files,
     as_paths,
-    printable,
+    check_readable,
     raw_rows,
+)
+from fastrlhf.data.json_rows import BadRecord, Row, decode_row, shown
+from fastrlhf.data.rejections import (
+    LINE_FIX,
+    Counts,
+    OnError,
+    RecordLocation,
+    Rejections,
+    open_rejections,
 )
 from fastrlhf.errors import UserError
 
-__all__ = ["Paths", "as_paths"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["BadRecord", "Counts", "OnError", "Paths", "RecordLocation", "Row", "as_paths"]
 
 Kind: TypeAlias = Literal["demonstrations", "rankings", "prompts", "text"]
-OnError: TypeAlias = Literal["strict", "quarantine"]
 
 
 def _not_blank(text: str) -> str:
@@ -73,10 +76,20 @@ Rank = (
 )
 
 
+KNOWN_ROLES = ("system", "user", "assistant", "tool", "developer", "function")
+
+
+def _known_role(role: str) -> str:
+    # A turn of "gpt" would be templated as some other speaker, and no loss would count it.
+    if role not in KNOWN_ROLES:
+        raise PydanticCustomError("unknown_role", "is an unknown role")
+    return role
+
+
 class Turn(TypedDict):
     """One message of a conversation."""
 
-    role: NonEmptyStr
+    role: Annotated[NonEmptyStr, AfterValidator(_known_role)]
     content: Str
 
 
@@ -135,31 +148,6 @@ class _Pair:
     labeler_id: Id = None
 
 
-@dataclass
-class Counts:
-    """Counts of the records of one file set; the loaders log them, manifests contain them."""
-
-    read: int = 0
-    kept: int = 0
-    rejected: int = 0  # malformed, set aside under on_error="quarantine"
-    long_prompts: int = 0  # dropped: prompt over the limit
-    cut_responses: int = 0  # kept, but the response was cut at the limit
-
-    def __str__(self) -> str:
-        lost = [
-            f"{count} {reason}"
-            for count, reason in (
-                (self.rejected, "malformed and set aside"),
-                (self.long_prompts, "dropped for a long prompt"),
-                (self.cut_responses, "responses cut"),
-            )
-            if count
-        ]
-        return f"kept {self.kept} of {self.read} records" + (
-            f" ({', '.join(lost)})" if lost else ""
-        )
-
-
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {
     "demonstrations": TypeAdapter(Demonstration),
     "rankings": TypeAdapter(Ranking),
@@ -180,28 +168,10 @@ _EXPECTED = {
     "labeler_id": "a string or an integer",
 }
 
-_LONG_LINE_KEPT = 1000  # bytes of a line above LONGEST_LINE that are written to rejected.jsonl
-_LINE_FIX = "; fix the line, or set on_error to quarantine to skip such lines"
 _FILE_FIX = ", or set on_error to quarantine to skip the rest of it"
 
-Row: TypeAlias = dict[str, Any]
 ParseRow: TypeAlias = Callable[[Row], list[Any]]
 """Returns the records of a row; raises BadRecord if it is malformed."""
-
-
-class BadRecord(Exception):
-    """A record is malformed; the message says why, without its location."""
-
-
-class RecordLocation(NamedTuple):
-    """Location of a record: number of the file among those read, its path, line or row from 1."""
-
-    file: int
-    path: Path
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
 
 
 def read_records(
@@ -238,52 +208,50 @@ def parse_rows(
 ) -> Iterator[Any]:
     """Yield what `parse` returns for each row, which may be several records; see `read_records`."""
     counts = Counts() if counts is None else counts
-    before = counts.rejected
-    with ExitStack() as stack:
-        write_rejected: Callable[[str], object] | None = None
-        if rejected is not None and on_error == "quarantine":
-            Path(rejected).parent.mkdir(parents=True, exist_ok=True)
-            write_rejected = stack.enter_context(open(rejected, "w", encoding="utf-8")).write
-        for _, found in located_rows(
-            as_files(paths), kind, parse, on_error, write_rejected, counts
-        ):
+    with open_rejections(on_error, rejected, counts) as rejections:
+        for _, found in located_rows(as_files(paths), kind, parse, rejections):
             yield from found
-    if counts.rejected > before:
-        see = f", see {rejected}" if rejected else ""
-        logger.warning("%d malformed records skipped%s", counts.rejected - before, see)
+
+
+def located_records(
+    paths: Paths, kind: Kind, rejections: Rejections
+) -> Iterator[tuple[RecordLocation, Any]]:
+    """Yield (location, record) for each good record of `paths`; see `read_records`."""
+    for location, (record,) in located_rows(
+        as_files(paths), kind, lambda row: [parse_record(row, kind)], rejections
+    ):
+        yield location, record
 
 
 def located_rows(
     paths: list[Path],
     kind: Kind,
     parse: ParseRow,
-    on_error: OnError,
-    write_rejected: Callable[[str], object] | None,
-    counts: Counts,
+    rejections: Rejections,
     *,
     after: tuple[int, int] = (0, 0),
     position: ReadPosition | None = None,
 ) -> Iterator[tuple[RecordLocation, list[Any]]]:
     """Yield (location, what `parse` returned) for each good row of the files `paths`.
 
-    Rows up to `after`, (file number, line), are skipped. `write_rejected` is called with the line
-    of rejected.jsonl for each malformed row.
+    Rows up to `after`, (file number, line), are skipped. All paths are checked before the first
+    row is read.
     """
     position = ReadPosition() if position is None else position
+    for path in paths:
+        check_readable(path, kind == "text")
     for number, path in enumerate(paths):
         skip = after[1] if number == after[0] else 0
         if number < after[0]:
             position.finished += path.stat().st_size
             continue
         for line, raw, found in _parsed(path, kind, parse, skip, position):
-            counts.read += 1
+            rejections.counts.read += 1
+            location = RecordLocation(number, path, line, raw)
             if not isinstance(found, BadRecord):
-                yield RecordLocation(number, path, line), found
-            elif on_error == "strict":
-                raise UserError(f"{path}:{line}: {found}{_FILE_FIX if raw is None else _LINE_FIX}")
+                yield location, found
             else:
-                counts.rejected += 1
-                _write_rejection(write_rejected, f"{path}:{line}", str(found), raw)
+                rejections.reject(location, str(found), _FILE_FIX if raw is None else LINE_FIX)
 
 
 def _parsed(
@@ -311,7 +279,7 @@ def _parsed(
 
 def _parsed_or_bad(parse: ParseRow, raw: bytes | Row) -> list[Any] | BadRecord:
     try:
-        return parse(_decode(raw) if isinstance(raw, bytes) else raw)
+        return parse(decode_row(raw) if isinstance(raw, bytes) else raw)
     except BadRecord as bad:
         return bad
 
@@ -323,6 +291,13 @@ def to_json(record: Record) -> str:
     )
 
 
+def response_texts(record: Record) -> tuple[str, ...]:
+    """Return the responses of a demonstration or ranking, () for other records."""
+    if isinstance(record, Demonstration):
+        return (record.response,)
+    return record.responses if isinstance(record, Ranking) else ()
+
+
 def detect_kind(path: Path) -> Kind:
     """Return the kind of records in a file, by the keys of its first row.
 
@@ -331,7 +306,7 @@ def detect_kind(path: Path) -> Kind:
     if path.name.lower().removesuffix(".gz").endswith(".txt"):
         return "text"
     for location, (row,) in located_rows(
-        as_files(path), "text", lambda row: [row], "strict", None, Counts()
+        as_files(path), "text", lambda row: [row], Rejections("strict", Counts())
     ):
         kinds: dict[str, Kind] = {
             "responses": "rankings",
@@ -349,25 +324,6 @@ def detect_kind(path: Path) -> Kind:
     raise AssertionError("located_rows raises UserError for a file without rows")
 
 
-def _write_rejection(
-    write_rejected: Callable[[str], object] | None,
-    source: str,
-    reason: str,
-    raw: bytes | Row | None,
-) -> None:
-    if write_rejected is None:
-        return
-    record: str | Row | None
-    if isinstance(raw, bytes):
-        kept = raw[:_LONG_LINE_KEPT] if len(raw) > files.LONGEST_LINE else raw
-        record = kept.decode("utf-8", "backslashreplace").rstrip("\r\n")
-    else:
-        record = raw
-    write_rejected(
-        json.dumps({"source": source, "reason": reason, "record": record}, default=str) + "\n"
-    )
-
-
 def parse_record(row: Row, kind: Kind) -> Record:
     """Return one row as a checked record; raise BadRecord if it is malformed."""
     pair = kind == "rankings" and "chosen" in row and "responses" not in row
@@ -381,42 +337,6 @@ def parse_record(row: Row, kind: Kind) -> Record:
     if isinstance(record, Ranking):
         _check_ranks(record)
     return record
-
-
-def _decode(line: bytes) -> Row:
-    if len(line) > files.LONGEST_LINE:
-        raise BadRecord(
-            f"the line is longer than {files.LONGEST_LINE} bytes; "
-            "expected one JSON object on each line"
-        )
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRecord(
-            f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 JSON"
-        ) from None
-    try:
-        row = from_json(line.rstrip())
-    except ValueError as error:
-        # The parser only sees this line; its number in the file is already in the message.
-        reason = str(error).replace(" at line 1 column", " at column")
-        raise BadRecord(
-            f"malformed JSON ({reason}); expected one JSON object on the line"
-        ) from None
-    if not isinstance(row, dict):
-        raise BadRecord(f"the line holds {_shown(row)}; expected one JSON object")
-    # The fast parser keeps the last of two equal keys; the standard one can report them.
-    json.loads(line, object_pairs_hook=_unique_keys, parse_int=float)
-    return row
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRecord(f"the key {_shown(twice)} occurs twice; expected each key once")
-    return row
 
 
 def _explain(error: ValidationError, row: Row) -> str:
@@ -433,9 +353,14 @@ def _explain(error: ValidationError, row: Row) -> str:
         if index is None:
             return f"{name} is missing (found {', '.join(row) or 'nothing'}); expected {expected}"
         return f'{name} lacks "{first["loc"][-1]}"; expected {expected}'
+    if first["type"] == "unknown_role":
+        return (
+            f"{name} has the unknown role {shown(first['input'])}; expected one of "
+            f"{', '.join(KNOWN_ROLES)} (data convert --from sharegpt renames human and gpt)"
+        )
     if first["type"] == "value_error":
         return f"{name} is empty; expected {expected}"
-    return f"{name} is {_shown(first['input'])}; expected {expected}"
+    return f"{name} is {shown(first['input'])}; expected {expected}"
 
 
 def _check_ranks(record: Ranking) -> None:
@@ -451,9 +376,3 @@ def _check_ranks(record: Ranking) -> None:
         raise BadRecord(
             '"ranks" are all equal, so nothing is ranked; expected at least two different ranks'
         )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    text = printable(text[:40])
-    return text if len(text) < 40 else text[:37] + "..."

@@ -27,9 +27,12 @@ from fastrlhf.data.records import (
     Text,
     as_paths,
     detect_kind,
-    read_records,
+    located_records,
 )
+from fastrlhf.data.rejections import Counts, Rejections
 from fastrlhf.data.tokenize import (
+    EncodeError,
+    bos_ids,
     encode_conversations,
     encode_plain,
     encode_prompts,
@@ -73,9 +76,15 @@ def show(
     )
     console.print(renderer.legend())
     for path in as_paths(paths):
-        for number, record in enumerate(islice(read_records(path, detect_kind(path)), n), 1):
+        rejections = Rejections("strict", Counts())
+        records = located_records(path, detect_kind(path), rejections)
+        for number, (location, record) in enumerate(islice(records, n), 1):
             title = RichText(f"{path.name}: {type(record).__name__.lower()} {number}")
-            console.print(Panel(Group(*renderer.render(record)), title=title, title_align="left"))
+            try:
+                lines = list(renderer.render(record))
+            except EncodeError as error:
+                rejections.reject(location, str(error), "")
+            console.print(Panel(Group(*lines), title=title, title_align="left"))
 
 
 def show_config(config: Config, n: int, console: Console | None = None) -> None:
@@ -86,7 +95,7 @@ def show_config(config: Config, n: int, console: Console | None = None) -> None:
     """
     console = console or Console()
     data = config.data
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer, add_bos=data.add_bos)
     shown = False
     for key in ("train", "valid", "demonstrations", "prompts", "pretrain"):
         paths = [path for path in getattr(data, key) or () if not indexed_prefix(Path(path))]
@@ -153,7 +162,8 @@ class _RecordRenderer:
     def render(self, record: Record) -> Iterator[RichText]:
         """Yield the lines of a record."""
         if isinstance(record, Text):
-            tokens = [*encode_plain(self.tokenizer, [record.text])[0], self.tokenizer.eos_token_id]
+            text = encode_plain(self.tokenizer, [record.text])[0]
+            tokens = [*bos_ids(self.tokenizer), *text, self.tokenizer.eos_token_id]
             of = f"of {len(tokens)} " if len(tokens) > _SHOWN_TOKENS else ""
             yield from self._sequence([], tokens[:_SHOWN_TOKENS], part=f"{of}of text")
             return
@@ -168,7 +178,7 @@ class _RecordRenderer:
         if isinstance(record, Prompt):
             yield from self._sequence(prompt, [])
         elif isinstance(record, Demonstration):
-            response = encode_response(self.tokenizer, record.response)
+            response = encode_response(self.tokenizer, record.response, record.prompt)
             ((prompt, spans),) = encode_conversations(
                 self.tokenizer, [record.prompt], self.loss_on == "all"
             )
@@ -184,7 +194,9 @@ class _RecordRenderer:
         ):
             yield RichText(f"rank {rank}", style="bold")
             yield from self._sequence(
-                [], encode_response(self.tokenizer, response), self.max_response_tokens
+                [],
+                encode_response(self.tokenizer, response, record.prompt),
+                self.max_response_tokens,
             )
 
     def _sequence(

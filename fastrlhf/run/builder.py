@@ -19,7 +19,7 @@ from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_ranki
 from fastrlhf.data.loader import Dataset, Loader
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.records import OnError
-from fastrlhf.data.tokenize import load_tokenizer, read_prefix
+from fastrlhf.data.tokenize import largest_id, load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model, initialize_weights
 from fastrlhf.models.hf import load_hf
@@ -54,13 +54,14 @@ class RunBuilder:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.vocab_size = config.model.vocab_size or len(self.tokenizer)
-        if self.vocab_size < len(self.tokenizer):
+        self.tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
+        largest = largest_id(self.tokenizer)
+        self.vocab_size = config.model.vocab_size or largest + 1
+        if self.vocab_size <= largest:
             raise UserError(
                 f"model.vocab_size is {self.vocab_size}, but the tokenizer {config.data.tokenizer}"
-                f" has {len(self.tokenizer)} tokens; leave model.vocab_size out to take the"
-                " tokenizer's size"
+                f" has {len(self.tokenizer)} tokens with ids up to {largest}; leave"
+                " model.vocab_size out to take the tokenizer's size"
             )
 
     # ---- data ----

@@ -210,9 +210,9 @@ def test_wrong_output_name_and_kind(jsonl: Callable[..., Path], tmp_path: Path) 
     with pytest.raises(UserError, match=r"expected an output name ending in \.jsonl"):
         convert(path, "pairs", "rankings", tmp_path / "out.csv")
     with pytest.raises(
-        UserError, match=r"missing/out\.jsonl: cannot be written \(No such file or directory\)"
+        UserError, match=r"data\.jsonl: cannot be written \((File exists|Not a directory)\)"
     ):
-        convert(path, "pairs", "rankings", tmp_path / "missing" / "out.jsonl")
+        convert(path, "pairs", "rankings", path / "out.jsonl")
     with pytest.raises(
         UserError, match="trees hold no text; choose one of rankings, demonstrations, prompts"
     ):

@@ -142,7 +142,7 @@ def data_card(manifest: Manifest) -> str:
             if kind == "rankings"
             else []
         ),
-        _method(settings),
+        _method(kind, settings),
         "## Inputs\n",
         *(
             f"- {e['source']}: {e['name']} ({e['bytes']:,} bytes, sha256 {e['sha256']})"
@@ -202,7 +202,7 @@ def _personal_data(manifest: Manifest) -> str:
     return f"Personal data found in {', '.join(settings['pii_splits'])}, by kind: {kinds}.\n"
 
 
-def _method(settings: dict[str, Any]) -> str:
+def _method(kind: str, settings: dict[str, Any]) -> str:
     limits = f"Prompts of {settings['min_chars']:,} to {settings['max_chars']:,} characters"
     if settings["max_prompt_tokens"]:
         limits += f" and at most {settings['max_prompt_tokens']:,} tokens"
@@ -212,12 +212,18 @@ def _method(settings: dict[str, Any]) -> str:
         "keep": "were kept",
     }
     splits, action = ", ".join(settings["pii_splits"]), actions[settings["pii"]]
-    prefix = f"{settings['prefix']} {settings['prefix_unit']}"
+    same = "are equal"
+    if settings["prefix"]:
+        same = f"share their first {settings['prefix']} {settings['prefix_unit']}"
+    also = (
+        " if their responses are the same too" if kind == "rankings" or same == "are equal" else ""
+    )
+    also *= kind != "prompts"
     return f"""## Method
 - {limits}.
 - Records of {splits} with an e-mail address, phone number, payment card, IBAN, US social security
   number, public IP address or secret key {action}. Names and street addresses are not detected.
-- Prompts that share their first {prefix} are duplicates; case and spacing are ignored.
+- Prompts that {same} are duplicates{also}; case and spacing are ignored.
 - At most {settings["max_per_user"]} prompts per user.
 - Choices and splits were drawn with seed {settings["seed"]}.
 """

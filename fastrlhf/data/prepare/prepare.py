@@ -27,7 +27,14 @@ from pathlib import Path
 import numpy as np
 
 from fastrlhf.config.yaml_file import load
-from fastrlhf.data.files import Paths, ReadPosition, as_files, as_paths, make_folder
+from fastrlhf.data.files import (
+    Paths,
+    ReadPosition,
+    as_files,
+    as_paths,
+    check_readable,
+    make_folder,
+)
 from fastrlhf.data.prepare.data_card import (
     InputFile,
     Manifest,
@@ -45,12 +52,27 @@ from fastrlhf.data.records import (
     located_rows,
     parse_record,
 )
+from fastrlhf.data.rejections import Rejections
+from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.progress import Meter
 
 logger = logging.getLogger(__name__)
 
+_HASH_VERSION = 2
 _CHUNK = 512  # records tokenized in one call
+_LARGE_LOSS = 0.2  # share of the records that may be removed for one reason without a warning
+_REASONS = {
+    "malformed": "malformed; see rejected.jsonl",
+    "too_short": "prompts shorter than min_chars {min_chars}; lower it to keep them",
+    "too_long": "prompts longer than max_chars {max_chars} or max_prompt_tokens "
+    "{max_prompt_tokens}; raise them to keep them",
+    "personal_data": "personal data found, see pii.jsonl; set pii=redact to keep the records",
+    "duplicates": "duplicates, which share the first {prefix} {prefix_unit} of the prompt (null: "
+    "all); raise prefix, or set prefix=null to remove equal records only",
+    "over_user_cap": "users with more than max_per_user {max_per_user} prompts; raise it to keep "
+    "them",
+}
 _SAVE_EVERY = 20_000  # records between two resume points, a few seconds of work
 
 
@@ -78,6 +100,11 @@ def prepare_all(config: PrepareConfig) -> dict[str, Manifest]:
     """Prepare each kind of record that `config` names into `out`/kind; return the manifests."""
     kinds: tuple[Kind, ...] = ("demonstrations", "rankings", "prompts")
     inputs = {kind: sources for kind in kinds if (sources := getattr(config.inputs, kind))}
+    # Each kind may take an hour: a mistake in the last one is reported before the first is read.
+    for kind, sources in inputs.items():
+        _check_inputs([file for _, file in _named_files(sources)], Path(config.out) / kind)
+    if config.tokenizer is not None:
+        load_tokenizer(config.tokenizer)
     return {
         kind: prepare(sources, Path(config.out) / kind, kind, config, config.on_error)
         for kind, sources in inputs.items()
@@ -99,8 +126,7 @@ def prepare(
     folder with one is complete. An interrupted run resumes from the work files in `out`/.work.
     """
     rules, out = rules or Rules(), Path(out)
-    named = named_sources(sources if isinstance(sources, Mapping) else as_paths(sources))
-    files = [(name, file) for name, paths in sorted(named.items()) for file in as_files(paths)]
+    files = _named_files(sources)
     _check_inputs([file for _, file in files], out)
     make_folder(out)
     (out / "manifest.json").unlink(missing_ok=True)
@@ -119,7 +145,9 @@ def prepare(
             f"{name}.jsonl": _write(out / f"{name}.jsonl", work_files, rows[index])
             for name, index in splits.items()
         }
-        numbers = statistics(rows, splits, sorted(named), stats.read_by_source)
+        numbers = statistics(
+            rows, splits, sorted({name for name, _ in files}), stats.read_by_source
+        )
         manifest = _manifest(kind, rules, files, stats, dropped, outputs, numbers)
     finally:
         work_files.close()
@@ -129,6 +157,12 @@ def prepare(
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _log_counts(out, manifest)
     return manifest
+
+
+def _named_files(sources: Paths | Mapping[str, Paths]) -> list[tuple[str, Path]]:
+    """Return (source, file) of all files, by the name of the source."""
+    named = named_sources(sources if isinstance(sources, Mapping) else as_paths(sources))
+    return [(name, file) for name, paths in sorted(named.items()) for file in as_files(paths)]
 
 
 def _warn_about_empty_splits(splits: dict[str, np.ndarray], rules: Rules) -> None:
@@ -143,6 +177,16 @@ def _log_counts(out: Path, manifest: Manifest) -> None:
     logger.info(
         "%s: kept %d of %d records, dropped %s", out, kept, read, ", ".join(counts) or "none"
     )
+    for reason, count in manifest["dropped"].items():
+        if count > _LARGE_LOSS * read:
+            logger.warning(
+                "%s: %d of %d records (%d %%) removed: %s",
+                out,
+                count,
+                read,
+                round(100 * count / read),
+                _REASONS[reason].format(**manifest["settings"]),
+            )
 
 
 def _check_inputs(files: list[Path], out: Path) -> None:
@@ -152,8 +196,7 @@ def _check_inputs(files: list[Path], out: Path) -> None:
                 f"{path}: the input would be overwritten by the output; "
                 "choose another output folder"
             )
-        if not path.exists():
-            raise UserError(f"{path}: no such file; check the path")
+        check_readable(path)
 
 
 def _fingerprint(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_error: OnError) -> str:
@@ -162,7 +205,9 @@ def _fingerprint(files: list[tuple[str, Path]], kind: Kind, rules: Rules, on_err
         for name, file in files
     ]
     settings = rules.model_dump(include=set(Rules.model_fields), mode="json")
-    return hashlib.sha256(json.dumps([found, kind, settings, on_error]).encode()).hexdigest()
+    # The version of the rows' hashes: work files with others are discarded.
+    key = [found, kind, settings, on_error, _HASH_VERSION]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 # The pass over the records
@@ -180,14 +225,15 @@ def _scan(
     if work_files.state is not None:
         logger.info("resuming an interrupted run after %d records", stats.counts.read)
     position, paths = ReadPosition(), [file for _, file in files]
-    record_filter = RecordFilter(rules, sorted({name for name, _ in files}), stats, work_files)
+    rejections = Rejections(on_error, stats.counts, work_files.reject)
+    record_filter = RecordFilter(
+        rules, sorted({name for name, _ in files}), stats, work_files, rejections
+    )
     rows = located_rows(
         paths,
         kind,
         lambda row: [parse_record(row, kind)],
-        on_error,
-        work_files.reject,
-        stats.counts,
+        rejections,
         after=after,
         position=position,
     )
@@ -210,7 +256,7 @@ def _scan(
 
 
 def _unique(rows: np.ndarray) -> np.ndarray:
-    """Return the index of the first row by order for each prompt.
+    """Return the index of the first row by order for each prompt (of rankings: each judgement).
 
     Sharing the first P characters is an equivalence relation, so equal hashes give the same groups
     as comparing neighbours in the sorted prompts.

@@ -6,11 +6,12 @@ prepare.py uses the hashes later for deduplication, user caps and splits.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
@@ -24,14 +25,25 @@ from fastrlhf.data.records import (
     PromptLike,
     Ranking,
     RecordLocation,
+    response_texts,
     to_json,
 )
-from fastrlhf.data.tokenize import encode_plain, encode_prompts, load_tokenizer, prompt_text
+from fastrlhf.data.rejections import Rejections
+from fastrlhf.data.tokenize import (
+    EncodeError,
+    encode_plain,
+    load_tokenizer,
+    prompt_text,
+    try_each,
+    try_encode_prompts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Record = Prompt | Demonstration | Ranking
+Measured: TypeAlias = tuple[bytes, int, int]
+"""Deduplication key, prompt length, mean response length."""
 
 
 @dataclass
@@ -77,9 +89,15 @@ class RecordFilter:
     """Filters records one by one and adds those that pass to the work files."""
 
     def __init__(
-        self, rules: Rules, sources: list[str], stats: PrepareStats, work_files: WorkFiles
+        self,
+        rules: Rules,
+        sources: list[str],
+        stats: PrepareStats,
+        work_files: WorkFiles,
+        rejections: Rejections,
     ) -> None:
         self.rules, self.stats, self.work_files = rules, stats, work_files
+        self.rejections = rejections
         self.sources = {name: number for number, name in enumerate(sources)}
         self.tokenizer = load_tokenizer(rules.tokenizer) if rules.tokenizer else None
 
@@ -98,13 +116,13 @@ class RecordFilter:
             user = _hash(self.rules.seed, b"user", _owner(record).encode())
             clean = self._without_pii(record, user, location)
             if clean is not None:
-                passed.append((source, clean, user, order))
-        records = [record for _, record, _, _ in passed]
-        keys = [_dedup_text(record.prompt) for record in records]
-        lengths = self._lengths(records)
-        for (source, record, user, order), key, (prompt, response) in zip(
-            passed, self._prefixes(keys), lengths, strict=True
-        ):
+                passed.append((location, source, clean, user, order))
+        measured = self._measure_each([record for _, _, record, _, _ in passed])
+        for (location, source, record, user, order), found in zip(passed, measured, strict=True):
+            if isinstance(found, EncodeError):
+                self.rejections.reject(location, str(found))
+                continue
+            key, prompt, response = found
             if self.rules.max_prompt_tokens is not None and prompt > self.rules.max_prompt_tokens:
                 self.stats.drop_counts["too_long"] += 1
                 continue
@@ -141,30 +159,61 @@ class RecordFilter:
         self.stats.drop_counts["personal_data"] += 1
         return None
 
-    def _prefixes(self, keys: list[str]) -> Iterator[bytes]:
-        """Return the part of each prompt that duplicates share."""
-        if self.rules.prefix_unit == "characters":
-            return (key[: self.rules.prefix].encode() for key in keys)
-        assert self.tokenizer is not None
-        tokens = encode_plain(self.tokenizer, keys) if keys else []
-        return (np.asarray(ids[: self.rules.prefix], dtype="<i4").tobytes() for ids in tokens)
+    def _measure_each(self, records: list[Record]) -> list[Measured | EncodeError]:
+        """Return what `_measure` does, or the error, for each record."""
+        prompts: list[Record | EncodeError] = [*records]
+        if self.tokenizer is not None:
+            encoded = try_encode_prompts(self.tokenizer, [record.prompt for record in records])
+            lengths = [0 if isinstance(item, EncodeError) else len(item[0]) for item in encoded]
+            prompts = [
+                item if isinstance(item, EncodeError) else record
+                for record, item in zip(records, encoded, strict=True)
+            ]
+        else:
+            lengths = [len(prompt_text(record.prompt)) for record in records]
+        good = [
+            (item, length)
+            for item, length in zip(prompts, lengths, strict=True)
+            if not isinstance(item, EncodeError)
+        ]
+        found: list[Measured | EncodeError] = try_each(self._measure, good) if good else []
+        measured = iter(found)
+        return [item if isinstance(item, EncodeError) else next(measured) for item in prompts]
 
-    def _lengths(self, records: list[Record]) -> list[tuple[int, int]]:
-        """Return (prompt length, mean response length) of each record.
+    def _measure(self, records: Sequence[tuple[Record, int]]) -> list[Measured]:
+        """Return (deduplication key, prompt length, mean response length) of (record, length).
 
         Lengths are in tokens with a tokenizer, else in characters.
         """
-        responses = [_responses(record) for record in records]
-        if self.tokenizer is None or not records:
-            prompts = [len(prompt_text(record.prompt)) for record in records]
+        keys = self._keys([record for record, _ in records])
+        responses = [response_texts(record) for record, _ in records]
+        if self.tokenizer is None:
             totals = [sum(map(len, texts)) for texts in responses]
         else:
-            token_ids = encode_prompts(self.tokenizer, [record.prompt for record in records])
-            prompts = [len(ids) for ids in token_ids]
             totals = self._response_tokens(self.tokenizer, responses)
         return [
-            (length, round(total / max(len(texts), 1)))
-            for length, total, texts in zip(prompts, totals, responses, strict=True)
+            (key, length, round(total / max(len(texts), 1)))
+            for key, (_, length), total, texts in zip(keys, records, totals, responses, strict=True)
+        ]
+
+    def _keys(self, records: list[Record]) -> list[bytes]:
+        """Return what duplicates have in common: the prompt's beginning, or all of the record.
+
+        Rankings of different responses to a prompt are different judgements, as are those of
+        different labelers. Without a prefix, demonstrations must have the same response too.
+        """
+        texts, prefix = [_dedup_text(record.prompt) for record in records], self.rules.prefix
+        if self.rules.prefix_unit == "characters":
+            keys = [text[:prefix].encode() for text in texts]
+        else:
+            assert self.tokenizer is not None
+            tokens = encode_plain(self.tokenizer, texts)
+            keys = [np.asarray(ids[:prefix], dtype="<i4").tobytes() for ids in tokens]
+        return [
+            key + _judgement(record)
+            if isinstance(record, Ranking) or (prefix is None and response_texts(record))
+            else key
+            for key, record in zip(keys, records, strict=True)
         ]
 
     def _response_tokens(
@@ -174,6 +223,12 @@ class RecordFilter:
         flat = [text for texts in responses for text in texts]
         lengths = iter([len(ids) for ids in encode_plain(tokenizer, flat)] if flat else [])
         return [sum(islice(lengths, len(texts))) for texts in responses]
+
+
+def _judgement(record: Record) -> bytes:
+    """Return the responses of a record, in any order, and the labeler who ranked them."""
+    labeler = record.labeler_id if isinstance(record, Ranking) else None
+    return json.dumps([sorted(response_texts(record)), labeler]).encode()
 
 
 def _owner(record: Record) -> str:
@@ -189,13 +244,12 @@ def _owner(record: Record) -> str:
 def _texts(record: Record) -> list[str]:
     """Return every text that may contain personal data; an id may be an e-mail or IP address."""
     labeler = record.labeler_id if isinstance(record, Ranking) else None
-    return [prompt_text(record.prompt), *_responses(record), record.user_id or "", labeler or ""]
-
-
-def _responses(record: Record) -> tuple[str, ...]:
-    if isinstance(record, Demonstration):
-        return (record.response,)
-    return record.responses if isinstance(record, Ranking) else ()
+    return [
+        prompt_text(record.prompt),
+        *response_texts(record),
+        record.user_id or "",
+        labeler or "",
+    ]
 
 
 def _redacted(record: Record, user: int) -> Record:
@@ -223,7 +277,7 @@ def _redacted(record: Record, user: int) -> Record:
 
 def _sizes(record: Record) -> tuple[int, int]:
     """Return the numbers of responses and of pairs that are not ties."""
-    K = len(_responses(record))
+    K = len(response_texts(record))
     if not isinstance(record, Ranking):
         return K, 0
     ties = sum(n * (n - 1) // 2 for n in Counter(record.ranks).values())

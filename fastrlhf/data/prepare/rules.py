@@ -46,9 +46,10 @@ class Rules(Section):
 
     seed: Count = 1234
     """Seed of the splits and of the choice between duplicates."""
-    prefix: Positive = 200
+    prefix: Positive | None = 200
     """Prompts that share this many first characters or tokens are duplicates; shorter ones if they
-    are equal. Case and spacing are ignored."""
+    are equal. Case and spacing are ignored. Of rankings, the responses and the labeler are compared
+    too. null: compare complete prompts, and of demonstrations the responses too."""
     prefix_unit: Literal["characters", "tokens"] = "characters"
     """Unit of prefix; tokens need a tokenizer."""
     tokenizer: str | None = None
