@@ -23,7 +23,9 @@ from pydantic_core import PydanticUndefined
 
 from fastrlhf.config import yaml_file
 from fastrlhf.config.commands import COMMANDS
+from fastrlhf.config.environment import ENVIRONMENT
 from fastrlhf.config.schema import Config
+from fastrlhf.config.suggestions import suggestion
 from fastrlhf.errors import UserError
 
 
@@ -49,41 +51,6 @@ class SectionReference:
     commands: tuple[str, ...]
     """Commands that read it."""
     settings: tuple[Setting, ...]
-
-
-ENVIRONMENT = {
-    "FASTRLHF_BACKEND": (
-        "auto | triton | cpu | torch | cuda",
-        "Implementation that every op uses, whatever its `backend=` says. Unset: as it says.",
-    ),
-    "FASTRLHF_CPU_ISA": (
-        "default | avx2 | avx512",
-        (
-            "Instruction set of the C++ CPU kernels, if the processor has it. Unset: the widest it"
-            " has."
-        ),
-    ),
-    "FASTRLHF_LINEAR_BUDGET_MB": (
-        "number of MiB",
-        (
-            "Memory for the logits of `linear_*` ops: kept whole below it, in chunks of it above."
-            " Unset: a quarter of a GPU's free memory, 1 GiB on a CPU."
-        ),
-    ),
-    "FASTRLHF_POOL_MB": (
-        "number of MiB",
-        (
-            "Memory of freed outputs that the CPU kernels keep for reuse by later calls; 0: none."
-            " Unset: 512."
-        ),
-    ),
-    "FASTRLHF_SKIP_EXT": ("1", "At installation: do not build the C++ and CUDA extensions."),
-    "FASTRLHF_FORCE_CUDA": (
-        "1",
-        "At installation: build the CUDA extension without a GPU present.",
-    ),
-}
-"""Environment variables -> (values, meaning)."""
 
 
 def sections() -> list[SectionReference]:
@@ -125,8 +92,10 @@ def describe(key: str | None = None) -> str:
         for name in (section.name, *(s.key for s in section.settings))
         if name
     ]
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "fastrlhf config lists all of them"
+    near = suggestion(key, known)
+    if not near and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.5)):
+        near = f"{close[0]}?"
+    hint = f"did you mean {near}" if near else "fastrlhf config lists all of them"
     raise UserError(f"{key}: no such section or key; {hint}")
 
 
@@ -234,11 +203,11 @@ def _with_bounds(name: str, bounds: Iterable[annotated_types.BaseMetadata]) -> s
     for bound in bounds:
         if isinstance(bound, annotated_types.Gt):
             low = f"({bound.gt}"
-        elif isinstance(bound, annotated_types.Ge):
+        elif isinstance(bound, annotated_types.Ge) and not _is_generous(bound.ge):
             low = f"[{bound.ge}"
         elif isinstance(bound, annotated_types.Lt):
             high = f"{bound.lt})"
-        elif isinstance(bound, annotated_types.Le):
+        elif isinstance(bound, annotated_types.Le) and not _is_generous(bound.le):
             high = f"{bound.le}]"
     if low and high:
         return f"{name} in {_number(low)}, {_number(high)}"
@@ -247,6 +216,11 @@ def _with_bounds(name: str, bounds: Iterable[annotated_types.BaseMetadata]) -> s
     if high:
         return f"{name} {'<' if high[-1] == ')' else '<='} {_number(high[:-1])}"
     return name
+
+
+def _is_generous(bound: object) -> bool:
+    """Return whether a bound only catches misplaced digits; the page leaves it out."""
+    return isinstance(bound, (int, float)) and abs(bound) >= 10_000
 
 
 def _number(text: str) -> str:
@@ -279,12 +253,14 @@ _MARKDOWN_HEAD = """\
 -->
 
 A run is configured by one YAML file and by `section.key=value` arguments after it, whose values are
-YAML. An unknown key is an error that names the nearest valid one. `fastrlhf config [SECTION|KEY]`
-prints this page's entries, and `fastrlhf config show CONFIG [section.key=value ...]` the resolved
+YAML. YAML is read as version 1.2: only true and false are booleans, `010` is ten, dates are text.
+An unknown key is an error that names the nearest valid one. `fastrlhf config [SECTION|KEY]` prints
+this page's entries, and `fastrlhf config show CONFIG [section.key=value ...]` the resolved
 configuration with the origin of each value.
 
 "derived" defaults depend on other settings, as the meaning says. `null` stands for no value. A list
-of one string may be given as the string."""
+of one string may be given as the string. Numbers also have generous upper bounds, which the error
+names."""
 
 _ENVIRONMENT_HEAD = (
     "Wrong values raise an error at the first use. Variables of torchrun, NCCL and PyTorch are"

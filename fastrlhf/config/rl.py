@@ -11,16 +11,22 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fastrlhf.config.sections import (
+from fastrlhf.config.field_types import (
     Above0,
     AtLeast0,
+    Copies,
     Count,
+    FilePath,
+    FilePathOrPaths,
     Fraction,
+    Megabytes,
+    Number,
     Positive,
     Rate,
-    Section,
-    Strings,
+    Slots,
+    StopStrings,
 )
+from fastrlhf.config.sections import Section
 from fastrlhf.config.yaml_file import ConfigError
 
 
@@ -31,16 +37,18 @@ def _first(paths: str | list[str] | None) -> str | None:
 class PPOConfig(Section):
     """PPO-ptx. Defaults are InstructGPT's (arXiv 2203.02155, appendix C.4)."""
 
-    reward_model: str | list[str] | None = None
+    reward_model: FilePathOrPaths | None = None
     """Folder of the reward model (a run, a checkpoint or a model folder), or several whose scores
     are added. The ppo command needs this or reward_function."""
-    reward_weights: list[float] | None = None
+    reward_weights: list[Number] | None = None
     """Weight of each reward model's score. null: 1 each."""
     reward_function: str | None = None
     """Python function "module:function" that scores responses: f(prompts: list[str], responses:
     list[str]) -> list[float]. Its scores are added to those of the reward models, if there are
     any."""
-    value_model: str | None = Field(default_factory=lambda fields: _first(fields["reward_model"]))
+    value_model: FilePath | None = Field(
+        default_factory=lambda fields: _first(fields["reward_model"])
+    )
     """Folder of the model that the value function starts from. Unset: the (first) reward_model;
     without one, the policy's initial weights with a new scalar head."""
     batch_size: Positive = 512
@@ -81,7 +89,7 @@ class PPOConfig(Section):
     """Divide rewards by their standard deviation over the batch, without shifting the mean."""
     whiten_advantages: bool = True
     """Shift and scale advantages to mean 0, variance 1 over the batch."""
-    no_stop_penalty: float | None = -1.0
+    no_stop_penalty: Number | None = -1.0
     """Score of a response that did not end with a stop token. null: the reward model's score."""
     ema_decay: Rate | None = 0.992
     """Decay of the exponential moving average of the policy, which is evaluated and exported. null:
@@ -136,11 +144,11 @@ class GenerationConfig(Section):
     """Sample from the k most likely tokens; 0: all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample from the most likely tokens whose probabilities add up to this; 1: all."""
-    stop: Strings = Field(default_factory=list)
+    stop: StopStrings = Field(default_factory=list)
     """Strings that end a response, in addition to the end-of-text token."""
-    slots: Positive = 64
+    slots: Slots = 64
     """Sequences decoded at the same time on a data-parallel rank."""
-    cache_mb: Above0 | None = None
+    cache_mb: Megabytes | None = None
     """Memory limit of the KV cache on a rank, in 10^6 bytes; it may lower the number of sequences
     decoded at the same time. null: half of a GPU's free memory; on a CPU, no limit."""
     cuda_graphs: bool = False
@@ -149,6 +157,11 @@ class GenerationConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> GenerationConfig:
+        if 0 < self.temperature < 1e-6:
+            raise ConfigError(
+                "temperature",
+                f"{self.temperature} is too small to divide by; use 0 for greedy decoding",
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 "min_new_tokens",
@@ -162,7 +175,7 @@ def _range(value: object) -> object:
     if isinstance(value, int):
         return (value, value)
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:\.\.\s*(\d+)\s*)?", value)
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:\.\.\s*([0-9]{1,9})\s*)?", value)
         if match is None:
             raise PydanticCustomError("range", "a number, or least..most such as 4..9")
         return (int(match[1]), int(match[2] or match[1]))
@@ -172,18 +185,18 @@ def _range(value: object) -> object:
 class EvalConfig(Section):
     """Policies and judge of the eval winrate and eval select commands."""
 
-    baseline: str | None = None
+    baseline: FilePath | None = None
     """Policy that model.load or model.hf is compared with: a run, a checkpoint, a model folder, or
     a Hugging Face folder."""
-    baseline_prefix: str | None = None
+    baseline_prefix: FilePath | None = None
     """Text file prepended to each prompt of the baseline (the paper's prompted GPT-3), as
     data.prompt_prefix is for the policy. The judge sees neither."""
-    reward_model: str | None = None
+    reward_model: FilePath | None = None
     """Judge: the folder of a reward model."""
     judge: str | None = None
     """Judge: a Python function "module:function" whose scores are higher for better responses:
     f(prompts: list[str], responses: list[str]) -> list[float]."""
-    responses: Positive = 1
+    responses: Copies = 1
     """Responses per policy and prompt."""
     tie_margin: AtLeast0 = 0.0
     """Scores whose difference is at most this are a tie."""
@@ -204,7 +217,7 @@ class EvalConfig(Section):
 class SampleConfig(Section):
     """Output of the sample command."""
 
-    k: Annotated[tuple[Positive, Positive], BeforeValidator(_range)] = (4, 9)
+    k: Annotated[tuple[Copies, Copies], BeforeValidator(_range)] = (4, 9)
     """Distinct responses per prompt: a number, or a range such as "4..9" or [4, 9] from which one
     is drawn for each prompt. InstructGPT's labelers ranked 4 to 9."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from fastrlhf.config import yaml_file
+from fastrlhf.config.field_types import FilePath
 from fastrlhf.config.rl import EvalConfig, GenerationConfig, PPOConfig, SampleConfig
 from fastrlhf.config.sections import (
     CheckpointConfig,
@@ -54,7 +55,7 @@ class Config(Section):
     """Saving and resuming."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Metrics, samples and progress."""
-    output_dir: str
+    output_dir: FilePath
     """Folder that the run writes."""
 
     @model_validator(mode="after")

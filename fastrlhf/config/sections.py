@@ -11,49 +11,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastrlhf.config.field_types import (
+    Above0,
+    AtLeast0,
+    Blend,
+    Count,
+    Epochs,
+    FilePath,
+    FilePaths,
+    Fraction,
+    Layers,
+    NotBool,
+    Positive,
+    Ranks,
+    Rate,
+    Rows,
+    Seconds,
+    Seed,
+    Width,
 )
-from pydantic_core import PydanticCustomError
-
 from fastrlhf.config.yaml_file import ConfigError
-
-
-def _not_bool(value: object) -> object:
-    """Refuse a boolean where a number is expected.
-
-    pydantic would read `train.steps: true` as one step.
-    """
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "Input should be a number")
-    return value
-
-
-NotBool = BeforeValidator(_not_bool)
-Positive = Annotated[int, NotBool, Field(gt=0)]
-Count = Annotated[int, NotBool, Field(ge=0)]
-Fraction = Annotated[float, NotBool, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, NotBool, Field(ge=0.0, lt=1.0)]
-Above0 = Annotated[float, NotBool, Field(gt=0.0)]
-AtLeast0 = Annotated[float, NotBool, Field(ge=0.0)]
-Strings = Annotated[
-    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
-"""A list of strings; a single string becomes a list of one."""
-Blend = Annotated[
-    # Numeric tags are stripped from error locations, like list indices (see `_describe` in
-    # yaml_file.py).
-    Annotated[list[str], Tag("0")] | Annotated[dict[str, Above0], Tag("1")],
-    Discriminator(lambda value: "1" if isinstance(value, dict) else "0"),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-]
-"""Paths, or path -> weight."""
 
 Fields = dict[str, object]
 """The fields of a section that are validated already."""
@@ -75,6 +54,10 @@ FAMILIES: dict[str, Fields] = {
     },
 }
 """Values that `model.family` gives to unset fields."""
+
+
+MAX_PARAMETERS = 10**14
+"""Above this a model is refused: a misplaced digit, since no model is a hundredth of it."""
 
 
 # Any: pydantic validates the value against the type of the field.
@@ -120,23 +103,23 @@ class ModelConfig(Section):
     family: Literal["gpt", "llama"]
     """Fills unset fields. gpt: learned positions, LayerNorm, tanh GELU, biases, tied embeddings,
     ffn 4H. llama: RoPE, RMSNorm, SwiGLU, no biases, untied embeddings."""
-    num_layers: Positive
+    num_layers: Layers
     """Transformer layers."""
-    hidden_size: Positive
+    hidden_size: Width
     """Width of the residual stream, H."""
-    num_heads: Positive
+    num_heads: Width
     """Attention (query) heads."""
-    num_kv_heads: Positive = Field(default_factory=lambda fields: fields["num_heads"])
+    num_kv_heads: Width = Field(default_factory=lambda fields: fields["num_heads"])
     """Key/value heads; fewer than num_heads is grouped-query attention. Unset: num_heads."""
-    head_dim: Positive = Field(
+    head_dim: Width = Field(
         default_factory=lambda fields: fields["hidden_size"] // fields["num_heads"]
     )
     """Width of one head. Unset: hidden_size / num_heads."""
-    ffn_size: int = Field(default_factory=_ffn_default)
+    ffn_size: Annotated[int, NotBool, Field(le=2**24)] = Field(default_factory=_ffn_default)
     """Width of the feed-forward layer. Unset: 4 * hidden_size (gpt); llama must give it."""
-    vocab_size: Positive | None = None
+    vocab_size: Rows | None = None
     """True vocabulary size, before padding for tensor parallelism. null: the tokenizer's."""
-    max_positions: Positive
+    max_positions: Rows
     """Longest sequence in tokens; the rows of the learned position table."""
     position: Literal["learned", "rope"] = Field(default_factory=_from_family("position"))
     """Position encoding. Unset: the family's."""
@@ -181,9 +164,9 @@ class ModelConfig(Section):
     shared_prompt: bool = True
     """Reward models: encode a prompt once for all its responses. The scores are the same either
     way."""
-    load: str | None = None
+    load: FilePath | None = None
     """fastrlhf run, checkpoint or model folder to start from. null: hf, or random weights."""
-    hf: str | None = None
+    hf: FilePath | None = None
     """Hugging Face model folder to start from. null: load, or random weights."""
 
     @model_validator(mode="after")
@@ -220,12 +203,29 @@ class ModelConfig(Section):
                 "attention",
                 "flash needs dtype bf16 or fp16; use attention sdpa (or auto) with fp32",
             )
+        if self.num_weights > MAX_PARAMETERS:
+            raise ConfigError(
+                "hidden_size",
+                f"{self.hidden_size} with num_layers {self.num_layers} is a model of"
+                f" {self.num_weights:.1e} weights, expected {MAX_PARAMETERS:.0e} at most; make"
+                " it smaller",
+            )
         if self.load and self.hf:
             raise ConfigError(
                 "hf",
                 "and load are both set; a model starts from one of them: set the other to null",
             )
         return self
+
+    @property
+    def num_weights(self) -> int:
+        """Number of entries of the weight matrices and embeddings, without biases and norms."""
+        hidden, heads = self.hidden_size, self.num_heads + self.num_kv_heads
+        matrices = 3 if self.activation == "swiglu" else 2
+        layer = hidden * (2 * heads * self.head_dim + matrices * self.ffn_size)
+        embeddings = (self.vocab_size or 0) * (1 if self.tie_embeddings else 2)
+        positions = self.max_positions if self.position == "learned" else 0
+        return self.num_layers * layer + hidden * (embeddings + positions)
 
 
 class ParallelConfig(Section):
@@ -234,11 +234,11 @@ class ParallelConfig(Section):
     Data parallelism uses the rest: world size / (tensor * pipeline).
     """
 
-    tensor: Positive = 1
+    tensor: Ranks = 1
     """Tensor-parallel ranks, which share each layer."""
-    pipeline: Positive = 1
+    pipeline: Ranks = 1
     """Pipeline-parallel stages, which divide the layers."""
-    context: Positive = 1
+    context: Ranks = 1
     """Context-parallel ranks, which share each sequence. Only 1 is supported."""
     sequence: bool = False
     """Sequence parallelism: split norms and dropout along the sequence over the tensor-parallel
@@ -260,18 +260,18 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """Input files, and how records become token sequences. A single path is a list of one."""
 
-    tokenizer: str
+    tokenizer: FilePath
     """Folder of a Hugging Face tokenizer."""
-    train: Strings | None = None
+    train: FilePaths | None = None
     """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
-    valid: Strings | None = None
+    valid: FilePaths | None = None
     """Validation files of the same kind. null: no validation."""
-    demonstrations: Strings | None = None
+    demonstrations: FilePaths | None = None
     """Demonstration files (rm): after training, the head's bias is shifted so that they score 0 on
     average."""
-    prompts: Strings | None = None
+    prompts: FilePaths | None = None
     """Prompt files (ppo, sample)."""
-    prompt_prefix: str | None = None
+    prompt_prefix: FilePath | None = None
     """Text file prepended to each prompt, such as a few worked examples for a prompted baseline. It
     counts in max_prompt_tokens. null: no prefix."""
     add_bos: bool | None = None
@@ -290,7 +290,7 @@ class DataConfig(Section):
     """Longest prompt in tokens; records with a longer one are dropped and counted."""
     max_response_tokens: Positive = 1024
     """Longest response in training, in tokens; longer ones are cut."""
-    cache: str | None = None
+    cache: FilePath | None = None
     """Folder of tokenized text, which runs may share. null: cache/ in the output folder."""
     sequence_length: Positive = 2048
     """Tokens of a pretraining window."""
@@ -337,11 +337,11 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """Training length and batch sizes."""
 
-    seed: Count = 1234
+    seed: Seed = 1234
     """Seed of initial weights, data order and sampling."""
     steps: Positive | None = None
     """Number of optimizer steps; for PPO, iterations. null: given by epochs."""
-    epochs: Above0 | None = None
+    epochs: Epochs | None = None
     """Passes over the training data. null: given by steps."""
     micro_batch_size: Positive = 1
     """Sequences (rm: prompts with all their responses) per forward pass and rank."""
@@ -351,7 +351,7 @@ class TrainConfig(Section):
     global_batch_size: Positive = Field(default_factory=lambda fields: fields["micro_batch_size"])
     """Sequences (rm: prompts) per optimizer step over all ranks. Required by pretrain, sft and rm;
     PPO uses ppo.batch_size. Unset: micro_batch_size."""
-    max_seconds: Above0 | None = None
+    max_seconds: Seconds | None = None
     """Seconds after which the run saves a checkpoint and stops, between two steps. Set it below the
     job's time limit by the time of a step and a checkpoint. The same command then resumes. null: no
     limit."""

@@ -7,10 +7,9 @@ shows everything a run used.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from fastrlhf.config.suggestions import shorten, unknown_key
+from fastrlhf.config.yaml_core import EXPONENT_ONLY, MAX_BYTES, YamlError, parse
 from fastrlhf.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -80,14 +81,20 @@ def dump_item(key: str, value: object) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Write strings with a Unicode line break double-quoted.
+    """Write strings quoted where a reader could take them for something else.
 
-    In other styles YAML folds the break into a space.
+    In other styles than double-quoted YAML folds a Unicode line break into a space. Numbers are
+    those of YAML 1.1 (PyYAML's) and of 1.2.
     """
+
+
+_NUMBER_ELSEWHERE = re.compile(rf"{EXPONENT_ONLY.pattern}|0o[0-7_]+")
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    if _NUMBER_ELSEWHERE.fullmatch(text):
+        style = "'"
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
@@ -97,25 +104,25 @@ _Dumper.add_representer(str, _represent_text)
 def _read(path: Path) -> tuple[Tree, dict[str, int]]:
     """Return the file's mapping, and the line (from 1) of each dotted key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        data, lines = parse(content.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder, expected a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line, byte = content.count(b"\n", 0, error.start) + 1, content[error.start]
+        raise UserError(
+            f"{path}: cannot be read as a configuration file: line {line} has the byte"
+            f" 0x{byte:02x}, which is not UTF-8; save the file as UTF-8"
+        ) from None
+    except YamlError as error:
+        where = f"{path}:{error.line}" if error.line else f"{path}"
+        raise UserError(_one_line(f"{where}: {error.problem}")) from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        lines = dict(_lines(node, path)) if node is not None else {}
-        data = loader.construct_document(node) if node is not None else {}
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise UserError(
             f"{path}:1: expected sections such as 'model:' at the top level, not a"
@@ -124,39 +131,19 @@ def _read(path: Path) -> tuple[Tree, dict[str, int]]:
     return data, lines
 
 
-def _lines(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield (dotted key, line) of every key below `node`.
-
-    Raises UserError for a key given twice, of which YAML would silently keep the last.
-    """
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line, name = key_node.start_mark.line + 1, str(key_node.value)
-        if name in seen:
-            raise UserError(
-                f"{path}:{line}: {prefix}{name} is already set on line {seen[name]}; remove one of"
-                " them"
-            )
-        seen[name] = line
-        yield prefix + name, line
-        yield from _lines(value_node, path, f"{prefix}{name}.")
-
-
 def _apply(data: Tree, override: str, model: type[BaseModel], origin: dict[str, str]) -> None:
     """Set one `dotted.key=value` in `data`, and record in `origin` which override set that key."""
     key, equals, text = override.partition("=")
-    key = key.strip()
+    key, where = key.strip(), f"override '{shorten(override)}'"
     if not equals or not key or not all(key.split(".")):
-        raise UserError(f"override '{override}': expected section.key=value, such as train.seed=1")
+        raise UserError(f"{where}: expected section.key=value, such as train.seed=1")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
-        raise UserError(f"override '{override}': the value is not valid YAML: {problem}") from None
+        value, _ = parse(text)
+    except YamlError as error:
+        is_part = "the value is " if error.problem.startswith("not ") else ""
+        raise UserError(_one_line(f"{where}: {is_part}{error.problem}")) from None
     if key not in known_keys(model):
-        raise UserError(f"override '{override}': {_unknown(key, model)}")
+        raise UserError(f"{where}: {unknown_key(key, known_keys(model))}")
     *sections, name = key.split(".")
     for section in sections:
         child = data.get(section)
@@ -177,26 +164,6 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _unknown(key: str, model: type[BaseModel]) -> str:
-    """Return the message for an unknown key.
-
-    It names the nearest key of the section, else the nearest of any section, else all keys.
-    """
-    keys = known_keys(model)
-    parent, _, name = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == parent}
-    settings = {k.rpartition(".")[2]: k for k in keys if "." in k}
-    sections = [k for k in keys if "." not in k]
-    nearest = [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
-    nearest += [
-        settings[near] for near in difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
-    ]
-    if nearest:
-        return f"unknown key {key}; did you mean {nearest[0]}?"
-    owner, known = (f" of {parent}", siblings) if parent and siblings else ("", sections)
-    return f"unknown key {key}; the keys{owner} are {', '.join(known)}"
-
-
 def _explain(
     error: ValidationError,
     model: type[BaseModel],
@@ -210,44 +177,70 @@ def _explain(
     """
     problems = []
     for detail in error.errors(include_url=False):
-        if (
-            detail["type"] == "default_factory_not_called"
-        ):  # a consequence of another mistake in the same section
+        # A consequence of another mistake in the same section.
+        if detail["type"] == "default_factory_not_called":
             continue
-        key, text = _describe(detail, model)
+        key = _key(detail)
         parent = key.rpartition(".")[0]
         override = next((origin[name] for name in (key, parent) if name in origin), None)
         line = 0 if override else lines.get(key) or lines.get(parent, 0)
-        where = f"override '{override}'" if override else f"{path}:{line}" if line else f"{path}"
-        problems.append((detail["type"] != "extra_forbidden", line, f"{where}: {text}"))
-    problems.sort(key=lambda problem: problem[:2])
+        where = (
+            f"override '{shorten(override)}'"
+            if override
+            else f"{path}:{line}"
+            if line
+            else f"{path}"
+        )
+        problems.append((detail["type"] != "extra_forbidden", line, where, detail))
+    _, _, where, detail = min(problems, key=lambda problem: problem[:2])
     more = len(problems) - 1
-    return problems[0][2] + (f" (and {more} more mistake{'s' if more > 1 else ''})" if more else "")
+    others = f" (and {more} more mistake{'s' if more > 1 else ''})" if more else ""
+    return _one_line(f"{where}: {_describe(detail, model)}{others}")
 
 
-def _describe(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, str]:
-    """Return the dotted key and the message of one pydantic error."""
-    names = [str(part) for part in detail["loc"]]
-    key = ".".join(name for name in names if not name.isdigit())
-    kind, value = detail["type"], detail["input"]
+def _key(detail: ErrorDetails) -> str:
+    """Return the dotted key of one pydantic error."""
+    key = ".".join(name for name in map(str, detail["loc"]) if not name.isdigit())
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        full = f"{key}.{cause.key}" if key else cause.key
-        return full, f"{full} {cause.problem}"
+        return f"{key}.{cause.key}" if key else cause.key
+    return key
+
+
+def _describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """Return the message of one pydantic error."""
+    key, kind, value = _key(detail), detail["type"], detail["input"]
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return f"{key} {cause.problem}"
     if kind == "extra_forbidden":
-        return key, _unknown(key, model)
+        return unknown_key(key, known_keys(model))
     if kind == "missing" and any(known.startswith(f"{key}.") for known in known_keys(model)):
-        return key, f"missing section {key}; add it"
+        return f"missing section {key}; add it"
     if kind == "missing":
-        return key, f"missing required key {key}; add it, or pass {key}=VALUE"
+        return f"missing required key {key}; add it, or pass {key}=VALUE"
+    return f"{shorten(key)} is {_shown(value)}, expected {_expected(detail)}"
+
+
+def _expected(detail: ErrorDetails) -> str:
+    kind, value = detail["type"], detail["input"]
+    if kind == "model_type":
+        return f"a section with keys of its own, such as '{_key(detail)}: {{...}}'"
+    if kind.startswith("bool"):
+        return "true or false"
     expected = detail["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+    if kind == "int_parsing_size":
+        expected = "an integer of fewer digits"
     expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
     expected = re.sub("^(greater|less) than", r"a number \1 than", expected)
-    if kind == "model_type":
-        expected = f"a section with keys of its own, such as '{key}: {{...}}'"
-    return key, f"{key} is {_shown(value)}, expected {expected}"
+    if kind == "string_type" and isinstance(value, (int, float)):
+        return f"{expected}; quote it to make it text"
+    return expected
 
 
 def _shown(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return "null" if value is None else shorten(repr(value), 60)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)

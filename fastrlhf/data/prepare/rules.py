@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastrlhf.config.sections import Count, Positive, Rate, Section, Strings
+from fastrlhf.config.field_types import Positive, Rate, Seed, Strings
+from fastrlhf.config.sections import Section
 from fastrlhf.config.yaml_file import ConfigError
 from fastrlhf.data.files import as_paths
 from fastrlhf.data.records import OnError
@@ -44,7 +45,7 @@ class Rules(Section):
     Where the paper gives no value, the default is fastrlhf's choice.
     """
 
-    seed: Count = 1234
+    seed: Seed = 1234
     """Seed of the splits and of the choice between duplicates."""
     prefix: Positive | None = 200
     """Prompts that share this many first characters or tokens are duplicates; shorter ones if they
