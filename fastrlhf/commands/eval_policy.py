@@ -40,6 +40,7 @@ from fastrlhf.evaluation.comparison import (
     write_selection,
 )
 from fastrlhf.evaluation.report import read_metrics, write_json
+from fastrlhf.evaluation.winrate import between
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
@@ -71,7 +72,7 @@ def winrate(config: Config) -> dict[str, Any]:
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
         print(
-            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against "
+            f"{page}: {ours.name} won {rate['rate']:.3f} ({between(rate['low'], rate['high'])}) against "
             f"{theirs.name}: {results['won']} won, {results['tied']} tied, {results['lost']} lost"
         )
     dist.barrier()
@@ -211,9 +212,8 @@ class _Evaluation:
 
 
 def _line(row: dict[str, Any]) -> str:
-    low, high = row["score_ci95"]
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
     return (
-        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})  {row['tokens']:.1f} tokens"
+        f"step {row['step']:>8}  score {row['score']:7.3f} ({between(*row['score_ci95'])})  {row['tokens']:.1f} tokens"
         f"  {row['cut_off']:.1%} cut off{loss}"
     )

@@ -21,6 +21,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
 from fastrlhf.evaluation.report import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
+from fastrlhf.evaluation.winrate import between
 from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_saved
 from fastrlhf.parallel import mesh as meshes
@@ -56,7 +57,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         page = write_reward_report(results, out / "eval_rm.html")
         accuracy, longer = results["accuracy"], results["length_rule"]
         print(
-            f"{page}: accuracy {accuracy['rate']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f}) on "
+            f"{page}: accuracy {accuracy['rate']:.3f} ({between(accuracy['low'], accuracy['high'])}) on "
             f"{results['pairs']} pairs of {results['prompts']} prompts; longer wins {longer['rate']:.3f}"
         )
     return results

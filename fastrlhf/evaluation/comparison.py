@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastrlhf.data.tokenize import prompt_text
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, line_chart, scatter_chart
 from fastrlhf.evaluation.report import Answer, Figure, Report, framed
-from fastrlhf.evaluation.winrate import mean_interval, win_rate
+from fastrlhf.evaluation.winrate import MIN_PROMPTS, describe_interval, mean_interval, win_rate
 
 Scores = NDArray[np.float64]
 _SHOWN = 8  # prompts on the page; pairs.jsonl holds all
@@ -111,7 +111,7 @@ def write_comparison(
             Figure(
                 "Win rate",
                 f"{rate['rate']:.1%}",
-                f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}",
+                describe_interval(rate["low"], rate["high"], "{:.1%}"),
             ),
             Figure(
                 "Won, tied, lost",
@@ -126,7 +126,8 @@ def write_comparison(
     report.section(
         "Comparison",
         f"The judge scored each of the two responses to {rate['clusters']} prompts; the higher score wins. Half of "
-        "the comparisons won is no better than the baseline. The intervals are 95 %, from resampling prompts.",
+        "the comparisons won is no better than the baseline. The intervals are 95 %, from resampling prompts; fewer "
+        f"than {MIN_PROMPTS} prompts have none.",
     )
     overall = [_rate_bar("all", rate)] + [
         _rate_bar(name, one) for name, one in results["by_length"].items()
@@ -189,9 +190,7 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
     report.figures(
         [
             Figure("Best checkpoint", f"step {best['step']:,}", "named in checkpoints/best"),
-            Figure(
-                "Its mean score", f"{best['score']:.3f}", f"95 % interval {low:.3f} to {high:.3f}"
-            ),
+            Figure("Its mean score", f"{best['score']:.3f}", describe_interval(low, high)),
             Figure("Checkpoints", str(len(rows))),
         ]
     )
@@ -203,8 +202,10 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
     steps = [float(row["step"]) for row in rows]
     score = [
         Series("mean", steps, [row["score"] for row in rows], 0),
-        Series("95 % interval", steps, [row["score_ci95"][0] for row in rows], 5),
-        Series("95 % interval", steps, [row["score_ci95"][1] for row in rows], 5),
+        *(
+            Series("95 % interval", steps, [_or_gap(row["score_ci95"][i]) for row in rows], 5)
+            for i in (0, 1)
+        ),
     ]
     losses = Series("held out", steps, [row.get("valid_loss", float("nan")) for row in rows], 1)
     report.charts(
@@ -244,6 +245,11 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
         ],
     )
     return report.write(path)
+
+
+def _or_gap(value: float | None) -> float:
+    """Return a value, or NaN, which a chart leaves out."""
+    return float("nan") if value is None else value
 
 
 def _rate_bar(name: str, rate: Mapping[str, Any]) -> Bar:

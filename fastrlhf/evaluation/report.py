@@ -172,7 +172,7 @@ class Report:
         )
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """A table; numbers are right-aligned, floats with three decimals, anything else as its text."""
+        """A table; numbers are right-aligned, floats with three decimals, None is "-", else text."""
         head = "".join(f"<th>{escape(name)}</th>" for name in header)
         body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
         self._parts.append(
@@ -319,10 +319,7 @@ def write_run_report(run_dir: str | Path) -> Path:
 
 
 def try_run_report(run_dir: str | Path) -> Path | None:
-    """Write the report of a run that has ended; a failure is a warning, and the result is None.
-
-    A page must not change the exit status of a training.
-    """
+    """Write the report of a run that has ended; if that fails, warn and return None."""
     try:
         return write_run_report(run_dir)
     except Exception as error:  # of the file system, or of content that a crash has damaged
@@ -438,6 +435,7 @@ def _card(figure: Figure) -> str:
 
 
 def _cell(value: object) -> str:
+    value = "-" if value is None else value
     if isinstance(value, int):
         return f'<td class="numeric">{value:,d}</td>'
     if isinstance(value, float):

@@ -110,15 +110,15 @@ def _by(pairs: Pairs, groups: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
 
 def _difference(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], clusters: ArrayLike
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Mean of ours - theirs, pair by pair, with its interval over prompts."""
     shifted = win_rate(
         (1 + ours - theirs) / 2, clusters
     )  # a difference in [-1, 1] as a rate in [0, 1]
     return {
         "difference": 2 * shifted.rate - 1,
-        "low": 2 * shifted.low - 1,
-        "high": 2 * shifted.high - 1,
+        "low": None if shifted.low is None else 2 * shifted.low - 1,
+        "high": None if shifted.high is None else 2 * shifted.high - 1,
     }
 
 
@@ -131,7 +131,7 @@ def calibration(pairs: Pairs) -> dict[str, Any]:
     """
     predicted_P = 1 / (1 + np.exp(-np.abs(pairs.margin)))
     bin_P = np.minimum(((predicted_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
-    bins = []
+    bins: list[dict[str, Any]] = []
     for index in np.unique(bin_P):
         which = bin_P == index
         observed = win_rate(pairs.wins[which], pairs.prompt[which])
@@ -147,7 +147,7 @@ def calibration(pairs: Pairs) -> dict[str, Any]:
     return {"ece": ece, "bins": bins}
 
 
-def _interval(rate: WinRate) -> dict[str, float]:
+def _interval(rate: WinRate) -> dict[str, float | None]:
     return {"low": rate.low, "high": rate.high}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, line_chart
 from fastrlhf.evaluation.report import Figure, Report, framed
+from fastrlhf.evaluation.winrate import MIN_PROMPTS, describe_interval
 
 Rate = Mapping[str, Any]
 """A WinRate as a dictionary: rate, low, high, n, clusters."""
@@ -24,7 +25,8 @@ def write_reward_report(results: Mapping[str, Any], path: Path) -> Path:
     report.section(
         "Where it is right",
         "Share of the strictly ranked pairs in which the response the labeler preferred has the higher score. The "
-        "intervals are 95 %, from resampling prompts: the pairs of a prompt are not independent.",
+        "intervals are 95 %, from resampling prompts: the pairs of a prompt are not independent. Fewer than "
+        f"{MIN_PROMPTS} prompts have none.",
     )
     report.charts(
         [
@@ -133,7 +135,7 @@ def _headline(results: Mapping[str, Any]) -> list[Figure]:
             "Above that rule",
             f"{above['difference']:+.3f}",
             _interval(above),
-            passed=above["low"] > 0,
+            passed=None if above["low"] is None else above["low"] > 0,
         ),
         Figure(
             "Calibration error", f"{results['calibration']['ece']:.3f}", "expected, 0 is perfect"
@@ -199,8 +201,8 @@ def _rows(table: Mapping[str, Rate]) -> list[tuple[object, ...]]:
     ]
 
 
-def _interval(rate: Mapping[str, float]) -> str:
-    return f"95 % interval {rate['low']:.3f} to {rate['high']:.3f}"
+def _interval(rate: Mapping[str, Any]) -> str:
+    return describe_interval(rate["low"], rate["high"])
 
 
 def _plus_minus(summary: Mapping[str, float]) -> str:

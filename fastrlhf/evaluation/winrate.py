@@ -15,6 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 
 _DRAWN = 2**20
 """Counts of the bootstrap that are in memory at a time."""
+MIN_PROMPTS = 10
+"""Fewest prompts that have an interval.
+
+Resampling few prompts says little: of one prompt every resample is the same, and the interval would
+be a point.
+"""
+NO_INTERVAL = f"no interval: fewer than {MIN_PROMPTS} prompts"
 
 
 @dataclass(frozen=True)
@@ -23,10 +30,10 @@ class WinRate:
 
     rate: float
     """Wins plus half the ties, over n. For `pair_accuracy`: the share of pairs in the right order."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end of the interval."""
+    low: float | None
+    """Lower end of the interval; None below `MIN_PROMPTS` prompts."""
+    high: float | None
+    """Upper end of the interval; None below `MIN_PROMPTS` prompts."""
     n: int
     """Judgements, or strictly ranked pairs."""
     ties: int
@@ -34,12 +41,27 @@ class WinRate:
     clusters: int
     """Prompts the judgements came from: what was resampled."""
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | None]:
         """For a JSON file."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}, ties={self.ties})"
+        interval = NO_INTERVAL
+        if self.low is not None and self.high is not None:
+            interval = f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.rate:.3f} [{interval}] (n={self.n}, ties={self.ties})"
+
+
+def between(low: float | None, high: float | None, form: str = "{:.3f}") -> str:
+    """Return the ends of an interval in words, or that there is none; `form` formats an end."""
+    if low is None or high is None:
+        return NO_INTERVAL
+    return f"{form.format(low)} to {form.format(high)}"
+
+
+def describe_interval(low: float | None, high: float | None, form: str = "{:.3f}") -> str:
+    """Return what `between` does, with the coverage of an interval."""
+    return ("" if low is None else "95 % interval ") + between(low, high, form)
 
 
 def win_rate(
@@ -138,7 +160,7 @@ def mean_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """The mean of values [N], and the ends of its percentile bootstrap interval over the prompts `clusters` [N] names.
 
     Raises ValueError where the two are not vectors of one length, or are empty.
@@ -161,9 +183,14 @@ def _bootstrap(
     level: float,
     resamples: int,
     seed: int,
-) -> tuple[float, float]:
-    """The ends of the percentile bootstrap interval of sum / count over resampled prompts."""
+) -> tuple[float | None, float | None]:
+    """The ends of the percentile bootstrap interval of sum / count over resampled prompts.
+
+    None for fewer than `MIN_PROMPTS` prompts.
+    """
     prompts = sums_G.size
+    if prompts < MIN_PROMPTS:
+        return None, None
     generator, shares_G = np.random.default_rng(seed), np.full(prompts, 1 / prompts)
     rates = []
     # Piece by piece, which draws the same: all at once would be resamples * prompts numbers.

@@ -69,14 +69,14 @@ class MetricsLog:
         if log.wandb_project:
             with self._failures.of("Weights & Biases"):
                 self._wandb = _wandb_run(folder, log.wandb_project, resumed=start_step > 0)
-            self._at_exit("Weights & Biases", lambda: self._wandb and self._wandb.finish())
+                self._at_exit("Weights & Biases", self._wandb.finish)
         if log.tensorboard:
             with self._failures.of("TensorBoard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 path = str(folder / "tensorboard")
                 self._writer = SummaryWriter(path, purge_step=start_step + 1)
-            self._at_exit("TensorBoard", lambda: self._writer and self._writer.close())
+                self._at_exit("TensorBoard", self._writer.close)
         if log.progress:
             with self._failures.of("progress"):
                 meter = Meter(title, total_steps, start=start_step)

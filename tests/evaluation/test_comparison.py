@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,29 @@ def test_margin_makes_ties(sides: tuple[Judged, Judged]) -> None:
 
 def test_a_policy_ties_with_itself(sides: tuple[Judged, Judged]) -> None:
     rate = compare(sides[0], sides[0])["win_rate"]
-    assert (rate["rate"], rate["low"], rate["high"], rate["ties"]) == (0.5, 0.5, 0.5, 4)
+    assert (rate["rate"], rate["ties"]) == (0.5, 4)
+    assert rate["low"] is None and rate["high"] is None  # of 2 prompts
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [(1, False), (9, False), (10, True)])
+def test_few_prompts_have_no_interval_and_the_pages_say_so(
+    prompts: int, shown: bool, tmp_path: Path
+) -> None:
+    scores = [[float(i), float(i % 3)] for i in range(prompts)]
+    ours = judged("ours", scores, [[1, 2]] * prompts)
+    theirs = judged("theirs", [[0.5, 0.5]] * prompts, [[2, 1]] * prompts)
+    files = {"judge": "j", "prompts": "p", "prompts_too_long": 0}
+    results = {**files, **compare(ours, theirs)}
+    assert (results["win_rate"]["low"] is not None) == shown
+    assert (results["policy"]["score_ci95"][1] is not None) == shown
+    pairs = pair_records([f"prompt {i}" for i in range(prompts)], ours, theirs)
+    page = write_comparison(tmp_path / "winrate.html", results, pairs).read_text()
+    rows = [{"step": 1, **ours.summary()}, {"step": 2, **theirs.summary()}]
+    selection = {**files, "run": "r", "best": 1, "checkpoints": rows}
+    other = write_selection(tmp_path / "select.html", selection).read_text()
+    for text in (page, other):
+        assert ("no interval: fewer than 10 prompts" in text) != shown
+    assert json.loads(json.dumps(results)) == results
 
 
 def test_interval_is_over_prompts_not_responses() -> None:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from fastrlhf.evaluation import winrate
-from fastrlhf.evaluation.winrate import pair_accuracy, win_rate
+from fastrlhf.evaluation.winrate import (
+    NO_INTERVAL,
+    between,
+    describe_interval,
+    mean_interval,
+    pair_accuracy,
+    win_rate,
+)
 
 
 def test_win_rate_counts_a_tie_as_half():
@@ -110,3 +117,20 @@ def test_unsigned_ranks_do_not_wrap_around():
 def test_pair_accuracy_rejects(scores, ranks, offsets, message):
     with pytest.raises(ValueError, match=message):
         pair_accuracy(scores, ranks, offsets)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 9])
+def test_few_prompts_have_no_interval(prompts):
+    """Of one prompt every resample is the same: [1.000, 1.000] would claim certainty."""
+    rate = win_rate(np.ones(30), clusters=np.arange(30) % prompts)
+    assert (rate.rate, rate.low, rate.high, rate.clusters) == (1.0, None, None, prompts)
+    assert str(rate) == "1.000 [no interval: fewer than 10 prompts] (n=30, ties=0)"
+    mean = mean_interval(np.arange(30.0), np.arange(30) % prompts)
+    assert mean == (14.5, None, None)
+    assert between(None, None) == describe_interval(None, None) == NO_INTERVAL
+
+
+def test_ten_prompts_have_an_interval():
+    rate = win_rate([1, 0] * 5)
+    assert 0 < rate.low < 0.5 < rate.high < 1
+    assert describe_interval(0.25, 0.75, "{:.1%}") == "95 % interval 25.0% to 75.0%"
