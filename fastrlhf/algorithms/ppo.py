@@ -26,6 +26,7 @@ import torch.distributed as dist
 from fastrlhf import ops
 from fastrlhf.algorithms.kl_controller import KLController
 from fastrlhf.algorithms.offload import Offload
+from fastrlhf.algorithms.policy_average import PolicyAverage
 from fastrlhf.algorithms.ppo_metrics import (
     PhaseTimer,
     average_updates,
@@ -79,6 +80,8 @@ class PPOState(TypedDict):
     """State of a run in addition to its models and prompts, for JSON."""
 
     iteration: int
+    average_moves: int
+    """Moves of the policy's average."""
     kl_coefficient: float
     pretraining: dict[str, object] | None
     """State of the loader of pretraining windows; None without the ptx term."""
@@ -122,6 +125,8 @@ class PPO:
         self.monitor = RunMonitor(config.model.dtype, config.ppo.adaptive_kl_target)
         self.iteration = 0
         self._on_device: OnDevice = self._offload() if config.ppo.offload else nullcontext
+        self.averaging = PolicyAverage(models.average, config.ppo, config.train.steps)
+        self.averaging.on_device = self._on_device
 
     def step(self, prompts: Sequence[Sequence[list[int]]]) -> dict[str, float]:
         """Run one iteration on this rank's prompts, in micro-batches as loaded; return metrics."""
@@ -222,9 +227,10 @@ class PPO:
                 break
             tokens = float(rollouts.lengths[rows].sum()) + update.pop("ptx_tokens", 0.0)
             updates.append(update | {"trained_tokens": tokens})
-        if self.average is not None:
-            with self._on_device(self.average.model):
-                self.average.update()
+            self.averaging.after("update")
+        self.averaging.after("iteration")
+        is_main = self.mesh.rank == 0
+        metrics |= self.averaging.metrics(self.iteration + 1, len(updates), is_main=is_main)
         self.kl.update(metrics["kl"], rollouts.scores.numel())
         metrics |= average_updates(updates)
         # The sum of all losses that are minimised, as in the other algorithms.
@@ -434,6 +440,7 @@ class PPO:
         pretraining = self.pretraining.state_dict() if self.pretraining is not None else None
         return {
             "iteration": self.iteration,
+            "average_moves": self.averaging.moves,
             "kl_coefficient": self.kl.coefficient,
             "pretraining": pretraining,
         }
@@ -441,10 +448,12 @@ class PPO:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` returned.
 
-        Without pretraining state (ppo.gamma_ptx was 0) the windows start from the beginning.
+        Without pretraining state (ppo.gamma_ptx was 0) the windows start from the beginning. Without
+        average_moves the run moved the average once an iteration.
         """
         saved = cast("PPOState", state)
         self.iteration = saved["iteration"]
+        self.averaging.moves = cast("int", state.get("average_moves", self.iteration))
         self.kl.coefficient = saved["kl_coefficient"]
         if self.pretraining is not None and saved["pretraining"] is not None:
             self.pretraining.load_state_dict(saved["pretraining"])

@@ -41,6 +41,7 @@ class AlgorithmState(_Open):
     """State of an algorithm in addition to its models."""
 
     iteration: Count = 0
+    average_moves: Count = 0
     kl_coefficient: Finite = 0.0
     pretraining: DataPosition | None = None
     statistics: dict[str, float] = Field(default_factory=dict)

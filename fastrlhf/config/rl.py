@@ -94,6 +94,10 @@ class PPOConfig(Section):
     ema_decay: Rate | None = 0.992
     """Decay of the exponential moving average of the policy, which is evaluated and exported. null:
     off."""
+    ema_every: Literal["update", "iteration"] = "update"
+    """When the average moves: after each optimizer update, or once after the updates of an
+    iteration. The metric ema_start_share is the part of the average that is still the policy's
+    start: ema_decay to the power of the moves."""
     value_lr: Above0 = 9e-6
     """Peak learning rate of the value function."""
     offload: bool = False

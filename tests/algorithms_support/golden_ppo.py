@@ -210,6 +210,7 @@ def iteration(
     values, A, R = advantages_and_returns(episodes, states, c)
     adams = {"policy": Adam(policy, c["lr"], c), "value": Adam(value, c["value_lr"], c)}
     updates = []
+    decay, average = c["ema_decay"], states["policy"]
     for rows, text in zip(minibatches, windows, strict=True):
         for weights in (policy, value):
             weights.update({name: w.detach().requires_grad_() for name, w in weights.items()})
@@ -221,14 +222,14 @@ def iteration(
             "value": gradients(v_loss, value),
         }
         norms = {name: adams[name].step(grads[name]) for name in adams}
+        # Once for each update, from the start of the policy.
+        average = {n: decay * average[n] + (1 - decay) * w.detach() for n, w in policy.items()}
         parts = [
             torch.sqrt(sum(g.square().sum() for g in part.values())).item()
             for part in (g_ppo, g_ptx)
         ]  # type: ignore[arg-type]
         losses = {"policy_loss": ppo.item(), "ptx_loss": ptx.item(), "value_loss": v_loss.item()}
         updates.append({"losses": losses, "grads": grads, "norms": norms, "parts": parts})
-    decay = c["ema_decay"]
-    average = {n: decay * w + (1 - decay) * policy[n].detach() for n, w in states["policy"].items()}
     after = {"policy": policy, "value": value, "ema": average}
     return {
         "after": {m: {n: w.detach() for n, w in s.items()} for m, s in after.items()},
