@@ -23,6 +23,7 @@ import typer
 
 from fastrlhf import __version__
 from fastrlhf.config import COMMANDS, TRAINING_COMMANDS, Command
+from fastrlhf.config.environment import check_launch, check_variables, user_message
 from fastrlhf.data.convert import Source
 from fastrlhf.data.records import Kind, OnError
 from fastrlhf.errors import UserError
@@ -31,6 +32,7 @@ from fastrlhf.parallel.exit import clean_exit
 if TYPE_CHECKING:
     from fastrlhf.config import Config
 
+notes = logging.getLogger(__name__)
 app = typer.Typer(
     help=(
         "RLHF training at Megatron scale: SFT, reward model and PPO-ptx. Several processes: "
@@ -41,7 +43,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
 data = typer.Typer(help="Prepare, convert, tokenize and print records.")
 convert = typer.Typer(help="Convert models from and to Hugging Face folders.")
 app.add_typer(data, name="data")
@@ -57,8 +58,8 @@ Overrides = Annotated[
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that override CONFIG."),
 ]
 Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL, JSONL.gz or parquet.")]
-Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel processes.")]
-Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline-parallel processes.")]
+Tensor = Annotated[int, typer.Option(min=1, max=2**20, help="Tensor-parallel processes.")]
+Pipeline = Annotated[int, typer.Option(min=1, max=2**20, help="Pipeline-parallel processes.")]
 Broken = Annotated[
     OnError,
     typer.Option(
@@ -68,18 +69,21 @@ Broken = Annotated[
 
 
 def _config(command: str, path: Path, overrides: list[str] | None) -> Config:
-    from fastrlhf.config import load_config, require
+    from fastrlhf.config import load_config, require, unread_settings
 
+    check_launch(os.environ)
     config = load_config(path, overrides or [])
     require(config, command)
+    if unread := unread_settings(config, command):
+        notes.info("note: %s does not read %s", command, ", ".join(unread))
     return config
 
 
 def _help(command: Command) -> str:
     """Return a command's help: its summary, what it needs, and the sections that it reads."""
     needs = [f"{' or '.join(required.keys)}: {required.holds}." for required in command.required]
-    sections = f"Reads the config sections {', '.join(command.sections)}."
-    return f"{command.summary}\n\nRequires {' '.join(needs)} {sections}"
+    needs.append(f"Reads the config sections {', '.join(command.sections)}.")
+    return f"{command.summary}\n\nRequires {' '.join(needs)}"
 
 
 def _training(name: str) -> Callable[..., None]:
@@ -129,7 +133,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 1234,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed.")] = 1234,
     model: Annotated[
         str,
         typer.Option(
@@ -216,7 +220,7 @@ def show_data(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer folder; required with record files.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Records to print from each file.")] = 3,
+    n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="Records per file.")] = 3,
 ) -> None:
     """Print records as the model will read them.
 
@@ -235,7 +239,7 @@ def tokenize_data(
     tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
     out: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
     workers: Annotated[
-        int, typer.Option(min=1, help="Number of processes. The output does not depend on it.")
+        int, typer.Option(min=1, max=1024, help="Processes; the output does not depend on them.")
     ] = 1,
     on_error: Broken = "strict",
 ) -> None:
@@ -397,11 +401,16 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_main() else logging.WARNING)
     try:
+        for note in check_variables(os.environ):
+            notes.info(note)
         status = app(prog_name="fastrlhf", standalone_mode=False) or 0
         if status == 0:
             _leave_process_groups()
-    except UserError as error:
-        _report_error(f"error: {' '.join(str(error).split())}")
+    except (UserError, RuntimeError, ValueError) as error:
+        # Ops raise the latter two for a FASTRLHF_* variable that this machine cannot follow.
+        if (text := user_message(error)) is None:
+            raise
+        _report_error(f"error: {' '.join(text.split())}")
         status = 2
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)

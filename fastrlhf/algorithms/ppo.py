@@ -50,6 +50,7 @@ from fastrlhf.checkpoint.soundness import check_losses_finite
 from fastrlhf.config import Config
 from fastrlhf.data.batches import PackedBatch
 from fastrlhf.data.loader import Loader, permutation
+from fastrlhf.data.tokenize import stop_token_ids
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel import schedule
@@ -159,7 +160,7 @@ class PPO:
             prompts,
             self.sampling,
             mesh=self.mesh,
-            eos=self.tokenizer.eos_token_id,
+            eos=stop_token_ids(self.tokenizer),
             tokenizer=self.tokenizer,
             slots=self.slots,
             ids=list(range(first, first + len(prompts))),

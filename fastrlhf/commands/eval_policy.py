@@ -24,9 +24,11 @@ from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
+from fastrlhf.data.records import PromptLike
 from fastrlhf.data.tokenize import (
     encode_plain,
     encode_prompts,
+    end_marker,
     load_tokenizer,
     prompt_text,
     read_prefix,
@@ -129,7 +131,7 @@ class _Evaluation:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config = config
         self.mesh = mesh
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
         self.prompts, self.too_long = fitting_prompts(config, self.tokenizer, mesh)
         self.params = SamplingParams.from_config(config.generation, config.train.seed)
         self.function = (
@@ -177,23 +179,23 @@ class _Evaluation:
         assert self.reward is not None
         encoded = encode_prompts(self.tokenizer, [prompt.prompt for prompt in self.prompts])
         answered = [
-            TokenizedRanking(prompt, self._tokens(row), [0] * len(row))
-            for prompt, row in zip(encoded, responses, strict=True)
+            TokenizedRanking(tokens, self._tokens(prompt.prompt, row), [0] * len(row))
+            for prompt, tokens, row in zip(self.prompts, encoded, responses, strict=True)
         ]
         scores = finite_scores(
             self.config, self.mesh, self.reward, answered, str(self.config.eval.reward_model)
         )
         return [row.tolist() for row in scores]
 
-    def _tokens(self, row: Sequence[Response]) -> list[list[int]]:
+    def _tokens(self, prompt: PromptLike, row: Sequence[Response]) -> list[list[int]]:
         """Return the responses' tokens for the judge.
 
-        A response that was cut off has no stop token. An empty response is a stop token alone.
+        A response that was cut off has no end marker. An empty response is an end marker alone.
         """
         encoded = encode_plain(self.tokenizer, [response.text for response in row])
-        eos = self.tokenizer.eos_token_id
+        end = end_marker(self.tokenizer, prompt)
         return [
-            [*tokens, eos] if response.stopped or not tokens else tokens
+            [*tokens, *end] if response.stopped or not tokens else tokens
             for tokens, response in zip(encoded, row, strict=True)
         ]
 

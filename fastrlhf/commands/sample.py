@@ -21,7 +21,7 @@ from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config
 from fastrlhf.data.files import make_folder
 from fastrlhf.data.records import Prompt
-from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix
+from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix, stop_token_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import generate_all
 from fastrlhf.generation.responses import (
@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     """
     out = Path(config.output_dir) / "samples.jsonl"
     make_folder(out.parent)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     prompts, too_long = fitting_prompts(config, tokenizer, mesh)
     params = SamplingParams.from_config(config.generation, config.train.seed)
@@ -137,7 +137,7 @@ def sample(
             [encoded[i] for i, _ in requests],
             params,
             mesh=mesh,
-            eos=tokenizer.eos_token_id,
+            eos=stop_token_ids(tokenizer),
             slots=slots,
             tokenizer=tokenizer,
             ids=[identity for _, identity in requests],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         TrainingCommand,
         require,
         training_command,
+        unread_settings,
     )
     from fastrlhf.config.rl import EvalConfig, GenerationConfig, PPOConfig, SampleConfig
     from fastrlhf.config.schema import Config, check_batch, dump_config, load_config
@@ -55,6 +56,7 @@ __all__ = [
     "load_config",
     "require",
     "training_command",
+    "unread_settings",
 ]
 
 _OWNERS = {
@@ -65,6 +67,7 @@ _OWNERS = {
         "TrainingCommand",
         "require",
         "training_command",
+        "unread_settings",
     ),
     "rl": ("EvalConfig", "GenerationConfig", "PPOConfig", "SampleConfig"),
     "schema": ("Config", "check_batch", "dump_config", "load_config"),

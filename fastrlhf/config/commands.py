@@ -15,6 +15,7 @@ from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from fastrlhf.config.schema import Config
+    from fastrlhf.config.sections import Section
 
 _RECORDS = "(JSONL, JSONL.gz or parquet)"
 _TRAINING_SECTIONS = (
@@ -58,7 +59,9 @@ class Command:
     summary: str
     """First line of its help."""
     sections: tuple[str, ...]
-    """Configuration sections that it reads."""
+    """Configuration sections that it reads, apart from `unread`."""
+    unread: tuple[str, ...] = ()
+    """Keys of those sections that it never reads, whatever the other settings are."""
     required: tuple[Required, ...] = ()
     """Settings that it cannot do without."""
     longest_sequence: tuple[str, ...] = ()
@@ -143,6 +146,28 @@ def _check_judge(command: Command, config: Config) -> None:
         )
 
 
+_TRAINING_LENGTH = (
+    "train.steps",
+    "train.epochs",
+    "train.global_batch_size",
+    "train.max_seconds",
+    "train.eval_interval",
+    "train.eval_batches",
+)
+_PASSES = ("train.micro_batch_size", "train.max_tokens_per_micro_batch")
+_TEXT = ("data.pretrain", "data.pretrain_fraction", "data.cache", "data.sequence_length")
+_TRAINING_FILES = ("data.train", "data.demonstrations", "data.loss_on", *_TEXT)
+_UNREAD_WITH_PROMPTS = (
+    *_TRAINING_FILES,
+    *_TRAINING_LENGTH,
+    "data.valid",
+    "data.max_response_tokens",
+)
+"""What commands that only answer prompts leave unread."""
+_RANKINGS_ONLY = ("model.shared_prompt", "data.demonstrations")
+_ROLLOUTS_ONLY = ("data.prompts", "data.prompt_prefix", "log.samples")
+_DROPOUT = ("model.residual_dropout", "model.embedding_dropout", "model.attention_dropout")
+
 TRAINING_COMMANDS: dict[str, TrainingCommand] = {
     command.name: command
     for command in (
@@ -150,6 +175,15 @@ TRAINING_COMMANDS: dict[str, TrainingCommand] = {
             name="pretrain",
             summary="Train a language model on plain text.",
             sections=_TRAINING_SECTIONS,
+            unread=(
+                *_RANKINGS_ONLY,
+                *_ROLLOUTS_ONLY,
+                "data.loss_on",
+                "data.pretrain_fraction",
+                "data.max_prompt_tokens",
+                "data.max_response_tokens",
+                "data.on_error",
+            ),
             required=(
                 Required(
                     ("data.train", "data.pretrain"),
@@ -164,6 +198,7 @@ TRAINING_COMMANDS: dict[str, TrainingCommand] = {
             name="sft",
             summary="Fine-tune on demonstrations.",
             sections=_TRAINING_SECTIONS,
+            unread=(*_RANKINGS_ONLY, *_ROLLOUTS_ONLY),
             required=(Required(("data.train",), f"the demonstrations {_RECORDS}"),),
             longest_sequence=("data.max_prompt_tokens", "data.max_response_tokens"),
             reads_windows=lambda config: config.data.pretrain_fraction > 0,
@@ -174,6 +209,7 @@ TRAINING_COMMANDS: dict[str, TrainingCommand] = {
             name="rm",
             summary="Train a reward model on rankings or pairs.",
             sections=_TRAINING_SECTIONS,
+            unread=(*_TEXT, *_ROLLOUTS_ONLY),
             required=(Required(("data.train",), f"the rankings or pairs {_RECORDS}"),),
             longest_sequence=("data.max_prompt_tokens", "data.max_response_tokens"),
             check=_check_length,
@@ -183,6 +219,19 @@ TRAINING_COMMANDS: dict[str, TrainingCommand] = {
             name="ppo",
             summary="Train a policy against a reward model with PPO-ptx.",
             sections=(*_TRAINING_SECTIONS, "ppo", "generation"),
+            unread=(
+                *_RANKINGS_ONLY,
+                *_DROPOUT,
+                "data.train",
+                "data.valid",
+                "data.loss_on",
+                "data.pretrain_fraction",
+                "data.max_response_tokens",
+                "train.epochs",
+                "train.global_batch_size",
+                "train.eval_interval",
+                "train.eval_batches",
+            ),
             required=(Required(("data.prompts",), f"the prompts {_RECORDS}"),),
             longest_sequence=("data.max_prompt_tokens", "generation.max_new_tokens"),
             reads_windows=lambda config: config.ppo.gamma_ptx > 0,
@@ -201,6 +250,7 @@ COMMANDS: dict[str, Command] = {**TRAINING_COMMANDS} | {
             name="sample",
             summary="Write K responses to each prompt, for ranking or reading.",
             sections=("model", "parallel", "data", "train", "generation", "sample"),
+            unread=(*_UNREAD_WITH_PROMPTS, *_PASSES),
             required=(Required(("data.prompts",), f"the prompts {_RECORDS}"),),
             longest_sequence=("data.max_prompt_tokens", "generation.max_new_tokens"),
         ),
@@ -208,6 +258,7 @@ COMMANDS: dict[str, Command] = {**TRAINING_COMMANDS} | {
             name="eval winrate",
             summary="Compare two policies on prompts, by a reward model or a function.",
             sections=("model", "parallel", "data", "train", "generation", "eval"),
+            unread=_UNREAD_WITH_PROMPTS,
             required=(
                 Required(("data.prompts",), f"the prompts {_RECORDS}"),
                 Required(
@@ -221,6 +272,14 @@ COMMANDS: dict[str, Command] = {**TRAINING_COMMANDS} | {
             name="eval select",
             summary="Name the best checkpoint of a run by a judge's scores.",
             sections=("model", "parallel", "data", "train", "generation", "eval"),
+            unread=(
+                *_UNREAD_WITH_PROMPTS,
+                "model.load",
+                "model.hf",
+                "eval.baseline",
+                "eval.baseline_prefix",
+                "eval.tie_margin",
+            ),
             required=(Required(("data.prompts",), f"the validation prompts {_RECORDS}"),),
             check=_check_judge,
         ),
@@ -228,6 +287,13 @@ COMMANDS: dict[str, Command] = {**TRAINING_COMMANDS} | {
             name="eval rm",
             summary="Evaluate a reward model on held-out rankings.",
             sections=("model", "parallel", "data", "train"),
+            unread=(
+                *_TRAINING_FILES,
+                *_TRAINING_LENGTH,
+                "data.prompts",
+                "data.prompt_prefix",
+                "model.hf",
+            ),
             required=(
                 Required(("data.valid",), f"the held-out rankings or pairs {_RECORDS}"),
                 Required(
@@ -267,6 +333,39 @@ def require(config: Config, command: str) -> None:
             )
     row.check(row, config)
     _check_positions(row, config)
+
+
+def unread_settings(config: Config, command: str) -> list[str]:
+    """Return what `config` sets and `command` does not read: sections, or keys of its sections.
+
+    A key that has its default value is not set, so that a complete configuration, such as a run's
+    config.yaml, names only what matters. Neither are keys without a default, which have to be
+    given.
+    """
+    row, names = COMMANDS[command], []
+    for section in type(config).model_fields:
+        settings = getattr(config, section)
+        if section == "output_dir":
+            continue
+        given = [key for key in settings.model_fields_set if _is_changed(settings, key)]
+        if section in row.sections:
+            names += [f"{section}.{key}" for key in given if f"{section}.{key}" in row.unread]
+        elif given:
+            names.append(section)
+    return sorted(names)
+
+
+def _is_changed(settings: Section, key: str) -> bool:
+    field = type(settings).model_fields[key]
+    if field.is_required():
+        return False
+    if field.default_factory is None:
+        default = field.default
+    else:
+        default = field.get_default(
+            call_default_factory=True, validated_data=settings.__dict__ | {key: None}
+        )
+    return bool(getattr(settings, key) != default)
 
 
 def _sequences(row: Command, config: Config) -> list[tuple[str, ...]]:

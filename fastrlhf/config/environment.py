@@ -110,9 +110,15 @@ def check_launch(environment: Mapping[str, str]) -> None:
             )
 
 
-def is_variable_error(message: str) -> bool:
-    """Return whether an op's error message is about a FASTRLHF_* variable."""
-    return re.match(r"FASTRLHF_[A-Z_]+\b", message) is not None
+def user_message(error: Exception) -> str | None:
+    """Return the text of a UserError, the first line of an op's error about a FASTRLHF_* variable.
+
+    None for other errors.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    line = str(error).partition("\n")[0]
+    return line if re.match(r"FASTRLHF_[A-Z_]+\b", line) else None
 
 
 def _number(text: str) -> float:

@@ -358,7 +358,8 @@ class TrainConfig(Section):
     eval_interval: Count = 0
     """Steps between validations; 0: only at the end of the run."""
     eval_batches: Positive | None = None
-    """Batches per validation. null: the whole set."""
+    """Batches of global_batch_size per validation, the first ones of the set. null: the whole set.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -81,7 +81,7 @@ _ROLES: dict[tuple[str, ...], str] = {
     ("model.recompute_layers",): "recompute_num_layers",
     ("model.attention",): "attn_implementation flash_attn flash_attention use_flash_attn",
     ("model.hf", "model.load"): """
-        base_model model_name_or_path pretrain model_name pretrained model_path checkpoint_path
+        base_model model_name_or_path model_name pretrained model_path checkpoint_path
         load_checkpoint""",
     ("data.tokenizer",): "tokenizer_path tokenizer_name tokenizer_model tokenizer_name_or_path",
     ("data.train",): "datasets dataset dataset_name data_path train_file train_data train_files",

@@ -166,13 +166,15 @@ def encode_responses(
     Else, and without `prompts`, it is eos. End markers written at the end of a text are not
     doubled: see `without_end_marker`.
     """
-    eos = [tokenizer.eos_token_id]
-    turn = turn_end(tokenizer) or eos
-    ends = [eos] * len(texts)
-    if prompts is not None:
-        ends = [turn if has_template(tokenizer, prompt) else eos for prompt in prompts]
+    ends = [end_marker(tokenizer, prompt) for prompt in prompts or [""] * len(texts)]
     plain = encode_plain(tokenizer, [without_end_marker(tokenizer, text) for text in texts])
     return [[*ids, *end] for ids, end in zip(plain, ends, strict=True)]
+
+
+def end_marker(tokenizer: PreTrainedTokenizerFast, prompt: PromptLike) -> list[int]:
+    """Return the tokens that end a response to `prompt`: the template's end of turn, or eos."""
+    eos = [int(tokenizer.eos_token_id)]
+    return (turn_end(tokenizer) or eos) if has_template(tokenizer, prompt) else eos
 
 
 def encode_response(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 import torch.distributed as dist
 
+from fastrlhf.data.tokenize import stop_token_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation import graphs
 from fastrlhf.generation.forward import EagerStage
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Tensor = torch.Tensor
-NO_EOS = -1
-"""Stop-token id that matches no token."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of `generate`."""
 
     mesh: Mesh | None
-    eos: int | None
+    eos: int | Sequence[int] | None
     slots: int
     max_length: int | None
     tokenizer: PreTrainedTokenizerFast | None
@@ -81,7 +80,7 @@ def generate(
     params: SamplingParams,
     *,
     mesh: Mesh | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     slots: int = 64,
     max_length: int | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
@@ -92,33 +91,32 @@ def generate(
     A response depends on the weights, its prompt, `params` and its id alone. `ids[i]` identifies
     prompt i across all ranks and calls that should draw different responses (default: i). Prompt
     and response together stay within `max_length` (default and upper bound: the model's
-    positions). `eos` defaults to the tokenizer's; without either, only stop strings and limits end
-    a response. `tokenizer` is required if `params.stop` is set. `mesh` defaults to the model's.
-    Dropout is off until the iterator is exhausted or closed; then the model's training flag is
-    restored and the cache is freed.
+    positions). `eos` is a stop token, or several; it defaults to the tokenizer's eos and end of
+    turn (`stop_token_ids`). Without either, only stop strings and limits end a response.
+    `tokenizer` is required if `params.stop` is set. `mesh` defaults to the model's. Dropout is off
+    until the iterator is exhausted or closed; then the model's training flag is restored and the
+    cache is freed.
 
     Raises UserError if a prompt is empty or leaves no room for a response, or if `params.cache_mb`
     is too small for one sequence; ValueError if an argument is out of range.
     """
     if eos is None:
-        eos = (
-            tokenizer.eos_token_id
-            if tokenizer is not None and tokenizer.eos_token_id is not None
-            else NO_EOS
-        )
+        eos = stop_token_ids(tokenizer) if tokenizer is not None else ()
+    stops = (eos,) if isinstance(eos, int) else tuple(eos)
     if slots < 1:
         raise ValueError(f"slots is {slots}; expected 1 or above")
-    if eos != NO_EOS and not 0 <= eos < model.vocab_size:
-        raise ValueError(
-            f"eos is {eos}; expected a token of the vocabulary, 0 .. {model.vocab_size - 1}"
-        )
+    for token in stops:
+        if not 0 <= token < model.vocab_size:
+            raise ValueError(
+                f"eos is {token}; expected a token of the vocabulary, 0 .. {model.vocab_size - 1}"
+            )
     if ids is not None and len(ids) != len(prompts):
         raise ValueError(f"ids has {len(ids)} entries for {len(prompts)} prompts")
     if params.stop and tokenizer is None:
         raise ValueError("params.stop holds strings, which need the tokenizer argument")
     queue = _build_queue(model, prompts, params, max_length, ids)
     return (
-        _Engine(model, params, mesh or model.mesh, eos, tokenizer).run(queue, slots)
+        _Engine(model, params, mesh or model.mesh, stops, tokenizer).run(queue, slots)
         if queue
         else iter(())
     )
@@ -171,7 +169,7 @@ class _Engine:
         model: GPT,
         params: SamplingParams,
         mesh: Mesh,
-        eos: int,
+        eos: tuple[int, ...],
         tokenizer: PreTrainedTokenizerFast | None,
     ) -> None:
         self.model = model
@@ -243,7 +241,7 @@ class _Engine:
                 request = group.running[row]
                 request.tokens.append(int(token))
                 request.logprobs.append(logprob)
-                stopped = token == self.eos or (
+                stopped = int(token) in self.eos or (
                     self.stop is not None and self.stop.completed_by(request.tokens)
                 )
                 if stopped or len(request.tokens) == request.limit:

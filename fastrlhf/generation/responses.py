@@ -13,7 +13,7 @@ from fastrlhf.checkpoint.model_folder import SavedModel
 from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config
 from fastrlhf.data.records import Prompt, read_records
-from fastrlhf.data.tokenize import encode_prompts, read_prefix
+from fastrlhf.data.tokenize import encode_prompts, read_prefix, stop_token_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, generate_all
 from fastrlhf.generation.sampling import SamplingParams
@@ -61,7 +61,7 @@ def respond(
         [prompts[i] for i, _ in requests],
         params,
         mesh=mesh,
-        eos=tokenizer.eos_token_id,
+        eos=stop_token_ids(tokenizer),
         slots=slots,
         tokenizer=tokenizer,
         ids=[i * copies + j for i, j in requests],

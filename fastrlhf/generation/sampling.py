@@ -7,6 +7,7 @@ rollout must follow the policy's own distribution.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,7 +152,7 @@ class Sampler:
         weight: Tensor,
         vocab_size: int,
         group: dist.ProcessGroup | None,
-        eos: int,
+        eos: int | Sequence[int],
     ) -> None:
         self.params = params
         self.weight = weight.detach()
@@ -162,7 +163,9 @@ class Sampler:
         self.start = columns * (group.rank() if group is not None else 0)
         self.columns = min(columns, max(0, vocab_size - self.start))
         self.vocab_size = vocab_size
-        self.eos = eos - self.start if 0 <= eos - self.start < self.columns else None
+        stops = [eos] if isinstance(eos, int) else eos
+        local = [token - self.start for token in stops]
+        self.eos = [column for column in local if 0 <= column < self.columns]
         blocks = torch.arange(
             self.start // BLOCK, (self.start + columns) // BLOCK, device=weight.device
         )
@@ -175,18 +178,21 @@ class Sampler:
         """Sample a token per row of hidden [B, H]: (tokens int64 [B], log-probabilities fp32 [B]).
 
         Every rank of the group returns the same values. `positions` int64 [B] are those of the
-        tokens to sample; the stop token is never sampled at positions before `eos_from`.
+        tokens to sample; a stop token is never sampled at positions before `eos_from`.
         Log-probabilities are log softmax(logits / temperature) over the full vocabulary, whether
         or not the samples are truncated.
         """
         logits = (hidden @ self.weight.T).float()
         logits[:, self.columns :] = -torch.inf
-        eos_logit = None
-        if eos_from is not None and self.eos is not None:
-            eos_logit = torch.where(positions < eos_from, logits[:, self.eos], -torch.inf)
-            logits[:, self.eos].masked_fill_(positions < eos_from, -torch.inf)
+        eos_logits = None
+        if eos_from is not None and self.eos:
+            is_early = positions < eos_from
+            columns = [logits[:, column] for column in self.eos]
+            eos_logits = torch.stack([torch.where(is_early, x, -torch.inf) for x in columns], -1)
+            for column in columns:
+                column.masked_fill_(is_early, -torch.inf)
         if self.params.truncated:
-            return self._truncated(logits, eos_logit, row_keys(self.params.seed, ids, positions))
+            return self._truncated(logits, eos_logits, row_keys(self.params.seed, ids, positions))
         if self.params.temperature == 0:
             score, token, value, lse = self._greedy(logits)
         else:
@@ -194,7 +200,7 @@ class Sampler:
                 logits, row_keys(self.params.seed, ids, positions)
             )
         shards = self._gather(
-            torch.stack([score, token + self.start, value, self._add_eos(lse, eos_logit)])
+            torch.stack([score, token + self.start, value, self._add_eos(lse, eos_logits)])
         )
         best = shards[:, 0].argmax(0)
         token, value = shards[best, 1:3, torch.arange(best.numel(), device=best.device)].unbind(1)
@@ -208,16 +214,14 @@ class Sampler:
         dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
-    def _add_eos(self, lse: Tensor, eos_logit: Tensor | None) -> Tensor:
-        """Return the log-sum-exp including the suppressed stop token's logit.
+    def _add_eos(self, lse: Tensor, eos_logits: Tensor | None) -> Tensor:
+        """Return the log-sum-exp including the logits [B, stop tokens] of suppressed stop tokens.
 
-        Suppressing the stop token changes what is sampled, not the policy's distribution.
+        Suppressing a stop token changes what is sampled, not the policy's distribution.
         """
-        return (
-            lse
-            if eos_logit is None
-            else torch.logaddexp(lse, eos_logit.double() / self.temperature)
-        )
+        if eos_logits is None:
+            return lse
+        return torch.logaddexp(lse, (eos_logits.double() / self.temperature).logsumexp(-1))
 
     def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what `_race` returns, for the token with the largest logit."""
@@ -253,7 +257,7 @@ class Sampler:
         )
 
     def _truncated(
-        self, logits: Tensor, eos_logit: Tensor | None, keys: Tensor
+        self, logits: Tensor, eos_logits: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return (tokens, log-probabilities) of truncated samples; overwrites `logits`."""
         scaled = logits.div_(self.temperature)
@@ -267,7 +271,7 @@ class Sampler:
             [
                 values.double(),
                 (tokens + self.start).double(),
-                self._add_eos(lse, eos_logit)[:, None],
+                self._add_eos(lse, eos_logits)[:, None],
             ],
             1,
         )

@@ -186,7 +186,8 @@ class Kernel(Generic[Arguments, Result]):
             return "torch" if self.problem(best, tensor) else best
         why = self.problem(asked, tensor, sharded)
         if why is not None:
-            raise RuntimeError(f"backend {asked!r} cannot run {self.name}: {why}")
+            source = f"FASTRLHF_BACKEND={forced}: " if forced else ""
+            raise RuntimeError(f"{source}backend {asked!r} cannot run {self.name}: {why}")
         return asked
 
     def implementation(

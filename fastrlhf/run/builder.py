@@ -6,8 +6,9 @@ them, and is here.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, TypeVar
@@ -109,14 +110,24 @@ class RunBuilder:
         dataset: Dataset[Sample],
         collate: Callable[[list[Sample]], MicroBatch],
         cost: Callable[[Sample], int] | None = None,
-    ) -> Callable[[], Loader[Sample, MicroBatch]]:
-        """Return a function that makes a new loader over the whole of `dataset`.
-
-        It is called once for each evaluation.
-        """
+    ) -> Callable[[], Iterable[list[MicroBatch]]]:
+        """Return a function that makes a new loader over all of `dataset`."""
         return partial(
             self.loader, dataset, collate, shuffle=False, epochs=1, drop_last=False, cost=cost
         )
+
+    def validation(
+        self,
+        dataset: Dataset[Sample],
+        collate: Callable[[list[Sample]], MicroBatch],
+        cost: Callable[[Sample], int] | None = None,
+    ) -> Callable[[], Iterable[list[MicroBatch]]]:
+        """Return what `one_pass` does, ended after train.eval_batches global batches.
+
+        They are the first ones of `dataset`, the same in every validation.
+        """
+        batches, limit = self.one_pass(dataset, collate, cost), self.config.train.eval_batches
+        return lambda: itertools.islice(batches(), limit)
 
     def total_steps(self, batches: Loader[Sample, MicroBatch]) -> int:
         """Return the steps of the run: train.steps, or train.epochs passes over `batches`."""

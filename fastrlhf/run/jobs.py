@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def pretrain_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
     text = data.train or data.pretrain
     assert text is not None
     valid = (
-        run.one_pass(run.windows(data.valid), pack_windows, window_tokens) if data.valid else None
+        run.validation(run.windows(data.valid), pack_windows, window_tokens) if data.valid else None
     )
     return _language_model_job(
         run, run.loader(run.windows(text), pack_windows, cost=window_tokens), valid
@@ -93,7 +93,7 @@ def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
     batches = run.loader(dataset, pack_demonstrations, cost=demonstration_tokens)
     valid = None
     if data.valid:
-        valid = run.one_pass(
+        valid = run.validation(
             run.demonstrations(data.valid), pack_demonstrations, demonstration_tokens
         )
     return _language_model_job(run, batches, valid)
@@ -102,7 +102,7 @@ def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
 def _language_model_job(
     run: RunBuilder,
     batches: Loader[Any, PackedBatch],
-    validation: Callable[[], Loader[Any, PackedBatch]] | None,
+    validation: Callable[[], Iterable[list[PackedBatch]]] | None,
 ) -> TrainingJob[SupervisedFinetuning]:
     total_steps = run.total_steps(batches)
     policy = run.learner(run.model(run.config.model, "lm"), total_steps)
@@ -142,7 +142,7 @@ def reward_model_job(
     evaluate = finish = None
     if valid is not None:
         check_ranking_sizes(valid, cost, run.config.train.max_tokens_per_micro_batch)
-        held_out = run.one_pass(valid, collate, cost)
+        held_out = run.validation(valid, collate, cost)
 
         def evaluate() -> dict[str, float]:
             metrics = evaluate_ranking(run.mesh, algorithm.reward.model, held_out())

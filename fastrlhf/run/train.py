@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
@@ -66,6 +68,7 @@ def train_job(
             for key in command.batch_keys:
                 check_batch(config, mesh.data_size, key)
             _check_packages(config)
+            _check_memory(config, mesh)
             _check_model_paths(command, config)
             job = build(RunBuilder(config, mesh))
         finished = _loop(command, config, mesh, job, start)
@@ -109,6 +112,22 @@ def _check_packages(config: Config) -> None:
                 f"{setting} needs the package {name}, which is not installed: pip install it, or"
                 f" set {other}"
             )
+
+
+def _check_memory(config: Config, mesh: Mesh) -> None:
+    """Raise UserError if a rank's share of the weights alone is larger than its memory."""
+    if mesh.device.type == "cuda":
+        total = torch.cuda.get_device_properties(mesh.device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    width = 4 if config.model.dtype == "fp32" else 2
+    need = config.model.num_weights * width // (mesh.tensor_size * mesh.pipeline_size)
+    if need > total:
+        raise UserError(
+            f"model: its {config.model.num_weights:.1e} weights take {need / 1e9:.0f} GB on each"
+            f" rank, and {mesh.device} has {total / 1e9:.0f} GB; make model.hidden_size or"
+            " model.num_layers smaller, or raise parallel.tensor or parallel.pipeline"
+        )
 
 
 def _check_model_paths(command: TrainingCommand, config: Config) -> None:

@@ -126,9 +126,52 @@ def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config
     status, _, error = run("ppo", config)
     assert (status, launched) == (2, [])
     assert error.startswith("error: ppo needs data.prompts: ")
-    arguments = ["data.prompts=p", "ppo.reward_model=r", "ppo.gamma_ptx=0"]
-    assert run("ppo", config, *arguments) == (0, "", "")
+    arguments = ["data.prompts=p", "ppo.reward_model=r", "ppo.gamma_ptx=0", "data.train=null"]
+    assert run("ppo", config, *arguments, "train.global_batch_size=null") == (0, "", "")
     assert launched[0][0] == "ppo"
+
+
+def test_settings_that_the_command_does_not_read_are_named(run, launched, config, caplog):
+    caplog.set_level("INFO")
+    arguments = ["data.prompts=p", "ppo.reward_model=r", "ppo.gamma_ptx=0", "data.train=null"]
+    assert run("ppo", config, *arguments, "data.valid=/no.jsonl", "train.eval_interval=1")[0] == 0
+    assert caplog.messages == ["note: ppo does not read data.valid, train.eval_interval"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FASTRLHF_BACKEND", "gpu"),
+        ("FASTRLHF_CPU_ISA", "mmx"),
+        ("FASTRLHF_LINEAR_BUDGET_MB", "much"),
+        ("FASTRLHF_POOL_MB", "12MB"),
+        ("SLURM_NTASKS", "2"),
+    ],
+)
+def test_a_wrong_environment_is_one_line(run, launched, config, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    status, out, error = run("sft", config)
+    assert (status, out, launched) == (2, "", [])
+    assert error.startswith("error: ") and variable in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_an_ops_error_about_a_variable_is_one_line(run, monkeypatch, launched, config, kind):
+    """What only the op knows: whether this machine can do what the variable says."""
+
+    def fail(*_: object) -> None:
+        raise kind("FASTRLHF_BACKEND=triton: backend 'triton' cannot run it: no GPU\nframe 0")
+
+    monkeypatch.setattr(sys.modules["fastrlhf.run.train"], "train", fail)
+    expected = "error: FASTRLHF_BACKEND=triton: backend 'triton' cannot run it: no GPU\n"
+    assert run("sft", config) == (2, "", expected)
+
+
+@pytest.mark.parametrize("option", ["--seed", "--tensor", "--pipeline"])
+def test_options_have_upper_bounds(run, option):
+    status, _, error = run("quickstart", option, "9" * 30)
+    assert status == 2
+    assert error.startswith(f"error: Invalid value for '{option}': ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

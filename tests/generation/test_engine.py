@@ -343,3 +343,22 @@ def test_stop_strings_end_responses(
     assert len(ended[2].tokens) < len(free[2].tokens)
     with pytest.raises(ValueError, match="tokenizer"):
         generate(model, prompts, SamplingParams(stop=("x",)), mesh=mesh, eos=EOS)
+
+
+def test_any_of_several_stop_tokens_ends_a_response(
+    model: GPT, mesh: Mesh, cases: ModuleType
+) -> None:
+    prompts = [[5, 6, 7], [1], [9, 9]]
+    params = SamplingParams(max_new_tokens=12, seed=5)
+    expected = generate_all(model, prompts, params, mesh=mesh, eos=EOS)
+    longest = max(expected, key=lambda response: len(response.tokens))
+    other = longest.tokens[2]
+    stopped = generate_all(model, prompts, params, mesh=mesh, eos=(EOS, other))
+    for short, full in zip(stopped, expected, strict=True):
+        ends = [i for i, token in enumerate(full.tokens) if token in (EOS, other)]
+        length = ends[0] + 1 if ends else len(full.tokens)
+        assert short.tokens == full.tokens[:length] and short.stopped == bool(ends)
+        assert short.logprobs == pytest.approx(full.logprobs[:length], abs=1e-5)
+    late = SamplingParams(max_new_tokens=12, min_new_tokens=6, seed=5)
+    for response in generate_all(model, prompts, late, mesh=mesh, eos=(EOS, other)):
+        assert not {EOS, other} & set(response.tokens[:5])
