@@ -189,10 +189,27 @@ def test_a_weight_that_is_nan_is_never_saved(
         assert "there is no checkpoint yet" in str(no.value)
 
 
+def test_no_checkpoint_is_named_if_the_first_update_destroyed_the_model(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    """The checkpoint of step 1 is finite, and resuming from it would fail the same way."""
+    with pytest.raises(
+        UserError, match=r"^step 2: loss is (nan|inf); .* no checkpoint in .*"
+    ) as no:
+        train.train("sft", configure(optimizer={"lr": 1e6}))
+    assert names(tmp_path / "out") == ["step_00000001"]
+    assert str(no.value).endswith(
+        "start again with checkpoint.resume=never and a lower optimizer.lr"
+    )
+    train.train("sft", configure(checkpoint={"resume": "never", "interval": 0}))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert len(losses) == 4 and all(loss is not None and loss < 10 for loss in losses)
+
+
 def test_the_advice_after_a_destroying_update_works(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """With lr=1e6 the first update destroys the model, and its checkpoint is finite."""
+    """A run that was sound until step 2 is resumed with a learning rate that destroys it."""
     config = configure(optimizer={"lr": 1e-3})
     train.train(
         "sft", config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})})
