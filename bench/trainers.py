@@ -141,6 +141,7 @@ class Tokens:
     """The part of a tokenizer that PPO needs when no text is read or written."""
 
     eos_token_id = EOS
+    chat_template = None
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
