@@ -218,7 +218,7 @@ def _end_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
             for token in tokenizer.added_tokens_decoder.values()
             if token.special and token.content not in kept
         }
-        ids = [tokenizer.eos_token_id, *turn_end(tokenizer)[-1:]]
+        ids = stop_token_ids(tokenizer)
         texts |= {str(tokenizer.decode([token])) for token in ids}
         markers = tuple(sorted((text for text in texts if text.strip()), key=len, reverse=True))
         _markers[tokenizer] = (template, markers)
