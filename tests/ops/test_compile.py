@@ -12,6 +12,17 @@ MASK = torch.tensor([[True, True, False], [True, False, True]])
 RANKING = (torch.tensor([0, 1, 2, 1, 0, 0]), torch.tensor([0, 4, 6]))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def private_cache(tmp_path_factory):
+    """Compile into a folder of this run: inductor's default one is shared by every run of a user.
+
+    A concurrent run with another instruction set would put its code there.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 def vocabulary(x, h, w, backend):
     tokens = ops.logprobs(
         x[:, :-1], LABELS, mask=MASK, with_entropy=True, temperature=0.7, backend=backend
