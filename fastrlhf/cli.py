@@ -377,6 +377,50 @@ def show_config(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    command: Annotated[
+        str, typer.Option(help=f"Training command: {', '.join(TRAINING_COMMANDS)}.")
+    ] = "ppo",
+    gpus: Annotated[int, typer.Option(min=1, max=2**20, help="GPUs of the run.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="h100-80gb, h200, a100-80gb, b200, or a YAML file of figures.")
+    ] = "h100-80gb",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="List the fastest settings that fit.")
+    ] = False,
+    lengths: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="PPO run whose response lengths to expect.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Records of data.train, if the files are elsewhere.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with charts.")] = None,
+) -> None:
+    """Compute the memory, time and cost of a run, without a GPU.
+
+    The models of the run are built on fake tensors for every kind of rank. Exit status 0 also if
+    the run does not fit.
+    """
+    from fastrlhf.commands.plan import run
+
+    run(
+        config,
+        overrides or [],
+        command,
+        gpus,
+        gpu,
+        as_json=as_json,
+        search_settings=search,
+        lengths=lengths,
+        samples=samples,
+        page=html,
+    )
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

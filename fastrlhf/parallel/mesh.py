@@ -185,7 +185,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
         distributed_timeout_minutes=parallel.timeout_s / 60,
         create_gloo_process_groups=False,  # only megatron's own checkpoints use them
     )
-    mesh = _build_mesh(device, parallel)
+    mesh = build_mesh(device, parallel)
     seed_generators(mesh, seed)
     return mesh
 
@@ -234,7 +234,8 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     return next(dist.rendezvous("env://"))
 
 
-def _build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
+def build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
+    """Return the mesh of megatron's groups, which must be initialized."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(
         device=device,

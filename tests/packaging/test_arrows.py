@@ -17,6 +17,7 @@ FLOORS = [
     ["quickstart"],
     ["commands"],
     ["run"],
+    ["plan"],
     ["algorithms"],
     ["evaluation"],
     ["generation", "training"],
