@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastrlhf.data.batches import TokenizedRanking
-from fastrlhf.evaluation.winrate import WinRate, WinRateDict, win_rate
+from fastrlhf.evaluation.winrate import WinRate, WinRateDict, pair_agreement, win_rate
 
 BINS = 10
 
@@ -43,12 +43,12 @@ class Pairs:
     @property
     def wins(self) -> NDArray[np.float64]:
         """Agreement of the scores with the labeler: 1, 0.5 where the scores are equal, or 0."""
-        return (1 + np.sign(self.margin)) / 2
+        return pair_agreement(self.margin)
 
     @property
     def longer_wins(self) -> NDArray[np.float64]:
         """Agreement of the rule "the response with more tokens is better" with the labeler."""
-        return (1 + np.sign(self.length)) / 2
+        return pair_agreement(self.length.astype(np.float64))
 
 
 def ranked_pairs(rankings: Sequence[TokenizedRanking], scores: Sequence[ArrayLike]) -> Pairs:

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+Margin = TypeVar("Margin", "NDArray[np.float64]", "torch.Tensor")
 
 _MAX_COUNTS = 2**20
 """Bootstrap counts held in memory at a time."""
@@ -61,6 +66,16 @@ class WinRate:
 
     def __str__(self) -> str:
         return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}, ties={self.ties})"
+
+
+def pair_agreement(margin: Margin) -> Margin:
+    """Return the agreement of scores with the order of pairs: 1, 0.5 for equal scores, or 0.
+
+    `margin` is the score of the better response - the score of the worse, an array or a tensor. Its
+    mean is the accuracy of a reward model, in training and in `eval rm`: equal scores count as the
+    flip of a coin. NaN counts 0.
+    """
+    return 1.0 * (margin > 0) + 0.5 * (margin == 0)
 
 
 def win_rate(
@@ -126,7 +141,7 @@ def pair_accuracy(
         order = np.sign(ranks_N[start:stop][j] - ranks_N[start:stop][i])
         predicted = np.sign(scores_N[start:stop][i] - scores_N[start:stop][j])
         strict = order != 0
-        right.append(((1 + order * predicted) / 2)[strict].sum())
+        right.append(pair_agreement(order * predicted)[strict].sum())
         pairs.append(strict.sum())
         ties += int((strict & (predicted == 0)).sum())
     sums_G, counts_G = np.array(right), np.array(pairs, dtype=np.float64)
