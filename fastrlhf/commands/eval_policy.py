@@ -20,7 +20,6 @@ from fastrlhf.algorithms.rewards import raise_on_any_rank
 from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.checkpoint.model_folder import SavedModel
 from fastrlhf.checkpoint.names import step_folders
-from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
@@ -70,7 +69,14 @@ def winrate(config: Config) -> dict[str, Any]:
     if mesh.rank == 0:
         pairs = pair_records([prompt.prompt for prompt in evaluation.prompts], ours, theirs)
         write_json(out / "winrate.json", results)
-        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        kept = [prompt.other_columns for prompt in evaluation.prompts]
+        lines = "".join(
+            json.dumps(
+                {**kept[i // config.eval.responses], **pair}, ensure_ascii=False, default=str
+            )
+            + "\n"
+            for i, pair in enumerate(pairs)
+        )
         (out / "pairs.jsonl").write_text(lines, encoding="utf-8")
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
@@ -159,11 +165,17 @@ class _Evaluation:
             tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
         check_vocabulary(saved, tokenizer, folder)
         model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
-        check_policy_finite(str(saved.path), model)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
         responses = respond(
-            model, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies
+            model,
+            tokenizer,
+            encoded,
+            self.params,
+            mesh=self.mesh,
+            slots=slots,
+            copies=copies,
+            name=str(saved.path),
         )
         return JudgedResponses(
             name=str(saved.path),
@@ -214,9 +226,17 @@ class _Evaluation:
                 for _ in row
             ]
             texts = [response.text for row in responses for response in row]
+            records = [
+                prompt.other_columns
+                for prompt, row in zip(self.prompts, responses, strict=True)
+                for _ in row
+            ]
             name, limit = f"eval.judge {self.config.eval.judge}", self.config.parallel.timeout_s
             try:
-                message = [call_reward_function(self.function, prompts, texts, name, limit)]
+                scores = call_reward_function(
+                    self.function, prompts, texts, name, limit, records=records
+                )
+                message = [scores]
             except UserError as error:
                 problem = str(error)
         raise_on_any_rank(self.mesh, problem)
