@@ -41,8 +41,8 @@ class EpisodeScorer:
     """Sampling temperature, at which the reference's log-probs are taken too."""
     on_device: OnDevice = field(default=nullcontext)
 
-    def score(self, rollouts: Rollouts) -> Rollouts:
-        """Fill in reference log-probs, values and scores."""
+    def score(self, rollouts: Rollouts, *, with_values: bool = True) -> Rollouts:
+        """Fill in reference log-probs, scores and, if they are needed, values."""
         mesh = self.mesh
         episodes = torch.arange(rollouts.scores.numel())
         micro_batches = own_rows(mesh, episodes, rollouts.lengths, self.train)
@@ -50,7 +50,7 @@ class EpisodeScorer:
         rows = torch.cat(micro_batches)
         with self.on_device(self.reference):
             reference = schedule.forward(mesh, self.reference, batches, self._reference_logprobs)
-        values = schedule.forward(mesh, self.value, batches, self._values)
+        values = schedule.forward(mesh, self.value, batches, self._values) if with_values else None
         scores = self.rewards.score(mesh, rollouts, rows, batches, self.tokenizer)
 
         def per_token(parts: list[Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ class EpisodeScorer:
         return replace(
             rollouts,
             ref_logprobs=per_token(reference),
-            values=per_token(values),
+            values=per_token(values) if values is not None else rollouts.values,
             scores=rollouts.all_gather_rows(mesh, rows, scores),
         )
 

@@ -48,7 +48,7 @@ from fastrlhf.algorithms.rollouts import (
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
 from fastrlhf.checkpoint.soundness import check_losses_finite
 from fastrlhf.config import Config
-from fastrlhf.data.batches import PackedBatch
+from fastrlhf.data.batches import PackedBatch, TokenizedPrompt
 from fastrlhf.data.loader import Loader, permutation
 from fastrlhf.data.tokenize import stop_token_ids
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
@@ -138,13 +138,14 @@ class PPO:
         self.averaging = PolicyAverage(models.average, config.ppo, config.train.steps)
         self.averaging.on_device = self._on_device
 
-    def step(self, prompts: Sequence[Sequence[list[int]]]) -> dict[str, float]:
+    def step(self, prompts: Sequence[Sequence[TokenizedPrompt]]) -> dict[str, float]:
         """Run one iteration on this rank's prompts, in micro-batches as loaded; return metrics."""
         timer = PhaseTimer()
+        own = [prompt for micro_batch in prompts for prompt in micro_batch]
         with timer("rollout"):
-            episodes = self.sample([prompt for micro_batch in prompts for prompt in micro_batch])
+            episodes = self.sample([prompt.tokens for prompt in own])
         with timer("scoring"):
-            rollouts = self.score(gather(self.mesh, episodes))
+            rollouts = self.score(gather(self.mesh, episodes, self.rewards.records_of(own)))
         with timer("update"):
             metrics = self.learn(rollouts)
         self.iteration += 1
@@ -164,15 +165,24 @@ class PPO:
         parallel layout.
         """
         first = self.iteration * self.config.batch_size + self.mesh.data_rank * len(prompts)
+        return self.respond(prompts, range(first, first + len(prompts)), self.sampling)
+
+    def respond(
+        self, prompts: list[list[int]], ids: Sequence[int], sampling: SamplingParams
+    ) -> list[tuple[list[int], Generated]]:
+        """Sample one response to each of `prompts` from the current weights.
+
+        `ids[i]` and `sampling.seed` choose the noise of response i.
+        """
         generated = generate_all(
             self.policy.model,
             prompts,
-            self.sampling,
+            sampling,
             mesh=self.mesh,
             eos=stop_token_ids(self.tokenizer),
             tokenizer=self.tokenizer,
             slots=self.slots,
-            ids=list(range(first, first + len(prompts))),
+            ids=ids,
         )
         return list(zip(prompts, generated, strict=True))
 

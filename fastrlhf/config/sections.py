@@ -265,7 +265,7 @@ class DataConfig(Section):
     train: FilePaths | None = None
     """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
     valid: FilePaths | None = None
-    """Validation files of the same kind. null: no validation."""
+    """Validation files of the same kind (PPO: prompts). null: no validation."""
     demonstrations: FilePaths | None = None
     """Demonstration files (rm): after training, the head's bias is shifted so that they score 0 on
     average."""
@@ -358,7 +358,8 @@ class TrainConfig(Section):
     eval_interval: Count = 0
     """Steps between validations; 0: only at the end of the run."""
     eval_batches: Positive | None = None
-    """Batches of global_batch_size per validation, the first ones of the set. null: the whole set.
+    """Batches of global_batch_size per validation (PPO: of ppo.batch_size), the first ones of the
+    set. null: the whole set.
     """
 
     @model_validator(mode="after")

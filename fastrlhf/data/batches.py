@@ -11,7 +11,7 @@ Out of scope: truncation (datasets.py) and batch composition (loader.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,6 +48,14 @@ class TokenizedRanking:
     ranks: Sequence[int | float]
     user_id: str | None = None
     labeler_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt to sample a response to, and the other columns of its record."""
+
+    tokens: list[int]
+    columns: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastrlhf.algorithms.ppo import PPO, Models
+from fastrlhf.algorithms.ppo_evaluation import HeldOutPrompts, evaluate_policy
 from fastrlhf.algorithms.protocols import MovingAverage
 from fastrlhf.algorithms.rewards import Rewards, load_reward_function
 from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
@@ -21,6 +22,7 @@ from fastrlhf.config import ModelConfig, TrainingCommand
 from fastrlhf.data.batches import (
     PackedBatch,
     TokenizedDemonstration,
+    TokenizedPrompt,
     TokenizedRanking,
     demonstration_tokens,
     pack_demonstrations,
@@ -199,11 +201,19 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
         pretraining=_ptx_batches(run),
         write_samples=samples,
     )
-    return TrainingJob(algorithm, prompts, config.train.steps)
+    evaluate = None
+    if config.data.valid:
+        held_out = HeldOutPrompts(run.prompts(config.data.valid), config)
+
+        def evaluate() -> dict[str, float]:
+            metrics = evaluate_policy(algorithm, held_out)
+            return {f"valid_{name}": value for name, value in metrics.items()}
+
+    return TrainingJob(algorithm, prompts, config.train.steps, evaluate)
 
 
-def _as_list(prompts: list[list[int]]) -> list[list[int]]:
-    """Collate prompts: PPO takes token lists, which it packs once they have responses."""
+def _as_list(prompts: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """Collate prompts: PPO packs them once they have responses."""
     return prompts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,15 @@ COMPARED = {
         "ptx_loss",
         "score",
         "response_length",
+        "valid_score",
+        "valid_score_stderr",
+        "valid_response_length",
+        "valid_stopped",
+        "valid_prompts",
     ),
 }
+# Differences of log-probs of up to 8 tokens.
+KL = ("valid_kl", "valid_kl_per_token")
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -44,6 +52,11 @@ def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
                 expected["step"],
                 key,
             )
+        # A KL is a small difference of log-probs, so its error is on their scale: a log-prob of the
+        # nearly uniform policy is about -log(vocabulary), and is compared as above.
+        for key in KL if command == "ppo" else ():
+            assert got[key] == pytest.approx(expected[key], abs=1e-5 * 8 * math.log(500)), key
+            assert expected["step"] == 1 or abs(expected[key]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["packed", "dp4-packed", "1x2-dp2-packed"])

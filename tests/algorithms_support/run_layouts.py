@@ -33,7 +33,7 @@ SHORT = {
     # The gradient of the head's bias is 0 up to rounding, which Adam scales to full steps if eps is
     # smaller.
     "rm": ["optimizer.eps=1e-3"],
-    "ppo": ["generation.max_new_tokens=8"],
+    "ppo": ["generation.max_new_tokens=8", "train.eval_interval=1"],
 }
 # SFT with a token budget: data-parallel ranks get different numbers of micro-batches. "unpacked"
 # has the same global batches.
@@ -89,6 +89,7 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
         "ppo": [
             *common,
             f"data.prompts={data / 'prompts.jsonl'}",
+            f"data.valid={data / 'held_out.jsonl'}",
             f"data.pretrain={data / 'text.jsonl'}",
             f"model.load={loaded / 'sft'}",
             f"ppo.reward_model={loaded / 'rm'}",
@@ -125,7 +126,9 @@ def prepare(workspace: Path) -> None:
     from configs.debug import make_data  # the root of the repository is on pytest's path
 
     make_data.main(workspace / "data")
-    for name, source, count in (("valid", "rankings", 41), ("few", "demonstrations", 21)):
+    # 5 held-out prompts: two data-parallel ranks cannot share them evenly.
+    short = (("valid", "rankings", 41), ("few", "demonstrations", 21), ("held_out", "prompts", 5))
+    for name, source, count in short:
         lines = (workspace / "data" / f"{source}.jsonl").read_text().splitlines(keepends=True)
         (workspace / "data" / f"{name}.jsonl").write_text("".join(lines[:count]))
     for command in ("pretrain", "sft", "rm"):
