@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from fastrlhf import ops
+from fastrlhf.commands.sample import sample
 from fastrlhf.config import ModelConfig, ParallelConfig
 from fastrlhf.data.batches import PackedBatch, pack
+from fastrlhf.data.records import Prompt
+from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.generation import Generated, SamplingParams, generate_all
 from fastrlhf.generation.sampling import Sampler
 from fastrlhf.models.gpt import GPT, build_model
@@ -131,12 +134,28 @@ def target() -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, weight
 
 
+def write_samples(mesh: Mesh, out: Path) -> dict[str, float]:
+    """Write `out` as `fastrlhf sample` does; return its summary without the time."""
+    texts = ["the cat sat on the mat. a dog ran after the cat."] * 4
+    tokenizer_folder = out.with_name(f"{out.name}.tokenizer.{mesh.rank}")
+    train_bpe(texts, 290, tokenizer_folder)
+    model = build_model(
+        ModelConfig(**{"family": "gpt", **MODEL, **FAMILY["gpt"]}), mesh, 290, seed=5
+    )
+    records = [Prompt("the cat " * i, columns={"answer": i}) for i in range(1, 8)]
+    params = SamplingParams(max_new_tokens=6, temperature=1.2, seed=11)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    counts = sample(model, tokenizer, records, (2, 4), params, mesh=mesh, out=out, slots=3)
+    return {name: value for name, value in counts.summary().items() if name != "seconds"}
+
+
 def main(folder: Path) -> None:
     for name, layout in LAYOUTS.items():
         mesh = meshes.initialize(ParallelConfig(**layout, timeout_s=1200), seed=1)
         results: dict[str, Any] = {family: run_model(family, mesh) for family in FAMILY}
         results["histogram"] = histogram(mesh) if mesh.is_last_stage else None
         results["last_stage"] = mesh.is_last_stage
+        results["summary"] = write_samples(mesh, folder / f"{name}.samples")
         (folder / f"{name}.{mesh.rank}.json").write_text(json.dumps(results))
         meshes.finalize()
 

@@ -7,6 +7,8 @@ no such token is among the 1,500 here.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -92,3 +94,14 @@ def test_sharded_samples_equal_unsharded_ones(
         for rank in ranks:
             if rank["last_stage"]:
                 assert rank["histogram"] == serial["histogram"]
+
+
+def test_sample_writes_the_same_file(
+    cases: ModuleType, mesh: Mesh, parallel_results: Results, tmp_path: Path
+) -> None:
+    summary = cases.write_samples(mesh, tmp_path / "serial.samples")
+    serial = (tmp_path / "serial.samples").read_text()
+    assert [json.loads(line)["answer"] for line in serial.split("\n") if line] == list(range(1, 8))
+    for ranks in parallel_results.values():
+        assert ranks[0]["samples"].read_text() == serial
+        assert all(rank["summary"] == summary for rank in ranks)
