@@ -103,6 +103,13 @@ _SHAPE = (
     "ffn_size",
     "max_positions",
     "position",
+    "rope_scaling",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_positions",
+    "sliding_window",
+    "full_attention_layers",
 )
 
 
@@ -114,9 +121,10 @@ def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> 
     for name in _SHAPE:
         configured, found = getattr(model, name), getattr(saved.model, name)
         if configured != found:
+            value = "null" if found is None else found
             raise UserError(
-                f"model.{name} is {configured}, but the model in {saved.path} has {found}; "
-                f"set model.{name}={found}"
+                f"model.{name} is {configured}, but the model in {saved.path} has {value}; "
+                f"set model.{name}={value}"
             )
     if vocab_size != saved.vocab_size:
         raise UserError(

@@ -1,6 +1,7 @@
 """Import and export of Hugging Face models, with an LM head or a reward head.
 
-Supported are GPT-2, Llama (and SmolLM), Mistral, Qwen 2 / 2.5 and Qwen 3. `shapes` converts
+Supported are GPT-2, Llama (and SmolLM), Mistral, Qwen 2 / 2.5 and Qwen 3, with linear and llama3
+RoPE scaling and sliding windows. `shapes` converts
 config.json to a ModelConfig and back, `mapping` lists which of their tensors make up which of our
 parameters, `files` reads safetensors (and GGUF), `weights` copies tensors to and from pipeline
 stages, `verify` compares logits. Not supported: pickled weights (.bin), which can run code when

@@ -31,6 +31,7 @@ from fastrlhf.models.hf.mapping import (
     tensor_map,
 )
 from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
+from fastrlhf.models.rope import ROPE_FIELDS
 from fastrlhf.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
             "norm",
         ),
         *("norm_eps", "activation", "bias", "qkv_bias", "qk_norm"),
-        "max_positions" if theirs.position == "learned" else "rope_theta",
+        *(("max_positions",) if theirs.position == "learned" else ROPE_FIELDS),
+        *("sliding_window", "full_attention_layers"),
     ]
     if stage.head_kind == "lm":
         fields.append("tie_embeddings")
@@ -95,12 +97,13 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
         # A .gguf file keeps its floats in fp32: 1e-6 comes back as 9.99999997e-07.
         same = (
             math.isclose(mine, needed, rel_tol=1e-6)
-            if isinstance(needed, float)
+            if isinstance(needed, float) and mine is not None
             else mine == needed
         )
         if not same:
+            value = "null" if needed is None else needed
             raise UserError(
-                f"{path}: its model has {name} {needed}, not {mine}; set model.{name}={needed}"
+                f"{path}: its model has {name} {value}, not {mine}; set model.{name}={value}"
             )
 
 
