@@ -7,6 +7,7 @@ tokenizers.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -67,6 +68,17 @@ def load_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> PreTrain
             'set "bos_token" in its tokenizer_config.json, or leave data.add_bos out'
         )
     return tokenizer
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Return the files that transformers saves of `tokenizer`: name -> text."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            path.name: path.read_bytes().decode()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file()
+        }
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
