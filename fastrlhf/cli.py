@@ -44,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data = typer.Typer(help="Prepare, convert, tokenize and print records.")
-convert = typer.Typer(help="Convert models from and to Hugging Face folders; compare the outputs.")
+convert = typer.Typer(help="Convert models from and to Hugging Face folders.")
 app.add_typer(data, name="data")
 app.add_typer(convert, name="convert")
 evaluate = typer.Typer(help="Evaluate trained models.")

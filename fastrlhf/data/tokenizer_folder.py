@@ -6,6 +6,7 @@ tokenizers.
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -71,7 +72,14 @@ def load_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> PreTrain
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Return the files that transformers saves of `tokenizer`: name -> text."""
+    """Return the files that transformers saves of `tokenizer`: name -> text.
+
+    They add bos to text as data.add_bos says, if it is set: a model must be used as it was trained.
+    """
+    setting = getattr(tokenizer, _ADD_BOS, None)
+    if setting is not None and setting != _adds_bos(tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = setting  # type: ignore[misc]  # its setter is defined apart
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {
@@ -146,6 +154,13 @@ def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     setting, bos = getattr(tokenizer, _ADD_BOS, None), tokenizer.bos_token_id
     if bos is None or setting is False:
         return []
-    if setting is None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] != [bos]:
+    if setting is None and not _adds_bos(tokenizer):
         return []
     return [int(bos)]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the tokenizer itself adds bos to text."""
+    bos = tokenizer.bos_token_id
+    ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+    return bos is not None and ids == [bos]

@@ -24,7 +24,7 @@ from fastrlhf.checkpoint.model_folder import describe_model
 from fastrlhf.commands import convert, sample
 from fastrlhf.config import ModelConfig, ParallelConfig, load_config
 from fastrlhf.data.batches import pack
-from fastrlhf.data.tokenize import load_tokenizer, train_bpe
+from fastrlhf.data.tokenize import load_tokenizer, tokenizer_files, train_bpe
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.hf import load_hf, model_config_from_hf, save_hf
@@ -233,6 +233,24 @@ def test_a_checkpoint_works_alone(
     assert not (tmp_path / "hf").exists()
     convert.convert_to_hf("moved", "hf", tokenizer=trained / "renamed" / "tokenizer")
     assert_ids_agree(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("setting", [True, False, None])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_copy_adds_bos_as_in_training(
+    setting: bool | None, adds: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"})
+    tokenizer.add_bos_token = adds
+    tokenizer.save_pretrained(tmp_path / "data")
+    loaded = load_tokenizer(tmp_path / "data", add_bos=setting)
+    (tmp_path / "copy").mkdir()
+    for name, text in tokenizer_files(loaded).items():
+        (tmp_path / "copy" / name).write_text(text)
+    expected = adds if setting is None else setting
+    ids = load_tokenizer(tmp_path / "copy")("a small")["input_ids"]
+    assert (ids[0] == tokenizer.bos_token_id) == expected
+    assert (loaded("a small")["input_ids"][0] == tokenizer.bos_token_id) == adds  # unchanged
 
 
 # ---- generation_config.json ---------------------------------------------------------------------
