@@ -44,7 +44,13 @@ from fastrlhf.evaluation.comparison import (
 from fastrlhf.evaluation.report import read_metrics, write_json
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
+from fastrlhf.models.loading import (
+    check_vocabulary,
+    find_reward_model,
+    is_hugging_face,
+    load_saved,
+    with_tokenizer_of,
+)
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -63,7 +69,7 @@ def winrate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation = _Evaluation(config, mesh)
+        evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
@@ -106,7 +112,8 @@ def select(config: Config) -> dict[str, Any]:
     mesh = meshes.initialize(config.parallel, config.train.seed)
     rows: list[dict[str, Any]] = []
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation, prefix = _Evaluation(config, mesh), read_prefix(config.data.prompt_prefix)
+        evaluation = _Evaluation(with_tokenizer_of(config, policies[-1]), mesh)
+        prefix = read_prefix(config.data.prompt_prefix)
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
             loss = {"valid_loss": valid_loss[step]} if step in valid_loss else {}

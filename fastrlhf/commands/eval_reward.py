@@ -22,7 +22,12 @@ from fastrlhf.evaluation import reward
 from fastrlhf.evaluation.report import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_saved
+from fastrlhf.models.loading import (
+    check_vocabulary,
+    find_reward_model,
+    load_saved,
+    with_tokenizer_of,
+)
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -44,7 +49,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+        config = with_tokenizer_of(config, saved)
         run = RunBuilder(config, mesh)
+        assert config.data.valid is not None
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
         check_vocabulary(saved, run.tokenizer, config.data.tokenizer)

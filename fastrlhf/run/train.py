@@ -30,6 +30,7 @@ from fastrlhf.config import (
     require,
     training_command,
 )
+from fastrlhf.data.tokenize import tokenizer_files
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import try_run_report
 from fastrlhf.models.loading import find_model, is_hugging_face
@@ -70,8 +71,9 @@ def train_job(
             _check_packages(config)
             _check_memory(config, mesh)
             _check_model_paths(command, config)
-            job = build(RunBuilder(config, mesh))
-        finished = _loop(command, config, mesh, job, start)
+            run = RunBuilder(config, mesh)
+            job = build(run)
+        finished = _loop(command, run, job, start)
     dist.barrier()
     return job if finished else None
 
@@ -146,14 +148,25 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
             find_model(path)
 
 
+def _checkpointer(run: RunBuilder) -> Checkpointer:
+    config, start = run.config, run.config.model.load or run.config.model.hf
+    return Checkpointer(
+        run.mesh,
+        Path(config.output_dir) / "checkpoints",
+        config.checkpoint,
+        dump_config(config),
+        config.data.tokenizer,
+        tokenizer_files=tokenizer_files(run.tokenizer) if run.mesh.rank == 0 else {},
+        generation=find_model(start).generation if start is not None else {},
+    )
+
+
 def _loop(
-    command: TrainingCommand, config: Config, mesh: Mesh, job: TrainingJob[AlgorithmT], start: float
+    command: TrainingCommand, run: RunBuilder, job: TrainingJob[AlgorithmT], start: float
 ) -> bool:
     """Train from the newest checkpoint; return whether the last step was reached."""
+    config, mesh, checkpointer = run.config, run.mesh, _checkpointer(run)
     out = Path(config.output_dir)
-    checkpointer = Checkpointer(
-        mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
-    )
     done = loop.resume(config, job.algorithm, job.batches, checkpointer)
     # Not before the checkpoint is known to be this run's: another run's configuration would be
     # overwritten.

@@ -333,8 +333,10 @@ def test_convert_passes_folders_and_layout(run, monkeypatch, direction, function
     module = type(sys)("fastrlhf.commands.convert")
     monkeypatch.setattr(module, function, lambda *arguments: calls.append(arguments), raising=False)
     monkeypatch.setitem(sys.modules, "fastrlhf.commands.convert", module)
-    assert run("convert", direction, "a", "b", "--tensor", 2, "--pipeline", 3)[0] == 0
-    [(source, target, parallel)] = calls
+    option = {"from-hf": [], "to-hf": ["--tokenizer", "t"]}[direction]
+    assert run("convert", direction, "a", "b", "--tensor", 2, "--pipeline", 3, *option)[0] == 0
+    [(source, target, parallel, *tokenizer)] = calls
+    assert tokenizer == [Path(folder) for folder in option[1:]]
     assert (source, target, parallel.tensor, parallel.pipeline) == (Path("a"), Path("b"), 2, 3)
 
 
