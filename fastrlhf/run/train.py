@@ -42,14 +42,15 @@ from fastrlhf.training import loop
 from fastrlhf.training.metrics import MetricsLog
 
 
-def train(command: str, config: Config) -> None:
+def train(command: str, config: Config) -> bool:
     """Run the training command `command` ("pretrain", "sft", "rm" or "ppo") as `config` says.
 
-    Everything is written under `config.output_dir`; a run that is there already is resumed. Raises
+    Everything is written under `config.output_dir`; a run that is there already is resumed. Returns
+    False if it was stopped (see `train_job`): nothing that needs its result may follow. Raises
     UserError.
     """
     row = training_command(command)
-    train_job(row, config, job_builder(row))
+    return train_job(row, config, job_builder(row)) is not None
 
 
 def train_job(
@@ -57,8 +58,8 @@ def train_job(
 ) -> TrainingJob[AlgorithmT] | None:
     """Train the job that `build` returns, with the checks, lock and report of `train`.
 
-    Returns None if the run stopped before its last step (SIGTERM or train.max_seconds). Raises
-    KeyboardInterrupt if Ctrl-C stopped it, after saving.
+    Returns None if the run was stopped by SIGTERM or train.max_seconds; a SIGTERM during the last
+    step stops what would follow. Raises KeyboardInterrupt if Ctrl-C stopped it, after saving.
     """
     start = time.monotonic()
     require(config, command.name)
@@ -149,7 +150,7 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
 def _loop(
     command: TrainingCommand, config: Config, mesh: Mesh, job: TrainingJob[AlgorithmT], start: float
 ) -> bool:
-    """Train from the newest checkpoint; return whether the last step was reached."""
+    """Train from the newest checkpoint; return whether it was not stopped."""
     out = Path(config.output_dir)
     checkpointer = Checkpointer(
         mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
@@ -192,10 +193,11 @@ def _loop(
             finish=job.finish,
         )
     if mesh.rank == 0:
-        if stopped is not None:
+        finished = stopped is None or stopped.finished
+        if stopped is not None and not finished:
             print(stopped.line, file=sys.stderr)
         page = try_run_report(out)
-        if stopped is None:
+        if finished:
             print(f"{page or out}: {command.name} finished after step {job.total_steps}")
     if stopped is not None and stopped.interrupted:
         raise KeyboardInterrupt
