@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from fastrlhf.algorithms.rewards import raise_on_any_rank
 from fastrlhf.checkpoint.checkpointer import Checkpointer
 from fastrlhf.checkpoint.folder_writer import raise_on_all_ranks
 from fastrlhf.config import (
@@ -40,6 +41,7 @@ from fastrlhf.run.builder import RunBuilder
 from fastrlhf.run.jobs import AlgorithmT, JobBuilder, TrainingJob, job_builder
 from fastrlhf.training import loop
 from fastrlhf.training.metrics import MetricsLog
+from fastrlhf.training.wandb_login import has_login
 
 
 def train(command: str, config: Config) -> bool:
@@ -69,6 +71,7 @@ def train_job(
             for key in command.batch_keys:
                 check_batch(config, mesh.data_size, key)
             _check_packages(config)
+            _check_wandb(config, mesh)
             _check_memory(config, mesh)
             _check_model_paths(command, config)
             job = build(RunBuilder(config, mesh))
@@ -113,6 +116,18 @@ def _check_packages(config: Config) -> None:
                 f"{setting} needs the package {name}, which is not installed: pip install it, or"
                 f" set {other}"
             )
+
+
+def _check_wandb(config: Config, mesh: Mesh) -> None:
+    """Raise UserError on all ranks if rank 0 has no key for Weights & Biases."""
+    if config.log.wandb_project is not None:
+        problem = ""
+        if mesh.rank == 0 and not has_login():
+            problem = (
+                "log.wandb_project needs a key for Weights & Biases: run wandb login, set"
+                " WANDB_API_KEY or WANDB_MODE=offline, or set log.wandb_project=null"
+            )
+        raise_on_any_rank(mesh, problem)
 
 
 def _check_memory(config: Config, mesh: Mesh) -> None:
