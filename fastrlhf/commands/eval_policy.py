@@ -41,7 +41,9 @@ from fastrlhf.evaluation.comparison import (
     write_comparison,
     write_selection,
 )
-from fastrlhf.evaluation.report import read_metrics, write_json
+from fastrlhf.evaluation.page import write_json
+from fastrlhf.evaluation.report import read_metrics
+from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.loading import (
@@ -80,8 +82,9 @@ def winrate(config: Config) -> dict[str, Any]:
         (out / "pairs.jsonl").write_text(lines, encoding="utf-8")
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
+        interval = interval_text(rate["low"], rate["high"], rate["clusters"])
         print(
-            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) "
+            f"{page}: {ours.name} won {rate['rate']:.3f} ({interval}) "
             f"against {theirs.name}: "
             f"{results['won']} won, {results['tied']} tied, {results['lost']} lost"
         )
@@ -233,9 +236,10 @@ class _Evaluation:
 
 
 def _line(row: dict[str, Any]) -> str:
-    low, high = row["score_ci95"]
+    low, high = row["score_ci95"] or (None, None)
+    interval = interval_text(low, high, row["prompts"])
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
     return (
-        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})"
+        f"step {row['step']:>8}  score {row['score']:7.3f} ({interval})"
         f"  {row['tokens']:.1f} tokens  {row['cut_off']:.1%} cut off{loss}"
     )

@@ -19,8 +19,9 @@ from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
-from fastrlhf.evaluation.report import write_json
+from fastrlhf.evaluation.page import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
+from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import (
     check_vocabulary,
@@ -63,9 +64,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         write_json(out / "eval_rm.json", results)
         page = write_reward_report(results, out / "eval_rm.html")
         accuracy, longer = results["accuracy"], results["length_rule"]
+        interval = interval_text(accuracy["low"], accuracy["high"], accuracy["clusters"])
         print(
             f"{page}: accuracy {accuracy['rate']:.3f} "
-            f"({accuracy['low']:.3f} to {accuracy['high']:.3f}) on {results['pairs']} pairs "
+            f"({interval}) on {results['pairs']} pairs "
             f"of {results['prompts']} prompts; length rule {longer['rate']:.3f}"
         )
     return results

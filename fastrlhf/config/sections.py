@@ -296,6 +296,12 @@ class DataConfig(Section):
     weight in proportion to the weights."""
     pretrain_fraction: Rate = 0.0
     """Share of pretraining rows mixed into SFT; InstructGPT's RL starting point uses 0.1."""
+    pretrain_fraction_of: Literal["rows", "loss"] = "rows"
+    """Unit of pretrain_fraction. rows: that share of the rows is pretraining text; the loss is the
+    mean over all tokens, and pretraining rows count in more of them. loss: the rows are the same,
+    and the loss is a weighted mean in which pretraining tokens have one weight, so that their share
+    of the weight of the whole data set is the fraction. Metrics: pretrain_share_rows,
+    pretrain_share_loss."""
     max_prompt_tokens: Positive = 1024
     """Longest prompt in tokens; records with a longer one are dropped and counted."""
     max_response_tokens: Positive = 1024
