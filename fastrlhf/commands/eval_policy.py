@@ -40,10 +40,18 @@ from fastrlhf.evaluation.comparison import (
     write_comparison,
     write_selection,
 )
-from fastrlhf.evaluation.report import read_metrics, write_json
+from fastrlhf.evaluation.page import write_json
+from fastrlhf.evaluation.report import read_metrics
+from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
+from fastrlhf.models.loading import (
+    check_vocabulary,
+    find_reward_model,
+    is_hugging_face,
+    load_saved,
+    with_tokenizer_of,
+)
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -62,7 +70,7 @@ def winrate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation = _Evaluation(config, mesh)
+        evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
@@ -80,8 +88,9 @@ def winrate(config: Config) -> dict[str, Any]:
         (out / "pairs.jsonl").write_text(lines, encoding="utf-8")
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
+        interval = interval_text(rate["low"], rate["high"], rate["clusters"])
         print(
-            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) "
+            f"{page}: {ours.name} won {rate['rate']:.3f} ({interval}) "
             f"against {theirs.name}: "
             f"{results['won']} won, {results['tied']} tied, {results['lost']} lost"
         )
@@ -112,7 +121,8 @@ def select(config: Config) -> dict[str, Any]:
     mesh = meshes.initialize(config.parallel, config.train.seed)
     rows: list[dict[str, Any]] = []
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation, prefix = _Evaluation(config, mesh), read_prefix(config.data.prompt_prefix)
+        evaluation = _Evaluation(with_tokenizer_of(config, policies[-1]), mesh)
+        prefix = read_prefix(config.data.prompt_prefix)
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
             loss = {"valid_loss": valid_loss[step]} if step in valid_loss else {}
@@ -246,9 +256,10 @@ class _Evaluation:
 
 
 def _line(row: dict[str, Any]) -> str:
-    low, high = row["score_ci95"]
+    low, high = row["score_ci95"] or (None, None)
+    interval = interval_text(low, high, row["prompts"])
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
     return (
-        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})"
+        f"step {row['step']:>8}  score {row['score']:7.3f} ({interval})"
         f"  {row['tokens']:.1f} tokens  {row['cut_off']:.1%} cut off{loss}"
     )

@@ -39,7 +39,7 @@ from fastrlhf.generation.responses import (
 )
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, load_saved
+from fastrlhf.models.loading import check_vocabulary, load_saved, with_tokenizer_of
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 
@@ -55,11 +55,12 @@ def run(config: Config) -> None:
     """
     out = Path(config.output_dir) / "samples.jsonl"
     make_folder(out.parent)
+    saved = find_policy(config.model.load or config.model.hf, "sample")
+    config = with_tokenizer_of(config, saved)
     tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     prompts, too_long = fitting_prompts(config, tokenizer, mesh)
     params = SamplingParams.from_config(config.generation, config.train.seed)
-    saved = find_policy(config.model.load or config.model.hf, "sample")
     check_vocabulary(saved, tokenizer, config.data.tokenizer)
     model = load_saved(saved, mesh, "lm", config.model.dtype)
     check_policy_finite(str(saved.path), model)

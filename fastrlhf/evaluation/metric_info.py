@@ -87,6 +87,14 @@ METRIC_INFO = {
         "Gradient norm",
         "Before clipping. Rare spikes are harmless, steady growth is not.",
     ),
+    "pretrain_share_rows": (
+        "Pretraining share of the rows",
+        "Share of the batch's rows that are pretraining text.",
+    ),
+    "pretrain_share_loss": (
+        "Pretraining share of the loss",
+        "Share of the weight of pretraining tokens in the mean loss of the batch.",
+    ),
     "lr": ("Learning rate", "The configured schedule: warm-up, then decay."),
     "seconds": (
         "Seconds per step",

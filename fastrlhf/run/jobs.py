@@ -87,24 +87,27 @@ def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
     data = run.config.data
     assert data.train is not None
     dataset: Dataset[TokenizedDemonstration] = run.demonstrations(data.train)
+    pretrain_weight = None
     if data.pretrain_fraction > 0:
         assert data.pretrain is not None
-        dataset = Mixture(
+        dataset = mixture = Mixture(
             dataset, run.windows(data.pretrain), data.pretrain_fraction, run.config.train.seed
         )
+        pretrain_weight = mixture.loss_weight() if data.pretrain_fraction_of == "loss" else 1.0
     batches = run.loader(dataset, pack_demonstrations, cost=demonstration_tokens)
     valid = None
     if data.valid:
         valid = run.validation(
             run.demonstrations(data.valid), pack_demonstrations, demonstration_tokens
         )
-    return _language_model_job(run, batches, valid)
+    return _language_model_job(run, batches, valid, pretrain_weight)
 
 
 def _language_model_job(
     run: RunBuilder,
     batches: Loader[Any, PackedBatch],
     validation: Callable[[], Iterable[list[PackedBatch]]] | None,
+    pretrain_weight: float | None = None,
 ) -> TrainingJob[SupervisedFinetuning]:
     total_steps = run.total_steps(batches)
     policy = run.learner(run.model(run.config.model, "lm"), total_steps)
@@ -114,7 +117,8 @@ def _language_model_job(
         def evaluate() -> dict[str, float]:
             return {"valid_loss": evaluate_loss(run.mesh, policy.model, validation())}
 
-    return TrainingJob(SupervisedFinetuning(run.mesh, policy), batches, total_steps, evaluate)
+    algorithm = SupervisedFinetuning(run.mesh, policy, pretrain_weight)
+    return TrainingJob(algorithm, batches, total_steps, evaluate)
 
 
 def reward_model_job(

@@ -74,6 +74,29 @@ def test_packing_under_a_token_budget_changes_no_loss(
         assert got["tokens"] == expected["tokens"]
 
 
+def test_the_weight_of_pretraining_tokens_does_not_depend_on_the_layout(
+    workspace: Path, rounding: Callable[..., float]
+) -> None:
+    model = load_config(run_layouts.CONFIGS / "sft.yaml", []).model
+    rows, serial, other = (
+        metrics(workspace / name / "sft") for name in ("unpacked", "weighted", "2x1-dp2-weighted")
+    )
+    for unweighted, expected, got in zip(rows, serial, other, strict=True):
+        bound = rounding(model, model.max_positions, int(expected["tokens"]))
+        assert got["loss"] == pytest.approx(expected["loss"], rel=bound)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert got["pretrain_share_loss"] == pytest.approx(expected["pretrain_share_loss"])
+        shares = {line["pretrain_share_rows"] for line in (unweighted, expected, got)}
+        assert len(shares) == 1
+        # The weight changes each batch's share by the same factor of its odds.
+        before, after = unweighted["pretrain_share_loss"], expected["pretrain_share_loss"]
+        odds = [share / (1 - share) for share in (before, after)]
+        assert abs(after - before) > 0.05
+        if unweighted is rows[0]:
+            weight = odds[1] / odds[0]
+        assert odds[1] / odds[0] == pytest.approx(weight, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["serial", *LAYOUTS])
 def test_first_ratio_is_one(workspace: Path, name: str) -> None:
     for line in metrics(workspace / name / "ppo"):

@@ -45,6 +45,8 @@ MIXED = [
 ]
 BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
 PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
+# The same rows; pretraining tokens have the weight that makes 0.3 their share of the loss.
+WEIGHTED = "data.pretrain_fraction_of=loss"
 # In one process: the same global batch in micro-batches of other sizes.
 MICRO_BATCHES = {"serial": 4, "micro-1": 1, "micro-8": 8}
 # The reward model alone: shared or repeated prompts, micro-batches by number or by tokens, all
@@ -198,6 +200,7 @@ def one_process(workspace: Path) -> None:
         run_short(workspace, name, [f"train.micro_batch_size={size}"])
     run_mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
     run_mixed(workspace, "packed", BUDGET)
+    run_mixed(workspace, "weighted", [*MIXED, WEIGHTED, "train.micro_batch_size=5"])
     run_reward_layouts(workspace, REWARD_SERIAL)
     run_full_logits(workspace)
 
@@ -208,6 +211,7 @@ def four_ranks(workspace: Path) -> None:
         run_short(workspace, name, layout)
     for name, layout in PACKED.items():
         run_mixed(workspace, name, layout)
+    run_mixed(workspace, "2x1-dp2-weighted", ["parallel.tensor=2", WEIGHTED, *BUDGET])
     run_reward_layouts(workspace, REWARD_PARALLEL)
 
 

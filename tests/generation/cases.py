@@ -1,4 +1,4 @@
-"""Generation with two small models in one process or under several layouts of four processes.
+"""Generation with three small models in one process or under several layouts of four processes.
 
 torchrun --nproc-per-node 4 cases.py FOLDER        writes FOLDER/LAYOUT.RANK.json
 """
@@ -33,9 +33,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "all": {"tensor": 2, "sequence": True, "pipeline": 2},
 }
 # Tokens that these models sample often enough to end some of the responses, but not all.
-EOS = {"gpt": 223, "llama": 81}
+EOS = {"gpt": 223, "llama": 81, "windowed": 81}
 # With 300 tokens the second of two shards has 44 real columns of 256; with 100 tokens it has none.
-VOCAB = {"gpt": 300, "llama": 100}
+VOCAB = {"gpt": 300, "llama": 100, "windowed": 100}
 MODEL: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 32,
@@ -47,6 +47,17 @@ MODEL: dict[str, Any] = {
 FAMILY: dict[str, dict[str, Any]] = {
     "gpt": {"residual_dropout": 0.2},
     "llama": {"num_kv_heads": 2, "ffn_size": 48},
+    # Prompts have up to 31 tokens, and the second stage of a pipeline has the window.
+    "windowed": {
+        "family": "llama",
+        "num_kv_heads": 2,
+        "ffn_size": 48,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_positions": 8,
+        "sliding_window": 6,
+        "full_attention_layers": 1,
+    },
 }
 PARAMS = {
     "greedy": SamplingParams(max_new_tokens=6, temperature=0.0),

@@ -28,7 +28,7 @@ def serial(cases: ModuleType, mesh: Mesh) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "windowed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_as_one_process(
     serial: dict[str, Any], parallel_results: Results, layout: str, family: str
@@ -55,13 +55,13 @@ def test_ranks_of_a_model_agree_exactly(parallel_results: Results, layout: str) 
         by_prompts.setdefault(tuple(rank["gpt"]["ids"]), []).append(rank)
     for ranks in by_prompts.values():
         assert len(ranks) >= 2
-        for family in ("gpt", "llama"):
+        for family in ("gpt", "llama", "windowed"):
             assert all(
                 rank[family][name] == ranks[0][family][name] for rank in ranks for name in CASES
             )
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "windowed"])
 def test_logprobs_are_those_of_a_training_forward(
     serial: dict[str, Any], parallel_results: Results, family: str
 ) -> None:
@@ -77,7 +77,7 @@ def test_logprobs_are_those_of_a_training_forward(
 
 
 def test_cases_cover_both_endings(serial: dict[str, Any]) -> None:
-    for family in ("gpt", "llama"):
+    for family in ("gpt", "llama", "windowed"):
         endings = {response["stopped"] for response in serial[family]["sampled"]}
         assert endings == {True, False}
         assert any(
