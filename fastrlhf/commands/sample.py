@@ -28,7 +28,7 @@ from fastrlhf.data.files import make_folder
 from fastrlhf.data.records import Prompt
 from fastrlhf.data.tokenize import encode_prompts, load_tokenizer, read_prefix, stop_token_ids
 from fastrlhf.errors import UserError
-from fastrlhf.evaluation.report import write_json
+from fastrlhf.evaluation.page import write_json
 from fastrlhf.generation.engine import PrefillCount, generate_all
 from fastrlhf.generation.responses import (
     Response,
