@@ -226,7 +226,13 @@ def test_run_needs_a_model(settings: dict[str, Any]) -> None:
         meshes.finalize()
 
 
-def test_a_prompt_that_cannot_be_tokenized_names_its_line(settings: dict[str, Any]) -> None:
+def test_a_prompt_that_cannot_be_tokenized_names_its_line(
+    cases: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    world = meshes.initialize(ParallelConfig(), seed=1)
+    save_model(tmp_path / "policy", policy(cases, world), tokenizer=settings["data"]["tokenizer"])
+    meshes.finalize()
+    settings["model"]["load"] = str(tmp_path / "policy")
     (path,) = settings["data"]["prompts"]
     folder = Path(path).parent / "chat"
     tokenizer = load_tokenizer(settings["data"]["tokenizer"])
