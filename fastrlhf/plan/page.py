@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastrlhf.evaluation.charts import Bar, bar_chart, stacked_chart
-from fastrlhf.evaluation.report import Headline, Report, chart_figure
+from fastrlhf.evaluation.page import Headline, Report, chart_figure
 from fastrlhf.plan.hardware import GIB
 from fastrlhf.plan.planner import Plan
 

@@ -19,7 +19,7 @@ from fastrlhf.plan.workload import Batch, parameters, total_steps, update_batch,
 _LENGTHS = {"low": 0.3, "mid": 0.6, "high": 1.0}
 """Mean response length as a share of generation.max_new_tokens, when nothing was measured."""
 _SPREAD = {"low": 0.87, "mid": 1.0, "high": 1.17}
-"""Range of a computed time: the worst misses of the published tables (docs/plan.md)."""
+"""Range of a computed time: the worst misses of published tables (docs/plan.md)."""
 CASES = ("low", "mid", "high")
 TRANSIENT = ("activations", "KV cache", "gradient copy")
 """Parts of the memory that are not models."""
