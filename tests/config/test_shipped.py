@@ -121,6 +121,13 @@ GPT3 = {
 }
 OFF = {
     "model.rope_theta": 10000.0,  # learned positions
+    "model.rope_scaling": "none",
+    "model.rope_factor": None,
+    "model.rope_low_freq_factor": 1.0,  # without scaling
+    "model.rope_high_freq_factor": 4.0,
+    "model.rope_original_positions": 8192,
+    "model.sliding_window": None,
+    "model.full_attention_layers": 0,  # without a window
     "model.residual_dropout": 0.0,
     "model.embedding_dropout": 0.0,
     "model.attention_dropout": 0.0,
