@@ -252,7 +252,7 @@ def may_fit(config: Config, command: str, gpus: int, gpu: Hardware, source: Path
     shares = layout.data if config.optimizer.distributed else 1
     held = 0.0
     for role in models:
-        size = 4 if role.model.dtype == "fp32" else 2
+        size = 4.0 if role.model.dtype == "fp32" else 2.0
         if role.is_trained:
             size += 4 + 12 / shares
         held += 0 if role.is_offloaded else size * parameters(role)
