@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2] / "fastrlhf"
 FLOORS = [
     ["__main__"],
     ["cli"],
+    ["cli_data"],
     ["quickstart"],
     ["commands"],
     ["run"],
