@@ -7,9 +7,9 @@ rounding. In memory are the judge's model and one policy at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -44,10 +44,14 @@ from fastrlhf.evaluation.comparison import (
 from fastrlhf.evaluation.report import read_metrics, write_json
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
+from fastrlhf.models.checks import check_saved
+from fastrlhf.models.loading import find_reward_model, is_hugging_face, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def winrate(config: Config) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def winrate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation = _Evaluation(config, mesh)
+        evaluation = _Evaluation(config, mesh, {"the policy": policy, "eval.baseline": baseline})
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
@@ -106,7 +110,13 @@ def select(config: Config) -> dict[str, Any]:
     mesh = meshes.initialize(config.parallel, config.train.seed)
     rows: list[dict[str, Any]] = []
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation, prefix = _Evaluation(config, mesh), read_prefix(config.data.prompt_prefix)
+        checked = {
+            f"checkpoint {path.name}": saved for path, saved in zip(steps, policies, strict=True)
+        }
+        evaluation, prefix = (
+            _Evaluation(config, mesh, checked),
+            read_prefix(config.data.prompt_prefix),
+        )
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
             loss = {"valid_loss": valid_loss[step]} if step in valid_loss else {}
@@ -128,20 +138,35 @@ def select(config: Config) -> dict[str, Any]:
 class _Evaluation:
     """The prompts of an evaluation and its judge: a reward model or a Python function."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, policies: Mapping[str, SavedModel]) -> None:
+        """Check every model, then read the prompts and load the judge.
+
+        `policies` are those that `judge` will be given, by their role in messages.
+        """
         self.config = config
         self.mesh = mesh
         self.tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
+        for role, policy in policies.items():
+            check_saved(policy, role, config.parallel, *self._tokenizer_of(policy))
+        judge = None
+        if config.eval.reward_model is not None:
+            judge = find_reward_model(config.eval.reward_model, "eval.reward_model")
+            folder = config.data.tokenizer
+            check_saved(judge, "eval.reward_model", config.parallel, self.tokenizer, folder)
         self.prompts, self.too_long = fitting_prompts(config, self.tokenizer, mesh)
         self.params = SamplingParams.from_config(config.generation, config.train.seed)
         self.function = (
             load_reward_function(config.eval.judge, "eval.judge") if config.eval.judge else None
         )
-        self.reward = None
-        if config.eval.reward_model is not None:
-            saved = find_reward_model(config.eval.reward_model, "eval.reward_model")
-            check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
-            self.reward = load_saved(saved, mesh, "scalar", config.model.dtype)
+        self.reward = (
+            load_saved(judge, mesh, "scalar", config.model.dtype) if judge is not None else None
+        )
+
+    def _tokenizer_of(self, saved: SavedModel) -> tuple[PreTrainedTokenizerFast, str]:
+        """Return the tokenizer of a policy and its folder: a Hugging Face model has its own."""
+        if is_hugging_face(saved.path) and saved.tokenizer:
+            return load_tokenizer(saved.tokenizer), saved.tokenizer
+        return self.tokenizer, self.config.data.tokenizer
 
     def description(self) -> dict[str, Any]:
         """Return the judge and the prompts, which the results of all policies share."""
@@ -154,10 +179,7 @@ class _Evaluation:
 
         `prefix` is prepended to each prompt.
         """
-        tokenizer, folder = self.tokenizer, self.config.data.tokenizer
-        if is_hugging_face(saved.path) and saved.tokenizer:
-            tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
-        check_vocabulary(saved, tokenizer, folder)
+        tokenizer, _ = self._tokenizer_of(saved)
         model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
         check_policy_finite(str(saved.path), model)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)

@@ -21,8 +21,9 @@ from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
 from fastrlhf.evaluation.report import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
+from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_saved
+from fastrlhf.models.loading import find_reward_model, load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
@@ -45,9 +46,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     mesh = meshes.initialize(config.parallel, config.train.seed)
     with Watchdog(config.parallel.timeout_s), phase("evaluation"):
         run = RunBuilder(config, mesh)
+        folder = config.data.tokenizer
+        check_saved(saved, "model.load", config.parallel, run.tokenizer, folder)
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
-        check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
         model = load_saved(saved, mesh, "scalar", config.model.dtype)
         results = _evaluate(config, mesh, model, rankings, str(saved.path))
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
@@ -77,6 +79,7 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     require(config, "rm")
     assert config.data.train is not None
     run = RunBuilder(config, meshes.initialize(config.parallel, config.train.seed))
+    run.check_models()
     rankings = run.rankings(config.data.train)
     valid = run.rankings(config.data.valid) if config.data.valid else []
     groups = _groups(rankings, folds, by)

@@ -31,8 +31,9 @@ from fastrlhf.generation.responses import (
     response_text,
 )
 from fastrlhf.generation.sampling import SamplingParams
+from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, load_saved
+from fastrlhf.models.loading import load_saved
 from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 
@@ -49,10 +50,11 @@ def run(config: Config) -> None:
     make_folder(out.parent)
     tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
     mesh = meshes.initialize(config.parallel, config.train.seed)
+    saved = find_policy(config.model.load or config.model.hf, "sample")
+    key = "model.load" if config.model.load else "model.hf"
+    check_saved(saved, key, config.parallel, tokenizer, config.data.tokenizer)
     prompts, too_long = fitting_prompts(config, tokenizer, mesh)
     params = SamplingParams.from_config(config.generation, config.train.seed)
-    saved = find_policy(config.model.load or config.model.hf, "sample")
-    check_vocabulary(saved, tokenizer, config.data.tokenizer)
     model = load_saved(saved, mesh, "lm", config.model.dtype)
     check_policy_finite(str(saved.path), model)
     slots = config.generation.slots

@@ -1,4 +1,4 @@
-"""Find, check and load the model at a path, in the shape it was saved in.
+"""Find and load the model at a path, in the shape it was saved in.
 
 A path is a run, a checkpoint, a model folder, or a Hugging Face model. Out of scope: models whose
 shape the configuration gives (`RunBuilder.model`), and training state.
@@ -7,20 +7,17 @@ shape the configuration gives (`RunBuilder.model`), and training state.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
-from fastrlhf.config import Config, ModelConfig
-from fastrlhf.data.tokenize import conflicting_id
+from fastrlhf.config import ModelConfig
+from fastrlhf.config.shape import SHAPE_KEYS
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.heads import Head
 from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
 from fastrlhf.models.initialization import initialize_weights
 from fastrlhf.parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -66,87 +63,14 @@ def find_reward_model(path: str, key: str) -> SavedModel:
     return saved
 
 
-def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Check that the model has every token of the tokenizer of `folder`, with the same meaning.
+def saved_shape(path: str) -> dict[str, object]:
+    """Return the model section's shape keys of the model saved at `path`, vocab_size included.
 
-    Raises UserError if not.
+    Raises UserError if there is no model.
     """
-    if saved.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{folder} {len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
-        )
-    check_meaning(saved, tokenizer, folder)
-
-
-def check_meaning(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Check that the tokenizer of `folder` agrees with the one that the model was saved with.
-
-    Raises UserError if an id is a different token in the two.
-    """
-    if (
-        folder != saved.tokenizer
-        and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None
-    ):
-        raise UserError(
-            f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, in which "
-            f"token {number} differs from {folder}; set data.tokenizer={saved.tokenizer}"
-        )
-
-
-_SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "ffn_size",
-    "max_positions",
-    "position",
-)
-
-
-def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> None:
-    """Check that the configured shape is the one that was saved.
-
-    Raises UserError naming the first difference.
-    """
-    for name in _SHAPE:
-        configured, found = getattr(model, name), getattr(saved.model, name)
-        if configured != found:
-            raise UserError(
-                f"model.{name} is {configured}, but the model in {saved.path} has {found}; "
-                f"set model.{name}={found}"
-            )
-    if vocab_size != saved.vocab_size:
-        raise UserError(
-            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has "
-            f"{saved.vocab_size}; set data.tokenizer={saved.tokenizer}"
-        )
-
-
-def check_reads_policy(
-    saved: SavedModel, path: str, config: Config, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Check that a reward or value model can read every sequence that the policy can produce.
-
-    Raises UserError if it lacks tokens of the policy's tokenizer, reads ids differently, or has too
-    few positions.
-    """
-    data, positions = config.data, saved.model.max_positions
-    if saved.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{data.tokenizer} {len(tokenizer)} tokens; train it with the policy's tokenizer"
-        )
-    check_meaning(saved, tokenizer, data.tokenizer)
-    longest = data.max_prompt_tokens + config.generation.max_new_tokens
-    if positions < longest:
-        raise UserError(
-            f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + "
-            f"generation.max_new_tokens are {longest}; lower one of them, or give a model with "
-            "more positions"
-        )
+    saved = find_model(path)
+    shape = {name: getattr(saved.model, name) for name in SHAPE_KEYS}
+    return shape | {"vocab_size": saved.vocab_size}
 
 
 def load_saved(

@@ -70,7 +70,9 @@ def train_job(
             _check_packages(config)
             _check_memory(config, mesh)
             _check_model_paths(command, config)
-            job = build(RunBuilder(config, mesh))
+            builder = RunBuilder(config, mesh)
+            builder.check_models(ppo="ppo" in command.sections)
+            job = build(builder)
         finished = _loop(command, config, mesh, job, start)
     dist.barrier()
     return job if finished else None
@@ -140,7 +142,7 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
         )
     paths = [load, config.model.hf]
     if "ppo" in command.sections:
-        paths += [*config.ppo.reward_models, config.ppo.value_model]
+        paths += [*config.ppo.reward_models, config.ppo.value_model, config.ppo.reference_model]
     for path in paths:
         if path is not None:
             find_model(path)
