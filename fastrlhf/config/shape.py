@@ -6,8 +6,8 @@ The same rules serve the configured model and every model that a run loads.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 from fastrlhf.config.sections import ModelConfig, ParallelConfig
 from fastrlhf.config.yaml_file import ConfigError, Tree
@@ -60,7 +60,7 @@ def complete_shape(data: Tree) -> dict[str, str]:
     if len(given) != 1 or not isinstance(given[0], str):
         return {}
     is_complete = all(name in model for name in _REQUIRED)
-    if is_complete and not Path(given[0]).exists():
+    if is_complete and not os.path.exists(given[0]):  # False for a name that is too long
         return {}
     module, _, name = _READER.partition(":")
     read: Callable[[str], dict[str, object]] = getattr(importlib.import_module(module), name)
