@@ -52,7 +52,11 @@ def roles(config: Config, command: str, source: Path) -> tuple[list[Role], list[
             size = vocab_size
         trained = name == "value"
         found.append(Role(name, other, "scalar", size, trained, offload and not trained))
-    found.append(Role("reference", shape, "lm", vocab_size, False, offload))
+    reference = shape
+    if config.ppo.reference_model is not None:
+        reference, _, note = _find_shape(config.ppo.reference_model, config, source, vocab_size)
+        notes += [note] if note and note not in notes else []
+    found.append(Role("reference", without_dropout(reference), "lm", vocab_size, False, offload))
     if config.ppo.ema_decay is not None:
         average = shape.model_copy(update={"dtype": "fp32"})
         found.append(Role("average", average, "lm", vocab_size, False, offload))
