@@ -158,6 +158,7 @@ PAPERS = {
     "data.sequence_length": 2048,
     "ppo.kl_estimator": "k1",  # log of the ratio, section 3.5
     "ppo.value_model": "runs/instructgpt/6b/rm",
+    "ppo.reference_model": None,  # the policy's start
 }
 # How and where a run computes, reads and writes: no number of the result depends on the value.
 MACHINE = {
