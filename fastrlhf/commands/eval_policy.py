@@ -45,9 +45,9 @@ from fastrlhf.evaluation.report import read_metrics, write_json
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.start import start as start_ranks
 
 
 def winrate(config: Config) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def winrate(config: Config) -> dict[str, Any]:
     policy = find_policy(config.model.load or config.model.hf, "eval winrate")
     baseline = find_policy(config.eval.baseline, "eval winrate")
     out = make_folder(config.output_dir)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+    mesh = start_ranks("eval winrate", config)
+    with Watchdog(config.parallel), phase("evaluation"):
         evaluation = _Evaluation(config, mesh)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
@@ -103,9 +103,9 @@ def select(config: Config) -> dict[str, Any]:
     policies = [find_policy(str(path), "eval select") for path in steps]
     losses = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else {}
     valid_loss = dict(zip(*losses.get("valid_loss", ([], [])), strict=True))
-    mesh = meshes.initialize(config.parallel, config.train.seed)
+    mesh = start_ranks("eval select", config)
     rows: list[dict[str, Any]] = []
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+    with Watchdog(config.parallel), phase("evaluation"):
         evaluation, prefix = _Evaluation(config, mesh), read_prefix(config.data.prompt_prefix)
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))

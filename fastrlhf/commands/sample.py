@@ -33,8 +33,9 @@ from fastrlhf.generation.responses import (
 from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import check_vocabulary, load_saved
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.start import start as start_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,26 +49,28 @@ def run(config: Config) -> None:
     out = Path(config.output_dir) / "samples.jsonl"
     make_folder(out.parent)
     tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    prompts, too_long = fitting_prompts(config, tokenizer, mesh)
-    params = SamplingParams.from_config(config.generation, config.train.seed)
-    saved = find_policy(config.model.load or config.model.hf, "sample")
-    check_vocabulary(saved, tokenizer, config.data.tokenizer)
-    model = load_saved(saved, mesh, "lm", config.model.dtype)
-    check_policy_finite(str(saved.path), model)
-    slots = config.generation.slots
-    prefix = read_prefix(config.data.prompt_prefix)
-    counts = sample(
-        model,
-        tokenizer,
-        prompts,
-        config.sample.k,
-        params,
-        mesh=mesh,
-        out=out,
-        slots=slots,
-        prefix=prefix,
-    )
+    mesh = start_ranks("sample", config)
+    with Watchdog(config.parallel) as watchdog, phase("sampling"):
+        prompts, too_long = fitting_prompts(config, tokenizer, mesh)
+        params = SamplingParams.from_config(config.generation, config.train.seed)
+        saved = find_policy(config.model.load or config.model.hf, "sample")
+        check_vocabulary(saved, tokenizer, config.data.tokenizer)
+        model = load_saved(saved, mesh, "lm", config.model.dtype)
+        check_policy_finite(str(saved.path), model)
+        watchdog.end_start_up()
+        slots = config.generation.slots
+        prefix = read_prefix(config.data.prompt_prefix)
+        counts = sample(
+            model,
+            tokenizer,
+            prompts,
+            config.sample.k,
+            params,
+            mesh=mesh,
+            out=out,
+            slots=slots,
+            prefix=prefix,
+        )
     if mesh.rank == 0:
         print(
             f"{out}: {counts.responses} responses to {counts.prompts} prompts ({counts.short} got "

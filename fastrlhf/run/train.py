@@ -33,11 +33,11 @@ from fastrlhf.config import (
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import try_run_report
 from fastrlhf.models.loading import find_model, is_hugging_face
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
 from fastrlhf.run.jobs import AlgorithmT, JobBuilder, TrainingJob, job_builder
+from fastrlhf.run.start import start as start_ranks
 from fastrlhf.training import loop
 from fastrlhf.training.metrics import MetricsLog
 
@@ -62,8 +62,9 @@ def train_job(
     """
     start = time.monotonic()
     require(config, command.name)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), _locked_folder(Path(config.output_dir), mesh):
+    mesh = start_ranks(command.name, config)
+    watchdog = Watchdog(config.parallel)
+    with watchdog, _locked_folder(Path(config.output_dir), mesh):
         with phase("start-up"):
             for key in command.batch_keys:
                 check_batch(config, mesh.data_size, key)
@@ -71,7 +72,7 @@ def train_job(
             _check_memory(config, mesh)
             _check_model_paths(command, config)
             job = build(RunBuilder(config, mesh))
-        finished = _loop(command, config, mesh, job, start)
+        finished = _loop(command, config, mesh, job, start, watchdog)
     dist.barrier()
     return job if finished else None
 
@@ -147,7 +148,12 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
 
 
 def _loop(
-    command: TrainingCommand, config: Config, mesh: Mesh, job: TrainingJob[AlgorithmT], start: float
+    command: TrainingCommand,
+    config: Config,
+    mesh: Mesh,
+    job: TrainingJob[AlgorithmT],
+    start: float,
+    watchdog: Watchdog,
 ) -> bool:
     """Train from the newest checkpoint; return whether the last step was reached."""
     out = Path(config.output_dir)
@@ -188,6 +194,7 @@ def _loop(
             deadline=(
                 start + config.train.max_seconds if config.train.max_seconds is not None else None
             ),
+            started=watchdog.end_start_up,
             evaluate=job.evaluate,
             finish=job.finish,
         )

@@ -109,12 +109,14 @@ def run(
     total_steps: int,
     done: int = 0,
     deadline: float | None = None,
+    started: Callable[[], None] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> Stop | None:
     """Run steps done + 1 .. total_steps, evaluating and saving at their intervals and at the end.
 
-    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM,
+    `started` runs after the first step. `finish` runs after the last update, before the last
+    evaluation and checkpoint. On SIGTERM,
     Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step,
     stops, and returns the reason. If a step fails, the checkpoint in progress is completed.
 
@@ -130,6 +132,8 @@ def run(
             step += 1
             last = step == total_steps
             metrics = _step(step, algorithm, batch, batches, health, log)
+            if step == done + 1 and started is not None:
+                started()
             if last and finish is not None:
                 with phase("finish"):
                     finish()

@@ -82,10 +82,12 @@ def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
         done.stderr,
     )
     expected = (
-        r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): "
-        r".*[Tt]imed? ?out"
+        r"rank 0 on host \S+: collective all_reduce failed in phase 'step 7/rollout' "
+        r"\(mesh\.py:\d+\): .*[Tt]imed? ?out"
     )
     assert re.search(expected, line), line
+    absent = r"not arrived: rank 1 on host \S+, last seen \d+ s ago in phase 'step 7/rollout' at stall.py"
+    assert re.search(absent, done.stderr), done.stderr
 
 
 def test_runs_with_other_seeds_share_no_stream() -> None:
