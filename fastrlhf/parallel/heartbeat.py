@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from fastrlhf.parallel.rendezvous import Session, numbers, store_is_gone, wait_briefly
+from fastrlhf.parallel.rendezvous import Session, numbers, store_is_gone
 
 _SILENT_AFTER = 2.5
 """Heartbeats that a rank may miss before it counts as silent."""
@@ -91,9 +91,12 @@ class Heartbeats:
             store, own = self.session.store, str(self.session.rank)
             if store.compare_set("reporter", "", own).decode() == own:
                 store.set("report", self._observe())
-            if wait_briefly(store, "report", _REPORT_WITHIN_S):
-                return store.get("report").decode()
-            return ""
+            end = time.monotonic() + _REPORT_WITHIN_S
+            while not store.check(["report"]):  # a blocking wait would delay heartbeats
+                if time.monotonic() > end:
+                    return ""
+                time.sleep(0.1)
+            return store.get("report").decode()
         return store_is_gone()
 
     def _observe(self) -> str:

@@ -119,8 +119,11 @@ def rank_of_a_case(folder: Path, node: int, local_rank: int, name: str, case: Ca
     arguments = [f"output_dir={folder / name}", *both, *(second if node else [])]
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     sys.argv = ["fastrlhf", command, str(folder / f"{command}.yaml"), *arguments]
-    cli.program()
-    raise AssertionError("a program ends with SystemExit")
+    try:
+        cli.program()
+    except SystemExit as ended:
+        sys.stderr.flush()
+        os._exit(int(ended.code or 0))
 
 
 def run_group(folder: Path, node: int, group: dict[str, Case]) -> dict[str, dict[int, list]]:
