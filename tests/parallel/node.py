@@ -91,7 +91,7 @@ GROUPS: list[dict[str, Case]] = [
         "disk": (["checkpoint.interval=1"], [], {2: fill_disk}),
     },
     {
-        "resumed": (["output_dir=FOLDER/tensor", "train.steps=4"], [], {}),
+        "resumed": (["output_dir=FOLDER/out/tensor", "train.steps=4"], [], {}),
         "endless": ([SHORT, "ppo.reward_function=endless:score"], [], {}),
     },
 ]
@@ -116,7 +116,7 @@ def rank_of_a_case(folder: Path, node: int, local_rank: int, name: str, case: Ca
     rendezvous._torchrun_store = connect_case
     faults.get(rank, lambda: None)()
     command = "ppo" if name == "endless" else "pretrain"
-    arguments = [f"output_dir={folder / name}", *both, *(second if node else [])]
+    arguments = [f"output_dir={folder / 'out' / name}", *both, *(second if node else [])]
     arguments = [argument.replace("FOLDER", str(folder)) for argument in arguments]
     sys.argv = ["fastrlhf", command, str(folder / f"{command}.yaml"), *arguments]
     try:

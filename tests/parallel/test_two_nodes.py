@@ -73,7 +73,7 @@ def torchrun(folder: Path, *arguments: str) -> list[str]:
     """Return the command of a node's agent; the shell of the node expands its variables."""
     options = (
         f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1"
-        " --rdzv-backend c10d --rdzv-endpoint $FIRST:$PORT --rdzv-conf is_host=$((1 - NODE))"
+        " --rdzv-backend c10d --rdzv-endpoint $FIRST:$PORT --rdzv-conf is_host=$((1 - NODE)),keep_alive_interval=2"
         " --local-addr $ADDRESS"
     )
     return [
@@ -100,6 +100,9 @@ def free_port() -> str:
 def start_agent(folder: Path, node: int, port: str, *arguments: str) -> subprocess.Popen[bytes]:
     """Start the agent of a node without a network namespace of its own."""
     own = {"NODE": str(node), "FIRST": "127.0.0.1", "ADDRESS": "127.0.0.1", "PORT": port}
+    own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
+        "1"  # else no new agent can join (docs/multi_node.md)
+    )
     return subprocess.Popen(
         torchrun(folder, *arguments),
         cwd=folder / f"work{node}",
@@ -181,7 +184,7 @@ def test_ranks_that_differ_are_refused_before_any_work(
         is_own = case.startswith("mistake") and (rank == 2) == (case == "mistake")
         text = " optimizer.lr=fast: " if is_own else expected.format(*outcome.hosts)
         assert text in line, line
-    assert not list((nodes[0] / case).glob("*")) and not list(nodes[0].rglob(".shared_*"))
+    assert not list((nodes[0] / "out" / case).glob("*")) and not list(nodes[0].rglob(".shared_*"))
 
 
 def test_a_model_is_split_over_both_nodes_and_resumes_with_another_layout(
@@ -206,7 +209,7 @@ def test_a_model_is_split_over_both_nodes_and_resumes_with_another_layout(
     meshes.finalize()
     ours, one = (
         [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for path in (folder / "tensor", tmp_path)
+        for path in (folder / "out" / "tensor", tmp_path)
     )
     # The schedule of the first two steps ends at step 2, so only their first step has the same rate.
     assert [row["step"] for row in ours] == [1, 2, 3, 4]
@@ -251,7 +254,7 @@ def test_a_full_disk_of_one_node_is_named(nodes: tuple[Path, dict[str, Any]]) ->
     assert outcome.statuses == [2, 2, 2, 2], outcome.logs
     (line,) = outcome.errors(0)
     assert f"rank 2 on host {outcome.hosts[1]}: No space left on device" in line
-    assert not list((nodes[0] / "disk" / "checkpoints").glob("step_*"))
+    assert not list((nodes[0] / "out" / "disk" / "checkpoints").glob("step_*"))
 
 
 def until(happened: Callable[[], bool], agents: list[subprocess.Popen[bytes]], what: str) -> None:
