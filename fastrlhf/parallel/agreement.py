@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import secrets
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,6 @@ Facts = Mapping[str, str]
 _SHOWN_FACTS, _SHOWN_CHARACTERS = 6, 90
 _VISIBLE_WITHIN_S = 5.0
 """Time for a new file to appear on another node of a network file system."""
-_checks = itertools.count()
 
 
 def check_facts(session: Session, facts: Facts, node_facts: Facts, timeout_s: float) -> None:
@@ -40,7 +39,7 @@ def check_facts(session: Session, facts: Facts, node_facts: Facts, timeout_s: fl
     """
     if session.world_size == 1:
         return
-    name = f"facts.{next(_checks)}"
+    name = session.name("facts")
     store = dist.PrefixStore(name, session.store)
 
     def published(known: Facts) -> str:
@@ -122,7 +121,7 @@ def check_shared(session: Session, folders: Sequence[Folder], timeout_s: float) 
     """
     if session.world_size == 1 or not folders:
         return []
-    name = f"folders.{next(_checks)}"
+    name = session.name("folders")
     with store_errors(), _written(session, name, folders) as nonce:
         if session.rank > 0:
             nonce = session.wait(f"{name}/nonce", timeout_s, lambda: "rank 0 has")
@@ -188,8 +187,6 @@ def _file(folder: Path, nonce: str) -> Path:
 
 
 def _is_visible(folder: Path, nonce: str) -> bool:
-    import time
-
     end = time.monotonic() + _VISIBLE_WITHIN_S
     while True:
         with contextlib.suppress(OSError):

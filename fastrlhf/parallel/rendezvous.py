@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
@@ -40,6 +41,11 @@ class Session:
     store: dist.Store
     rank: int
     world_size: int
+    _names: Iterator[int] = field(default_factory=itertools.count)
+
+    def name(self, kind: str) -> str:
+        """Return a new name for an exchange; the same on ranks that ask in the same order."""
+        return f"{kind}.{next(self._names)}"
 
     def fail(self, line: str) -> None:
         """Report a failure of this rank to ranks that wait in the store; the first one counts."""

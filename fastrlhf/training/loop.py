@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
@@ -73,14 +74,11 @@ def resume(
 ) -> int:
     """Restore the newest intact checkpoint, if any; return the number of steps already done.
 
-    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. A process that
-    torchrun has restarted always resumes from the run's own checkpoints.
+    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. Processes that
+    torchrun has restarted always resume from the run's own checkpoints.
     """
     with phase("resume"):
-        if (
-            config.checkpoint.resume == "never"
-            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        ):
+        if config.checkpoint.resume == "never" and not _is_restarted(checkpointer.mesh.device):
             checkpointer.rename_all_unused()
         if config.checkpoint.save:
             checkpointer.prepare()
@@ -97,6 +95,16 @@ def resume(
             f" ({type(error).__name__}: {error}); give another output_dir"
         ) from None
     return state["step"]
+
+
+def _is_restarted(device: torch.device) -> bool:
+    """Return whether torchrun has restarted any rank; a collective.
+
+    The torchrun of a node that was replaced counts from 0 again.
+    """
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), device=device)
+    dist.all_reduce(restarts, op=dist.ReduceOp.MAX)
+    return bool(restarts.item())
 
 
 def run(
