@@ -24,12 +24,10 @@ import torch.distributed as dist
 
 from fastrlhf.errors import UserError
 
-_SLICE_S = 1.0
-"""Seconds of one wait, after which signals and failures of other ranks are noticed."""
 _NOTE_AFTER_S = 30.0
 """Seconds between notes about ranks that have not arrived."""
-_FAREWELL_S = 5.0
-"""Seconds for which a rank 0 that has failed waits for the others, to report it to them."""
+_FAREWELL_S = 30.0
+"""Seconds for which a rank that has failed tries to report it, and rank 0 waits for the others."""
 FAILED = "failed"
 """Key of the first failure, as one line; ranks that wait read it."""
 
@@ -63,7 +61,9 @@ class Session:
         """
         end = time.monotonic() + timeout_s
         note = time.monotonic() + _NOTE_AFTER_S
-        while not wait_briefly(self.store, key):
+        for _ in _polls():
+            if self.store.check([key]):
+                break
             if failure := self.failure():
                 raise UserError(failure)
             if time.monotonic() > end:
@@ -162,15 +162,17 @@ def store_is_gone() -> str:
     )
 
 
-def wait_briefly(store: dist.Store, key: str, seconds: float = _SLICE_S) -> bool:
-    """Wait at most `seconds` for `key`; return whether it is set."""
-    try:
-        store.wait([key], datetime.timedelta(seconds=seconds))
-    except dist.DistNetworkError:
-        raise
-    except dist.DistStoreError:  # the time is over
-        return False
-    return True
+def _polls(first_s: float = 0.005, longest_s: float = 0.5) -> Iterator[None]:
+    """Yield at once, then after longer and longer pauses.
+
+    Waits of the store itself ignore signals, block its other users, and print two warnings whenever
+    their time is over.
+    """
+    pause = first_s
+    while True:
+        yield
+        time.sleep(pause)
+        pause = min(1.5 * pause, longest_s)
 
 
 def numbers(ranks: Sequence[int]) -> str:
@@ -246,9 +248,9 @@ class _Welcome:
         """
         end, note = time.monotonic() + timeout_s, time.monotonic() + _NOTE_AFTER_S
         self._fail(failure)
-        while self.session.world_size > 1 and not wait_briefly(
-            self.session.store, "complete", 0.02
-        ):
+        for _ in _polls(longest_s=0.1):
+            if self.session.world_size == 1 or self.session.store.check(["complete"]):
+                break
             self._answer()
             now = time.monotonic()
             if self.failure and (

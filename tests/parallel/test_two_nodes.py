@@ -169,8 +169,8 @@ def test_nodes_have_namespaces(nodes: tuple[Path, dict[str, Any]]) -> None:
             "output_dir",
             "output_dir own is not shared: ranks 2-3 (host {1}) cannot read what rank 0",
         ),
-        ("mistake", " on host {1}: optimizer.lr=fast: "),
-        ("mistake on node 0", " on host {0}: optimizer.lr=fast: "),
+        ("mistake", " on host {1}: override 'optimizer.lr=fast': "),
+        ("mistake on node 0", " on host {0}: override 'optimizer.lr=fast': "),
     ],
 )
 def test_ranks_that_differ_are_refused_before_any_work(
@@ -182,7 +182,7 @@ def test_ranks_that_differ_are_refused_before_any_work(
     for rank in (0, 2):
         (line,) = outcome.errors(rank)
         is_own = case.startswith("mistake") and (rank == 2) == (case == "mistake")
-        text = " optimizer.lr=fast: " if is_own else expected.format(*outcome.hosts)
+        text = "error: override 'optimizer.lr=fast': " if is_own else expected.format(*outcome.hosts)
         assert text in line, line
     assert not list((nodes[0] / "out" / case).glob("*")) and not list(nodes[0].rglob(".shared_*"))
 
