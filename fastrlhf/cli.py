@@ -257,10 +257,7 @@ def from_hf(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Convert a Hugging Face model to a model folder for model.load.
-
-    Compares the logits of both models.
-    """
+    """Convert a Hugging Face model to a model folder for model.load."""
     from fastrlhf.commands.convert import convert_from_hf
     from fastrlhf.config import ParallelConfig
 
@@ -275,15 +272,16 @@ def to_hf(
     out: Annotated[Path, typer.Argument(help="New Hugging Face folder.")],
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder, if the checkpoint has no copy of it.")
+    ] = None,
 ) -> None:
-    """Convert a trained model to a Hugging Face folder.
-
-    Compares the logits of both models.
-    """
+    """Convert a trained model to a Hugging Face folder."""
     from fastrlhf.commands.convert import convert_to_hf
     from fastrlhf.config import ParallelConfig
 
-    convert_to_hf(checkpoint, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    convert_to_hf(checkpoint, out, layout, tokenizer)
 
 
 @evaluate.command("rm")

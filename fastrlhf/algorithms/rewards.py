@@ -21,10 +21,11 @@ from fastrlhf.algorithms.reward_function import (
     call_reward_function,
     checked_scores,
     load_reward_function,
+    takes_records,
 )
 from fastrlhf.algorithms.rm import score_responses
-from fastrlhf.algorithms.rollouts import Rollouts, decode_texts
-from fastrlhf.data.batches import PackedBatch
+from fastrlhf.algorithms.rollouts import Records, Rollouts, decode_texts
+from fastrlhf.data.batches import PackedBatch, TokenizedPrompt
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel.mesh import Mesh
@@ -50,6 +51,12 @@ class Rewards:
     timeout_s: float = 600.0
     """Longest call of the function, in seconds."""
     on_device: OnDevice = field(default=nullcontext)
+
+    def records_of(self, prompts: Sequence[TokenizedPrompt]) -> Records | None:
+        """Return the other columns of the prompts' records, if the function takes them."""
+        if self.function is None or not takes_records(self.function):
+            return None
+        return [prompt.columns for prompt in prompts]
 
     def score(
         self,
@@ -100,9 +107,11 @@ class Rewards:
         problem = ""
         if mesh.is_last_stage and mesh.tensor_rank == 0:
             prompts, responses = decode_texts(rollouts, rows, tokenizer)
+            records = rollouts.records
+            own = [records[row] for row in rows.tolist()] if records is not None else None
             try:
                 checked = call_reward_function(
-                    function, prompts, responses, self.name, self.timeout_s
+                    function, prompts, responses, self.name, self.timeout_s, records=own
                 )
                 scores = torch.tensor(checked, device=mesh.device)
             except UserError as error:

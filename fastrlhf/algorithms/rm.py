@@ -27,7 +27,9 @@ from fastrlhf.data.batches import (
     ranking_tokens,
 )
 from fastrlhf.errors import UserError
+from fastrlhf.evaluation.winrate import pair_agreement
 from fastrlhf.models.gpt import GPT
+from fastrlhf.ops.ranking import strict_pairs
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import Metrics
@@ -113,9 +115,16 @@ class RewardModelling:
 
 
 def ranking_loss(model: GPT, hidden: Tensor, batch: RankingBatch) -> ops.RankingLoss:
-    """Return the loss over all strict pairs of the N responses; hidden [T, H]."""
+    """Return the loss over all strict pairs of the N responses; hidden [T, H].
+
+    Its accuracy counts equal scores as `pair_agreement` does, one half. The op counts them as wrong.
+    """
     scores = model.score(hidden[batch.last_index])
-    return ops.pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets)
+    ranking = ops.pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets)
+    _, better = strict_pairs(scores, batch.ranks, batch.prompt_offsets)
+    fixed = scores.detach()
+    agreement = pair_agreement(fixed[:, None] - fixed[None])
+    return ranking._replace(accuracy=(agreement * better).sum() / better.sum().clamp(min=1))
 
 
 def evaluate_ranking(

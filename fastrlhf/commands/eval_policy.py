@@ -20,7 +20,6 @@ from fastrlhf.algorithms.rewards import raise_on_any_rank
 from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.checkpoint.model_folder import SavedModel
 from fastrlhf.checkpoint.names import step_folders
-from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
@@ -41,10 +40,18 @@ from fastrlhf.evaluation.comparison import (
     write_comparison,
     write_selection,
 )
-from fastrlhf.evaluation.report import read_metrics, write_json
+from fastrlhf.evaluation.page import write_json
+from fastrlhf.evaluation.report import read_metrics
+from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
+from fastrlhf.models.loading import (
+    check_vocabulary,
+    find_reward_model,
+    is_hugging_face,
+    load_saved,
+    with_tokenizer_of,
+)
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.start import start as start_ranks
@@ -63,19 +70,27 @@ def winrate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = start_ranks("eval winrate", config)
     with Watchdog(config.parallel), phase("evaluation"):
-        evaluation = _Evaluation(config, mesh)
+        evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
     if mesh.rank == 0:
         pairs = pair_records([prompt.prompt for prompt in evaluation.prompts], ours, theirs)
         write_json(out / "winrate.json", results)
-        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        kept = [prompt.other_columns for prompt in evaluation.prompts]
+        lines = "".join(
+            json.dumps(
+                {**kept[i // config.eval.responses], **pair}, ensure_ascii=False, default=str
+            )
+            + "\n"
+            for i, pair in enumerate(pairs)
+        )
         (out / "pairs.jsonl").write_text(lines, encoding="utf-8")
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
+        interval = interval_text(rate["low"], rate["high"], rate["clusters"])
         print(
-            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) "
+            f"{page}: {ours.name} won {rate['rate']:.3f} ({interval}) "
             f"against {theirs.name}: "
             f"{results['won']} won, {results['tied']} tied, {results['lost']} lost"
         )
@@ -106,7 +121,8 @@ def select(config: Config) -> dict[str, Any]:
     mesh = start_ranks("eval select", config)
     rows: list[dict[str, Any]] = []
     with Watchdog(config.parallel), phase("evaluation"):
-        evaluation, prefix = _Evaluation(config, mesh), read_prefix(config.data.prompt_prefix)
+        evaluation = _Evaluation(with_tokenizer_of(config, policies[-1]), mesh)
+        prefix = read_prefix(config.data.prompt_prefix)
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
             loss = {"valid_loss": valid_loss[step]} if step in valid_loss else {}
@@ -159,11 +175,17 @@ class _Evaluation:
             tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
         check_vocabulary(saved, tokenizer, folder)
         model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
-        check_policy_finite(str(saved.path), model)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
         responses = respond(
-            model, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies
+            model,
+            tokenizer,
+            encoded,
+            self.params,
+            mesh=self.mesh,
+            slots=slots,
+            copies=copies,
+            name=str(saved.path),
         )
         return JudgedResponses(
             name=str(saved.path),
@@ -214,9 +236,17 @@ class _Evaluation:
                 for _ in row
             ]
             texts = [response.text for row in responses for response in row]
+            records = [
+                prompt.other_columns
+                for prompt, row in zip(self.prompts, responses, strict=True)
+                for _ in row
+            ]
             name, limit = f"eval.judge {self.config.eval.judge}", self.config.parallel.timeout_s
             try:
-                message = [call_reward_function(self.function, prompts, texts, name, limit)]
+                scores = call_reward_function(
+                    self.function, prompts, texts, name, limit, records=records
+                )
+                message = [scores]
             except UserError as error:
                 problem = str(error)
         raise_on_any_rank(self.mesh, problem)
@@ -226,9 +256,10 @@ class _Evaluation:
 
 
 def _line(row: dict[str, Any]) -> str:
-    low, high = row["score_ci95"]
+    low, high = row["score_ci95"] or (None, None)
+    interval = interval_text(low, high, row["prompts"])
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
     return (
-        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})"
+        f"step {row['step']:>8}  score {row['score']:7.3f} ({interval})"
         f"  {row['tokens']:.1f} tokens  {row['cut_off']:.1%} cut off{loss}"
     )

@@ -19,10 +19,16 @@ from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
-from fastrlhf.evaluation.report import write_json
+from fastrlhf.evaluation.page import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
+from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_saved
+from fastrlhf.models.loading import (
+    check_vocabulary,
+    find_reward_model,
+    load_saved,
+    with_tokenizer_of,
+)
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
@@ -44,7 +50,9 @@ def evaluate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = start_ranks("eval rm", config)
     with Watchdog(config.parallel) as watchdog, phase("evaluation"):
+        config = with_tokenizer_of(config, saved)
         run = RunBuilder(config, mesh)
+        assert config.data.valid is not None
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
         check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
@@ -57,9 +65,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         write_json(out / "eval_rm.json", results)
         page = write_reward_report(results, out / "eval_rm.html")
         accuracy, longer = results["accuracy"], results["length_rule"]
+        interval = interval_text(accuracy["low"], accuracy["high"], accuracy["clusters"])
         print(
             f"{page}: accuracy {accuracy['rate']:.3f} "
-            f"({accuracy['low']:.3f} to {accuracy['high']:.3f}) on {results['pairs']} pairs "
+            f"({interval}) on {results['pairs']} pairs "
             f"of {results['prompts']} prompts; length rule {longer['rate']:.3f}"
         )
     return results

@@ -44,7 +44,8 @@ class PPOConfig(Section):
     """Weight of each reward model's score. null: 1 each."""
     reward_function: str | None = None
     """Python function "module:function" that scores responses: f(prompts: list[str], responses:
-    list[str]) -> list[float]. Its scores are added to those of the reward models, if there are
+    list[str]) -> list[float]. With a third parameter records: list[dict] it gets the other columns
+    of the prompts' records. Its scores are added to those of the reward models, if there are
     any."""
     value_model: FilePath | None = Field(
         default_factory=lambda fields: _first(fields["reward_model"])
@@ -199,7 +200,8 @@ class EvalConfig(Section):
     """Judge: the folder of a reward model."""
     judge: str | None = None
     """Judge: a Python function "module:function" whose scores are higher for better responses:
-    f(prompts: list[str], responses: list[str]) -> list[float]."""
+    f(prompts: list[str], responses: list[str]) -> list[float], or with a third parameter records:
+    list[dict], the other columns of the prompts' records."""
     responses: Copies = 1
     """Responses per policy and prompt."""
     tie_margin: AtLeast0 = 0.0

@@ -8,11 +8,11 @@ in `schema.py`, checks of a command in `commands.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fastrlhf.config.families import family_default, ffn_default
 from fastrlhf.config.field_types import (
     Above0,
     AtLeast0,
@@ -34,41 +34,8 @@ from fastrlhf.config.field_types import (
 )
 from fastrlhf.config.yaml_file import ConfigError
 
-Fields = dict[str, object]
-"""The fields of a section that are validated already."""
-
-FAMILIES: dict[str, Fields] = {
-    "gpt": {
-        "position": "learned",
-        "norm": "layernorm",
-        "activation": "gelu_tanh",
-        "bias": True,
-        "tie_embeddings": True,
-    },
-    "llama": {
-        "position": "rope",
-        "norm": "rmsnorm",
-        "activation": "swiglu",
-        "bias": False,
-        "tie_embeddings": False,
-    },
-}
-"""Values that `model.family` gives to unset fields."""
-
-
 MAX_PARAMETERS = 10**14
 """Above this a model is refused: a misplaced digit, since no model is a hundredth of it."""
-
-
-# Any: pydantic validates the value against the type of the field.
-def _from_family(key: str) -> Callable[[Fields], Any]:  # type: ignore[explicit-any]
-    return lambda fields: FAMILIES[str(fields["family"])][key]
-
-
-def _ffn_default(fields: Fields) -> int:
-    hidden = fields["hidden_size"]
-    # 0 is refused by the model section's check, with the cure.
-    return 4 * hidden if fields["family"] == "gpt" and isinstance(hidden, int) else 0
 
 
 class Section(BaseModel):
@@ -115,31 +82,46 @@ class ModelConfig(Section):
         default_factory=lambda fields: fields["hidden_size"] // fields["num_heads"]
     )
     """Width of one head. Unset: hidden_size / num_heads."""
-    ffn_size: Annotated[int, NotBool, Field(le=2**24)] = Field(default_factory=_ffn_default)
+    ffn_size: Annotated[int, NotBool, Field(le=2**24)] = Field(default_factory=ffn_default)
     """Width of the feed-forward layer. Unset: 4 * hidden_size (gpt); llama must give it."""
     vocab_size: Rows | None = None
     """True vocabulary size, before padding for tensor parallelism. null: the tokenizer's."""
     max_positions: Rows
     """Longest sequence in tokens; the rows of the learned position table."""
-    position: Literal["learned", "rope"] = Field(default_factory=_from_family("position"))
+    position: Literal["learned", "rope"] = Field(default_factory=family_default("position"))
     """Position encoding. Unset: the family's."""
     rope_theta: Above0 = 10000.0
     """Base of the rotary frequencies; unused with learned positions."""
-    norm: Literal["layernorm", "rmsnorm"] = Field(default_factory=_from_family("norm"))
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """Scaling of the rotary frequencies. linear divides all of them by rope_factor; llama3 (Llama
+    3.1 to 3.3) divides the low ones, keeps the high ones and interpolates between."""
+    rope_factor: Above0 | None = None
+    """Divisor of the scaled frequencies; required with rope_scaling. null: not scaled."""
+    rope_low_freq_factor: Above0 = 1.0
+    """With llama3: frequencies of fewer turns than this in rope_original_positions are divided."""
+    rope_high_freq_factor: Above0 = 4.0
+    """With llama3: frequencies of more turns than this in rope_original_positions are kept."""
+    rope_original_positions: Rows = 8192
+    """With llama3: longest sequence, in tokens, of the training before the scaling."""
+    sliding_window: Positive | None = None
+    """Tokens that a token attends to, itself included (Mistral, Qwen). null: all before it."""
+    full_attention_layers: Annotated[int, NotBool, Field(ge=0, le=2**14)] = 0
+    """With sliding_window: number of first layers without it (Qwen's max_window_layers)."""
+    norm: Literal["layernorm", "rmsnorm"] = Field(default_factory=family_default("norm"))
     """Normalisation, always before the sub-layer. Unset: the family's."""
     norm_eps: Above0 = 1e-5
     """Epsilon inside the normalisation."""
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(
-        default_factory=_from_family("activation")
+        default_factory=family_default("activation")
     )
     """Feed-forward activation. Unset: the family's."""
-    bias: bool = Field(default_factory=_from_family("bias"))
+    bias: bool = Field(default_factory=family_default("bias"))
     """Biases in the linear layers. Unset: the family's."""
     qkv_bias: bool = Field(default_factory=lambda fields: bool(fields["bias"]))
     """Biases in the query/key/value projection. Unset: the same as bias."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Qwen 3)."""
-    tie_embeddings: bool = Field(default_factory=_from_family("tie_embeddings"))
+    tie_embeddings: bool = Field(default_factory=family_default("tie_embeddings"))
     """Use the embedding as the output matrix. Unset: the family's."""
     residual_dropout: Rate = 0.0
     """Dropout after each sub-layer, before the residual sum. InstructGPT's SFT uses 0.2."""
@@ -215,7 +197,35 @@ class ModelConfig(Section):
                 "hf",
                 "and load are both set; a model starts from one of them: set the other to null",
             )
+        self._check_rope_scaling()
+        if self.full_attention_layers and self.sliding_window is None:
+            raise ConfigError("full_attention_layers", "is for a sliding_window; set that, or 0")
+        if self.full_attention_layers >= self.num_layers:
+            raise ConfigError(
+                "full_attention_layers",
+                f"{self.full_attention_layers} leaves no layer of num_layers {self.num_layers} to"
+                " sliding_window; lower it, or set sliding_window to null",
+            )
         return self
+
+    def _check_rope_scaling(self) -> None:
+        kind, low, high = self.rope_scaling, self.rope_low_freq_factor, self.rope_high_freq_factor
+        if kind != "none" and self.position != "rope":
+            raise ConfigError(
+                "rope_scaling", f"{kind} needs position rope, not {self.position}; use none"
+            )
+        if (kind == "none") != (self.rope_factor is None):
+            raise ConfigError(
+                "rope_factor",
+                "is for rope_scaling linear or llama3; set rope_scaling, or rope_factor to null"
+                if kind == "none"
+                else f"is required for rope_scaling {kind}; give the divisor of the frequencies",
+            )
+        if kind == "llama3" and low >= high:
+            raise ConfigError(
+                "rope_low_freq_factor",
+                f"{low} is not below rope_high_freq_factor {high}; Llama 3.1 has 1 and 4",
+            )
 
     @property
     def num_weights(self) -> int:
@@ -270,7 +280,7 @@ class DataConfig(Section):
     train: FilePaths | None = None
     """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
     valid: FilePaths | None = None
-    """Validation files of the same kind. null: no validation."""
+    """Validation files of the same kind (PPO: prompts). null: no validation."""
     demonstrations: FilePaths | None = None
     """Demonstration files (rm): after training, the head's bias is shifted so that they score 0 on
     average."""
@@ -291,6 +301,12 @@ class DataConfig(Section):
     weight in proportion to the weights."""
     pretrain_fraction: Rate = 0.0
     """Share of pretraining rows mixed into SFT; InstructGPT's RL starting point uses 0.1."""
+    pretrain_fraction_of: Literal["rows", "loss"] = "rows"
+    """Unit of pretrain_fraction. rows: that share of the rows is pretraining text; the loss is the
+    mean over all tokens, and pretraining rows count in more of them. loss: the rows are the same,
+    and the loss is a weighted mean in which pretraining tokens have one weight, so that their share
+    of the weight of the whole data set is the fraction. Metrics: pretrain_share_rows,
+    pretrain_share_loss."""
     max_prompt_tokens: Positive = 1024
     """Longest prompt in tokens; records with a longer one are dropped and counted."""
     max_response_tokens: Positive = 1024
@@ -363,7 +379,8 @@ class TrainConfig(Section):
     eval_interval: Count = 0
     """Steps between validations; 0: only at the end of the run."""
     eval_batches: Positive | None = None
-    """Batches of global_batch_size per validation, the first ones of the set. null: the whole set.
+    """Batches of global_batch_size per validation (PPO: of ppo.batch_size), the first ones of the
+    set. null: the whole set.
     """
 
     @model_validator(mode="after")

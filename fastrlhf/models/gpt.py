@@ -25,7 +25,8 @@ from fastrlhf.models import eager_forward
 from fastrlhf.models.heads import Head, LMHead, ScalarHead
 from fastrlhf.models.initialization import initialize_weights, mark_shards
 from fastrlhf.models.inputs import CachedInput, StageInput
-from fastrlhf.models.layout import SequenceLayout, rope_tables
+from fastrlhf.models.layout import SequenceLayout
+from fastrlhf.models.rope import rope_tables
 from fastrlhf.models.spec import DTYPES, layer_spec, stage_config
 from fastrlhf.models.stage import VOCAB_MULTIPLE, global_names
 from fastrlhf.parallel.mesh import Mesh
@@ -151,12 +152,11 @@ class GPT(LanguageModule):
         return self.mesh.tensor_size if self.mesh.sequence_parallel else 1
 
     def layout(self, batch: StageInput) -> SequenceLayout:
-        """Return the layout of a micro-batch, with rotary tables if the model uses them."""
+        """Return the layout of a micro-batch, with the model's rotary tables and window, if any."""
         layout = batch.layout if isinstance(batch, CachedInput) else SequenceLayout.of(batch)
         if self.model_config.position == "rope":
-            layout.rope = rope_tables(
-                layout.positions, self.config.kv_channels, self.model_config.rope_theta
-            )
+            layout.rope = rope_tables(layout.positions, self.config.kv_channels, self.model_config)
+        layout.set_window(self.model_config.sliding_window)
         return layout
 
     def lm_head(self) -> LMHead:

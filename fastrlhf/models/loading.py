@@ -6,21 +6,25 @@ shape the configuration gives (`RunBuilder.model`), and training state.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fastrlhf.checkpoint.integrity import local_problems
 from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
 from fastrlhf.config import Config, ModelConfig
-from fastrlhf.data.tokenize import conflicting_id
+from fastrlhf.data.tokenize import conflicting_id, load_tokenizer
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.heads import Head
-from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
+from fastrlhf.models.hf import generation_from_hf, head_from_hf, load_hf, model_config_from_hf
 from fastrlhf.models.initialization import initialize_weights
 from fastrlhf.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -49,6 +53,7 @@ def find_model(path: str | Path) -> SavedModel:
         vocab_size=model.vocab_size,
         head=head_from_hf(path),
         tokenizer=tokenizer,
+        generation=generation_from_hf(path),
     )
 
 
@@ -66,6 +71,43 @@ def find_reward_model(path: str, key: str) -> SavedModel:
     return saved
 
 
+def saved_tokenizer(saved: SavedModel, path: str | Path | None) -> PreTrainedTokenizerFast | None:
+    """Load the tokenizer of `path`, or the one that the model was saved with; None if it has none.
+
+    Raises UserError if the model does not fit it, or if it is gone and the checkpoint, written by
+    an old version, has no copy.
+    """
+    folder = str(path or saved.tokenizer_folder)
+    if not folder:
+        return None
+    if path is None and saved.tokenizer_copy is not None:
+        if problems := local_problems(saved.tokenizer_copy):
+            raise UserError(f"{problems[0]}; give its tokenizer: --tokenizer FOLDER")
+    elif path is None and not Path(folder).is_dir():
+        raise UserError(
+            f"{saved.path}: has no copy of its tokenizer, and {folder} is not there; give it: "
+            "--tokenizer FOLDER"
+        )
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(saved, tokenizer, folder)
+    return tokenizer
+
+
+def with_tokenizer_of(config: Config, saved: SavedModel) -> Config:
+    """Return `config` with the model's own copy of its tokenizer if data.tokenizer is not there.
+
+    So a run can be sampled and evaluated from another folder, or after its data has moved.
+    """
+    copy = saved.tokenizer_copy
+    if copy is None or Path(config.data.tokenizer).is_dir() or local_problems(copy):
+        return config
+    logger.warning(
+        "data.tokenizer %s is not there; taking the copy %s", config.data.tokenizer, copy
+    )
+    data = config.data.model_copy(update={"tokenizer": str(copy)})
+    return config.model_copy(update={"data": data})
+
+
 def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
     """Check that the model has every token of the tokenizer of `folder`, with the same meaning.
 
@@ -74,7 +116,8 @@ def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, fold
     if saved.vocab_size < len(tokenizer):
         raise UserError(
             f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{folder} {len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
+            f"{folder} {len(tokenizer)} tokens; set "
+            f"data.tokenizer={saved.tokenizer_folder or 'FOLDER'}"
         )
     check_meaning(saved, tokenizer, folder)
 
@@ -84,13 +127,15 @@ def check_meaning(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder:
 
     Raises UserError if an id is a different token in the two.
     """
-    if (
-        folder != saved.tokenizer
-        and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None
-    ):
+    if saved.tokenizer_copy is None and folder == saved.tokenizer:
+        return
+    if (number := conflicting_id(tokenizer, saved.tokenizer_folder)) is not None:
+        own = saved.tokenizer
+        if folder == own or not Path(own).is_dir():  # another tokenizer took its place, or none
+            own = saved.tokenizer_folder
         raise UserError(
-            f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, in which "
-            f"token {number} differs from {folder}; set data.tokenizer={saved.tokenizer}"
+            f"the model in {saved.path} was trained with the tokenizer {own}, in which "
+            f"token {number} differs from {folder}; set data.tokenizer={own}"
         )
 
 
@@ -103,6 +148,13 @@ _SHAPE = (
     "ffn_size",
     "max_positions",
     "position",
+    "rope_scaling",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_positions",
+    "sliding_window",
+    "full_attention_layers",
 )
 
 
@@ -114,14 +166,15 @@ def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> 
     for name in _SHAPE:
         configured, found = getattr(model, name), getattr(saved.model, name)
         if configured != found:
+            value = "null" if found is None else found
             raise UserError(
-                f"model.{name} is {configured}, but the model in {saved.path} has {found}; "
-                f"set model.{name}={found}"
+                f"model.{name} is {configured}, but the model in {saved.path} has {value}; "
+                f"set model.{name}={value}"
             )
     if vocab_size != saved.vocab_size:
         raise UserError(
             f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has "
-            f"{saved.vocab_size}; set data.tokenizer={saved.tokenizer}"
+            f"{saved.vocab_size}; set data.tokenizer={saved.tokenizer_folder}"
         )
 
 

@@ -68,7 +68,8 @@ class Session:
                 raise UserError(failure)
             if time.monotonic() > end:
                 line = f"{missing()} not arrived after {timeout_s:g} s"
-                raise UserError(f"{line}; parallel.startup_timeout_s sets this limit")
+                self.fail(f"{line}; parallel.startup_timeout_s sets this limit")
+                raise UserError(self.failure())
             if self.rank == 0 and time.monotonic() > note:
                 note += _NOTE_AFTER_S
                 print(f"waiting: {missing()} not arrived yet", file=sys.stderr, flush=True)
@@ -94,6 +95,18 @@ class Session:
 
 
 _session: Session | None = None
+_runs = itertools.count()
+
+
+def begin_run(timeout_s: float) -> Session:
+    """Join the ranks for a new run of this process; failures of earlier runs do not count in it."""
+    global _session
+    session = join(timeout_s)
+    if session.world_size == 1:
+        return session
+    store = dist.PrefixStore(f"run{next(_runs)}", session.store)
+    _session = Session(store, session.rank, session.world_size)
+    return _session
 
 
 def join(timeout_s: float) -> Session:
@@ -191,7 +204,8 @@ def _have(ranks: Sequence[int]) -> str:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     nodes = sorted({rank // per_node for rank in ranks}) if per_node else []
     where = f" (node{'s' * (len(nodes) > 1)} {numbers(nodes)})" if nodes else ""
-    return f"rank{'s' * (len(ranks) != 1)} {numbers(ranks)}{where} {'has' if len(ranks) == 1 else 'have'}"
+    noun, verb = ("rank", "has") if len(ranks) == 1 else ("ranks", "have")
+    return f"{noun} {numbers(ranks)}{where} {verb}"
 
 
 def _torchrun_store(timeout_s: float) -> tuple[dist.Store, int, int]:

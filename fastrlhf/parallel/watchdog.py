@@ -124,14 +124,14 @@ class Watchdog:
         self._main = threading.main_thread().ident
         self._parent = os.getppid()
         self._stop = threading.Event()
-        self._ended = False
         # As short as the shorter limit asks for, and the same for the whole run.
         shortest = min(parallel.timeout_s, parallel.startup_timeout_s)
         self._interval_s = min(_LONGEST_BEAT_S, shortest / 5)
         session = rendezvous.joined()
         self._heartbeats = None
         if session is not None and session.world_size > 1:
-            self._heartbeats = Heartbeats(session, self._interval_s)
+            with rendezvous.store_errors():
+                self._heartbeats = Heartbeats(session, self._interval_s)
         # A daemon, because an interrupt between __enter__ and the block would leave it running.
         self._thread = threading.Thread(target=self._watch, name="collective-watchdog", daemon=True)
 
@@ -147,7 +147,7 @@ class Watchdog:
         if line is not None:
             print(f"error: {line}", file=sys.stderr, flush=True)
             self._report_ranks(line)
-        elif error is not None and self._heartbeats is not None:
+        elif isinstance(error, Exception) and self._heartbeats is not None:
             text = (
                 str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             )
@@ -197,15 +197,18 @@ class Watchdog:
         """End the process if torchrun's agent, which started it, has died."""
         if os.getppid() == self._parent or "TORCHELASTIC_RUN_ID" not in os.environ:
             return
+        rank = os.environ.get("RANK", "0")
         line = f"its torchrun agent (process {self._parent}) has died"
-        rendezvous.publish_failure(line)
-        _end(f"rank {os.environ.get('RANK', '0')} on host {socket.gethostname()}: {line}")
+        line = f"rank {rank} on host {socket.gethostname()}: {line}"
+        if self._heartbeats is not None:
+            with contextlib.suppress(RuntimeError):
+                self._heartbeats.session.fail(line)
+        _end(line)
 
     def _end_after_failure(self) -> None:
         """End the process if another rank has failed: this one waits for it in vain."""
-        session = rendezvous.joined()
         failure = ""
-        if self._heartbeats is not None and session is not None:
+        if self._heartbeats is not None:
             with contextlib.suppress(RuntimeError):
                 failure = self._heartbeats.session.failure()
         if failure:

@@ -15,8 +15,8 @@ from typing import Literal, TypedDict, TypeVar
 
 from fastrlhf.checkpoint.model_folder import describe_model, load_model
 from fastrlhf.config import Config, ModelConfig, ScheduleConfig
-from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
-from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
+from fastrlhf.data.batches import TokenizedDemonstration, TokenizedPrompt, TokenizedRanking
+from fastrlhf.data.datasets import load_demonstrations, load_prompt_records, load_rankings
 from fastrlhf.data.loader import Dataset, Loader
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.records import OnError
@@ -167,13 +167,16 @@ class RunBuilder:
         )
         return rankings
 
-    def prompts(self, paths: list[str]) -> list[list[int]]:
+    def prompts(self, paths: list[str]) -> list[TokenizedPrompt]:
         """Read and tokenize prompt files."""
         prefix = read_prefix(self.config.data.prompt_prefix)
-        prompts, _ = load_prompts(
+        records, tokens, _ = load_prompt_records(
             paths, self.tokenizer, prefix=prefix, **self._record_options(paths)
         )
-        return prompts
+        return [
+            TokenizedPrompt(ids, record.other_columns)
+            for ids, record in zip(tokens, records, strict=True)
+        ]
 
     def _record_options(self, paths: list[str]) -> _RecordOptions:
         data = self.config.data

@@ -69,7 +69,7 @@ def start(command: str, config: Config) -> Mesh:
     UserError on every rank.
     """
     timeout_s = config.parallel.startup_timeout_s
-    session = rendezvous.join(timeout_s)
+    session = rendezvous.begin_run(timeout_s)
     if session.world_size > 1:
         is_first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
         of_node = node_facts(command, config) if is_first_of_node else {}

@@ -16,7 +16,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.health import HealthMonitor
 from fastrlhf.training.metrics import MetricsLog
-from fastrlhf.training.stopping import INTERRUPT, StopRequest
+from fastrlhf.training.stopping import INTERRUPT, TIME_LIMIT, StopRequest
 
 Batch = TypeVar("Batch")
 BatchOut = TypeVar("BatchOut", covariant=True)
@@ -58,12 +58,14 @@ class Batches(Protocol[BatchOut]):
 
 
 class Stop(NamedTuple):
-    """Why a run ended before its last step."""
+    """Why a run ended before its last step, or was asked to during it."""
 
     line: str
     """Message for the user."""
     interrupted: bool
     """True after Ctrl-C: commands that would follow should not start."""
+    finished: bool
+    """True if the signal came during the last step: what would follow in this process is stopped."""
 
 
 def resume(
@@ -126,7 +128,8 @@ def run(
     `started` runs after the first step. `finish` runs after the last update, before the last
     evaluation and checkpoint. On SIGTERM,
     Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step,
-    stops, and returns the reason. If a step fails, the checkpoint in progress is completed.
+    stops, and returns the reason (of a signal even in the last step). If a step fails, the
+    checkpoint in progress is completed.
 
     Raises DivergedError if a loss, a gradient or a weight is not finite, with the checkpoint to
     continue from. Raises UserError at the end if no update of a model was applied.
@@ -156,7 +159,9 @@ def run(
                 metrics |= validation
             if last or evaluated or _due(step, config.log.interval):
                 log.record(step, metrics)
-            reason = None if last else stop.reason()
+            reason = stop.reason()
+            if last and reason == TIME_LIMIT:
+                reason = None
             due = last or reason is not None or _due(step, config.checkpoint.interval)
             with phase("checkpoint"):
                 if config.checkpoint.save and due:
@@ -201,7 +206,7 @@ def _stop(config: Config, reason: str, step: int, total_steps: int) -> Stop:
     saved = "saved, and the same command continues from there"
     after = saved if config.checkpoint.save else "checkpoint.save is off"
     line = f"stopped by {reason} after step {step} of {total_steps}: {after}"
-    return Stop(line, interrupted=reason == INTERRUPT)
+    return Stop(line, interrupted=reason == INTERRUPT, finished=step == total_steps)
 
 
 def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:

@@ -182,7 +182,9 @@ def test_ranks_that_differ_are_refused_before_any_work(
     for rank in (0, 2):
         (line,) = outcome.errors(rank)
         is_own = case.startswith("mistake") and (rank == 2) == (case == "mistake")
-        text = "error: override 'optimizer.lr=fast': " if is_own else expected.format(*outcome.hosts)
+        text = (
+            "error: override 'optimizer.lr=fast': " if is_own else expected.format(*outcome.hosts)
+        )
         assert text in line, line
     assert not list((nodes[0] / "out" / case).glob("*")) and not list(nodes[0].rglob(".shared_*"))
 

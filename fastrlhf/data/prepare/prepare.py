@@ -103,6 +103,7 @@ def prepare_all(config: PrepareConfig) -> dict[str, Manifest]:
     # Each kind may take an hour: a mistake in the last one is reported before the first is read.
     for kind, sources in inputs.items():
         _check_inputs([file for _, file in _named_files(sources)], Path(config.out) / kind)
+        make_folder(Path(config.out) / kind)
     if config.tokenizer is not None:
         load_tokenizer(config.tokenizer)
     return {
