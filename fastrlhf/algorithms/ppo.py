@@ -51,6 +51,7 @@ from fastrlhf.config import Config
 from fastrlhf.data.batches import PackedBatch, TokenizedPrompt
 from fastrlhf.data.loader import Loader, permutation
 from fastrlhf.data.tokenize import stop_token_ids
+from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel.mesh import Mesh
@@ -85,6 +86,8 @@ class PPOState(TypedDict):
     kl_coefficient: float
     pretraining: dict[str, object] | None
     """State of the loader of pretraining windows; None without the ptx term."""
+    reference_model: str | None
+    """ppo.reference_model, from which the run's KL is measured."""
 
 
 class PPO:
@@ -427,15 +430,24 @@ class PPO:
             "average_moves": self.averaging.moves,
             "kl_coefficient": self.kl.coefficient,
             "pretraining": pretraining,
+            "reference_model": self.config.reference_model,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` returned.
 
         Without pretraining state (ppo.gamma_ptx was 0) the windows start from the beginning. Without
-        average_moves the run moved the average once an iteration.
+        average_moves the run moved the average once an iteration. Raises UserError if the run had
+        another ppo.reference_model.
         """
         saved = cast("PPOState", state)
+        reference = state.get("reference_model", self.config.reference_model)
+        if reference != self.config.reference_model:
+            raise UserError(
+                f"ppo.reference_model is {self.config.reference_model or 'null'}, but the run to"
+                f" resume measures its KL from {reference or 'null'}; set it back, or give another"
+                " output_dir"
+            )
         self.iteration = saved["iteration"]
         self.averaging.moves = cast("int", state.get("average_moves", self.iteration))
         self.kl.coefficient = saved["kl_coefficient"]

@@ -48,6 +48,7 @@ class AlgorithmState(_Open):
     average_moves: Count = 0
     kl_coefficient: Finite = 0.0
     pretraining: DataPosition | None = None
+    reference_model: str | None = None
     statistics: dict[str, float] = Field(default_factory=dict)
 
 

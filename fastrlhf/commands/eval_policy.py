@@ -7,9 +7,9 @@ rounding. In memory are the judge's model and one policy at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -45,8 +45,8 @@ from fastrlhf.evaluation.report import read_metrics
 from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
+from fastrlhf.models.checks import check_saved
 from fastrlhf.models.loading import (
-    check_vocabulary,
     find_reward_model,
     is_hugging_face,
     load_saved,
@@ -55,6 +55,9 @@ from fastrlhf.models.loading import (
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.start import start as start_ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def winrate(config: Config) -> dict[str, Any]:
@@ -70,7 +73,8 @@ def winrate(config: Config) -> dict[str, Any]:
     out = make_folder(config.output_dir)
     mesh = start_ranks("eval winrate", config)
     with Watchdog(config.parallel), phase("evaluation"):
-        evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh)
+        models = {"the policy": policy, "eval.baseline": baseline}
+        evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh, models)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
@@ -121,7 +125,10 @@ def select(config: Config) -> dict[str, Any]:
     mesh = start_ranks("eval select", config)
     rows: list[dict[str, Any]] = []
     with Watchdog(config.parallel), phase("evaluation"):
-        evaluation = _Evaluation(with_tokenizer_of(config, policies[-1]), mesh)
+        checked = {
+            f"checkpoint {path.name}": saved for path, saved in zip(steps, policies, strict=True)
+        }
+        evaluation = _Evaluation(with_tokenizer_of(config, policies[-1]), mesh, checked)
         prefix = read_prefix(config.data.prompt_prefix)
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
@@ -144,20 +151,35 @@ def select(config: Config) -> dict[str, Any]:
 class _Evaluation:
     """The prompts of an evaluation and its judge: a reward model or a Python function."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, policies: Mapping[str, SavedModel]) -> None:
+        """Check every model, then read the prompts and load the judge.
+
+        `policies` are those that `judge` will be given, by their role in messages.
+        """
         self.config = config
         self.mesh = mesh
         self.tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
+        for role, policy in policies.items():
+            check_saved(policy, role, config.parallel, *self._tokenizer_of(policy))
+        judge = None
+        if config.eval.reward_model is not None:
+            judge = find_reward_model(config.eval.reward_model, "eval.reward_model")
+            folder = config.data.tokenizer
+            check_saved(judge, "eval.reward_model", config.parallel, self.tokenizer, folder)
         self.prompts, self.too_long = fitting_prompts(config, self.tokenizer, mesh)
         self.params = SamplingParams.from_config(config.generation, config.train.seed)
         self.function = (
             load_reward_function(config.eval.judge, "eval.judge") if config.eval.judge else None
         )
-        self.reward = None
-        if config.eval.reward_model is not None:
-            saved = find_reward_model(config.eval.reward_model, "eval.reward_model")
-            check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
-            self.reward = load_saved(saved, mesh, "scalar", config.model.dtype)
+        self.reward = (
+            load_saved(judge, mesh, "scalar", config.model.dtype) if judge is not None else None
+        )
+
+    def _tokenizer_of(self, saved: SavedModel) -> tuple[PreTrainedTokenizerFast, str]:
+        """Return the tokenizer of a policy and its folder: a Hugging Face model has its own."""
+        if is_hugging_face(saved.path) and saved.tokenizer:
+            return load_tokenizer(saved.tokenizer), saved.tokenizer
+        return self.tokenizer, self.config.data.tokenizer
 
     def description(self) -> dict[str, Any]:
         """Return the judge and the prompts, which the results of all policies share."""
@@ -170,10 +192,7 @@ class _Evaluation:
 
         `prefix` is prepended to each prompt.
         """
-        tokenizer, folder = self.tokenizer, self.config.data.tokenizer
-        if is_hugging_face(saved.path) and saved.tokenizer:
-            tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
-        check_vocabulary(saved, tokenizer, folder)
+        tokenizer, _ = self._tokenizer_of(saved)
         model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses

@@ -22,13 +22,9 @@ from fastrlhf.evaluation import reward
 from fastrlhf.evaluation.page import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
 from fastrlhf.evaluation.winrate import interval_text
+from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import (
-    check_vocabulary,
-    find_reward_model,
-    load_saved,
-    with_tokenizer_of,
-)
+from fastrlhf.models.loading import find_reward_model, load_saved, with_tokenizer_of
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
@@ -52,10 +48,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     with Watchdog(config.parallel) as watchdog, phase("evaluation"):
         config = with_tokenizer_of(config, saved)
         run = RunBuilder(config, mesh)
+        folder = config.data.tokenizer
+        check_saved(saved, "model.load", config.parallel, run.tokenizer, folder)
         assert config.data.valid is not None
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
-        check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
         model = load_saved(saved, mesh, "scalar", config.model.dtype)
         watchdog.end_start_up()
         results = _evaluate(config, mesh, model, rankings, str(saved.path))
@@ -87,6 +84,7 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     require(config, "rm")
     assert config.data.train is not None
     run = RunBuilder(config, start_ranks("rm", config))
+    run.check_models()
     rankings = run.rankings(config.data.train)
     valid = run.rankings(config.data.valid) if config.data.valid else []
     groups = _groups(rankings, folds, by)

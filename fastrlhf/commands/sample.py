@@ -38,8 +38,9 @@ from fastrlhf.generation.responses import (
     response_text,
 )
 from fastrlhf.generation.sampling import SamplingParams
+from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, load_saved, with_tokenizer_of
+from fastrlhf.models.loading import load_saved, with_tokenizer_of
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.start import start as start_ranks
@@ -61,9 +62,10 @@ def run(config: Config) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
     mesh = start_ranks("sample", config)
     with Watchdog(config.parallel) as watchdog, phase("sampling"):
+        key = "model.load" if config.model.load else "model.hf"
+        check_saved(saved, key, config.parallel, tokenizer, config.data.tokenizer)
         prompts, too_long = fitting_prompts(config, tokenizer, mesh)
         params = SamplingParams.from_config(config.generation, config.train.seed)
-        check_vocabulary(saved, tokenizer, config.data.tokenizer)
         model = load_saved(saved, mesh, "lm", config.model.dtype)
         check_policy_finite(str(saved.path), model)
         watchdog.end_start_up()

@@ -52,6 +52,9 @@ class PPOConfig(Section):
     )
     """Folder of the model that the value function starts from. Unset: the (first) reward_model;
     without one, the policy's initial weights with a new scalar head."""
+    reference_model: FilePath | None = None
+    """Model that the KL penalty is measured from: a run, a checkpoint, a model folder or a Hugging
+    Face folder. It needs the policy's tokenizer, not its shape. null: the policy's start."""
     batch_size: Positive = 512
     """Episodes per iteration over all ranks."""
     minibatch_size: Positive = 64

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 import torch.distributed as dist
 
+from fastrlhf.data.token_ids import largest_id, missing_ids
 from fastrlhf.data.tokenize import stop_token_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation import graphs
@@ -103,10 +104,10 @@ def generate(
     and response together stay within `max_length` (default and upper bound: the model's
     positions). `eos` is a stop token, or several; it defaults to the tokenizer's eos and end of
     turn (`stop_token_ids`). Without either, only stop strings and limits end a response.
-    `tokenizer` is required if `params.stop` is set. `mesh` defaults to the model's. `prefilled`
-    counts the prompt tokens that this rank's model-parallel group computes. Dropout is off
-    until the iterator is exhausted or closed; then the model's training flag is restored and the
-    cache is freed.
+    `tokenizer` is required if `params.stop` is set; ids that it lacks are never sampled. `mesh`
+    defaults to the model's. `prefilled` counts the prompt tokens that this rank's model-parallel
+    group computes. Dropout is off until the iterator is exhausted or closed; then the model's
+    training flag is restored and the cache is freed.
 
     Raises UserError if a prompt is empty or leaves no room for a response, or if `params.cache_mb`
     is too small for one sequence; ValueError if an argument is out of range.
@@ -193,7 +194,14 @@ class _Engine:
         self.stop = (
             StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
         )
-        self.sampler = Sampler(params, eos=eos, **model.lm_head()) if mesh.is_last_stage else None
+        self.sampler: Sampler | None = None
+        if mesh.is_last_stage:
+            head = model.lm_head()
+            missing: list[int] = []
+            if tokenizer is not None:
+                head["vocab_size"] = min(head["vocab_size"], largest_id(tokenizer) + 1)
+                missing = missing_ids(tokenizer)
+            self.sampler = Sampler(params, eos=eos, missing=missing, **head)
         self.graphs: DecodeGraphs | None = None
 
     def run(self, queue: deque[Request], slots: int) -> Iterator[Generated]:

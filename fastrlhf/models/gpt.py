@@ -57,6 +57,9 @@ class GPT(LanguageModule):
         self.model_config = model
         self.mesh = mesh
         self.vocab_size = vocab_size
+        # A tokenizer may have fewer tokens than the table has rows (Qwen: 151,665 of 151,936).
+        # Sampling and log-probabilities share this limit, so the first PPO ratio is 1.
+        self.num_tokens = vocab_size
         self.pre_process = mesh.is_first_stage
         self.post_process = mesh.is_last_stage
         self.model_type = ModelType.encoder_or_decoder
@@ -162,6 +165,8 @@ class GPT(LanguageModule):
     def lm_head(self) -> LMHead:
         """Return the LM head's arguments for `ops.linear_*`; only on the last stage.
 
+        Ids from `num_tokens` on are left out of the softmax.
+
         For example `ops.linear_logprobs(hidden, labels=labels, **stage.lm_head())`.
         """
         weight = (
@@ -169,7 +174,7 @@ class GPT(LanguageModule):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        return {"weight": weight, "vocab_size": self.vocab_size, "group": self.mesh.vocab_group}
+        return {"weight": weight, "vocab_size": self.num_tokens, "group": self.mesh.vocab_group}
 
     def parameter_boxes(self) -> Iterator[tuple[str, torch.nn.Parameter, list[ParameterBox]]]:
         """Yield each parameter's local name, its tensor, and the boxes stacked in the tensor.

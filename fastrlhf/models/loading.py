@@ -1,4 +1,4 @@
-"""Find, check and load the model at a path, in the shape it was saved in.
+"""Find and load the model at a path, in the shape it was saved in.
 
 A path is a run, a checkpoint, a model folder, or a Hugging Face model. Out of scope: models whose
 shape the configuration gives (`RunBuilder.model`), and training state.
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from fastrlhf.checkpoint.integrity import local_problems
 from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
 from fastrlhf.config import Config, ModelConfig
-from fastrlhf.data.tokenize import conflicting_id, load_tokenizer
+from fastrlhf.config.shape import SHAPE_KEYS
+from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
+from fastrlhf.models.checks import check_vocabulary
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.heads import Head
 from fastrlhf.models.hf import generation_from_hf, head_from_hf, load_hf, model_config_from_hf
@@ -108,98 +110,14 @@ def with_tokenizer_of(config: Config, saved: SavedModel) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Check that the model has every token of the tokenizer of `folder`, with the same meaning.
+def saved_shape(path: str) -> dict[str, object]:
+    """Return the model section's shape keys of the model saved at `path`, vocab_size included.
 
-    Raises UserError if not.
+    Raises UserError if there is no model.
     """
-    if saved.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{folder} {len(tokenizer)} tokens; set "
-            f"data.tokenizer={saved.tokenizer_folder or 'FOLDER'}"
-        )
-    check_meaning(saved, tokenizer, folder)
-
-
-def check_meaning(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Check that the tokenizer of `folder` agrees with the one that the model was saved with.
-
-    Raises UserError if an id is a different token in the two.
-    """
-    if saved.tokenizer_copy is None and folder == saved.tokenizer:
-        return
-    if (number := conflicting_id(tokenizer, saved.tokenizer_folder)) is not None:
-        own = saved.tokenizer
-        if folder == own or not Path(own).is_dir():  # another tokenizer took its place, or none
-            own = saved.tokenizer_folder
-        raise UserError(
-            f"the model in {saved.path} was trained with the tokenizer {own}, in which "
-            f"token {number} differs from {folder}; set data.tokenizer={own}"
-        )
-
-
-_SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "ffn_size",
-    "max_positions",
-    "position",
-    "rope_scaling",
-    "rope_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_positions",
-    "sliding_window",
-    "full_attention_layers",
-)
-
-
-def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> None:
-    """Check that the configured shape is the one that was saved.
-
-    Raises UserError naming the first difference.
-    """
-    for name in _SHAPE:
-        configured, found = getattr(model, name), getattr(saved.model, name)
-        if configured != found:
-            value = "null" if found is None else found
-            raise UserError(
-                f"model.{name} is {configured}, but the model in {saved.path} has {value}; "
-                f"set model.{name}={value}"
-            )
-    if vocab_size != saved.vocab_size:
-        raise UserError(
-            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has "
-            f"{saved.vocab_size}; set data.tokenizer={saved.tokenizer_folder}"
-        )
-
-
-def check_reads_policy(
-    saved: SavedModel, path: str, config: Config, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Check that a reward or value model can read every sequence that the policy can produce.
-
-    Raises UserError if it lacks tokens of the policy's tokenizer, reads ids differently, or has too
-    few positions.
-    """
-    data, positions = config.data, saved.model.max_positions
-    if saved.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{data.tokenizer} {len(tokenizer)} tokens; train it with the policy's tokenizer"
-        )
-    check_meaning(saved, tokenizer, data.tokenizer)
-    longest = data.max_prompt_tokens + config.generation.max_new_tokens
-    if positions < longest:
-        raise UserError(
-            f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + "
-            f"generation.max_new_tokens are {longest}; lower one of them, or give a model with "
-            "more positions"
-        )
+    saved = find_model(path)
+    shape = {name: getattr(saved.model, name) for name in SHAPE_KEYS}
+    return shape | {"vocab_size": saved.vocab_size}
 
 
 def load_saved(

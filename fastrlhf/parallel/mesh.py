@@ -186,7 +186,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
         create_gloo_process_groups=False,  # only megatron's own checkpoints use them
     )
     set_group_timeouts(parallel.startup_timeout_s)
-    mesh = _build_mesh(device, parallel)
+    mesh = build_mesh(device, parallel)
     seed_generators(mesh, seed)
     return mesh
 
@@ -227,7 +227,8 @@ def _join(backend: str, timeout_s: float) -> None:
 _mesh_number = itertools.count()
 
 
-def _build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
+def build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
+    """Return the mesh of megatron's groups, which must be initialized."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Mesh(
         device=device,

@@ -42,7 +42,7 @@ _WAITS = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(|^(bool|int|float)\(
 _LONGEST_BEAT_S = 2.0
 _END_AFTER_FAILURE_S = 15.0
 """Time for which a rank may wait for another one that has failed. gloo raises long before."""
-_NCCL_MARGIN_S, _GLOO_MARGIN_S = 60, 2
+_MARGINS_S = {"nccl": 60, "gloo": 2}
 """Seconds that groups wait beyond the limit. The watchdog's report, and that of a reward function
 with the same limit, have more information than their errors."""
 
@@ -105,9 +105,10 @@ def describe_failure(error: BaseException) -> str | None:
 def set_group_timeouts(seconds: float) -> None:
     """Set the timeout of the collectives of all process groups of this process."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        margin = _NCCL_MARGIN_S if dist.get_backend(group) == "nccl" else _GLOO_MARGIN_S
-        timeout = datetime.timedelta(seconds=seconds + margin)
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        margin = _MARGINS_S.get(dist.get_backend(group))
+        if margin is not None:
+            timeout = datetime.timedelta(seconds=seconds + margin)
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class Watchdog:

@@ -170,6 +170,7 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
     Policy, value, reference and reward models share one mesh.
     """
     config, mesh = run.config, run.mesh
+    run.check_models(ppo=True)
     assert config.data.prompts is not None and config.train.steps is not None
     prompts = run.loader(
         run.prompts(config.data.prompts), _as_list, global_batch_size=config.ppo.batch_size
@@ -182,17 +183,13 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
     total_updates = config.train.steps * updates
     # With dropout in any of its models, the ratios of the first update would not be 1.
     shape = without_dropout(config.model)
-    policy = run.learner(run.model(shape, "lm"), total_updates, schedule)
+    policy = run.learner(run.policy(shape), total_updates, schedule)
     value_start = config.ppo.value_model
-    value = (
-        run.model(shape, "scalar")
-        if value_start is None
-        else run.scorer(value_start, fresh_head=True)
-    )
+    value = run.model(shape, "scalar") if value_start is None else run.value(value_start)
     models = Models(
         policy=policy,
         value=run.learner(value, total_updates, schedule, config.ppo.value_lr),
-        reference=run.model(shape, "lm"),
+        reference=run.reference(shape),
         rewards=_rewards(run),
         average=_average(run, shape, policy),
     )
@@ -225,7 +222,7 @@ def _rewards(run: RunBuilder) -> Rewards:
     ppo = run.config.ppo
     weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
     models = [
-        (weight, run.scorer(path)) for weight, path in zip(weights, ppo.reward_models, strict=True)
+        (weight, run.reward(path)) for weight, path in zip(weights, ppo.reward_models, strict=True)
     ]
     if ppo.reward_function is None:
         return Rewards(models)

@@ -77,6 +77,7 @@ def train_job(
             _check_memory(config, mesh)
             _check_model_paths(command, config)
             run = RunBuilder(config, mesh)
+            run.check_models(ppo="ppo" in command.sections)
             job = build(run)
         finished = _loop(command, run, job, start, watchdog)
     dist.barrier()
@@ -159,7 +160,7 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
         )
     paths = [load, config.model.hf]
     if "ppo" in command.sections:
-        paths += [*config.ppo.reward_models, config.ppo.value_model]
+        paths += [*config.ppo.reward_models, config.ppo.value_model, config.ppo.reference_model]
     for path in paths:
         if path is not None:
             find_model(path)
