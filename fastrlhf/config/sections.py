@@ -253,8 +253,13 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism: split norms and dropout along the sequence over the tensor-parallel
     ranks. No effect with tensor 1."""
-    timeout_s: Positive = 1800
-    """Seconds after which a collective that has not finished is an error."""
+    timeout_s: Positive = 600
+    """Seconds after which a collective that has not finished is an error that names the ranks that
+    did not arrive. Also the limit of one call of a reward function."""
+    startup_timeout_s: Positive = 1800
+    """The same limit from the start to the end of the first step, for ranks that start late, reading
+    and tokenizing data, loading models and compiling kernels. Evaluations of policies, which load
+    models in turn, have it throughout."""
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import hashlib
 import itertools
 import os
@@ -26,8 +25,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
-from fastrlhf.parallel import cpu
+from fastrlhf.parallel import cpu, rendezvous
 from fastrlhf.parallel.exit import mark_groups_joined
+from fastrlhf.parallel.watchdog import set_group_timeouts
 
 Group = dist.ProcessGroup
 
@@ -150,7 +150,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     The process group is torchrun's, or a group of one process. Seeds differ by data-parallel rank
     and pipeline stage and are equal in a tensor-parallel group, except for the generator of
     megatron's tensor-parallel regions, which differs on each of its ranks. A second call in the
-    same process, possibly with other sizes, builds new groups.
+    same process, possibly with other sizes, builds new groups. Collectives have
+    `parallel.startup_timeout_s` until `Watchdog.end_start_up`.
 
     Raises UserError if the world size is not divisible by tensor * pipeline.
     """
@@ -177,16 +178,16 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     )
     if on_gpu:
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=parallel.timeout_s)
-    _join("nccl" if on_gpu else "gloo", timeout)
+    _join("nccl" if on_gpu else "gloo", parallel.startup_timeout_s)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
-        distributed_timeout_minutes=parallel.timeout_s / 60,
+        distributed_timeout_minutes=parallel.startup_timeout_s / 60,
         create_gloo_process_groups=False,  # only megatron's own checkpoints use them
     )
+    set_group_timeouts(parallel.startup_timeout_s)
     mesh = build_mesh(device, parallel)
     seed_generators(mesh, seed)
     return mesh
@@ -209,31 +210,23 @@ def joined(parallel: ParallelConfig, seed: int) -> Iterator[Mesh]:
     finalize()
 
 
-def _join(backend: str, timeout: datetime.timedelta) -> None:
+def _join(backend: str, timeout_s: float) -> None:
     if dist.is_initialized():
         return
     mark_groups_joined()
-    if "RANK" in os.environ:
-        store, rank, world_size = _rendezvous()
-        # torchrun's store outlives a mesh, and with --max-restarts the processes. With the same
-        # prefix, the next mesh would read the addresses of the previous mesh's ranks.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt{attempt}.mesh{next(_mesh_number)}", store)
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    session = rendezvous.join(timeout_s)
+    # With the same prefix, a later mesh would read the addresses of this one's ranks.
+    store = dist.PrefixStore(f"mesh{next(_mesh_number)}", session.store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=session.rank,
+        world_size=session.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
 
 
 _mesh_number = itertools.count()
-
-
-@functools.cache
-def _rendezvous() -> tuple[dist.Store, int, int]:
-    """Return torchrun's store, this rank and the world size.
-
-    Cached, because a second server could not bind the same port.
-    """
-    return next(dist.rendezvous("env://"))
 
 
 def build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:
