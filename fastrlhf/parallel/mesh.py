@@ -114,31 +114,33 @@ class Mesh:
         return torch.cat(parts).to(tensor.dtype)
 
     def sum_metrics(
-        self, rows: Sequence[Mapping[str, torch.Tensor | float]], largest: Sequence[str] = ()
+        self,
+        rows: Sequence[Mapping[str, torch.Tensor | float]],
+        names: Sequence[str],
+        largest: Sequence[str] = (),
     ) -> dict[str, float]:
         """Sum the last stage's metrics over micro-batches and data-parallel ranks, for every rank.
 
-        `rows` has one mapping per micro-batch. Losses have the denominator of the global batch, so
-        their sum is the loss of the global batch under any layout. A metric that a micro-batch
-        lacks counts as 0. The maximum is taken of metrics named in `largest`.
+        `rows` has one mapping per micro-batch, with some of `names`, which are the same on every
+        rank. Losses have the denominator of the global batch, so their sum is the loss of the
+        global batch under any layout. A metric that a micro-batch lacks counts as 0. The maximum is
+        taken of metrics named in `largest`.
         """
-        names = sorted({name for row in rows for name in row})
-        if self.world_size > self.tensor_size:
-            # Stages before the last have no rows, and data-parallel ranks may have other metrics.
-            gathered: list[list[str]] = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(gathered, names)
-            names = sorted({name for rank_names in gathered for name in rank_names})
         table = torch.zeros(len(rows), len(names), dtype=torch.float64, device=self.device)
         for i, row in enumerate(rows):
+            assert row.keys() <= set(names), f"metrics {sorted(row)} are not all in {names}"
             for j, name in enumerate(names):
                 table[i, j] = row.get(name, 0.0)
+        # Stages before the last have no rows; they receive the sums.
         sums = self.sum_over_data(table.sum(0))
         if largest:
             top = self.max_over_data(table.max(0).values if rows else torch.zeros_like(sums))
             sums = torch.where(
                 torch.tensor([name in largest for name in names], device=self.device), top, sums
             )
-        sums = self.from_last_stage(sums if self.is_last_stage else None)
+        if self.pipeline_size > 1:
+            source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+            dist.broadcast(sums, src=source, group=self.pipeline_group)
         return dict(zip(names, sums.tolist(), strict=True))
 
 

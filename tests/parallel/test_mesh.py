@@ -42,10 +42,11 @@ def test_one_process_is_a_mesh_without_torchrun() -> None:
         )
         assert mesh.is_first_stage and mesh.is_last_stage and mesh.vocab_group is None
         assert not mesh.sequence_parallel  # there is one rank
-        assert mesh.sum_metrics([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]) == {
-            "a": 1.5,
-            "b": 5.0,
-        }
+        rows = [{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]
+        assert mesh.sum_metrics(rows, ["a", "b", "c"]) == {"a": 1.5, "b": 5.0, "c": 0.0}
+        assert mesh.sum_metrics(rows, ["a", "b"], largest=["b"]) == {"a": 1.5, "b": 3.0}
+        with pytest.raises(AssertionError, match="not all in"):
+            mesh.sum_metrics(rows, ["a"])
     finally:
         meshes.finalize()
 
