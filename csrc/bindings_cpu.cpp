@@ -23,6 +23,7 @@ namespace {
 Tensor logprob_statistics(const Tensor rows, const Tensor labels, const OptionalTensor mask, double temperature,
                           int64_t vocab_start, int64_t columns) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
   const Table stats({SoftmaxStatistic::size, count});
   const LogprobStatistics args{
       .rows = rows_of(rows),
@@ -48,9 +49,11 @@ void logprob_backward(const Tensor rows, const Tensor labels, const OptionalTens
                       const OptionalTensor grad_entropy, const OptionalTensor grad_logsumexp, double temperature,
                       int64_t vocab_start, int64_t columns, const Tensor out) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
   STD_TORCH_CHECK(!grad_entropy || entropy, "fastrlhf_cpu: grad_entropy needs entropy");
   STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.numel() == rows.numel(),
                   "fastrlhf_cpu: out is not like rows");
+  check_same_shape(rows, out);
   const LogprobBackward args{
       .rows = rows_of(rows),
       .out = rows_of(out),
@@ -79,8 +82,10 @@ void logprob_backward(const Tensor rows, const Tensor labels, const OptionalTens
 Tensor logits_kl_statistics(const Tensor rows, const Tensor ref_rows, const OptionalTensor mask, double temperature,
                             int64_t columns) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
   STD_TORCH_CHECK(ref_rows.scalar_type() == rows.scalar_type() && ref_rows.numel() == rows.numel(),
                   "fastrlhf_cpu: ref_rows is not like rows");
+  check_same_shape(rows, ref_rows);
   const Table stats({KLStatistic::size, count});
   const KlStatistics args{
       .rows = rows_of(rows),
@@ -105,11 +110,14 @@ void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Optional
                         const Tensor kl, const Tensor grad, double temperature, int64_t columns,
                         const OptionalTensor out, const OptionalTensor ref_out) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
+  check_same_shape(rows, ref_rows);
   std::vector<Pages> pages;
   for (const OptionalTensor& written : {out, ref_out}) {
     if (!written) continue;
     STD_TORCH_CHECK(written->scalar_type() == rows.scalar_type() && written->numel() == rows.numel(),
                     "fastrlhf_cpu: out is not like rows");
+    check_same_shape(rows, *written);
     pages.emplace_back(*written, count);
   }
   const Table saved(stats, KLStatistic::size, count);

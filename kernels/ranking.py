@@ -50,7 +50,23 @@ def _tile(scores_ptr, ranks_ptr, i, j, end):
     )
 
 
-@jit()
+@triton.jit
+def _bounds(offsets_ptr, prompt, prompts, responses):
+    """Return a prompt's first response, the end of its last, and 1.0, or NaN for bad offsets.
+
+    Clamped: no offset, whatever it holds, leads outside the scores. Sound offsets rise from 0 to
+    `responses`; then each prompt has its own responses, and together they have all of them.
+    """
+    first = tl.load(offsets_ptr + prompt)
+    last = tl.load(offsets_ptr + prompt + 1)
+    begin = tl.minimum(tl.maximum(first, 0), responses)
+    end = tl.minimum(tl.maximum(last, begin), responses)
+    kept = (begin == first) & (end == last)
+    kept = kept & ((prompt > 0) | (first == 0)) & ((prompt < prompts - 1) | (last == responses))
+    return begin, end, tl.where(kept, 1.0, float("nan"))
+
+
+@jit("responses")
 def _kernel(
     scores_ptr,  # [N]
     ranks_ptr,  # [N]
@@ -59,13 +75,13 @@ def _kernel(
     grad_ptr,  # [N] fp32 out
     partials_ptr,  # [5, G] fp32
     counter_ptr,
+    responses,
     PER_PROMPT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     prompt = tl.program_id(0)
     prompts = tl.num_programs(0)
-    begin = tl.load(offsets_ptr + prompt)
-    end = tl.load(offsets_ptr + prompt + 1)
+    begin, end, sound = _bounds(offsets_ptr, prompt, prompts, responses)
     lanes = tl.arange(0, TILE)
     pairs = 0.0
     for i0 in range(begin, end, TILE):
@@ -94,16 +110,18 @@ def _kernel(
     mine = partials_ptr + prompt
     tl.store(mine + prompts * LOSS, loss * weight)
     tl.store(mine + prompts * ACCURACY, right)
-    tl.store(mine + prompts * PAIRS, pairs)
     tl.store(mine + prompts * MARGIN, margins)
-    tl.store(mine + prompts * PROMPTS, tl.minimum(pairs, 1.0))
+    # the number that all metrics and the gradient are divided by: NaN reaches each of them
+    tl.store(mine + prompts * PAIRS, pairs * sound)
+    tl.store(mine + prompts * PROMPTS, tl.minimum(pairs, 1.0) * sound)
     if last_block_arrives(counter_ptr, prompts):
         sums = reduce_partials(partials_ptr, prompts, SUMS, 128)
         all_pairs = extract(sums, PAIRS)
-        per_pair = 1.0 / tl.maximum(all_pairs, 1.0)
+        per_pair = 1.0 / tl.maximum(all_pairs, 1.0, propagate_nan=tl.PropagateNan.ALL)
         scale = per_pair
         if PER_PROMPT:
-            scale = 1.0 / tl.maximum(extract(sums, PROMPTS), 1.0)
+            counted = extract(sums, PROMPTS)
+            scale = 1.0 / tl.maximum(counted, 1.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(metrics_ptr + LOSS, extract(sums, LOSS) * scale)
         tl.store(metrics_ptr + ACCURACY, extract(sums, ACCURACY) * per_pair)
         tl.store(metrics_ptr + PAIRS, all_pairs)
@@ -114,7 +132,11 @@ def _kernel(
 def ranking_loss(
     scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return (metrics [5], gradient [N] not yet divided by the denominator)."""
+    """Return (metrics [5], gradient [N] not yet divided by the denominator).
+
+    With offsets that do not rise from 0 to N all metrics are NaN, the scale of the gradient among
+    them, and so is every gradient.
+    """
     prompts = prompt_offsets.numel() - 1
     metrics, partials = (
         torch.empty(n, dtype=torch.float32, device=scores.device)
@@ -129,6 +151,7 @@ def ranking_loss(
         grad,
         partials,
         arrivals(scores),
+        scores.numel(),
         PER_PROMPT=per_prompt,
         TILE=TILE,
         num_warps=2,

@@ -40,8 +40,14 @@ def _pairs(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor) -> tuple[Tenso
     position = torch.arange(scores.shape[0], device=scores.device)
     prompt = torch.searchsorted(
         prompt_offsets[1:].contiguous(), position.to(prompt_offsets.dtype), right=True
-    )
+    ).clamp(max=prompt_offsets.shape[0] - 2)  # offsets that end early on a GPU, see `_sound`
     return prompt, (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])
+
+
+def _sound(prompt_offsets: Tensor, count: int) -> Tensor:
+    """Return whether the offsets rise from 0 to `count`, bool 0-dim."""
+    rising = (prompt_offsets[1:] >= prompt_offsets[:-1]).all()
+    return rising & (prompt_offsets[0] == 0) & (prompt_offsets[-1] == count)
 
 
 def pairwise_ranking_loss_ref(
@@ -98,6 +104,8 @@ def _ranking_loss_torch(
         margin=torch.where(better, margin, 0.0).sum() * per_pair,
         grad_scale=scale,
     )
+    if prompt_offsets.is_cuda:  # on a CPU they have been checked
+        metrics = torch.where(_sound(prompt_offsets, x.shape[0]), metrics, torch.nan)
     return metrics, slope.sum(1) - slope.sum(0)
 
 
@@ -114,6 +122,11 @@ class _Outputs(NamedTuple):
 def _ranking_loss(
     scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool, backend: str
 ) -> _Outputs:
+    if not prompt_offsets.is_cuda:
+        count = scores.shape[0]
+        expected = f"values that rise from 0 to the number of scores ({count})"
+        sound = bool(_sound(prompt_offsets, count))
+        checks.require(sound, "prompt_offsets", prompt_offsets, expected)
     inputs = (scores.contiguous(), ranks.contiguous(), prompt_offsets.contiguous())
     metrics, grad = KERNEL.implementation(scores, backend)(*inputs, per_prompt)
     return _Outputs(metrics[RankingMetric.LOSS].clone(), metrics, grad)
@@ -176,8 +189,8 @@ def pairwise_ranking_loss(
         scores: [N] fp32, bf16 or fp16.
         ranks: [N] int or float; lower is better.
         prompt_offsets: [G + 1] int, rising from 0 to N: prompt g has the responses
-            prompt_offsets[g] : prompt_offsets[g + 1]. The values are not checked on a GPU, which
-            would have to be waited for.
+            prompt_offsets[g] : prompt_offsets[g + 1]. Others raise ValueError; on a GPU, which would
+            have to be waited for, they make the result and all gradients NaN.
         reduction: "prompts" is the mean over each prompt's strict pairs, then over the prompts that
             have any, so that a prompt counts once however many responses were ranked (the paper's
             1 / C(K, 2)). "pairs" is the mean over all strict pairs.

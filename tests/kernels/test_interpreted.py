@@ -23,6 +23,7 @@ FILES = (
     "test_ppo.py",
     "test_advantage.py",
     "test_ranking.py",
+    "test_bounds.py",
 )
 
 
