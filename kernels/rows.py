@@ -101,3 +101,16 @@ def masked_load(ptr, inside, keep):
     The load itself is masked by `inside` only, so that it need not wait for the load of `keep`.
     """
     return tl.where(keep, tl.load(ptr, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def scalar(x, ON_DEVICE: tl.constexpr):
+    """Return a scalar option as fp32: passed by value, or as a pointer to a 0-dim tensor."""
+    if ON_DEVICE:
+        return tl.load(x).to(tl.float32)
+    return x
+
+
+def on_device(*values: float | Tensor) -> bool:
+    """Return whether the scalar options of a launch are 0-dim tensors, not numbers."""
+    return isinstance(values[0], Tensor)

@@ -17,11 +17,13 @@ VOCABULARY = (
     "logprob_statistics",
     "logprob_forward",
     "logprob_backward",
+    "logprob_forward softcap",
+    "logprob_backward softcap",
     "logits_kl_statistics",
     "logits_kl_backward",
 )
 KERNELS = [f"{name} {dtype}" for dtype in ("bf16", "fp32") for name in VOCABULARY]
-KERNELS += ["ppo_loss fp32", "ranking_loss fp32"]
+KERNELS += ["ppo_loss fp32", "ppo_loss gspo", "ranking_loss fp32"]
 KERNELS += [f"{name} {length}" for name in ("gae", "shaped_gae") for length in (128, 1024)]
 
 

@@ -7,7 +7,7 @@ hold a known number around them: a kernel that reads or writes its neighbours is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch

@@ -110,37 +110,47 @@ def _float(*shape):
 def cases():
     lib, long = torch.ops.fastrlhf, LABELS
     flat, m = torch.randn(2, 3), MASK
-    yield lib.token_logprobs, (_float(2, 3, 7), long, m, flat, 0.7, True, 0, 6, "", False, "auto")
+    softmax, capped = (torch.tensor([0.7, 1.0]), False), (torch.tensor([0.7, 5.0]), True)
     yield (
         lib.token_logprobs,
-        (_float(2, 4, 7)[:, :-1], long, None, None, 1.0, False, 0, 7, "", False, "auto"),
+        (_float(2, 3, 7), long, m, flat, *softmax, True, 0, 6, "", False, "auto"),
+    )
+    yield (
+        lib.token_logprobs,
+        (_float(2, 4, 7)[:, :-1], long, None, None, *capped, False, 0, 7, "", False, "auto"),
     )
     saved, upstream = (torch.zeros(2, 3), torch.ones(2, 3), flat), (flat, flat, None)
-    stats = (long, m, *saved, *upstream, 1.0, 0, 7, "", "auto")
+    stats = (long, m, *saved, *upstream, *softmax, 0, 7, "", "auto")
     yield lib.token_logprobs_backward, (torch.randn(2, 3, 7), *stats)
     yield lib.token_logprobs_backward_, (torch.randn(2, 3, 7), *stats)
-    yield lib.logits_kl, (_float(2, 3, 7), _float(2, 3, 7), m, 1.0, 7, "", "auto")
+    one = torch.tensor([1.0])
+    yield lib.logits_kl, (_float(2, 3, 7), _float(2, 3, 7), m, one, 7, "", "auto")
     h, w, b = _float(2, 3, 5), _float(7, 5), _float(7)
-    yield lib.linear_logprobs, (h, w, b, long, m, None, flat, 1.0, True, False, 0, 7, "", "auto")
     yield (
         lib.linear_logprobs,
-        (h, w, None, long, None, None, None, 1.0, False, True, 0, 7, "", "auto"),
-    )
-    options = (1.0, 0, 7, "", 7, "auto", [True, True, True])
-    policy = (flat, flat, 0.2, 0.1)
-    yield lib.linear_loss, (h, w, b, long, m, None, *policy, torch.tensor(3.0), *options)
-    yield lib.linear_loss, (h, w, b, long, m, None, None, None, 0.2, 0.1, None, *options)
-    numbers = (0.2, 0.2, 1.0, 0.1, "auto")
-    yield (
-        lib.ppo_loss,
-        (_float(2, 3), flat, flat, m, _float(2, 3), flat, flat, _float(2, 3), None, *numbers),
+        (h, w, b, long, m, None, flat, *softmax, True, False, 0, 7, "", "auto"),
     )
     yield (
-        lib.ppo_loss,
-        (_float(2, 3), flat, flat, m, None, None, None, None, torch.tensor(2.0), *numbers),
+        lib.linear_logprobs,
+        (h, w, None, long, None, None, None, *capped, False, True, 0, 7, "", "auto"),
     )
-    yield lib.gae, (flat, flat, m, 1.0, 0.95, "auto")
-    yield lib.ranking_loss, (_float(6), *RANKING, True, "auto")
+    options = (0, 7, "", 7, "auto", [True, True, True])
+    form, policy = ("clip", "sequence", "k3", 3), (flat, flat, flat, flat.abs())
+    scalars = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.2, 0.2, 0.2, 1.0, 0.1, torch.inf, 0.1])
+    terms, ce = (False, True, False, False), (False, False, True, True)
+    tokens = (long, m, None)
+    yield (
+        lib.linear_loss,
+        (h, w, b, *tokens, *policy, torch.tensor(3.0), scalars, *form, *terms, *options),
+    )
+    nothing = (None, None, None, None)
+    yield lib.linear_loss, (h, w, b, *tokens, *nothing, None, scalars, *form, *ce, *options)
+    numbers = (torch.tensor([0.2, 0.2, 0.2, 1.0, 0.1, torch.inf, 0.1]), *form, "auto")
+    values = (_float(2, 3), flat, flat, _float(2, 3))
+    yield lib.ppo_loss, (_float(2, 3), flat, flat, m, *values, flat, flat, None, *numbers)
+    yield lib.ppo_loss, (_float(2, 3), flat, flat, m, *[None] * 6, torch.tensor(2.0), *numbers)
+    yield lib.gae, (flat, flat, m, flat[:, 0].clone(), torch.tensor([1.0, 0.95]), "auto")
+    yield lib.ranking_loss, (_float(6), *RANKING, torch.randn(6), torch.tensor([0.1]), True, "auto")
     yield lib.all_reduce_sum, (_float(3), "")
 
 
@@ -155,8 +165,10 @@ def test_opcheck(op, arguments, torch_only):
 @pytest.mark.parametrize("upstream", [1.0, -1.0, 0.5])
 def test_a_backward_leaves_the_outputs_of_the_loss_as_they_were(upstream, torch_only):
     """Its gradients are outputs, which opcheck compares; only negative losses showed a change."""
-    policy = (None, None, 0.2, 0.1)
-    options = (None, *policy, None, 1.0, 0, 7, "", 7, "auto", [True, True, True])
+    scalars = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.2, 0.2, 0.2, 1.0, 0.1, torch.inf, 0.1])
+    form, terms = ("clip", "token", "k3", 3), (False, False, False, False)
+    policy = (None, None, None, None, None, None, scalars, *form, *terms)
+    options = (*policy, 0, 7, "", 7, "auto", [True, True, True])
     outputs = torch.ops.fastrlhf.linear_loss(
         _float(2, 3, 5), _float(7, 5), _float(7), LABELS, MASK, *options
     )
