@@ -282,7 +282,8 @@ def rollout_targets(
     """Compute `shaped_rewards`, `gae` and, if `whiten`, `masked_whiten` of the advantages at once.
 
     One pass over the rollout; whitening is over `group`. The arguments are those of the three ops
-    (`bootstrap` that of `gae`) and the results agree to rounding. A recipe that whitens the rewards calls the three ops.
+    (`bootstrap` that of `gae`) and the results agree to rounding. A recipe that whitens the rewards
+    calls the three ops.
     """
     checks.floating("logprobs", logprobs)
     checks.require(logprobs.dim() == 2, "logprobs", logprobs, "shape [B, T]")

@@ -25,8 +25,9 @@ def linear_cross_entropy_ref(
     z_loss: Number = 0.0,
 ) -> Tensor:
     """Compute `linear_cross_entropy` with autograd, holding the logits."""
-    shared = {"bias": bias, "mask": mask, "temperature": temperature, "softcap": softcap}
-    tokens = linear_logprobs_ref(hidden, weight, labels, **shared)
+    tokens = linear_logprobs_ref(
+        hidden, weight, labels, bias=bias, mask=mask, temperature=temperature, softcap=softcap
+    )
     total = mask.sum().clamp(min=1) if denominator is None else denominator
     mean = linear_logits_ref(hidden, weight, bias).to(tokens.logsumexp.dtype).mean(-1) / temperature
     uniform = torch.where(mask, tokens.logsumexp - mean, 0.0)
@@ -42,14 +43,38 @@ def linear_ppo_loss_ref(
     advantages: Tensor,
     mask: Tensor,
     *,
+    clip: Number | tuple[Number, Number] = 0.2,
+    dual_clip: Number | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: Number = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
     entropy_coef: Number = 0.0,
     temperature: Number = 1.0,
     softcap: Number | None = None,
     bias: Tensor | None = None,
-    **options: object,
+    denominator: Number | None = None,
 ) -> PPOLoss:
-    """Compute `linear_ppo_loss` with autograd, holding the logits; options as in `ppo_loss`."""
-    shared = {"bias": bias, "mask": mask, "temperature": temperature, "softcap": softcap}
-    tokens = linear_logprobs_ref(hidden, weight, labels, **shared)
-    policy = {"entropy": tokens.entropy, "entropy_coef": entropy_coef, **options}
-    return ppo.ppo_loss_ref(tokens.logprobs, old_logprobs, advantages, mask, **policy)
+    """Compute `linear_ppo_loss` with autograd, holding the logits."""
+    tokens = linear_logprobs_ref(
+        hidden, weight, labels, bias=bias, mask=mask, temperature=temperature, softcap=softcap
+    )
+    return ppo.ppo_loss_ref(
+        tokens.logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip=clip,
+        dual_clip=dual_clip,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        weights=weights,
+        objective=objective,
+        ratio=ratio,
+        entropy=tokens.entropy,
+        entropy_coef=entropy_coef,
+        denominator=denominator,
+    )

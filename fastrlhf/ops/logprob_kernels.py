@@ -149,7 +149,7 @@ def _backward_torch(
         top, total, to_label, to_h, to_p, offset = (t[at] for t in views)
         x = rows[at][..., :columns].to(dtype)
         bent = None if softcap is None else torch.tanh(x / softcap)
-        x = x if bent is None else softcap * bent
+        x = x if bent is None or softcap is None else softcap * bent
         u = (x - top) / temperature
         p = u.exp() / total
         d = p * to_p

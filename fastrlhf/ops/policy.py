@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastrlhf.ops import checks
 from fastrlhf.ops.kl import ESTIMATORS, kl_slope, token_kl
-from fastrlhf.ops.scalars import Number, is_zero
+from fastrlhf.ops.scalars import Number, clamp, is_zero
 
 OBJECTIVES = ("clip", "cispo")
 RATIOS = ("token", "sequence")
@@ -55,38 +55,50 @@ class PolicyArguments(NamedTuple):
 
     def checked(self, shape: torch.Size, device: torch.device) -> tuple[PolicyForm, PPOOptions]:
         """Check the options for tokens of `shape`, and return them with value terms of 0."""
-        low, high = self._bounds()
-        checks.choice("objective", self.objective, OBJECTIVES)
-        checks.choice("ratio", self.ratio, RATIOS)
-        checks.choice("kl_estimator", self.kl_estimator, ESTIMATORS)
+        low, high = check_policy(
+            self.clip,
+            self.dual_clip,
+            self.kl_coef,
+            self.kl_estimator,
+            self.objective,
+            self.ratio,
+        )
         for name, tensor in (("ref_logprobs", self.ref_logprobs), ("weights", self.weights)):
             if tensor is not None:
                 checks.like(name, tensor, shape, device)
-        checks.finite("kl_coef", self.kl_coef)
         needs = self.ref_logprobs is not None or is_zero(self.kl_coef)
-        checks.require(
-            needs, "ref_logprobs", None, "the reference's log-probs, since kl_coef is set"
-        )
-        if self.dual_clip is not None:
-            clips = self.objective == "clip"
-            checks.require(clips, "dual_clip", self.dual_clip, "None with objective='cispo'")
-            checks.scalar(
-                "dual_clip", self.dual_clip, 1.0, MOST, "a number from 1 on, not infinite"
-            )
+        expected = "the reference's log-probs, since kl_coef is set"
+        checks.require(needs, "ref_logprobs", None, expected)
         length = shape[-1] if len(shape) else 1
         dual = float("inf") if self.dual_clip is None else self.dual_clip
         form = PolicyForm(self.objective, self.ratio, self.kl_estimator, length)
         return form, PPOOptions(low, high, 0.2, 1.0, 0.0, dual, self.kl_coef)
 
-    def _bounds(self) -> tuple[Number, Number]:
-        clip = self.clip
-        if not isinstance(clip, tuple | list):
-            checks.positive("clip", clip)
-            return clip, clip
-        checks.require(len(clip) == 2, "clip", clip, "a number, or a pair (low, high)")
-        for bound in clip:
-            checks.positive("clip", bound)
-        return clip[0], clip[1]
+
+def check_policy(
+    clip: Number | tuple[Number, Number],
+    dual_clip: Number | None,
+    kl_coef: Number,
+    kl_estimator: str,
+    objective: str,
+    ratio: str,
+) -> tuple[Number, Number]:
+    """Check the options that are not tensors of the tokens; return (low, high) of `clip`."""
+    checks.choice("objective", objective, OBJECTIVES)
+    checks.choice("ratio", ratio, RATIOS)
+    checks.choice("kl_estimator", kl_estimator, ESTIMATORS)
+    checks.finite("kl_coef", kl_coef)
+    if dual_clip is not None:
+        checks.require(objective == "clip", "dual_clip", dual_clip, "None with objective='cispo'")
+        expected = "a number from 1 on, not infinite"
+        checks.scalar("dual_clip", dual_clip, 1.0, MOST, expected)
+    if not isinstance(clip, tuple | list):
+        checks.positive("clip", clip)
+        return clip, clip
+    checks.require(len(clip) == 2, "clip", clip, "a number, or a pair (low, high)")
+    for bound in clip:
+        checks.positive("clip", bound)
+    return clip[0], clip[1]
 
 
 class PolicyTerms(NamedTuple):
@@ -106,7 +118,7 @@ def policy_terms(
     "clip": max(-A r, -A clip(r)), at most -A dual_clip where A < 0. "cispo": -A sg(clip(r)) log p.
     """
     ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
+    bounded = clamp(ratio, 1 - options.clip_low, 1 + options.clip_high)
     if objective == "cispo":
         slope = -advantage * bounded
         return PolicyTerms(slope * logprobs, slope, ratio != bounded)

@@ -21,7 +21,7 @@ from fastrlhf.ops.policy import PolicyArguments, PolicyForm, PPOOptions
 from fastrlhf.ops.ppo_kernels import KERNEL, PPOTokens
 from fastrlhf.ops.registry import Context, Gradients, custom_op
 from fastrlhf.ops.rows import flat, map_tensors
-from fastrlhf.ops.scalars import Number, as_tensor, pack, unpack
+from fastrlhf.ops.scalars import Number, as_tensor, clamp, pack, unpack
 
 
 class PPOLoss(NamedTuple):
@@ -98,7 +98,7 @@ def ppo_loss_ref(
         log_r = log_r.sum(-1, True) / mask.sum(-1, keepdim=True).clamp(min=1)
         log_r = clean(log_r.expand_as(logp))
     r = log_r.exp()
-    bounded = r.clamp(1 - low, 1 + high)
+    bounded = clamp(r, 1 - low, 1 + high)
     plain, clipped = -advantage * r, -advantage * bounded
     per_token, cut = torch.maximum(plain, clipped), clipped > plain
     if objective == "cispo":
@@ -110,7 +110,7 @@ def ppo_loss_ref(
     value = value_clipped = entropy_mean = kl = policy.new_zeros(())
     if values is not None and old_values is not None and returns is not None:
         v, old, target = clean(values), clean(old_values), clean(returns)
-        inside = (old + (v - old).clamp(-value_clip, value_clip) - target).square()
+        inside = (old + clamp(v - old, -value_clip, value_clip) - target).square()
         value = mean(weight * 0.5 * torch.maximum((v - target).square(), inside))
         value_clipped = mean((inside > (v - target).square()).to(dtype))
     if entropy is not None:

@@ -18,6 +18,7 @@ from fastrlhf.ops.policy import (
     policy_terms,
     sequence_mean,
 )
+from fastrlhf.ops.scalars import clamp
 
 
 class PPOTokens(NamedTuple):
@@ -126,7 +127,7 @@ def _value_terms(
         zero = tokens.logprobs.new_zeros((), dtype=dtype)
         return zero, zero, tokens.logprobs.new_empty(0, dtype=dtype)
     v, old, target = (clean(t) for t in (tokens.values, tokens.old_values, tokens.returns))
-    step, bounded = v - old, (v - old).clamp(-options.value_clip, options.value_clip)
+    step, bounded = v - old, clamp(v - old, -options.value_clip, options.value_clip)
     error, clipped_error = v - target, old + bounded - target
     # A step inside the bound is never cut: old + (v - old) may round past v, which would lose its
     # gradient.

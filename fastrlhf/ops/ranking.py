@@ -158,8 +158,9 @@ def _ranking_loss(
         sound = bool(_sound(prompt_offsets, count))
         checks.require(sound, "prompt_offsets", prompt_offsets, expected)
     inputs = (scores.contiguous(), ranks.contiguous(), prompt_offsets.contiguous())
-    extra = (None if margins is None else margins.contiguous(), *unpack(scalars))
-    metrics, grad = KERNEL.implementation(scores, backend)(*inputs, per_prompt, *extra)
+    margins = None if margins is None else margins.contiguous()
+    run, (center_coef,) = KERNEL.implementation(scores, backend), unpack(scalars)
+    metrics, grad = run(*inputs, per_prompt, margins, center_coef)
     return _Outputs(metrics[RankingMetric.LOSS].clone(), metrics, grad)
 
 

@@ -7,7 +7,7 @@ host has them (always in eager mode, unless a scalar lives on a GPU), and 0-dim 
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ def pack(like: Tensor, *values: Number) -> Tensor:
 def unpack(scalars: Tensor) -> list[Number]:
     """Return the values of `pack` as floats, or as 0-dim tensors if they are on a GPU."""
     return scalars.tolist() if scalars.device.type == "cpu" else list(scalars.unbind())
+
+
+def clamp(x: Tensor, low: Number, high: Number) -> Tensor:
+    """Return x within [low, high], which are both numbers or both 0-dim tensors."""
+    return x.clamp(cast(float, low), cast(float, high))
 
 
 def is_zero(value: Number) -> bool:

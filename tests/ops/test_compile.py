@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import fastrlhf.ops as ops
 
@@ -100,6 +101,132 @@ def test_one_graph_for_all_lengths(torch_only):
         x = torch.randn(tokens, 11, requires_grad=True)
         compiled(x, torch.zeros(tokens, dtype=torch.long)).backward()
         assert x.grad is not None
+    assert counter.frame_count <= 2
+
+
+def every_op_with_every_scalar():
+    """Yield (name, call): s is in every scalar, and n the length of x, y, m and a."""
+    yield (
+        "logprobs",
+        lambda s, n, x, h, w, y, m, a: ops.logprobs(
+            x, y, mask=m, with_entropy=True, temperature=s, softcap=s + 3
+        ).logprobs.sum(),
+    )
+    yield (
+        "logits_kl",
+        lambda s, n, x, h, w, y, m, a: ops.logits_kl(
+            x, x.detach() * 0.5, mask=m, temperature=s
+        ).sum(),
+    )
+    yield (
+        "linear_logprobs",
+        lambda s, n, x, h, w, y, m, a: ops.linear_logprobs(
+            h, w, y, mask=m, temperature=s, softcap=s + 1, num_counted=2 * n
+        ).logprobs.sum(),
+    )
+    yield (
+        "linear_cross_entropy",
+        lambda s, n, x, h, w, y, m, a: ops.linear_cross_entropy(
+            h, w, y, m, temperature=s, label_smoothing=s / 10, z_loss=s / 100, denominator=s + 1
+        ),
+    )
+    policy = lambda s, a: {  # noqa: E731  (next to the calls that share it)
+        "clip": (s / 10, s / 5),
+        "dual_clip": 1 + s,
+        "ref_logprobs": a,
+        "kl_coef": s,
+        "weights": a.abs(),
+        "entropy_coef": s,
+        "denominator": s,
+    }
+    yield (
+        "linear_ppo_loss",
+        lambda s, n, x, h, w, y, m, a: (
+            ops.linear_ppo_loss(
+                h, w, y, a, a, m, temperature=s, softcap=s + 1, ratio="sequence", **policy(s, a)
+            ).loss
+        ),
+    )
+    yield (
+        "ppo_loss",
+        lambda s, n, x, h, w, y, m, a: (
+            ops.ppo_loss(
+                x[..., 0],
+                a,
+                a,
+                m,
+                values=x[..., 1],
+                old_values=a,
+                returns=a,
+                value_clip=s,
+                value_coef=s,
+                entropy=x[..., 2],
+                ratio="sequence",
+                **policy(s, a),
+            ).loss
+        ),
+    )
+    yield (
+        "gae",
+        lambda s, n, x, h, w, y, m, a: sum(
+            t.sum() for t in ops.gae(a, a, m, s / 3, s / 4, bootstrap=a[:, 0])
+        ),
+    )
+    yield (
+        "shaped_rewards",
+        lambda s, n, x, h, w, y, m, a: ops.shaped_rewards(
+            a[:, 0], a, a + 0.1, m, s, clip=s, bootstrap=a[:, 1]
+        )[0].sum(),
+    )
+    yield (
+        "rollout_targets",
+        lambda s, n, x, h, w, y, m, a: ops.rollout_targets(
+            a[:, 0], a, a + 0.1, a, m, kl_coef=s, clip=s, gamma=s / 3, lam=s / 4
+        ).advantages.sum(),
+    )
+    yield (
+        "dpo_loss",
+        lambda s, n, x, h, w, y, m, a: (
+            ops.dpo_loss(x[0, :, 0], x[0, :, 1], a[0], a[1], beta=s, label_smoothing=s / 10).loss
+        ),
+    )
+    yield (
+        "pairwise_ranking_loss",
+        lambda s, n, x, h, w, y, m, a: (
+            ops.pairwise_ranking_loss(
+                x[0, :, 0], y[0], torch.tensor([0, 2, n]), margins=a[0], center_coef=s
+            ).loss
+        ),
+    )
+    yield (
+        "averages",
+        lambda s, n, x, h, w, y, m, a: (
+            ops.masked_mean(x[..., 0], m)
+            + ops.masked_var(x[..., 0], m, dim=1).sum()
+            + ops.masked_whiten(x[..., 0], m).sum()
+            + ops.token_kl(x[..., 0], a, "k3", mask=m).sum()
+        ),
+    )
+    yield "group_advantages", lambda s, n, x, h, w, y, m, a: ops.group_advantages(a[0], y[0]).sum()
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("name", [name for name, _ in every_op_with_every_scalar()])
+def test_two_graphs_for_twelve_lengths_and_values_of_every_scalar(name, kind, torch_only):
+    """The first call may specialize; one more graph serves all other lengths and values."""
+    function = dict(every_op_with_every_scalar())[name]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for step in range(12):
+        n, s = 5 + step, 0.3 + 0.05 * step
+        x, h, w = (_float(*shape) for shape in ((2, n, 7), (2, n, 5), (7, 5)))
+        tokens = torch.randint(0, 7, (2, n)), torch.rand(2, n) > 0.3, torch.randn(2, n)
+        scalar = torch.tensor(s) if kind == "tensor" else s
+        ours, eager = (f(scalar, n, x, h, w, *tokens) for f in (compiled, function))
+        torch.testing.assert_close(ours, eager)
+        if ours.requires_grad:
+            ours.backward()
     assert counter.frame_count <= 2
 
 
