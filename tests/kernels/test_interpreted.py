@@ -24,6 +24,8 @@ FILES = (
     "test_advantage.py",
     "test_ranking.py",
     "test_bounds.py",
+    "test_policy.py",
+    "test_softcap.py",
 )
 
 

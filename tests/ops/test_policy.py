@@ -44,7 +44,7 @@ def run(function, logprobs, constants, mask, **options):
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(str(v) for v in f.values()))
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-@pytest.mark.parametrize(("shape", "dtype"), [((4, 7), torch.float32), ((2, 1100), torch.bfloat16)])
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 7), torch.float32), ((2, 600), torch.bfloat16)])
 def test_against_float64(form, estimator, shape, dtype, backend, device):
     """fp32 arithmetic on the same inputs: a few roundings of each term, and of their sums.
 
