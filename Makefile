@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED)
-	$(BIN)/fastrlhf quickstart --out $(OUT)
+	$(BIN)/fastrlhf quickstart --out "$(OUT)"
 
 # One thread a process: the tests start several processes, and threads would fight over the cores.
 test: lint

@@ -77,8 +77,10 @@ def write_task(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     model = ModelConfig(**_shape(args))
     policy = build_model(model, mesh, args.vocab, seed=1).eval()
     reward = build_model(model, mesh, args.vocab, head="scalar", seed=2).eval()
-    save_hf(policy, folder / "policy", tokenizer)
-    save_hf(reward, folder / "reward", tokenizer)
+    # Without the tokenizer, to which an export would add a pad token and a row.
+    ids = {"eos_token_id": tokenizer.eos_token_id}
+    save_hf(policy, folder / "policy", generation=ids)
+    save_hf(reward, folder / "reward", generation=ids)
     save_model(folder / "reward_ours", reward, tokenizer=str(folder / "tokenizer"))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(1, args.vocab, (64 * args.episodes, args.prompt), generator=generator)

@@ -30,6 +30,7 @@ from fastrlhf.config import (
 from fastrlhf.data.batches import (
     PackedBatch,
     TokenizedDemonstration,
+    TokenizedPrompt,
     TokenizedRanking,
     pack_rankings,
     ranking_tokens,
@@ -176,7 +177,7 @@ class RandomParts(builder.RunBuilder):
         return self.task.rankings
 
     def prompts(self, paths: list[str]) -> Sequence[Any]:
-        return self.task.prompts
+        return [TokenizedPrompt(tokens) for tokens in self.task.prompts]
 
 
 @torch.no_grad()

@@ -21,11 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastrlhf import __version__
+from fastrlhf import __version__, cli_data
 from fastrlhf.config import COMMANDS, TRAINING_COMMANDS, Command
 from fastrlhf.config.environment import check_launch, check_variables, user_message
-from fastrlhf.data.convert import Source
-from fastrlhf.data.records import Kind, OnError
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.exit import clean_exit
 
@@ -43,9 +41,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data = typer.Typer(help="Prepare, convert, tokenize and print records.")
 convert = typer.Typer(help="Convert models from and to Hugging Face folders.")
-app.add_typer(data, name="data")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(convert, name="convert")
 evaluate = typer.Typer(help="Evaluate trained models.")
 app.add_typer(evaluate, name="eval")
@@ -57,15 +54,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Settings that override CONFIG."),
 ]
-Files = Annotated[list[Path], typer.Argument(metavar="FILE", help="JSONL, JSONL.gz or parquet.")]
 Tensor = Annotated[int, typer.Option(min=1, max=2**20, help="Tensor-parallel processes.")]
 Pipeline = Annotated[int, typer.Option(min=1, max=2**20, help="Pipeline-parallel processes.")]
-Broken = Annotated[
-    OnError,
-    typer.Option(
-        help="A malformed record stops the command (strict) or is skipped and counted (quarantine)."
-    ),
-]
 
 
 def _config(command: str, path: Path, overrides: list[str] | None) -> Config:
@@ -160,96 +150,6 @@ def quickstart(
     run(out, tensor, pipeline, seed, scale, model)
 
 
-@data.command("prepare")
-def prepare_data(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG|FILE... [KEY=VALUE]",
-            help="A YAML file or record files, followed by settings.",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Output folder; overrides the one in a YAML file."),
-    ] = None,
-    kind: Annotated[Kind, typer.Option(help="Kind of the records in the files.")] = "prompts",
-) -> None:
-    """Deduplicate, filter personal data, cap users, split by user."""
-    from fastrlhf.data.prepare.prepare import run
-
-    run(arguments, out, kind)
-
-
-@data.command("convert")
-def convert_data(
-    files: Files,
-    kind: Annotated[
-        Kind, typer.Option(help="Kind of the records to write (--from) or to read (--to).")
-    ],
-    out: Annotated[Path, typer.Option(help="A .jsonl or .jsonl.gz file.")],
-    source: Annotated[
-        Source | None, typer.Option("--from", help="Layout of the input files; writes records.")
-    ] = None,
-    target: Annotated[
-        Source | None, typer.Option("--to", help="Layout of the output; reads records.")
-    ] = None,
-    rejected: Annotated[Path | None, typer.Option(help="File for skipped rows.")] = None,
-    on_error: Broken = "strict",
-) -> None:
-    """Convert other projects' records to ours, or ours to theirs."""
-    from fastrlhf.data.convert import convert
-    from fastrlhf.data.export import export
-
-    if source is not None and target is None:
-        convert(files, source, kind, out, on_error, rejected)
-    elif target is not None and source is None:
-        export(files, target, kind, out, on_error, rejected)
-    else:
-        raise UserError("expected one of --from LAYOUT and --to LAYOUT")
-
-
-@data.command("show")
-def show_data(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG|FILE... [KEY=VALUE]", help="A run's YAML file, or record files."
-        ),
-    ],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder; required with record files.")
-    ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, max=2**31 - 1, help="Records per file.")] = 3,
-) -> None:
-    """Print records as the model will read them.
-
-    Tokens that count in the loss are colored, or enclosed in ⟦ and ⟧ where there is no color.
-    """
-    from fastrlhf.data.show import run
-
-    run(arguments, tokenizer, n)
-
-
-@data.command("tokenize")
-def tokenize_data(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="Text: .txt, JSONL, .gz of both, parquet.")
-    ],
-    tokenizer: Annotated[Path, typer.Option(help="Folder of a Hugging Face tokenizer.")],
-    out: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
-    workers: Annotated[
-        int, typer.Option(min=1, max=1024, help="Processes; the output does not depend on them.")
-    ] = 1,
-    on_error: Broken = "strict",
-) -> None:
-    """Tokenize pretraining text into megatron's indexed data set."""
-    from fastrlhf.data.indexed import write_indexed
-    from fastrlhf.data.tokenize import load_tokenizer
-
-    write_indexed(files, load_tokenizer(tokenizer), out, workers=workers, on_error=on_error)
-
-
 @convert.command("from-hf")
 def from_hf(
     path: Annotated[Path, typer.Argument(help="Hugging Face folder, or a .gguf file.")],
@@ -257,10 +157,7 @@ def from_hf(
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
 ) -> None:
-    """Convert a Hugging Face model to a model folder for model.load.
-
-    Compares the logits of both models.
-    """
+    """Convert a Hugging Face model to a model folder for model.load."""
     from fastrlhf.commands.convert import convert_from_hf
     from fastrlhf.config import ParallelConfig
 
@@ -275,15 +172,16 @@ def to_hf(
     out: Annotated[Path, typer.Argument(help="New Hugging Face folder.")],
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder, if the checkpoint has no copy of it.")
+    ] = None,
 ) -> None:
-    """Convert a trained model to a Hugging Face folder.
-
-    Compares the logits of both models.
-    """
+    """Convert a trained model to a Hugging Face folder."""
     from fastrlhf.commands.convert import convert_to_hf
     from fastrlhf.config import ParallelConfig
 
-    convert_to_hf(checkpoint, out, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    convert_to_hf(checkpoint, out, layout, tokenizer)
 
 
 @evaluate.command("rm")
@@ -377,6 +275,50 @@ def show_config(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    command: Annotated[
+        str, typer.Option(help=f"Training command: {', '.join(TRAINING_COMMANDS)}.")
+    ] = "ppo",
+    gpus: Annotated[int, typer.Option(min=1, max=2**20, help="GPUs of the run.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(help="h100-80gb, h200, a100-80gb, b200, or a YAML file of figures.")
+    ] = "h100-80gb",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="List the fastest settings that fit.")
+    ] = False,
+    lengths: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="PPO run whose response lengths to expect.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Records of data.train, if the files are elsewhere.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with charts.")] = None,
+) -> None:
+    """Compute the memory, time and cost of a run, without a GPU.
+
+    The models of the run are built on fake tensors for every kind of rank. Exit status 0 also if
+    the run does not fit.
+    """
+    from fastrlhf.commands.plan import run
+
+    run(
+        config,
+        overrides or [],
+        command,
+        gpus,
+        gpu,
+        as_json=as_json,
+        search_settings=search,
+        lengths=lengths,
+        samples=samples,
+        page=html,
+    )
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -411,6 +353,7 @@ def main() -> None:
         if (text := user_message(error)) is None:
             raise
         _report_error(f"error: {' '.join(text.split())}")
+        _report_to_ranks(" ".join(text.split()))
         status = 2
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
@@ -436,14 +379,22 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _report_to_ranks(line: str) -> None:
+    """Report an error to ranks that wait for this one, perhaps on other nodes."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        from fastrlhf.parallel import rendezvous  # imports torch
+
+        rendezvous.publish_failure(line)
+
+
 def _report_error(line: str) -> None:
-    """Print an error line on stderr, once: all ranks usually make the same mistake.
+    """Print an error line on stderr, once per node: all ranks usually make the same mistake.
 
     An error of another rank alone reaches the user through torchrun, which shows the error file of
     the rank that failed first.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(line, file=sys.stderr, flush=True)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
         report = {"message": line.removeprefix("error: "), "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))

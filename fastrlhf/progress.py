@@ -60,8 +60,12 @@ class Meter:
         if done < self._total and elapsed - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = elapsed
-        left = elapsed * (self._total - done) / max(done - self._start, 1)
-        times = f"{timedelta(seconds=round(elapsed))} (ETA {timedelta(seconds=round(left))})"
+        # Without progress there is no rate: one byte would stand for it, and the rest take years.
+        left = "unknown"
+        if done > self._start:
+            seconds = elapsed * (self._total - done) / (done - self._start)
+            left = str(timedelta(seconds=round(seconds)))
+        times = f"{timedelta(seconds=round(elapsed))} (ETA {left})"
         print(f"{self._title} {amount}  {times}  {note}".rstrip(), file=sys.stderr, flush=True)
 
 

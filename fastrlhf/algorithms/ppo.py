@@ -17,21 +17,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 import torch.distributed as dist
 
 from fastrlhf import ops
+from fastrlhf.algorithms.episode_scores import EpisodeScorer, label_logprobs
 from fastrlhf.algorithms.kl_controller import KLController
 from fastrlhf.algorithms.offload import Offload
 from fastrlhf.algorithms.policy_average import PolicyAverage
-from fastrlhf.algorithms.ppo_metrics import (
-    PhaseTimer,
-    average_updates,
-    rollout_metrics,
-)
+from fastrlhf.algorithms.ppo_metrics import PhaseTimer, average_updates, rollout_metrics
 from fastrlhf.algorithms.ppo_warnings import RunMonitor
 from fastrlhf.algorithms.protocols import Learner, MovingAverage
 from fastrlhf.algorithms.rewards import OnDevice, Rewards
@@ -39,7 +36,6 @@ from fastrlhf.algorithms.rollouts import (
     PPOBatch,
     Rollouts,
     SampleRecord,
-    counted_positions,
     gather,
     own_rows,
     sample_records,
@@ -48,12 +44,12 @@ from fastrlhf.algorithms.rollouts import (
 from fastrlhf.algorithms.sft import counted_tokens, language_loss
 from fastrlhf.checkpoint.soundness import check_losses_finite
 from fastrlhf.config import Config
-from fastrlhf.data.batches import PackedBatch
+from fastrlhf.data.batches import PackedBatch, TokenizedPrompt
 from fastrlhf.data.loader import Loader, permutation
 from fastrlhf.data.tokenize import stop_token_ids
+from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, SamplingParams, generate_all
 from fastrlhf.models.gpt import GPT
-from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import Metrics
 
@@ -62,6 +58,9 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
+_POLICY_METRICS = ("policy_loss", "entropy", "clip_fraction", "approx_kl")
+_VALUE_METRICS = ("value_loss", "value_clip_fraction")
+"""Fields of `ops.PPOLoss` that a micro-batch reports."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +85,8 @@ class PPOState(TypedDict):
     kl_coefficient: float
     pretraining: dict[str, object] | None
     """State of the loader of pretraining windows; None without the ptx term."""
+    reference_model: str | None
+    """ppo.reference_model, from which the run's KL is measured."""
 
 
 class PPO:
@@ -126,16 +127,27 @@ class PPO:
         self.monitor = RunMonitor(config.model.dtype, config.ppo.adaptive_kl_target)
         self.iteration = 0
         self._on_device: OnDevice = self._offload() if config.ppo.offload else nullcontext
+        self.scorer = EpisodeScorer(
+            mesh=mesh,
+            train=config.train,
+            tokenizer=tokenizer,
+            reference=models.reference,
+            value=models.value.model,
+            rewards=models.rewards,
+            temperature=self.sampling.temperature,
+            on_device=self._on_device,
+        )
         self.averaging = PolicyAverage(models.average, config.ppo, config.train.steps)
         self.averaging.on_device = self._on_device
 
-    def step(self, prompts: Sequence[Sequence[list[int]]]) -> dict[str, float]:
+    def step(self, prompts: Sequence[Sequence[TokenizedPrompt]]) -> dict[str, float]:
         """Run one iteration on this rank's prompts, in micro-batches as loaded; return metrics."""
         timer = PhaseTimer()
+        own = [prompt for micro_batch in prompts for prompt in micro_batch]
         with timer("rollout"):
-            episodes = self.sample([prompt for micro_batch in prompts for prompt in micro_batch])
+            episodes = self.sample([prompt.tokens for prompt in own])
         with timer("scoring"):
-            rollouts = self.score(gather(self.mesh, episodes))
+            rollouts = self.score(gather(self.mesh, episodes, self.rewards.records_of(own)))
         with timer("update"):
             metrics = self.learn(rollouts)
         self.iteration += 1
@@ -155,57 +167,30 @@ class PPO:
         parallel layout.
         """
         first = self.iteration * self.config.batch_size + self.mesh.data_rank * len(prompts)
+        return self.respond(prompts, range(first, first + len(prompts)), self.sampling)
+
+    def respond(
+        self, prompts: list[list[int]], ids: Sequence[int], sampling: SamplingParams
+    ) -> list[tuple[list[int], Generated]]:
+        """Sample one response to each of `prompts` from the current weights.
+
+        `ids[i]` and `sampling.seed` choose the noise of response i.
+        """
         generated = generate_all(
             self.policy.model,
             prompts,
-            self.sampling,
+            sampling,
             mesh=self.mesh,
             eos=stop_token_ids(self.tokenizer),
             tokenizer=self.tokenizer,
             slots=self.slots,
-            ids=list(range(first, first + len(prompts))),
+            ids=ids,
         )
         return list(zip(prompts, generated, strict=True))
 
     def score(self, rollouts: Rollouts) -> Rollouts:
         """Fill in reference log-probs, values and scores; data-parallel ranks share the work."""
-        mesh = self.mesh
-        episodes = torch.arange(rollouts.scores.numel())
-        micro_batches = own_rows(mesh, episodes, rollouts.lengths, self.train)
-        batches = [rollouts.pack(rows) for rows in micro_batches]
-        rows = torch.cat(micro_batches)
-        with self._on_device(self.reference):
-            reference = schedule.forward(mesh, self.reference, batches, self._reference_logprobs)
-        values = schedule.forward(mesh, self.value.model, batches, self._values)
-        scores = self.rewards.score(mesh, rollouts, rows, batches, self.tokenizer)
-
-        def per_token(parts: list[Tensor]) -> Tensor:
-            own = mesh.from_last_stage(torch.cat(parts) if mesh.is_last_stage else None)
-            return rollouts.all_gather_rows(mesh, rows, rollouts.to_padded(rows, own))
-
-        return replace(
-            rollouts,
-            ref_logprobs=per_token(reference),
-            values=per_token(values),
-            scores=rollouts.all_gather_rows(mesh, rows, scores),
-        )
-
-    def _reference_logprobs(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self._logprobs(self.reference, hidden, batch)[counted_positions(batch)]
-
-    def _logprobs(self, model: GPT, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the labels' log-probs at the sampling temperature; fp32 [T], 0 where masked."""
-        return ops.linear_logprobs(
-            hidden,
-            labels=batch.labels,
-            mask=batch.loss_mask,
-            num_counted=batch.num_counted,
-            temperature=self.sampling.temperature,
-            **model.lm_head(),
-        ).logprobs
-
-    def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        return self.value.model.score(hidden[counted_positions(batch)])
+        return self.scorer.score(rollouts)
 
     # ---- update ---------------------------------------------------------------------------------
 
@@ -311,9 +296,8 @@ class PPO:
         """
         if self.config.target_kl is None:
             return False
-        exceeds = torch.tensor(
-            approx_kl > self.config.target_kl, dtype=torch.uint8, device=self.mesh.device
-        )
+        is_above = approx_kl > self.config.target_kl
+        exceeds = torch.tensor(is_above, dtype=torch.uint8, device=self.mesh.device)
         dist.broadcast(exceeds, src=0)
         return bool(exceeds)
 
@@ -342,7 +326,9 @@ class PPO:
             norms = {"ppo_grad_norm": ppo, "ptx_grad_norm": ptx}
         else:
             rows = self.policy.accumulate([*batches, *pretraining], head)
-        metrics = self.mesh.sum_metrics(rows, largest=("ratio_deviation",)) | norms
+        extra = {"ratio_deviation": first, "ptx_loss": bool(pretraining)}
+        names = [*_POLICY_METRICS, *(name for name, is_measured in extra.items() if is_measured)]
+        metrics = self.mesh.sum_metrics(rows, names, largest=("ratio_deviation",)) | norms
         return metrics | ({"ptx_tokens": float(pretraining_tokens)} if pretraining else {})
 
     def _ppo_loss(
@@ -362,16 +348,11 @@ class PPO:
             denominator=tokens,
             **self.policy.model.lm_head(),
         )
-        metrics = {
-            "policy_loss": loss.policy_loss,
-            "entropy": loss.entropy,
-            "clip_fraction": loss.clip_fraction,
-            "approx_kl": loss.approx_kl,
-        }
+        metrics = {name: getattr(loss, name) for name in _POLICY_METRICS}
         if first:
             # Rollouts run on the training weights: the first update's ratios are 1 up to rounding.
             with torch.no_grad():
-                now = self._logprobs(self.policy.model, hidden, batch)
+                now = label_logprobs(self.policy.model, hidden, batch, self.sampling.temperature)
             metrics["ratio_deviation"] = torch.expm1((now - batch.old_logprobs).abs().max())
         return loss.loss, metrics
 
@@ -383,9 +364,7 @@ class PPO:
             # Zero advantages switch off the terms of the policy, which is another model.
             zeros = torch.zeros_like(batch.old_values)
             loss = ops.ppo_loss(
-                zeros,
-                zeros,
-                zeros,
+                *(zeros, zeros, zeros),
                 batch.loss_mask,
                 values=self.value.model.score(hidden),
                 old_values=batch.old_values,
@@ -393,12 +372,9 @@ class PPO:
                 value_clip=self.config.value_clip,
                 denominator=tokens,
             )
-            return loss.loss, {
-                "value_loss": loss.value_loss,
-                "value_clip_fraction": loss.value_clip_fraction,
-            }
+            return loss.loss, {name: getattr(loss, name) for name in _VALUE_METRICS}
 
-        return self.mesh.sum_metrics(self.value.accumulate(batches, head))
+        return self.mesh.sum_metrics(self.value.accumulate(batches, head), _VALUE_METRICS)
 
     # ---- reporting and memory -------------------------------------------------------------------
 
@@ -444,15 +420,24 @@ class PPO:
             "average_moves": self.averaging.moves,
             "kl_coefficient": self.kl.coefficient,
             "pretraining": pretraining,
+            "reference_model": self.config.reference_model,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` returned.
 
         Without pretraining state (ppo.gamma_ptx was 0) the windows start from the beginning. Without
-        average_moves the run moved the average once an iteration.
+        average_moves the run moved the average once an iteration. Raises UserError if the run had
+        another ppo.reference_model.
         """
         saved = cast("PPOState", state)
+        reference = state.get("reference_model", self.config.reference_model)
+        if reference != self.config.reference_model:
+            raise UserError(
+                f"ppo.reference_model is {self.config.reference_model or 'null'}, but the run to"
+                f" resume measures its KL from {reference or 'null'}; set it back, or give another"
+                " output_dir"
+            )
         self.iteration = saved["iteration"]
         self.averaging.moves = cast("int", state.get("average_moves", self.iteration))
         self.kl.coefficient = saved["kl_coefficient"]

@@ -7,7 +7,9 @@ UserError line that names the function and, where it is known, the response.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import inspect
 import itertools
 import os
 import signal
@@ -17,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,8 +27,25 @@ import torch
 from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""function(prompts, responses) -> one score for each response."""
+Records = Sequence[Mapping[str, object]]
+"""For each response, the columns of its prompt's record other than the prompt."""
+RewardFunction = (
+    Callable[[list[str], list[str]], Sequence[float]]
+    | Callable[[list[str], list[str], list[Mapping[str, object]]], Sequence[float]]
+)
+"""function(prompts, responses) or function(prompts, responses, records), `Records`.
+
+Returns one score for each response.
+"""
+
+
+class _TakesRecords(Protocol):
+    def __call__(
+        self, prompts: list[str], responses: list[str], /, records: Records
+    ) -> Sequence[float]: ...
+
+
+_SIGNATURE = "(prompts: list[str], responses: list[str]) -> list[float]"
 _GRACE_S = 10.0
 """Time that code which ignores signals gets after the limit, before the process ends."""
 _SHOWN = 60
@@ -42,16 +62,21 @@ def call_reward_function(
     responses: list[str],
     name: str,
     timeout_s: float,
+    *,
+    records: Records | None = None,
 ) -> list[float]:
     """Return the scores of `function` for `responses`, one finite float32 value each.
 
-    `name` names the function in errors. Raises UserError if it raises or exits, takes longer than
-    `timeout_s` seconds, or returns anything but one finite number for each response.
+    `name` names the function in errors. `records` (None: no column) is passed to a function that
+    takes it. Raises UserError if the function raises or exits, takes longer than `timeout_s`
+    seconds, or returns anything but one finite number for each response.
     """
+    if records is None:
+        records = [{} for _ in responses]
     try:
         with phase(name), _time_limit(timeout_s, name):
             # A generator runs here too, and one that never ends is cut.
-            scores = _listed(function(list(prompts), list(responses)), len(responses), name)
+            scores = _listed(_call(function, prompts, responses, records), len(responses), name)
             return checked_scores(scores, responses, name)
     except (UserError, KeyboardInterrupt):
         raise
@@ -65,6 +90,63 @@ def call_reward_function(
         raise UserError(
             f"{name} {_failure(error)}{_origin(error.__traceback__, responses)}"
         ) from None
+
+
+def _call(
+    function: RewardFunction, prompts: list[str], responses: list[str], records: Records
+) -> object:
+    how = _records_argument(function)
+    if how is None:
+        plain = cast("Callable[[list[str], list[str]], Sequence[float]]", function)
+        return plain(list(prompts), list(responses))
+    # Copies: what a function does to its records must not reach the next call.
+    own = copy.deepcopy(list(records))
+    with_records = cast("_TakesRecords", function)
+    if how == "keyword":
+        return with_records(list(prompts), list(responses), records=own)
+    return with_records(list(prompts), list(responses), own)
+
+
+def takes_records(function: RewardFunction) -> bool:
+    """Return whether `function` takes the records of the prompts as a third argument."""
+    return _records_argument(function) is not None
+
+
+def _records_argument(function: RewardFunction) -> Literal["positional", "keyword"] | None:
+    """Return how `function` takes `records`; None if it takes prompts and responses alone.
+
+    It takes them if it has a parameter `records`, a third parameter without a default, or, after
+    parameters for prompts and responses, *args or **kwargs. A wrapper with *args or **kwargs alone
+    gets two arguments, since what it wraps is not known; `functools.wraps` makes it known.
+
+    Raises TypeError if the function can be called in neither way.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of some builtins
+        return None
+    parameters = list(signature.parameters.values())
+    kinds = {parameter.kind for parameter in parameters}
+    by_position = [
+        parameter
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    third = by_position[2] if len(by_position) > 2 else None
+    named = signature.parameters.get("records")
+    open_ended = len(by_position) == 2
+    how: Literal["positional", "keyword"] | None = None
+    if third is not None and (third is named or third.default is third.empty):
+        how = "positional"
+    elif named is not None and (named in by_position or named.kind is named.KEYWORD_ONLY):
+        how = "keyword"
+    elif open_ended and inspect.Parameter.VAR_POSITIONAL in kinds:
+        how = "positional"
+    elif open_ended and inspect.Parameter.VAR_KEYWORD in kinds:
+        how = "keyword"
+    positional = [None] if how == "positional" else []
+    signature.bind(None, None, *positional, **({"records": None} if how == "keyword" else {}))
+    return how
 
 
 def _listed(scores: object, count: int, name: str) -> list[object]:
@@ -208,7 +290,7 @@ def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardF
     """Import the function that `spec`, "module:function", names.
 
     The module may be in the working directory. Raises UserError with the setting `key` if there is
-    no such module or function, or if the import fails.
+    no such module or function, if the import fails, or if the function takes other arguments.
     """
     module_name, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:  # the console script's path starts elsewhere
@@ -232,6 +314,14 @@ def load_reward_function(spec: str, key: str = "ppo.reward_function") -> RewardF
     if not callable(function):
         raise UserError(
             f"{key} {spec}: {module.__file__} defines no function {name}; expected "
-            f"def {name}(prompts: list[str], responses: list[str]) -> list[float]"
+            f"def {name}{_SIGNATURE}"
         )
+    try:
+        takes_records(function)
+    except TypeError as error:
+        raise UserError(
+            f"{key} {spec}: the parameters of {name}{inspect.signature(function)} do not fit"
+            f" ({error}); expected def {name}{_SIGNATURE}, with a third parameter records: list[dict]"
+            " for the other columns of the prompts"
+        ) from None
     return function

@@ -7,6 +7,7 @@ which PPO adds per token.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ from fastrlhf.algorithms.reward_function import (
     call_reward_function,
     checked_scores,
     load_reward_function,
+    takes_records,
 )
 from fastrlhf.algorithms.rm import score_responses
-from fastrlhf.algorithms.rollouts import Rollouts, decode_texts
-from fastrlhf.data.batches import PackedBatch
+from fastrlhf.algorithms.rollouts import Records, Rollouts, decode_texts
+from fastrlhf.data.batches import PackedBatch, TokenizedPrompt
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT
 from fastrlhf.parallel.mesh import Mesh
@@ -46,9 +48,15 @@ class Rewards:
     function: RewardFunction | None = None
     name: str = "the reward function"
     """Name of the function in errors."""
-    timeout_s: float = 1800.0
+    timeout_s: float = 600.0
     """Longest call of the function, in seconds."""
     on_device: OnDevice = field(default=nullcontext)
+
+    def records_of(self, prompts: Sequence[TokenizedPrompt]) -> Records | None:
+        """Return the other columns of the prompts' records, if the function takes them."""
+        if self.function is None or not takes_records(self.function):
+            return None
+        return [prompt.columns for prompt in prompts]
 
     def score(
         self,
@@ -99,9 +107,11 @@ class Rewards:
         problem = ""
         if mesh.is_last_stage and mesh.tensor_rank == 0:
             prompts, responses = decode_texts(rollouts, rows, tokenizer)
+            records = rollouts.records
+            own = [records[row] for row in rows.tolist()] if records is not None else None
             try:
                 checked = call_reward_function(
-                    function, prompts, responses, self.name, self.timeout_s
+                    function, prompts, responses, self.name, self.timeout_s, records=own
                 )
                 scores = torch.tensor(checked, device=mesh.device)
             except UserError as error:
@@ -118,6 +128,8 @@ def raise_on_any_rank(mesh: Mesh, problem: str) -> None:
     """Raise the UserError of the first rank that has a `problem`, on every rank; a collective."""
     problems = [problem]
     if mesh.world_size > 1:
+        if problem:
+            problem = f"rank {mesh.rank} on host {socket.gethostname()}: {problem}"
         problems = [""] * mesh.world_size
         dist.all_gather_object(problems, problem)
     if first := next(filter(None, problems), None):

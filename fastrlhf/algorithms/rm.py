@@ -27,7 +27,9 @@ from fastrlhf.data.batches import (
     ranking_tokens,
 )
 from fastrlhf.errors import UserError
+from fastrlhf.evaluation.winrate import pair_agreement
 from fastrlhf.models.gpt import GPT
+from fastrlhf.ops.ranking import strict_pairs
 from fastrlhf.parallel import schedule
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.schedule import Metrics
@@ -58,7 +60,8 @@ class RewardModelling:
             loss = ranking.loss * (batch.num_prompts / prompts)
             return loss, {"loss": loss.detach(), **_sums_over_pairs(ranking)}
 
-        metrics = _per_pair(self.mesh.sum_metrics(self.reward.accumulate(batches, head)))
+        rows = self.reward.accumulate(batches, head)
+        metrics = _per_pair(self.mesh.sum_metrics(rows, ["loss", *_PAIR_SUMS]))
         if not metrics["pairs"]:
             raise UserError(
                 f"{current_phase()}: no two responses of the global batch have different ranks, so"
@@ -113,9 +116,16 @@ class RewardModelling:
 
 
 def ranking_loss(model: GPT, hidden: Tensor, batch: RankingBatch) -> ops.RankingLoss:
-    """Return the loss over all strict pairs of the N responses; hidden [T, H]."""
+    """Return the loss over all strict pairs of the N responses; hidden [T, H].
+
+    Its accuracy counts equal scores as `pair_agreement` does, one half. The op counts them as wrong.
+    """
     scores = model.score(hidden[batch.last_index])
-    return ops.pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets)
+    ranking = ops.pairwise_ranking_loss(scores, batch.ranks, batch.prompt_offsets)
+    _, better = strict_pairs(scores, batch.ranks, batch.prompt_offsets)
+    fixed = scores.detach()
+    agreement = pair_agreement(fixed[:, None] - fixed[None])
+    return ranking._replace(accuracy=(agreement * better).sum() / better.sum().clamp(min=1))
 
 
 def evaluate_ranking(
@@ -142,7 +152,7 @@ def evaluate_ranking(
     for step in batches:
         rows += schedule.forward(mesh, model, [batch.to(mesh.device) for batch in step], head)
     model.train(was_training)
-    metrics = _per_pair(mesh.sum_metrics(rows))
+    metrics = _per_pair(mesh.sum_metrics(rows, ["loss", "prompts", *_PAIR_SUMS]))
     return metrics | {"loss": metrics["loss"] / metrics.pop("prompts")}
 
 
@@ -219,6 +229,10 @@ def _counts(mesh: Mesh, batches: Sequence[RankingBatch]) -> Tensor:
         counts[1] += batch.tokens.numel()
         counts[2] += batch.unshared_tokens()
     return counts
+
+
+_PAIR_SUMS = ("pairs", "accuracy", "margin")
+"""Names of the sums over pairs."""
 
 
 def _sums_over_pairs(ranking: ops.RankingLoss) -> Metrics:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from fastrlhf.config import TrainConfig
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Tensor = torch.Tensor
+Records: TypeAlias = list[dict[str, object]]
+"""The other columns of the records of prompts."""
 
 
 @dataclass
@@ -51,6 +54,8 @@ class Rollouts:
     """fp32 [B, R]: value of the state before each token."""
     scores: Tensor
     """fp32 [B]: of the reward models and the reward function, before any penalty."""
+    records: Records | None = None
+    """[B]: the other columns of each prompt's record, if the reward function takes them."""
 
     @property
     def lengths(self) -> Tensor:
@@ -115,10 +120,14 @@ class SampleRecord(TypedDict):
     """Whether the response ended with a stop token."""
 
 
-def gather(mesh: Mesh, episodes: Sequence[tuple[list[int], Generated]]) -> Rollouts:
+def gather(
+    mesh: Mesh,
+    episodes: Sequence[tuple[list[int], Generated]],
+    records: Records | None = None,
+) -> Rollouts:
     """Gather the (prompt, response) pairs of all data-parallel ranks, without scores.
 
-    Every rank has the same number of pairs.
+    Every rank has the same number of pairs. `records` are those of its prompts.
     """
     prompt_lengths = torch.tensor([len(prompt) for prompt, _ in episodes])
     response_lengths = torch.tensor([len(answer.tokens) for _, answer in episodes])
@@ -140,7 +149,15 @@ def gather(mesh: Mesh, episodes: Sequence[tuple[list[int], Generated]]) -> Rollo
         ref_logprobs=torch.zeros_like(gathered),
         values=torch.zeros_like(gathered),
         scores=gathered.new_zeros(gathered.shape[0]),
+        records=None if records is None else _gather_records(mesh, records),
     )
+
+
+def _gather_records(mesh: Mesh, own: Records) -> Records:
+    parts = [own] * mesh.data_size
+    if mesh.data_size > 1:
+        dist.all_gather_object(parts, own, group=mesh.data_group)
+    return [record for part in parts for record in part]
 
 
 def _padded(rows: Sequence[Tensor], length: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Supervised fine-tuning, and pretraining: next-token cross-entropy on the tokens that count.
 
 The loss is the mean over all counted tokens of the global batch, whatever the micro-batch size or
-layout (InstructGPT, section 3.5). Out of scope: choosing the checkpoint by reward-model score
-(`fastrlhf eval`).
+layout (InstructGPT, section 3.5); pretraining rows that are mixed in may have another weight.
+Out of scope: choosing the checkpoint by reward-model score (`fastrlhf eval`).
 
     torchrun --nproc-per-node 8 -m fastrlhf sft configs/instructgpt/1.3b/sft.yaml
 """
@@ -10,6 +10,7 @@ layout (InstructGPT, section 3.5). Out of scope: choosing the checkpoint by rewa
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -28,25 +29,39 @@ Tensor = torch.Tensor
 
 
 class SupervisedFinetuning:
-    """Supervised fine-tuning, one update a step."""
+    """Supervised fine-tuning, one update a step.
 
-    def __init__(self, mesh: Mesh, policy: Learner) -> None:
+    `pretrain_weight` is the weight of the tokens of pretraining rows in the mean of the loss, in
+    which other tokens have the weight 1. None: there are no such rows.
+    """
+
+    def __init__(self, mesh: Mesh, policy: Learner, pretrain_weight: float | None = None) -> None:
         self.mesh = mesh
         self.policy = policy
+        self.pretrain_weight = pretrain_weight
 
     def step(self, micro_batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Update the policy on this rank's micro-batches of the global batch; return metrics."""
         batches = [batch.to(self.mesh.device) for batch in micro_batches]
         tokens = counted_tokens(self.mesh, batches)
+        weight = 1.0 if self.pretrain_weight is None else self.pretrain_weight
+        shares, denominator = {}, tokens
+        if self.pretrain_weight is not None:
+            mixed, mixed_rows, rows = self.mesh.sum_over_data(_pretraining_counts(batches))
+            denominator = tokens + (weight - 1) * mixed
+            shares = {
+                "pretrain_share_rows": float(mixed_rows / rows),
+                "pretrain_share_loss": float(weight * mixed / denominator),
+            }
 
         def head(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Metrics]:
-            loss = language_loss(self.policy.model, hidden, batch, tokens)
+            loss = _weighted_loss(self.policy.model, hidden, batch, denominator, weight)
             return loss, {"loss": loss.detach()}
 
-        metrics = self.mesh.sum_metrics(self.policy.accumulate(batches, head))
+        metrics = self.mesh.sum_metrics(self.policy.accumulate(batches, head), ["loss"])
         if not self.policy.model.config.fp16:  # its optimizer skips updates that are not finite
             check_losses_finite(current_phase(), metrics)
-        return metrics | self.policy.step() | {"tokens": float(tokens)}
+        return metrics | self.policy.step() | {"tokens": float(tokens)} | shares
 
     def models(self) -> dict[str, GPT]:
         """Return the models that a checkpoint holds."""
@@ -93,6 +108,31 @@ def language_loss(model: GPT, hidden: Tensor, batch: PackedBatch, denominator: T
         denominator=denominator,
         **model.lm_head(),
     )
+
+
+def _weighted_loss(
+    model: GPT, hidden: Tensor, batch: PackedBatch, denominator: Tensor, weight: float
+) -> Tensor:
+    """Return `language_loss` in which the tokens of pretraining rows have the weight `weight`."""
+    if batch.pretraining is None or weight == 1.0:
+        return language_loss(model, hidden, batch, denominator)
+    # Uncounted labels cost nothing in the LM head, so two calls cost what one costs.
+    mixed = replace(batch, loss_mask=batch.loss_mask & batch.pretraining)
+    rest = replace(batch, loss_mask=batch.loss_mask & ~batch.pretraining)
+    return language_loss(model, hidden, rest, denominator) + weight * language_loss(
+        model, hidden, mixed, denominator
+    )
+
+
+def _pretraining_counts(batches: Sequence[PackedBatch]) -> Tensor:
+    """Return [counted labels of pretraining rows, pretraining rows, rows] of the batches."""
+    counts = torch.zeros(3, device=batches[0].tokens.device)
+    for batch in batches:
+        counts[2] += batch.num_sequences
+        if batch.pretraining is not None:
+            counts[0] += (batch.loss_mask & batch.pretraining).sum()
+            counts[1] += batch.pretraining[batch.cu_seqlens[:-1].long()].sum()
+    return counts
 
 
 def evaluate_loss(mesh: Mesh, model: GPT, batches: Iterable[Sequence[PackedBatch]]) -> float:

@@ -4,6 +4,8 @@ A checkpoint is a folder `checkpoints/step_XXXXXXXX/`:
     <model>/            weights (policy, value, ema, reward), and `model.json`: shape, vocabulary,
                         head, tokenizer and statistics
     <model>.optimizer/  Adam's moments and fp32 masters
+    tokenizer/          the tokenizer's files; each checkpoint has its own copy, so that it can be
+                        moved alone
     random/             generator states of every rank, for a resume under the same layout
     state.json          step, data cursors, controllers, update counts, loss scales, metrics,
                         versions
@@ -21,10 +23,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import torch.distributed as dist
 
@@ -44,9 +46,10 @@ from fastrlhf.checkpoint.model_folder import (
     fill_weights,
     model_contents,
     shard_reader,
+    tokenizer_contents,
 )
 from fastrlhf.checkpoint.names import PARTIAL, REMOVED, step_folders, step_name, step_of
-from fastrlhf.checkpoint.schema import VERSION, StateFile, read_file
+from fastrlhf.checkpoint.schema import STATE_VERSION, StateFile, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardFile, owned, parts_of, snapshot
 from fastrlhf.checkpoint.soundness import check_weights_finite
 from fastrlhf.checkpoint.state import (
@@ -112,6 +115,11 @@ class Checkpointer:
     config: CheckpointConfig
     config_text: str
     tokenizer: str
+    """Path of the tokenizer."""
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    """Its files, name -> text: `data.tokenize.tokenizer_files`."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """`SavedModel.generation` of the model that training starts from."""
     _writing: FolderWriter | None = None
 
     def __enter__(self) -> Checkpointer:
@@ -201,10 +209,14 @@ class Checkpointer:
     def _contents(self, algorithm: Checkpointable, state: RunState) -> Contents:
         """Return this rank's files of a checkpoint."""
         copy = self.config.asynchronous
-        contents: Contents = {}
+        contents = tokenizer_contents(self.tokenizer_files)
         for name, stage in algorithm.models().items():
             model = model_contents(
-                stage, tokenizer=self.tokenizer, statistics=algorithm.statistics(), copy=copy
+                stage,
+                tokenizer=self.tokenizer,
+                statistics=algorithm.statistics(),
+                generation=self.generation,
+                copy=copy,
             )
             contents |= {f"{name}/{file}": content for file, content in model.items()}
         own = f"rank_{self.mesh.rank:05d}.safetensors"
@@ -218,7 +230,7 @@ class Checkpointer:
                 name: learner.state_dict() for name, learner in algorithm.learners().items()
             }
             complete: RunState = {
-                "version": VERSION,
+                "version": STATE_VERSION,
                 **state,
                 "learners": learners,
                 "layout": _layout(self.mesh),

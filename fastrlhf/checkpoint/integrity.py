@@ -136,21 +136,24 @@ def verify(folder: Path) -> list[str]:
     Returns one line for each problem, none if the folder is intact. All ranks call it and get the
     same answer; each hashes a share of the files.
     """
-    try:
-        entries = read_manifest(folder)
-    except DamagedManifestError as error:
-        problems = [str(error)]
-    else:
-        largest_first = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
-        mine = largest_first[dist.get_rank() :: dist.get_world_size()]
-        problems = [
-            problem
-            for name in mine
-            if (problem := _problem(folder / name, entries[name])) is not None
-        ]
+    problems = local_problems(folder, dist.get_rank(), dist.get_world_size())
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, problems)
     return sorted({problem for rank_problems in gathered for problem in rank_problems})
+
+
+def local_problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Check the files of one of `shares` equal shares as `verify` does; not a collective."""
+    try:
+        entries = read_manifest(folder)
+    except DamagedManifestError as error:
+        return [str(error)]
+    largest_first = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
+    return [
+        problem
+        for name in largest_first[share::shares]
+        if (problem := _problem(folder / name, entries[name])) is not None
+    ]
 
 
 def _problem(path: Path, entry: Entry) -> str | None:

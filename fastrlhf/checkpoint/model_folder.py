@@ -1,21 +1,25 @@
 """Model folders: weights in safetensors, `model.json` and `files.json`.
 
-A model folder is part of a checkpoint or independent. Any parallel layout can load it.
+A model folder is part of a checkpoint or independent. Any parallel layout can load it. A copy of
+the tokenizer is in the folder `tokenizer`, of the checkpoint or of the independent model folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from fastrlhf.checkpoint.folder_writer import Contents, FolderWriter
-from fastrlhf.checkpoint.integrity import DamagedManifestError, read_manifest, verify
-from fastrlhf.checkpoint.schema import VERSION, ModelFile, describe_validation, read_file
+from fastrlhf.checkpoint.integrity import MANIFEST, DamagedManifestError, read_manifest, verify
+from fastrlhf.checkpoint.names import TOKENIZER
+from fastrlhf.checkpoint.schema import MODEL_VERSION, ModelFile, describe_validation, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardReader, owned, parts_of, snapshot, weights
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
@@ -33,10 +37,20 @@ class SavedModel:
     vocab_size: int
     head: str
     tokenizer: str
+    """Path that the tokenizer was read from; the folder may be gone, or have another one now."""
     statistics: dict[str, float] = field(default_factory=dict)
     """Of reward models: mean (before centring) and standard deviation of demonstrations' scores."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Settings of the Hugging Face model's generation_config.json, which its export gets back."""
+    tokenizer_copy: Path | None = None
+    """The folder's own copy of the tokenizer; None in checkpoints of old versions."""
     source: Path | None = None
     """Path that `describe_model` was given; it may lead to another checkpoint later."""
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Folder to read the tokenizer from: the copy, else the recorded path; "" for none."""
+        return str(self.tokenizer_copy or self.tokenizer)
 
 
 def describe_model(path: str | Path) -> SavedModel:
@@ -82,6 +96,8 @@ def _read_description(folder: Path) -> SavedModel:
             head=file.head,
             tokenizer=file.tokenizer,
             statistics=file.statistics,
+            generation=file.generation,
+            tokenizer_copy=_tokenizer_copy(folder),
         )
     except (FileNotFoundError, NotADirectoryError):
         raise
@@ -92,8 +108,24 @@ def _read_description(folder: Path) -> SavedModel:
     raise UserError(f"{path}: not the description of a model ({reason})")
 
 
+def _tokenizer_copy(folder: Path) -> Path | None:
+    """Return the copy of the tokenizer in a model folder or in its checkpoint, if there is one."""
+    copies = [folder / TOKENIZER, folder.absolute().parent / TOKENIZER]
+    return next((copy for copy in copies if (copy / MANIFEST).is_file()), None)
+
+
+def tokenizer_contents(files: Mapping[str, str]) -> Contents:
+    """Return a tokenizer's `files` (name -> text) as those of its copy, on rank 0; else nothing."""
+    return {f"{TOKENIZER}/{name}": text for name, text in files.items() if dist.get_rank() == 0}
+
+
 def model_contents(
-    stage: SavedStage, *, tokenizer: str, statistics: dict[str, float], copy: bool
+    stage: SavedStage,
+    *,
+    tokenizer: str,
+    statistics: dict[str, float],
+    generation: Mapping[str, Any],
+    copy: bool,
 ) -> Contents:
     """Return this rank's files of a model folder: its shards, and on rank 0 `model.json`.
 
@@ -105,26 +137,42 @@ def model_contents(
     contents: Contents = {f"rank_{dist.get_rank():05d}.safetensors": shards}
     if dist.get_rank() == 0:
         description = {
-            "version": VERSION,
+            "version": MODEL_VERSION,
             "model": stage.model_config.model_dump(exclude={"load", "hf"}),
             "vocab_size": stage.vocab_size,
             "head": stage.head_kind,
             "tokenizer": tokenizer,
             "statistics": statistics,
+            "generation": dict(generation),
         }
         contents["model.json"] = json.dumps(description, indent=2) + "\n"
     return contents
 
 
 def save_model(
-    path: Path, stage: SavedStage, *, tokenizer: str, statistics: dict[str, float] | None = None
+    path: Path,
+    stage: SavedStage,
+    *,
+    tokenizer: str,
+    tokenizer_files: Mapping[str, str] | None = None,
+    statistics: dict[str, float] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model folder `path` atomically; a collective.
 
-    `stage` is this rank's pipeline stage of the model. Raises UserError on every rank if one cannot
-    write.
+    `stage` is this rank's pipeline stage of the model. `tokenizer_files` are those of the copy of
+    its tokenizer, `data.tokenize.tokenizer_files`; the path `tokenizer` is recorded.
+
+    Raises UserError on every rank if one cannot write.
     """
-    contents = model_contents(stage, tokenizer=tokenizer, statistics=statistics or {}, copy=False)
+    contents = model_contents(
+        stage,
+        tokenizer=tokenizer,
+        statistics=statistics or {},
+        generation=generation or {},
+        copy=False,
+    )
+    contents |= tokenizer_contents(tokenizer_files or {})
     FolderWriter(path, contents, in_background=False).finish()
 
 
@@ -167,7 +215,7 @@ def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
     if stage.vocab_size != saved.vocab_size:
         raise UserError(
             f"{saved.path}: has a vocabulary of {saved.vocab_size}, not {stage.vocab_size}; use its tokenizer "
-            f"({saved.tokenizer or 'unknown'}) and model.vocab_size"
+            f"({saved.tokenizer_folder or 'unknown'}) and model.vocab_size"
         )
     reader = shard_reader(saved.path)
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 PARTIAL, REMOVED = ".partial", ".removed"
+TOKENIZER = "tokenizer"
+"""Folder of a checkpoint's or model folder's own copy of its tokenizer."""
 _STEP = re.compile(r"step_(\d{8})")
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastrlhf.config import ModelConfig
 
-VERSION = 1
-"""Version of both files that this package writes; it reads no newer one."""
+STATE_VERSION = 1
+"""Version of `state.json` that this package writes; it reads no newer one."""
+MODEL_VERSION = 2
+"""Version of `model.json`. Version 1 has no `generation`."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _File(BaseModel):
+class _Strict(BaseModel):
+    """Data whose keys are all named here."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
@@ -44,6 +48,7 @@ class AlgorithmState(_Open):
     average_moves: Count = 0
     kl_coefficient: Finite = 0.0
     pretraining: DataPosition | None = None
+    reference_model: str | None = None
     statistics: dict[str, float] = Field(default_factory=dict)
 
 
@@ -55,7 +60,7 @@ class LossScale(_Open):
     hysteresis_tracker: int = 0
 
 
-class LearnerFile(_File):
+class LearnerFile(_Strict):
     """State of a model in training."""
 
     updates: Count
@@ -65,6 +70,7 @@ class LearnerFile(_File):
 class StateFile(_Open):
     """Content of `state.json`."""
 
+    newest: ClassVar[int] = STATE_VERSION
     version: Literal[1] = 1
     step: Count
     data: DataPosition = Field(default_factory=DataPosition)
@@ -75,22 +81,24 @@ class StateFile(_Open):
     versions: dict[str, str]
 
 
-class ModelFile(_File):
+class ModelFile(_Strict):
     """Content of `model.json`."""
 
-    version: Literal[1] = 1
+    newest: ClassVar[int] = MODEL_VERSION
+    version: Literal[1, 2] = 1
     model: dict[str, Any]
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
     head: Literal["lm", "scalar"]
     tokenizer: str
     statistics: dict[str, float] = Field(default_factory=dict)
+    generation: dict[str, Any] = Field(default_factory=dict)
 
     def config(self) -> ModelConfig:
         """Return the model section; raises ValueError if it is not one."""
         return ModelConfig(**self.model)
 
 
-File = TypeVar("File", bound=BaseModel)
+File = TypeVar("File", StateFile, ModelFile)
 
 
 def read_file(path: Path, schema: type[File]) -> File:
@@ -106,9 +114,9 @@ def read_file(path: Path, schema: type[File]) -> File:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON: {error}") from None
     version = content.get("version", 1) if isinstance(content, dict) else 1
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version > schema.newest:
         raise ValueError(
-            f"it has version {version}, and this fastrlhf reads {VERSION}; update fastrlhf"
+            f"it has version {version}, and this fastrlhf reads {schema.newest}; update fastrlhf"
         )
     try:
         return schema.model_validate(content)

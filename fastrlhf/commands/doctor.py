@@ -33,10 +33,14 @@ NO_GPU = "torch sees no NVIDIA GPU"
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: `broken` is a missing requirement, `off` a missing optional part."""
+    """One line of the report.
+
+    `broken` is a missing requirement, `off` a missing optional part; after a `timeout` it is not
+    known whether the part works.
+    """
 
     name: str
-    status: Literal["ok", "off", "broken"]
+    status: Literal["ok", "off", "broken", "timeout"]
     detail: str
     cure: str = ""
 
@@ -44,14 +48,14 @@ class Check:
 def report(as_json: bool = False) -> bool:
     """Run every check and print the results on stdout, as a table or as JSON.
 
-    Returns False if a requirement is broken.
+    Returns False if a requirement is broken or its check did not end.
     """
     checks: list[Check] = []
     for run_check in CHECKS:
         checks += run_check()
         if run_check is _torch and checks[-1].status == "broken":
             break  # the other checks need torch
-    healthy = all(check.status != "broken" for check in checks)
+    healthy = all(check.status in ("ok", "off") for check in checks)
     if as_json:
         print(
             json.dumps(
@@ -69,7 +73,7 @@ def _print_table(checks: list[Check], healthy: bool) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    colour = {"ok": "green", "off": "yellow", "broken": "bold red"}
+    colour = {"ok": "green", "off": "yellow", "broken": "bold red", "timeout": "bold red"}
     # Folded, never cut: commands are copied from here.
     columns = [
         Column("", no_wrap=True),
@@ -88,11 +92,12 @@ def _print_table(checks: list[Check], healthy: bool) -> None:
     # A pipe or file has room for complete commands.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print(
-        "Everything that fastrlhf needs works here."
-        if healthy
-        else "Something that fastrlhf needs is broken."
-    )
+    if healthy:
+        console.print("Everything that fastrlhf needs works here.")
+    elif any(check.status == "broken" for check in checks):
+        console.print("Something that fastrlhf needs is broken.")
+    else:
+        console.print("Nothing is known to be broken, but a check did not end in time.")
 
 
 def _python() -> list[Check]:
@@ -219,7 +224,7 @@ def _gloo() -> list[Check]:
         try:
             errors = [process.communicate(timeout=_GLOO_LIMIT_S)[1] for process in pair]
         except subprocess.TimeoutExpired:
-            errors = [f"timeout after {_GLOO_LIMIT_S} s"]
+            return [_gloo_timeout()]
         finally:
             for process in pair:
                 process.kill()
@@ -238,6 +243,16 @@ def _gloo() -> list[Check]:
             cure,
         )
     ]
+
+
+def _gloo_timeout() -> Check:
+    return Check(
+        "gloo",
+        "timeout",
+        f"two processes on this machine did not exchange a tensor within {_GLOO_LIMIT_S} s: the "
+        "machine is too busy, or a firewall drops the connection",
+        "run fastrlhf doctor again when the machine is idle; if it is, set GLOO_SOCKET_IFNAME=lo",
+    )
 
 
 def _triton() -> list[Check]:

@@ -7,9 +7,9 @@ rounding. In memory are the judge's model and one policy at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from fastrlhf.algorithms.rewards import raise_on_any_rank
 from fastrlhf.checkpoint.integrity import replace_text
 from fastrlhf.checkpoint.model_folder import SavedModel
 from fastrlhf.checkpoint.names import step_folders
-from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config, require
 from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
@@ -41,13 +40,24 @@ from fastrlhf.evaluation.comparison import (
     write_comparison,
     write_selection,
 )
-from fastrlhf.evaluation.report import read_metrics, write_json
+from fastrlhf.evaluation.page import write_json
+from fastrlhf.evaluation.report import read_metrics
+from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.generation.responses import Response, find_policy, fitting_prompts, respond
 from fastrlhf.generation.sampling import SamplingParams
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, is_hugging_face, load_saved
-from fastrlhf.parallel import mesh as meshes
+from fastrlhf.models.checks import check_saved
+from fastrlhf.models.loading import (
+    find_reward_model,
+    is_hugging_face,
+    load_saved,
+    with_tokenizer_of,
+)
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.start import start as start_ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def winrate(config: Config) -> dict[str, Any]:
@@ -61,21 +71,30 @@ def winrate(config: Config) -> dict[str, Any]:
     policy = find_policy(config.model.load or config.model.hf, "eval winrate")
     baseline = find_policy(config.eval.baseline, "eval winrate")
     out = make_folder(config.output_dir)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation = _Evaluation(config, mesh)
+    mesh = start_ranks("eval winrate", config)
+    with Watchdog(config.parallel), phase("evaluation"):
+        models = {"the policy": policy, "eval.baseline": baseline}
+        evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh, models)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
         theirs = evaluation.judge(baseline, read_prefix(config.eval.baseline_prefix))
     results = {**evaluation.description(), **compare(ours, theirs, config.eval.tie_margin)}
     if mesh.rank == 0:
         pairs = pair_records([prompt.prompt for prompt in evaluation.prompts], ours, theirs)
         write_json(out / "winrate.json", results)
-        lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        kept = [prompt.other_columns for prompt in evaluation.prompts]
+        lines = "".join(
+            json.dumps(
+                {**kept[i // config.eval.responses], **pair}, ensure_ascii=False, default=str
+            )
+            + "\n"
+            for i, pair in enumerate(pairs)
+        )
         (out / "pairs.jsonl").write_text(lines, encoding="utf-8")
         page = write_comparison(out / "winrate.html", results, pairs)
         rate = results["win_rate"]
+        interval = interval_text(rate["low"], rate["high"], rate["clusters"])
         print(
-            f"{page}: {ours.name} won {rate['rate']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) "
+            f"{page}: {ours.name} won {rate['rate']:.3f} ({interval}) "
             f"against {theirs.name}: "
             f"{results['won']} won, {results['tied']} tied, {results['lost']} lost"
         )
@@ -103,10 +122,14 @@ def select(config: Config) -> dict[str, Any]:
     policies = [find_policy(str(path), "eval select") for path in steps]
     losses = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else {}
     valid_loss = dict(zip(*losses.get("valid_loss", ([], [])), strict=True))
-    mesh = meshes.initialize(config.parallel, config.train.seed)
+    mesh = start_ranks("eval select", config)
     rows: list[dict[str, Any]] = []
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
-        evaluation, prefix = _Evaluation(config, mesh), read_prefix(config.data.prompt_prefix)
+    with Watchdog(config.parallel), phase("evaluation"):
+        checked = {
+            f"checkpoint {path.name}": saved for path, saved in zip(steps, policies, strict=True)
+        }
+        evaluation = _Evaluation(with_tokenizer_of(config, policies[-1]), mesh, checked)
+        prefix = read_prefix(config.data.prompt_prefix)
         for path, policy in zip(steps, policies, strict=True):
             step = int(path.name.removeprefix("step_"))
             loss = {"valid_loss": valid_loss[step]} if step in valid_loss else {}
@@ -128,20 +151,35 @@ def select(config: Config) -> dict[str, Any]:
 class _Evaluation:
     """The prompts of an evaluation and its judge: a reward model or a Python function."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, policies: Mapping[str, SavedModel]) -> None:
+        """Check every model, then read the prompts and load the judge.
+
+        `policies` are those that `judge` will be given, by their role in messages.
+        """
         self.config = config
         self.mesh = mesh
         self.tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
+        for role, policy in policies.items():
+            check_saved(policy, role, config.parallel, *self._tokenizer_of(policy))
+        judge = None
+        if config.eval.reward_model is not None:
+            judge = find_reward_model(config.eval.reward_model, "eval.reward_model")
+            folder = config.data.tokenizer
+            check_saved(judge, "eval.reward_model", config.parallel, self.tokenizer, folder)
         self.prompts, self.too_long = fitting_prompts(config, self.tokenizer, mesh)
         self.params = SamplingParams.from_config(config.generation, config.train.seed)
         self.function = (
             load_reward_function(config.eval.judge, "eval.judge") if config.eval.judge else None
         )
-        self.reward = None
-        if config.eval.reward_model is not None:
-            saved = find_reward_model(config.eval.reward_model, "eval.reward_model")
-            check_vocabulary(saved, self.tokenizer, config.data.tokenizer)
-            self.reward = load_saved(saved, mesh, "scalar", config.model.dtype)
+        self.reward = (
+            load_saved(judge, mesh, "scalar", config.model.dtype) if judge is not None else None
+        )
+
+    def _tokenizer_of(self, saved: SavedModel) -> tuple[PreTrainedTokenizerFast, str]:
+        """Return the tokenizer of a policy and its folder: a Hugging Face model has its own."""
+        if is_hugging_face(saved.path) and saved.tokenizer:
+            return load_tokenizer(saved.tokenizer), saved.tokenizer
+        return self.tokenizer, self.config.data.tokenizer
 
     def description(self) -> dict[str, Any]:
         """Return the judge and the prompts, which the results of all policies share."""
@@ -154,16 +192,19 @@ class _Evaluation:
 
         `prefix` is prepended to each prompt.
         """
-        tokenizer, folder = self.tokenizer, self.config.data.tokenizer
-        if is_hugging_face(saved.path) and saved.tokenizer:
-            tokenizer, folder = load_tokenizer(saved.tokenizer), saved.tokenizer
-        check_vocabulary(saved, tokenizer, folder)
+        tokenizer, _ = self._tokenizer_of(saved)
         model = load_saved(saved, self.mesh, "lm", self.config.model.dtype)
-        check_policy_finite(str(saved.path), model)
         encoded = encode_prompts(tokenizer, [prompt.prompt for prompt in self.prompts], prefix)
         slots, copies = self.config.generation.slots, self.config.eval.responses
         responses = respond(
-            model, tokenizer, encoded, self.params, mesh=self.mesh, slots=slots, copies=copies
+            model,
+            tokenizer,
+            encoded,
+            self.params,
+            mesh=self.mesh,
+            slots=slots,
+            copies=copies,
+            name=str(saved.path),
         )
         return JudgedResponses(
             name=str(saved.path),
@@ -214,9 +255,17 @@ class _Evaluation:
                 for _ in row
             ]
             texts = [response.text for row in responses for response in row]
+            records = [
+                prompt.other_columns
+                for prompt, row in zip(self.prompts, responses, strict=True)
+                for _ in row
+            ]
             name, limit = f"eval.judge {self.config.eval.judge}", self.config.parallel.timeout_s
             try:
-                message = [call_reward_function(self.function, prompts, texts, name, limit)]
+                scores = call_reward_function(
+                    self.function, prompts, texts, name, limit, records=records
+                )
+                message = [scores]
             except UserError as error:
                 problem = str(error)
         raise_on_any_rank(self.mesh, problem)
@@ -226,9 +275,10 @@ class _Evaluation:
 
 
 def _line(row: dict[str, Any]) -> str:
-    low, high = row["score_ci95"]
+    low, high = row["score_ci95"] or (None, None)
+    interval = interval_text(low, high, row["prompts"])
     loss = f"  valid loss {row['valid_loss']:.3f}" if "valid_loss" in row else ""
     return (
-        f"step {row['step']:>8}  score {row['score']:7.3f} ({low:.3f} to {high:.3f})"
+        f"step {row['step']:>8}  score {row['score']:7.3f} ({interval})"
         f"  {row['tokens']:.1f} tokens  {row['cut_off']:.1%} cut off{loss}"
     )

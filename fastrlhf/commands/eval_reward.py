@@ -19,15 +19,17 @@ from fastrlhf.data.batches import TokenizedRanking
 from fastrlhf.data.files import make_folder
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation import reward
-from fastrlhf.evaluation.report import write_json
+from fastrlhf.evaluation.page import write_json
 from fastrlhf.evaluation.reward_report import write_folds_report, write_reward_report
+from fastrlhf.evaluation.winrate import interval_text
+from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
-from fastrlhf.models.loading import check_vocabulary, find_reward_model, load_saved
-from fastrlhf.parallel import mesh as meshes
+from fastrlhf.models.loading import find_reward_model, load_saved, with_tokenizer_of
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
 from fastrlhf.run.jobs import reward_model_job
+from fastrlhf.run.start import start as start_ranks
 from fastrlhf.run.train import train_job
 
 By = Literal["labeler_id", "user_id"]
@@ -42,13 +44,17 @@ def evaluate(config: Config) -> dict[str, Any]:
     assert config.data.valid is not None and config.model.load is not None
     saved = find_reward_model(config.model.load, "model.load")
     out = make_folder(config.output_dir)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+    mesh = start_ranks("eval rm", config)
+    with Watchdog(config.parallel) as watchdog, phase("evaluation"):
+        config = with_tokenizer_of(config, saved)
         run = RunBuilder(config, mesh)
+        folder = config.data.tokenizer
+        check_saved(saved, "model.load", config.parallel, run.tokenizer, folder)
+        assert config.data.valid is not None
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
-        check_vocabulary(saved, run.tokenizer, config.data.tokenizer)
         model = load_saved(saved, mesh, "scalar", config.model.dtype)
+        watchdog.end_start_up()
         results = _evaluate(config, mesh, model, rankings, str(saved.path))
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
     results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
@@ -56,9 +62,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         write_json(out / "eval_rm.json", results)
         page = write_reward_report(results, out / "eval_rm.html")
         accuracy, longer = results["accuracy"], results["length_rule"]
+        interval = interval_text(accuracy["low"], accuracy["high"], accuracy["clusters"])
         print(
             f"{page}: accuracy {accuracy['rate']:.3f} "
-            f"({accuracy['low']:.3f} to {accuracy['high']:.3f}) on {results['pairs']} pairs "
+            f"({interval}) on {results['pairs']} pairs "
             f"of {results['prompts']} prompts; length rule {longer['rate']:.3f}"
         )
     return results
@@ -76,7 +83,8 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     """
     require(config, "rm")
     assert config.data.train is not None
-    run = RunBuilder(config, meshes.initialize(config.parallel, config.train.seed))
+    run = RunBuilder(config, start_ranks("rm", config))
+    run.check_models()
     rankings = run.rankings(config.data.train)
     valid = run.rankings(config.data.valid) if config.data.valid else []
     groups = _groups(rankings, folds, by)

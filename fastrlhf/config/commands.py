@@ -15,7 +15,7 @@ from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from fastrlhf.config.schema import Config
-    from fastrlhf.config.sections import Section
+    from fastrlhf.config.section import Section
 
 _RECORDS = "(JSONL, JSONL.gz or parquet)"
 _TRAINING_SECTIONS = (
@@ -155,7 +155,13 @@ _TRAINING_LENGTH = (
     "train.eval_batches",
 )
 _PASSES = ("train.micro_batch_size", "train.max_tokens_per_micro_batch")
-_TEXT = ("data.pretrain", "data.pretrain_fraction", "data.cache", "data.sequence_length")
+_TEXT = (
+    "data.pretrain",
+    "data.pretrain_fraction",
+    "data.pretrain_fraction_of",
+    "data.cache",
+    "data.sequence_length",
+)
 _TRAINING_FILES = ("data.train", "data.demonstrations", "data.loss_on", *_TEXT)
 _UNREAD_WITH_PROMPTS = (
     *_TRAINING_FILES,
@@ -180,6 +186,7 @@ TRAINING_COMMANDS: dict[str, TrainingCommand] = {
                 *_ROLLOUTS_ONLY,
                 "data.loss_on",
                 "data.pretrain_fraction",
+                "data.pretrain_fraction_of",
                 "data.max_prompt_tokens",
                 "data.max_response_tokens",
                 "data.on_error",
@@ -223,14 +230,12 @@ TRAINING_COMMANDS: dict[str, TrainingCommand] = {
                 *_RANKINGS_ONLY,
                 *_DROPOUT,
                 "data.train",
-                "data.valid",
                 "data.loss_on",
                 "data.pretrain_fraction",
+                "data.pretrain_fraction_of",
                 "data.max_response_tokens",
                 "train.epochs",
                 "train.global_batch_size",
-                "train.eval_interval",
-                "train.eval_batches",
             ),
             required=(Required(("data.prompts",), f"the prompts {_RECORDS}"),),
             longest_sequence=("data.max_prompt_tokens", "generation.max_new_tokens"),

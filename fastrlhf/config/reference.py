@@ -25,6 +25,7 @@ from fastrlhf.config import yaml_file
 from fastrlhf.config.commands import COMMANDS
 from fastrlhf.config.environment import ENVIRONMENT
 from fastrlhf.config.schema import Config
+from fastrlhf.config.shape import complete_shape
 from fastrlhf.config.suggestions import suggestion
 from fastrlhf.errors import UserError
 
@@ -120,10 +121,13 @@ def markdown() -> str:
 def show(path: str | Path, overrides: Iterable[str] = ()) -> str:
     """Return the resolved configuration as YAML, with the origin of each value as a comment.
 
-    Origins are the file and line, the override, "default", or "derived" (from other settings).
+    Origins are the file and line, the override, the path of the checkpoint that gives the model's
+    shape, "default", or "derived" (from other settings).
     Raises UserError as `load_config` does.
     """
-    config, origins = yaml_file.load_with_origins(Config, Path(path), list(overrides))
+    config, origins = yaml_file.load_with_origins(
+        Config, Path(path), list(overrides), complete_shape
+    )
     rows: list[tuple[str, str]] = []
     for name, field in Config.model_fields.items():
         value = getattr(config, name)

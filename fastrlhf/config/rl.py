@@ -26,7 +26,7 @@ from fastrlhf.config.field_types import (
     Slots,
     StopStrings,
 )
-from fastrlhf.config.sections import Section
+from fastrlhf.config.section import Section
 from fastrlhf.config.yaml_file import ConfigError
 
 
@@ -44,13 +44,17 @@ class PPOConfig(Section):
     """Weight of each reward model's score. null: 1 each."""
     reward_function: str | None = None
     """Python function "module:function" that scores responses: f(prompts: list[str], responses:
-    list[str]) -> list[float]. Its scores are added to those of the reward models, if there are
+    list[str]) -> list[float]. With a third parameter records: list[dict] it gets the other columns
+    of the prompts' records. Its scores are added to those of the reward models, if there are
     any."""
     value_model: FilePath | None = Field(
         default_factory=lambda fields: _first(fields["reward_model"])
     )
     """Folder of the model that the value function starts from. Unset: the (first) reward_model;
     without one, the policy's initial weights with a new scalar head."""
+    reference_model: FilePath | None = None
+    """Model that the KL penalty is measured from: a run, a checkpoint, a model folder or a Hugging
+    Face folder. It needs the policy's tokenizer, not its shape. null: the policy's start."""
     batch_size: Positive = 512
     """Episodes per iteration over all ranks."""
     minibatch_size: Positive = 64
@@ -199,7 +203,8 @@ class EvalConfig(Section):
     """Judge: the folder of a reward model."""
     judge: str | None = None
     """Judge: a Python function "module:function" whose scores are higher for better responses:
-    f(prompts: list[str], responses: list[str]) -> list[float]."""
+    f(prompts: list[str], responses: list[str]) -> list[float], or with a third parameter records:
+    list[dict], the other columns of the prompts' records."""
     responses: Copies = 1
     """Responses per policy and prompt."""
     tie_margin: AtLeast0 = 0.0

@@ -12,19 +12,19 @@ from pydantic import Field, model_validator
 
 from fastrlhf.config import yaml_file
 from fastrlhf.config.field_types import FilePath
+from fastrlhf.config.model import ModelConfig
 from fastrlhf.config.rl import EvalConfig, GenerationConfig, PPOConfig, SampleConfig
+from fastrlhf.config.section import Section
 from fastrlhf.config.sections import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
-    Section,
     TrainConfig,
 )
-from fastrlhf.config.yaml_file import ConfigError
+from fastrlhf.config.shape import check_layout, complete_shape
 from fastrlhf.errors import UserError
 
 
@@ -60,20 +60,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        model, tensor, pipeline = self.model, self.parallel.tensor, self.parallel.pipeline
-        for name in ("num_heads", "num_kv_heads", "ffn_size"):
-            size = getattr(model, name)
-            if size % tensor:
-                cure = f"use a divisor of {size}, or change model.{name}"
-                raise ConfigError(
-                    "parallel.tensor", f"{tensor} does not divide model.{name} {size}; {cure}"
-                )
-        if model.num_layers % pipeline:
-            cure = f"use a divisor of {model.num_layers}"
-            raise ConfigError(
-                "parallel.pipeline",
-                f"{pipeline} does not divide model.num_layers {model.num_layers}; {cure}",
-            )
+        check_layout(self.model, self.parallel, "model.", "change model.{name}")
         return self
 
     def setting(self, key: str) -> object:
@@ -91,10 +78,11 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides and validate the result.
 
-    Override values are YAML. Raises UserError with one line that names the file and line (or the
+    Override values are YAML. Keys of the model's shape that are not given come from `model.load` or
+    `model.hf`. Raises UserError with one line that names the file and line (or the
     override), the key, and what was expected.
     """
-    return yaml_file.load(Config, Path(path), overrides)
+    return yaml_file.load(Config, Path(path), overrides, complete_shape)
 
 
 def dump_config(config: Config) -> str:

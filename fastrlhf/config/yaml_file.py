@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,28 +37,41 @@ class ConfigError(ValueError):
         self.key, self.problem = key, problem
 
 
-def load(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
+def load(
+    model: type[Model],
+    path: Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[Tree], dict[str, str]] | None = None,
+) -> Model:
     """Read `path`, set each `dotted.key=value` override, and validate the result as `model`.
 
     Raises UserError with one line that names the file and line, or the override.
     """
-    return load_with_origins(model, path, overrides)[0]
+    return load_with_origins(model, path, overrides, complete)[0]
 
 
 def load_with_origins(
-    model: type[Model], path: Path, overrides: Sequence[str] = ()
+    model: type[Model],
+    path: Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[Tree], dict[str, str]] | None = None,
 ) -> tuple[Model, dict[str, str]]:
-    """Return what `load` does, and "file:line" or "override" for each dotted key that was given."""
+    """Return what `load` does, and "file:line" or "override" for each dotted key that was given.
+
+    `complete` adds keys to the tree before it is validated, and returns the origin of each.
+    """
     data, lines = _read(path)
     overridden: dict[str, str] = {}
     for override in overrides:
         _apply(data, override, model, overridden)
+    filled = complete(data) if complete is not None else {}
     try:
         config = model.model_validate(data)
     except ValidationError as error:
         raise UserError(_explain(error, model, path, lines, overridden)) from None
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    return config, origins | {key: f"override {override}" for key, override in overridden.items()}
+    origins |= {key: f"override {override}" for key, override in overridden.items()}
+    return config, origins | filled
 
 
 def dump(config: BaseModel) -> str:

@@ -11,7 +11,7 @@ Out of scope: truncation (datasets.py) and batch composition (loader.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +33,14 @@ class TokenizedDemonstration:
     tokens: list[int]
     prompt_length: int
     trained: tuple[tuple[int, int], ...] = ()
+    is_pretraining: bool = False
+    """True for a row of pretraining text that is mixed into demonstrations."""
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels that the loss counts: a sequence's first token is no label."""
+        response = len(self.tokens) - max(self.prompt_length, 1)
+        return max(response, 0) + sum(max(end - max(first, 1), 0) for first, end in self.trained)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,14 @@ class TokenizedRanking:
     ranks: Sequence[int | float]
     user_id: str | None = None
     labeler_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt to sample a response to, and the other columns of its record."""
+
+    tokens: list[int]
+    columns: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -70,6 +86,9 @@ class PackedBatch:
     num_counted is the number of labels that count. `to` computes it before the mask leaves the
     host, so that on a GPU the LM head can skip the other labels without a synchronization. It is
     None on a CPU, where the mask itself can be read.
+
+    pretraining, bool [T], is True for the tokens of pretraining rows that are mixed into
+    demonstrations. It is None if the batch has none.
     """
 
     tokens: torch.Tensor
@@ -82,6 +101,7 @@ class PackedBatch:
     cu_seqlens_kv: torch.Tensor | None = None
     max_seqlen_kv: int = 0
     num_counted: int | None = None
+    pretraining: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.max_seqlen == 0:
@@ -172,6 +192,9 @@ def pack_demonstrations(demonstrations: Sequence[TokenizedDemonstration]) -> Pac
             # A token is trained where it is the label, one position earlier; a sequence's first
             # token is no label.
             packed.loss_mask[start + max(first, 1) - 1 : start + end - 1] = True
+    mixed = torch.tensor([demonstration.is_pretraining for demonstration in demonstrations])
+    if mixed.any():
+        packed.pretraining = mixed.repeat_interleave(packed.cu_seqlens.diff())
     return packed
 
 

@@ -180,13 +180,15 @@ def load_prompts(
     `prefix` is prepended to each and counts towards its length. Raises UserError if no record is
     usable.
     """
-    counts, loaded, shared = Counts(), [], _SharedInts()
-    for encoded in _encoded_records(
-        paths, "prompts", tokenizer, counts, on_error, rejected, prefix=prefix
-    ):
-        if _fits(encoded.prompt, max_prompt_tokens, counts):
-            loaded.append(shared(encoded.prompt))
-    return _finish(loaded, counts, paths, max_prompt_tokens), counts
+    _, tokens, counts = load_prompt_records(
+        paths,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        on_error=on_error,
+        rejected=rejected,
+        prefix=prefix,
+    )
+    return tokens, counts
 
 
 def load_prompt_records(
@@ -199,13 +201,13 @@ def load_prompt_records(
     prefix: str = "",
 ) -> tuple[list[Prompt], list[list[int]], Counts]:
     """Load prompts as records and as token lists; see `load_prompts`."""
-    counts, records, tokens = Counts(), [], []
+    counts, records, tokens, shared = Counts(), [], [], _SharedInts()
     for encoded in _encoded_records(
         paths, "prompts", tokenizer, counts, on_error, rejected, prefix=prefix
     ):
         if _fits(encoded.prompt, max_prompt_tokens, counts):
             records.append(encoded.record)
-            tokens.append(encoded.prompt)
+            tokens.append(shared(encoded.prompt))
     return _finish(records, counts, paths, max_prompt_tokens), tokens, counts
 
 

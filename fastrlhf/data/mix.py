@@ -36,6 +36,7 @@ class Mixture:
             )
         self.demonstrations = demonstrations
         self.windows = windows
+        self.fraction = fraction
         self.rows = round(len(demonstrations) * fraction / (1.0 - fraction))
         if self.rows > len(windows):
             logger.warning(
@@ -56,4 +57,17 @@ class Mixture:
         if index < len(self.demonstrations):
             return self.demonstrations[index]
         row = (index - len(self.demonstrations)) % len(self.windows)
-        return TokenizedDemonstration(self.windows[int(self._order[row])][:-1], 0)
+        tokens = self.windows[int(self._order[row])][:-1]
+        return TokenizedDemonstration(tokens, 0, is_pretraining=True)
+
+    def loss_weight(self) -> float:
+        """Return the weight of a pretraining token that makes `fraction` its share of the loss.
+
+        With D counted labels of demonstrations and P of pretraining rows, w P / (w P + D) is the
+        fraction f for w = f / (1 - f) * D / P. Returns 1 without pretraining rows.
+        """
+        trained = sum(self.demonstrations[i].num_labels for i in range(len(self.demonstrations)))
+        mixed = self.rows * (self.windows.sequence_length - 1)
+        if not mixed:
+            return 1.0
+        return self.fraction / (1.0 - self.fraction) * trained / mixed

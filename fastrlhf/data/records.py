@@ -1,7 +1,8 @@
 """Checked records: demonstrations, rankings, prompts and text from the rows of files (files.py).
 
-A malformed record is reported in one line with its file and line. Unknown columns are ignored,
-because public data sets have many.
+A malformed record is reported in one line with its file and line. Columns that a kind does not
+define are not checked, because public data sets have many. Prompts and rankings keep them in
+`columns`, for reward functions and for the files that are made from them.
 
 Out of scope: tokenizing (tokenize.py), cleaning (prepare/).
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -93,6 +94,8 @@ class Turn(TypedDict):
     content: Str
 
 
+Columns: TypeAlias = dict[str, Any]
+"""The columns of a record that its kind does not define, unchecked."""
 PromptLike: TypeAlias = NonEmptyStr | Annotated[list[Turn], Field(min_length=1)]
 
 
@@ -117,6 +120,7 @@ class Ranking:
     ranks: tuple[Rank, ...]
     user_id: Id = None
     labeler_id: Id = None
+    columns: Columns = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ class Prompt:
 
     prompt: PromptLike
     user_id: Id = None
+    columns: Columns = field(default_factory=dict, compare=False)
+
+    @property
+    def other_columns(self) -> Row:
+        """All columns of the record but its prompt."""
+        user = {} if self.user_id is None else {"user_id": self.user_id}
+        return {**self.columns, **user}
 
 
 @dataclass(frozen=True)
@@ -285,9 +296,14 @@ def _parsed_or_bad(parse: ParseRow, raw: bytes | Row) -> list[Any] | BadRecord:
 
 
 def to_json(record: Record) -> str:
-    """Return the record as JSON on one line, without line end and without unset ids."""
+    """Return the record as JSON on one line, without line end, unset ids and other columns."""
     return json.dumps(
-        {key: value for key, value in vars(record).items() if value is not None}, ensure_ascii=False
+        {
+            key: value
+            for key, value in vars(record).items()
+            if key != "columns" and value is not None
+        },
+        ensure_ascii=False,
     )
 
 
@@ -328,15 +344,24 @@ def parse_record(row: Row, kind: Kind) -> Record:
     """Return one row as a checked record; raise BadRecord if it is malformed."""
     pair = kind == "rankings" and "chosen" in row and "responses" not in row
     try:
-        record = _ADAPTERS["pairs" if pair else kind].validate_python(row)
+        checked = {key: value for key, value in row.items() if key != "columns"}
+        record = _ADAPTERS["pairs" if pair else kind].validate_python(checked)
     except ValidationError as error:
         raise BadRecord(_explain(error, row)) from None
+    columns = _other_columns(record, row)
     if isinstance(record, _Pair):
         responses = (record.chosen, record.rejected)
-        return Ranking(record.prompt, responses, (1, 2), record.user_id, record.labeler_id)
+        ids = (record.user_id, record.labeler_id)
+        return Ranking(record.prompt, responses, (1, 2), *ids, columns)
     if isinstance(record, Ranking):
         _check_ranks(record)
-    return record
+    return replace(record, columns=columns) if columns and hasattr(record, "columns") else record
+
+
+def _other_columns(record: Record | _Pair, row: Row) -> Columns:
+    """Return the columns of `row` that are no fields of `record`; "columns" may be one of them."""
+    known = {field.name for field in fields(record)} - {"columns"}
+    return {key: value for key, value in row.items() if key not in known}
 
 
 def _explain(error: ValidationError, row: Row) -> str:

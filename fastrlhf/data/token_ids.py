@@ -26,11 +26,18 @@ def largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(max(tokenizer.get_vocab().values(), default=-1), len(tokenizer) - 1)
 
 
-def check_ids(largest: int, vocab_size: int, what: str, fix: str) -> None:
-    """Raise UserError if the id `largest` of `what` is outside a vocabulary of `vocab_size`."""
+def missing_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids below the largest one that are no token of `tokenizer`, in order."""
+    return sorted(set(range(largest_id(tokenizer))) - set(tokenizer.get_vocab().values()))
+
+
+def check_ids(
+    largest: int, vocab_size: int, what: str, fix: str, owner: str = "the vocabulary"
+) -> None:
+    """Raise UserError if the id `largest` of `what` is outside `owner`'s `vocab_size` tokens."""
     if largest >= vocab_size:
         raise UserError(
-            f"{what} has the token id {largest}, but the vocabulary has {vocab_size} tokens "
+            f"{what} has the token id {largest}, but {owner} has {vocab_size} tokens "
             f"(ids 0 to {vocab_size - 1}); {fix}"
         )
 

@@ -28,7 +28,7 @@ from fastrlhf.data.chat_template import (
 from fastrlhf.data.foreign_errors import EncodeError, foreign_errors
 from fastrlhf.data.records import PromptLike
 from fastrlhf.data.token_ids import check_ids, largest_id
-from fastrlhf.data.tokenizer_folder import END_OF_TEXT, bos_ids, load_tokenizer
+from fastrlhf.data.tokenizer_folder import END_OF_TEXT, bos_ids, load_tokenizer, tokenizer_files
 from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ __all__ = [
     "largest_id",
     "load_tokenizer",
     "prompt_text",
+    "tokenizer_files",
 ]
 
 Conversation: TypeAlias = tuple[list[int], list[Span]]

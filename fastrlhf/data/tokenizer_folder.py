@@ -6,7 +6,9 @@ tokenizers.
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -67,6 +69,24 @@ def load_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> PreTrain
             'set "bos_token" in its tokenizer_config.json, or leave data.add_bos out'
         )
     return tokenizer
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Return the files that transformers saves of `tokenizer`: name -> text.
+
+    They add bos to text as data.add_bos says, if it is set: a model must be used as it was trained.
+    """
+    setting = getattr(tokenizer, _ADD_BOS, None)
+    if setting is not None and setting != _adds_bos(tokenizer):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_bos_token = setting  # type: ignore[misc]  # its setter is defined apart
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {
+            path.name: path.read_bytes().decode()
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file()
+        }
 
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -134,6 +154,13 @@ def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     setting, bos = getattr(tokenizer, _ADD_BOS, None), tokenizer.bos_token_id
     if bos is None or setting is False:
         return []
-    if setting is None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] != [bos]:
+    if setting is None and not _adds_bos(tokenizer):
         return []
     return [int(bos)]
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the tokenizer itself adds bos to text."""
+    bos = tokenizer.bos_token_id
+    ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+    return bos is not None and ids == [bos]

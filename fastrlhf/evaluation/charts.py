@@ -9,7 +9,7 @@ Not supported: interaction beyond the browser's tooltips.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -123,6 +123,42 @@ def bar_chart(
             _bar(bar, TOP + ROW * (i + 0.5), axis, axis(0.0) if from_zero else None, digits)
         )
     return _svg(height, ", ".join(f"{bar.label} {bar.value:.{digits}f}" for bar in bars), body)
+
+
+def stacked_chart(
+    rows: Mapping[str, Mapping[str, float]],
+    colors: Mapping[str, int],
+    *,
+    limit: tuple[float, str] | None = None,
+    digits: int = 1,
+) -> str:
+    """Return a chart of horizontal bars that consist of parts, labelled with their sums.
+
+    `rows` maps a bar's label to its parts; `colors` maps a part to a colour of the style sheet.
+    `limit` is a level and its name, drawn as a vertical line.
+    """
+    sums = {label: sum(parts.values()) for label, parts in rows.items()}
+    highest = max([*sums.values(), limit[0] if limit else 0.0, 1e-9])
+    axis = _Axis(0.0, highest, 112, WIDTH - 90)
+    height = TOP + ROW * len(rows) + (22 if limit else 6)
+    body = []
+    for i, (label, parts) in enumerate(rows.items()):
+        middle, start = TOP + ROW * (i + 0.5), 0.0
+        body.append(_text(axis.start - 10, middle + 4, label, "end", "name"))
+        for name, value in parts.items():
+            x, width = axis(start), axis(start + value) - axis(start)
+            title = f"<title>{escape(name)} {value:.{digits}f}</title>"
+            box = f'x="{x:.1f}" y="{middle - 9:.1f}" width="{width:.1f}" height="18"'
+            body.append(f'<rect class="bar c{colors[name]}" {box}>{title}</rect>')
+            start += value
+        number = f"{sums[label]:.{digits}f}"
+        body.append(_text(axis(start) + 8, middle + 4, number, "start", "number"))
+    if limit:
+        x = axis(limit[0])
+        ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{height - 18}"'
+        body += [f'<line class="reference" {ends}/>', _text(x, height - 5, limit[1], "end", "tick")]
+    described = ", ".join(f"{label} {value:.{digits}f}" for label, value in sums.items())
+    return _svg(height, described, body)
 
 
 def ticks(low: float, high: float, target: int = 5, *, integral: bool = False) -> list[float]:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fastrlhf.data.tokenize import prompt_text
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, line_chart, scatter_chart
-from fastrlhf.evaluation.report import Answer, Headline, Report, chart_figure
-from fastrlhf.evaluation.winrate import WinRateDict, mean_interval, win_rate
+from fastrlhf.evaluation.page import Answer, Headline, Report, chart_figure
+from fastrlhf.evaluation.winrate import WinRateDict, interval_text, mean_interval, win_rate
 
 Scores = NDArray[np.float64]
 _SHOWN_PAIRS = 8  # on the page; pairs.jsonl has all
@@ -41,13 +41,17 @@ class JudgedResponses:
     """[G, R]."""
 
     def summary(self) -> dict[str, Any]:
-        """Return means over all responses; the score's 95 % interval is from resampling prompts."""
+        """Return means over all responses; the score's 95 % interval is from resampling prompts.
+
+        The interval is None if there are too few prompts (`winrate.MIN_PROMPTS`).
+        """
         prompts = np.repeat(np.arange(len(self.scores)), self.scores.shape[1])
         mean, low, high = mean_interval(self.scores.ravel(), prompts)
         return {
             "model": self.name,
             "score": mean,
-            "score_ci95": [low, high],
+            "score_ci95": None if low is None else [low, high],
+            "prompts": len(self.scores),
             "tokens": float(self.tokens.mean()),
             "cut_off": float(1 - self.stopped.mean()),
         }
@@ -121,7 +125,7 @@ def write_comparison(
             Headline(
                 "Win rate",
                 f"{rate['rate']:.1%}",
-                f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}",
+                interval_text(rate["low"], rate["high"], rate["clusters"], ".1%"),
             ),
             Headline(
                 "Won, tied, lost",
@@ -198,14 +202,14 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
         "Checkpoints of a run",
         f"{results['run']}: responses to {results['prompts']}, judged by {results['judge']}.",
     )
-    low, high = best["score_ci95"]
+    low, high = best["score_ci95"] or (None, None)
     report.headlines(
         [
             Headline("Best checkpoint", f"step {best['step']:,}", "named in checkpoints/best"),
             Headline(
                 "Mean score of the best",
                 f"{best['score']:.3f}",
-                f"95 % interval {low:.3f} to {high:.3f}",
+                interval_text(low, high, best["prompts"]),
             ),
             Headline("Checkpoints", str(len(rows))),
         ]
@@ -223,7 +227,7 @@ def write_selection(path: Path, results: Mapping[str, Any]) -> Path:
             (
                 row["step"],
                 row["score"],
-                *row["score_ci95"],
+                *(row["score_ci95"] or (None, None)),
                 row.get("valid_loss", "-"),
                 row["tokens"],
                 row["cut_off"],
@@ -238,9 +242,12 @@ def _selection_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = [float(row["step"]) for row in rows]
     score = [
         Series("mean", steps, [row["score"] for row in rows], 0),
-        Series("95 % interval", steps, [row["score_ci95"][0] for row in rows], 5),
-        Series("95 % interval", steps, [row["score_ci95"][1] for row in rows], 5),
     ]
+    bounds = [row["score_ci95"] for row in rows if row["score_ci95"] is not None]
+    if len(bounds) == len(rows):  # the checkpoints have the same prompts
+        score += [
+            Series("95 % interval", steps, list(ends), 5) for ends in zip(*bounds, strict=True)
+        ]
     loss = Series("held out", steps, [row.get("valid_loss", float("nan")) for row in rows], 1)
     length = Series("tokens", steps, [row["tokens"] for row in rows], 2)
     return [

@@ -1,247 +1,25 @@
-"""Self-contained HTML reports: headline numbers, charts, tables and responses in one file.
-
-A report fetches nothing. `Report` is built section by section. `write_run_report` writes the report
-of a training run from its metrics.jsonl, config.yaml and samples.jsonl. All text from data is
-escaped.
-"""
+"""The report of a training run, from its metrics.jsonl, config.yaml and samples.jsonl."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.charts import Series, line_chart
-from fastrlhf.evaluation.style import STYLE
+from fastrlhf.evaluation.metric_info import METRIC_INFO
+from fastrlhf.evaluation.page import Answer, Headline, Report, chart_figure
 from fastrlhf.log_lines import read_log
 
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, tuple[list[float], list[float]]]  # name -> (steps, values)
 
-# (title, meaning and expected course) of the metrics that runs record, in the order of the page.
-METRIC_INFO = {
-    "loss": (
-        "Loss",
-        "The training objective. It should fall fast at first, then slowly. A sudden rise "
-        "suggests that the learning rate is too high.",
-    ),
-    "accuracy": (
-        "Accuracy",
-        "Share of ranked pairs in which the better response has the higher score; 0.5 is chance.",
-    ),
-    "margin": (
-        "Margin",
-        "Mean difference between the scores of the better and the worse response of a pair.",
-    ),
-    "score": (
-        "Score",
-        "Mean reward-model score of the sampled responses. It should rise.",
-    ),
-    "reward": ("Reward", "Score minus KL penalty, which PPO maximizes. It should rise."),
-    "kl": (
-        "KL from the reference",
-        "Divergence of the policy from the reference model, in nats per response.",
-    ),
-    "response_length": (
-        "Response length",
-        "In tokens. A drift to very long or very short responses suggests reward hacking.",
-    ),
-    "no_stop": (
-        "Responses cut off",
-        "Share of the responses that reached the length limit before a stop token.",
-    ),
-    "entropy": (
-        "Entropy",
-        "Entropy of the policy's next-token distribution, in nats per token. Near zero the policy "
-        "always gives the same response.",
-    ),
-    "ptx_loss": (
-        "Pretraining loss",
-        "Cross-entropy on the pretraining text mixed into PPO, in nats per token.",
-    ),
-    "value_loss": (
-        "Value loss",
-        "Half the squared error of the predicted return. It should fall as the value model learns.",
-    ),
-    "explained_variance": (
-        "Explained variance",
-        "Share of the variance of the returns that the value model predicts; 1 is perfect.",
-    ),
-    "policy_loss": (
-        "Policy loss",
-        "PPO's clipped objective. Its level has no meaning; it should stay small and bounded.",
-    ),
-    "clip_fraction": (
-        "Clipped share",
-        "Share of tokens whose ratio left the clip range. Above 0.3 the steps are too large.",
-    ),
-    "approx_kl": (
-        "KL of one update",
-        "Divergence of the policy after one update. It should stay well below 0.1.",
-    ),
-    "ratio_deviation": (
-        "Deviation of the first ratio from 1",
-        "Rollout and training must agree up to rounding; a larger deviation is a bug.",
-    ),
-    "ppo_grad_norm": (
-        "Gradient norm of PPO",
-        "Norm of the policy loss alone, in the first minibatch. If it is far below that of the "
-        "pretraining loss, PPO learns little.",
-    ),
-    "ptx_grad_norm": (
-        "Gradient norm of the pretraining loss",
-        "Norm of gamma times the pretraining loss, in the first minibatch.",
-    ),
-    "grad_norm": (
-        "Gradient norm",
-        "Before clipping. Rare spikes are harmless, steady growth is not.",
-    ),
-    "lr": ("Learning rate", "The configured schedule: warm-up, then decay."),
-    "seconds": (
-        "Seconds per step",
-        "Wall-clock time. It should be constant; growth suggests a memory leak or a slowing disk.",
-    ),
-}
 _PREFIXES = ("valid_", "valid/", "eval_", "eval/")
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One headline number."""
-
-    label: str
-    value: str
-    detail: str = ""
-    passed: bool | None = None
-    """A badge: reached (True), missed (False), or none (None)."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response of a sample."""
-
-    name: str
-    """Name of the model that wrote it, such as "SFT" or "PPO-ptx"."""
-    text: str
-    score: float | None = None
-
-
-@dataclass
-class Report:
-    """An HTML page that is built from top to bottom: every method appends to it."""
-
-    title: str
-    lead: str = ""
-    _parts: list[str] = field(default_factory=list)
-
-    def section(self, title: str, *paragraphs: str) -> None:
-        """Append a heading and plain-text paragraphs."""
-        self._parts.append(f"<h2>{escape(title)}</h2>")
-        self._parts.extend(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
-
-    def note(self, text: str) -> None:
-        """Append a remark in small type."""
-        self._parts.append(f'<p class="note">{escape(text)}</p>')
-
-    def headlines(self, headlines: Iterable[Headline]) -> None:
-        """Append a row of headline numbers."""
-        self._parts.append(
-            f'<div class="cards">{"".join(_card(headline) for headline in headlines)}</div>'
-        )
-
-    def stages(self, stages: Mapping[str, str]) -> None:
-        """Append a row of numbered steps: name -> description."""
-        items = [
-            f"<li><b>{i}. {escape(name)}</b>{escape(text)}</li>"
-            for i, (name, text) in enumerate(stages.items(), 1)
-        ]
-        self._parts.append(f'<ol class="stages">{"".join(items)}</ol>')
-
-    def charts(self, charts: Iterable[str], folded: str | None = None) -> None:
-        """Append charts made by `chart_figure`, in as many columns as fit; empty ones are skipped.
-
-        If the title `folded` is given, the charts are hidden until it is clicked.
-        """
-        grid = f'<div class="charts">{"".join(charts)}</div>'
-        self._parts.append(
-            f"<details><summary>{escape(folded)}</summary>{grid}</details>" if folded else grid
-        )
-
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Append a table; numbers are right-aligned, floats have three decimals."""
-        head = "".join(f"<th>{escape(name)}</th>" for name in header)
-        body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        self._parts.append(f'<div class="wide">{table}</div>')
-
-    def sample(self, prompt: str, answers: Sequence[Answer]) -> None:
-        """Append a prompt with its responses in columns."""
-        columns = "".join(
-            f"<div><h3>{escape(a.name)}</h3><p>{escape(a.text) or '<em>(empty)</em>'}</p>"
-            + (f'<span class="score">score {a.score:.2f}</span>' if a.score is not None else "")
-            + "</div>"
-            for a in answers
-        )
-        self._parts.append(
-            f'<div class="sample"><div class="prompt">{escape(prompt.strip())}</div>'
-            f'<div class="answers">{columns}</div></div>'
-        )
-
-    def details(self, title: str, text: str) -> None:
-        """Append preformatted text that is folded until clicked."""
-        self._parts.append(
-            f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-        )
-
-    def html(self) -> str:
-        """Return the page."""
-        title, lead = escape(self.title), escape(self.lead)
-        return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
-            f'<h1>{title}</h1><p class="lead">{lead}</p>{"".join(self._parts)}'
-            "<footer>Written by fastrlhf.</footer></main></body></html>\n"
-        )
-
-    def write(self, path: Path) -> Path:
-        """Write the page atomically and return its path."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_text(self.html(), encoding="utf-8")
-        return draft.replace(path)
-
-
-def chart_figure(
-    title: str, chart: str, caption: str = "", legend: Mapping[str, int] | None = None
-) -> str:
-    """Return a chart with a title, a caption and a legend; "" for an empty chart.
-
-    `chart` is an SVG of charts.py; `legend` maps names to colour indices.
-    """
-    if not chart:
-        return ""
-    keys = "".join(
-        f'<span><i class="c{color}"></i>{escape(name)}</span>'
-        for name, color in (legend or {}).items()
-    )
-    above = f'<div class="legend">{keys}</div>' if keys else ""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(title)}</h3>{above}{chart}{below}</figure>"
-
-
-def write_json(path: Path, results: Mapping[str, object]) -> None:
-    """Write the numbers of a page as JSON, and create the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -437,24 +215,3 @@ def _training_metric(name: str) -> str | None:
     return next(
         (name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), None
     )
-
-
-def _card(headline: Headline) -> str:
-    badge = ""
-    if headline.passed is not None:
-        kind, word = ("good", "reached") if headline.passed else ("bad", "missed")
-        badge = f'<div class="badge {kind}">{word}</div>'
-    detail = f'<div class="detail">{escape(headline.detail)}</div>' if headline.detail else ""
-    return (
-        f'<div class="card"><div class="label">{escape(headline.label)}</div>'
-        f'<div class="value">{escape(headline.value)}</div>{detail}{badge}</div>'
-    )
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, int):
-        return f'<td class="numeric">{value:,d}</td>'
-    if isinstance(value, float):
-        number = f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
-        return f'<td class="numeric">{number}</td>'
-    return f"<td>{escape(str(value))}</td>"

@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastrlhf.data.batches import TokenizedRanking
-from fastrlhf.evaluation.winrate import WinRate, WinRateDict, win_rate
+from fastrlhf.evaluation.winrate import (
+    WinRate,
+    WinRateDict,
+    mean_interval,
+    pair_agreement,
+    win_rate,
+)
 
 BINS = 10
 
@@ -43,12 +49,12 @@ class Pairs:
     @property
     def wins(self) -> NDArray[np.float64]:
         """Agreement of the scores with the labeler: 1, 0.5 where the scores are equal, or 0."""
-        return (1 + np.sign(self.margin)) / 2
+        return pair_agreement(self.margin)
 
     @property
     def longer_wins(self) -> NDArray[np.float64]:
         """Agreement of the rule "the response with more tokens is better" with the labeler."""
-        return (1 + np.sign(self.length)) / 2
+        return pair_agreement(self.length.astype(np.float64))
 
 
 def ranked_pairs(rankings: Sequence[TokenizedRanking], scores: Sequence[ArrayLike]) -> Pairs:
@@ -118,15 +124,10 @@ def _accuracy_by(pairs: Pairs, groups: NDArray[np.int64]) -> dict[str, GroupAccu
 
 def _difference(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], clusters: ArrayLike
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Return the mean of ours - theirs over pairs, with its interval over prompts."""
-    # The difference in [-1, 1] is shifted to a rate in [0, 1].
-    shifted = win_rate((1 + ours - theirs) / 2, clusters)
-    return {
-        "difference": 2 * shifted.rate - 1,
-        "low": 2 * shifted.low - 1,
-        "high": 2 * shifted.high - 1,
-    }
+    difference, low, high = mean_interval(ours - theirs, clusters)
+    return {"difference": difference, "low": low, "high": high}
 
 
 def calibration(pairs: Pairs) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def calibration(pairs: Pairs) -> dict[str, Any]:
     """
     predicted_P = 1 / (1 + np.exp(-np.abs(pairs.margin)))
     bin_P = np.minimum(((predicted_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
-    bins = []
+    bins, gap = [], 0.0
     for index in np.unique(bin_P):
         which = bin_P == index
         observed = win_rate(pairs.wins[which], pairs.prompt[which])
@@ -149,13 +150,11 @@ def calibration(pairs: Pairs) -> dict[str, Any]:
             | _interval(observed)
             | {"pairs": observed.n}
         )
-    ece = sum(row["pairs"] * abs(row["observed"] - row["predicted"]) for row in bins) / len(
-        predicted_P
-    )
-    return {"ece": ece, "bins": bins}
+        gap += observed.n * abs(observed.rate - predicted)
+    return {"ece": gap / len(predicted_P), "bins": bins}
 
 
-def _interval(rate: WinRate) -> dict[str, float]:
+def _interval(rate: WinRate) -> dict[str, float | None]:
     return {"low": rate.low, "high": rate.high}
 
 

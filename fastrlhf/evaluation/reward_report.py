@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, line_chart
-from fastrlhf.evaluation.report import Headline, Report, chart_figure
+from fastrlhf.evaluation.page import Headline, Report, chart_figure
 from fastrlhf.evaluation.reward import GroupAccuracy
-from fastrlhf.evaluation.winrate import WinRateDict
+from fastrlhf.evaluation.winrate import WinRateDict, interval_text
 
 _CHANCE = (0.5, "chance")
 
@@ -120,8 +120,8 @@ def _headlines(results: Mapping[str, Any]) -> list[Headline]:
         Headline(
             "Accuracy minus length rule",
             f"{above['difference']:+.3f}",
-            _interval(above),
-            passed=above["low"] > 0,
+            interval_text(above["low"], above["high"], results["prompts"]),
+            passed=None if above["low"] is None else above["low"] > 0,
         ),
         Headline(
             "Calibration error",
@@ -214,8 +214,8 @@ def _rows(table: Mapping[str, GroupAccuracy]) -> list[tuple[object, ...]]:
     ]
 
 
-def _interval(rate: Mapping[str, float]) -> str:
-    return f"95 % interval {rate['low']:.3f} to {rate['high']:.3f}"
+def _interval(rate: Mapping[str, Any]) -> str:
+    return interval_text(rate["low"], rate["high"], rate["clusters"])
 
 
 def _plus_minus(summary: Mapping[str, float]) -> str:

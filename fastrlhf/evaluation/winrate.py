@@ -11,11 +11,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+if TYPE_CHECKING:
+    import torch
+
+Margin = TypeVar("Margin", "NDArray[np.float64]", "torch.Tensor")
+
+MIN_PROMPTS = 10
+"""Fewest prompts for which an interval is computed.
+
+The bootstrap takes the prompts for the population: the interval of a single prompt would have the
+width 0. With n of them it is too narrow by about sqrt((n - 1) / n), which is 5 % for 10, and the
+percentiles of few distinct resamples are coarse.
+"""
 _MAX_COUNTS = 2**20
 """Bootstrap counts held in memory at a time."""
 
@@ -24,8 +36,8 @@ class WinRateDict(TypedDict):
     """A `WinRate` as a JSON object."""
 
     rate: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
     ties: int
     clusters: int
@@ -37,10 +49,10 @@ class WinRate:
 
     rate: float
     """(Wins + ties / 2) / n. For `pair_accuracy`: the share of pairs in the right order."""
-    low: float
-    """Lower end of the interval."""
-    high: float
-    """Upper end of the interval."""
+    low: float | None
+    """Lower end of the interval; None below MIN_PROMPTS prompts."""
+    high: float | None
+    """Upper end of the interval; None below MIN_PROMPTS prompts."""
     n: int
     """Number of judgements, or of strictly ranked pairs."""
     ties: int
@@ -60,7 +72,26 @@ class WinRate:
         )
 
     def __str__(self) -> str:
-        return f"{self.rate:.3f} [{self.low:.3f}, {self.high:.3f}] (n={self.n}, ties={self.ties})"
+        interval = interval_text(self.low, self.high, self.clusters)
+        return f"{self.rate:.3f} ({interval}; n={self.n}, ties={self.ties})"
+
+
+def interval_text(low: float | None, high: float | None, prompts: int, form: str = ".3f") -> str:
+    """Return a 95 % interval in words, or why there is none; `form` formats the ends."""
+    if low is None or high is None:
+        noun = "prompt" if prompts == 1 else "prompts"
+        return f"no interval: {prompts} {noun}, fewer than {MIN_PROMPTS}"
+    return f"95 % interval {low:{form}} to {high:{form}}"
+
+
+def pair_agreement(margin: Margin) -> Margin:
+    """Return the agreement of scores with the order of pairs: 1, 0.5 for equal scores, or 0.
+
+    `margin` is the score of the better response - the score of the worse, an array or a tensor. Its
+    mean is the accuracy of a reward model, in training and in `eval rm`: equal scores count as the
+    flip of a coin. NaN counts 0.
+    """
+    return 1.0 * (margin > 0) + 0.5 * (margin == 0)
 
 
 def win_rate(
@@ -75,7 +106,7 @@ def win_rate(
 
     - wins [N]: numbers from 0 (lost) to 1 (won), 0.5 for a tie; may be averages of several votes.
     - clusters [N]: the prompt of each comparison (integers or strings). None: all are different.
-    - level: coverage of the interval.
+    - level: coverage of the interval, which is None below MIN_PROMPTS prompts.
 
     Raises ValueError if wins is empty, not a vector or outside [0, 1], or the shapes differ.
     """
@@ -126,7 +157,7 @@ def pair_accuracy(
         order = np.sign(ranks_N[start:stop][j] - ranks_N[start:stop][i])
         predicted = np.sign(scores_N[start:stop][i] - scores_N[start:stop][j])
         strict = order != 0
-        right.append(((1 + order * predicted) / 2)[strict].sum())
+        right.append(pair_agreement(order * predicted)[strict].sum())
         pairs.append(strict.sum())
         ties += int((strict & (predicted == 0)).sum())
     sums_G, counts_G = np.array(right), np.array(pairs, dtype=np.float64)
@@ -158,10 +189,11 @@ def mean_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """Return the mean of values [N] and the ends of its percentile bootstrap interval.
 
-    The interval is over prompts: `clusters` [N] names the prompt of each value. Raises ValueError
+    The interval is over prompts: `clusters` [N] names the prompt of each value. The ends are None
+    if there are fewer than MIN_PROMPTS prompts. Raises ValueError
     if the two are empty or not vectors of one length.
     """
     values_N, clusters_N = np.asarray(values, dtype=np.float64), np.asarray(clusters)
@@ -183,9 +215,14 @@ def _bootstrap(
     level: float,
     resamples: int,
     seed: int,
-) -> tuple[float, float]:
-    """Return the ends of the percentile bootstrap interval of sum / count over prompts."""
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the ends of the percentile bootstrap interval of sum / count over prompts.
+
+    Every interval of the package is computed here. Below MIN_PROMPTS prompts there is none.
+    """
     prompts = sums_G.size
+    if prompts < MIN_PROMPTS:
+        return None, None
     generator, shares_G = np.random.default_rng(seed), np.full(prompts, 1 / prompts)
     rates = []
     # In chunks, which gives the same draws, since all at once are resamples * prompts numbers.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 import torch.distributed as dist
 
+from fastrlhf.data.token_ids import largest_id, missing_ids
 from fastrlhf.data.tokenize import stop_token_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation import graphs
@@ -54,6 +55,14 @@ class Generated:
     """True if a stop token or stop string ended the response; False if the length limit did."""
 
 
+@dataclass
+class PrefillCount:
+    """Counts what `generate` prefills."""
+
+    tokens: int = 0
+    """Prompt tokens that went through the model."""
+
+
 class GenerateOptions(TypedDict, total=False):
     """The keyword arguments of `generate`."""
 
@@ -63,6 +72,7 @@ class GenerateOptions(TypedDict, total=False):
     max_length: int | None
     tokenizer: PreTrainedTokenizerFast | None
     ids: Sequence[int] | None
+    prefilled: PrefillCount | None
 
 
 class _Sampled(NamedTuple):
@@ -85,6 +95,7 @@ def generate(
     max_length: int | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     ids: Sequence[int] | None = None,
+    prefilled: PrefillCount | None = None,
 ) -> Iterator[Generated]:
     """Yield the responses to this data-parallel rank's `prompts`, each as soon as it is finished.
 
@@ -93,9 +104,10 @@ def generate(
     and response together stay within `max_length` (default and upper bound: the model's
     positions). `eos` is a stop token, or several; it defaults to the tokenizer's eos and end of
     turn (`stop_token_ids`). Without either, only stop strings and limits end a response.
-    `tokenizer` is required if `params.stop` is set. `mesh` defaults to the model's. Dropout is off
-    until the iterator is exhausted or closed; then the model's training flag is restored and the
-    cache is freed.
+    `tokenizer` is required if `params.stop` is set; ids that it lacks are never sampled. `mesh`
+    defaults to the model's. `prefilled` counts the prompt tokens that this rank's model-parallel
+    group computes. Dropout is off until the iterator is exhausted or closed; then the model's
+    training flag is restored and the cache is freed.
 
     Raises UserError if a prompt is empty or leaves no room for a response, or if `params.cache_mb`
     is too small for one sequence; ValueError if an argument is out of range.
@@ -116,7 +128,7 @@ def generate(
         raise ValueError("params.stop holds strings, which need the tokenizer argument")
     queue = _build_queue(model, prompts, params, max_length, ids)
     return (
-        _Engine(model, params, mesh or model.mesh, stops, tokenizer).run(queue, slots)
+        _Engine(model, params, mesh or model.mesh, stops, tokenizer, prefilled).run(queue, slots)
         if queue
         else iter(())
     )
@@ -171,7 +183,9 @@ class _Engine:
         mesh: Mesh,
         eos: tuple[int, ...],
         tokenizer: PreTrainedTokenizerFast | None,
+        prefilled: PrefillCount | None,
     ) -> None:
+        self.prefilled = prefilled or PrefillCount()
         self.model = model
         self.forward = EagerStage(model)
         self.params = params
@@ -180,7 +194,14 @@ class _Engine:
         self.stop = (
             StopStrings(params.stop, tokenizer) if params.stop and tokenizer is not None else None
         )
-        self.sampler = Sampler(params, eos=eos, **model.lm_head()) if mesh.is_last_stage else None
+        self.sampler: Sampler | None = None
+        if mesh.is_last_stage:
+            head = model.lm_head()
+            missing: list[int] = []
+            if tokenizer is not None:
+                head["vocab_size"] = min(head["vocab_size"], largest_id(tokenizer) + 1)
+                missing = missing_ids(tokenizer)
+            self.sampler = Sampler(params, eos=eos, missing=missing, **head)
         self.graphs: DecodeGraphs | None = None
 
     def run(self, queue: deque[Request], slots: int) -> Iterator[Generated]:
@@ -227,11 +248,13 @@ class _Engine:
             emptiest = max(range(len(groups)), key=lambda g: groups[g].free - len(admitted[g]))
             admitted[emptiest].append(queue.popleft())
         with no_torch_function():
-            return [
+            batches = [
                 batch
                 for group, requests in zip(groups, admitted, strict=True)
                 for batch in group.admit(requests)
             ]
+        self.prefilled.tokens += sum(batch.tokens.numel() for batch in batches)
+        return batches
 
     def _finish(self, sampled: list[_Sampled]) -> Iterator[Generated]:
         """Append the sampled tokens to their requests; yield and evict the requests that end."""

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from fastrlhf.checkpoint.model_folder import SavedModel
 from fastrlhf.checkpoint.soundness import check_policy_finite
 from fastrlhf.config import Config
-from fastrlhf.data.records import Prompt, read_records
-from fastrlhf.data.tokenize import encode_prompts, read_prefix, stop_token_ids
+from fastrlhf.data.datasets import load_prompt_records
+from fastrlhf.data.records import Prompt
+from fastrlhf.data.tokenize import read_prefix, stop_token_ids
 from fastrlhf.errors import UserError
 from fastrlhf.generation.engine import Generated, generate_all
 from fastrlhf.generation.sampling import SamplingParams
@@ -46,14 +47,15 @@ def respond(
     mesh: Mesh,
     slots: int = 64,
     copies: int = 1,
+    name: str = "the policy",
 ) -> list[list[Response]]:
     """Return `copies` responses to each of the tokenized `prompts`, the same on every rank.
 
     The responses depend on the weights, the prompts and `params` alone, not on the parallel
-    layout. Two models with the same `params` use the same random numbers. Raises UserError if a
-    weight of the model is not finite.
+    layout. Two models with the same `params` use the same random numbers. Raises UserError with
+    `name`, the name of the model, if a weight of it is not finite.
     """
-    check_policy_finite("the policy", model)
+    check_policy_finite(name, model)
     mine = range(mesh.data_rank, len(prompts), mesh.data_size)
     requests = [(i, j) for i in mine for j in range(copies)]
     generated = generate_all(
@@ -102,25 +104,20 @@ def fitting_prompts(
 ) -> tuple[list[Prompt], int]:
     """Return the prompts within `data.max_prompt_tokens`, and the number of longer ones.
 
-    Raises UserError if all are longer.
+    A prompt that cannot be read or tokenized obeys `data.on_error`. Raises UserError if no prompt
+    is usable.
     """
     data = config.data
     assert data.prompts is not None  # config.require
-    rejected = Path(config.output_dir) / "rejected.jsonl" if mesh.rank == 0 else None
-    prompts = list(read_records(data.prompts, "prompts", data.on_error, rejected))
-    prefix = read_prefix(data.prompt_prefix)
-    lengths = map(len, encode_prompts(tokenizer, [prompt.prompt for prompt in prompts], prefix))
-    fitting = [
-        prompt
-        for prompt, length in zip(prompts, lengths, strict=True)
-        if length <= data.max_prompt_tokens
-    ]
-    if not fitting:
-        raise UserError(
-            f"{', '.join(data.prompts)}: none of the {len(prompts)} prompts is within "
-            f"data.max_prompt_tokens {data.max_prompt_tokens}; raise it or shorten the prompts"
-        )
-    return fitting, len(prompts) - len(fitting)
+    prompts, _, counts = load_prompt_records(
+        data.prompts,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        on_error=data.on_error,
+        rejected=Path(config.output_dir) / "rejected.jsonl" if mesh.rank == 0 else None,
+        prefix=read_prefix(data.prompt_prefix),
+    )
+    return prompts, counts.long_prompts
 
 
 def find_policy(path: str | None, command: str) -> SavedModel:

@@ -136,7 +136,8 @@ class Sampler:
     """Sampler of next tokens from the last stage's hidden states.
 
     `weight` [V_local, H] is this rank's shard of the LM head; `group` is the group over which the
-    vocabulary is sharded (None: not sharded).
+    vocabulary is sharded (None: not sharded). `missing` are ids below `vocab_size` that are no
+    token: they are never sampled, but count in the log-probabilities, as they do in training.
 
     Without truncation a token is sampled in two exponential races (Gumbel-max without logarithms):
     block b of 128 tokens wins with probability sum_{v in b} p_v, then token v of the block with
@@ -153,6 +154,7 @@ class Sampler:
         vocab_size: int,
         group: dist.ProcessGroup | None,
         eos: int | Sequence[int],
+        missing: Sequence[int] = (),
     ) -> None:
         self.params = params
         self.weight = weight.detach()
@@ -166,6 +168,11 @@ class Sampler:
         stops = [eos] if isinstance(eos, int) else eos
         local = [token - self.start for token in stops]
         self.eos = [column for column in local if 0 <= column < self.columns]
+        self.missing = torch.tensor(
+            [token - self.start for token in missing if 0 <= token - self.start < self.columns],
+            dtype=torch.long,
+            device=weight.device,
+        )
         blocks = torch.arange(
             self.start // BLOCK, (self.start + columns) // BLOCK, device=weight.device
         )
@@ -184,15 +191,19 @@ class Sampler:
         """
         logits = (hidden @ self.weight.T).float()
         logits[:, self.columns :] = -torch.inf
-        eos_logits = None
+        suppressed = None
         if eos_from is not None and self.eos:
             is_early = positions < eos_from
             columns = [logits[:, column] for column in self.eos]
-            eos_logits = torch.stack([torch.where(is_early, x, -torch.inf) for x in columns], -1)
+            suppressed = torch.stack([torch.where(is_early, x, -torch.inf) for x in columns], -1)
             for column in columns:
                 column.masked_fill_(is_early, -torch.inf)
+        if self.missing.numel():
+            holes = logits[:, self.missing]
+            logits[:, self.missing] = -torch.inf
+            suppressed = holes if suppressed is None else torch.cat([suppressed, holes], -1)
         if self.params.truncated:
-            return self._truncated(logits, eos_logits, row_keys(self.params.seed, ids, positions))
+            return self._truncated(logits, suppressed, row_keys(self.params.seed, ids, positions))
         if self.params.temperature == 0:
             score, token, value, lse = self._greedy(logits)
         else:
@@ -200,7 +211,7 @@ class Sampler:
                 logits, row_keys(self.params.seed, ids, positions)
             )
         shards = self._gather(
-            torch.stack([score, token + self.start, value, self._add_eos(lse, eos_logits)])
+            torch.stack([score, token + self.start, value, self._add_suppressed(lse, suppressed)])
         )
         best = shards[:, 0].argmax(0)
         token, value = shards[best, 1:3, torch.arange(best.numel(), device=best.device)].unbind(1)
@@ -214,14 +225,14 @@ class Sampler:
         dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
         return out
 
-    def _add_eos(self, lse: Tensor, eos_logits: Tensor | None) -> Tensor:
-        """Return the log-sum-exp including the logits [B, stop tokens] of suppressed stop tokens.
+    def _add_suppressed(self, lse: Tensor, suppressed: Tensor | None) -> Tensor:
+        """Return the log-sum-exp including the logits [B, N] of suppressed tokens.
 
-        Suppressing a stop token changes what is sampled, not the policy's distribution.
+        Suppressing a token changes what is sampled, not the policy's distribution.
         """
-        if eos_logits is None:
+        if suppressed is None:
             return lse
-        return torch.logaddexp(lse, (eos_logits.double() / self.temperature).logsumexp(-1))
+        return torch.logaddexp(lse, (suppressed.double() / self.temperature).logsumexp(-1))
 
     def _greedy(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what `_race` returns, for the token with the largest logit."""
@@ -257,7 +268,7 @@ class Sampler:
         )
 
     def _truncated(
-        self, logits: Tensor, eos_logits: Tensor | None, keys: Tensor
+        self, logits: Tensor, suppressed: Tensor | None, keys: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return (tokens, log-probabilities) of truncated samples; overwrites `logits`."""
         scaled = logits.div_(self.temperature)
@@ -271,7 +282,7 @@ class Sampler:
             [
                 values.double(),
                 (tokens + self.start).double(),
-                self._add_eos(lse, eos_logits)[:, None],
+                self._add_suppressed(lse, suppressed)[:, None],
             ],
             1,
         )

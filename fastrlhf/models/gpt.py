@@ -25,7 +25,8 @@ from fastrlhf.models import eager_forward
 from fastrlhf.models.heads import Head, LMHead, ScalarHead
 from fastrlhf.models.initialization import initialize_weights, mark_shards
 from fastrlhf.models.inputs import CachedInput, StageInput
-from fastrlhf.models.layout import SequenceLayout, rope_tables
+from fastrlhf.models.layout import SequenceLayout
+from fastrlhf.models.rope import rope_tables
 from fastrlhf.models.spec import DTYPES, layer_spec, stage_config
 from fastrlhf.models.stage import VOCAB_MULTIPLE, global_names
 from fastrlhf.parallel.mesh import Mesh
@@ -56,6 +57,9 @@ class GPT(LanguageModule):
         self.model_config = model
         self.mesh = mesh
         self.vocab_size = vocab_size
+        # A tokenizer may have fewer tokens than the table has rows (Qwen: 151,665 of 151,936).
+        # Sampling and log-probabilities share this limit, so the first PPO ratio is 1.
+        self.num_tokens = vocab_size
         self.pre_process = mesh.is_first_stage
         self.post_process = mesh.is_last_stage
         self.model_type = ModelType.encoder_or_decoder
@@ -151,16 +155,17 @@ class GPT(LanguageModule):
         return self.mesh.tensor_size if self.mesh.sequence_parallel else 1
 
     def layout(self, batch: StageInput) -> SequenceLayout:
-        """Return the layout of a micro-batch, with rotary tables if the model uses them."""
+        """Return the layout of a micro-batch, with the model's rotary tables and window, if any."""
         layout = batch.layout if isinstance(batch, CachedInput) else SequenceLayout.of(batch)
         if self.model_config.position == "rope":
-            layout.rope = rope_tables(
-                layout.positions, self.config.kv_channels, self.model_config.rope_theta
-            )
+            layout.rope = rope_tables(layout.positions, self.config.kv_channels, self.model_config)
+        layout.set_window(self.model_config.sliding_window)
         return layout
 
     def lm_head(self) -> LMHead:
         """Return the LM head's arguments for `ops.linear_*`; only on the last stage.
+
+        Ids from `num_tokens` on are left out of the softmax.
 
         For example `ops.linear_logprobs(hidden, labels=labels, **stage.lm_head())`.
         """
@@ -169,7 +174,7 @@ class GPT(LanguageModule):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        return {"weight": weight, "vocab_size": self.vocab_size, "group": self.mesh.vocab_group}
+        return {"weight": weight, "vocab_size": self.num_tokens, "group": self.mesh.vocab_group}
 
     def parameter_boxes(self) -> Iterator[tuple[str, torch.nn.Parameter, list[ParameterBox]]]:
         """Yield each parameter's local name, its tensor, and the boxes stacked in the tensor.

@@ -17,7 +17,7 @@ class LMHead(TypedDict):
     weight: torch.Tensor
     """[V_local, H]: this rank's rows of the unembedding, padding included."""
     vocab_size: int
-    """Size of the vocabulary without padding."""
+    """Ids of the softmax: `GPT.num_tokens`."""
     group: dist.ProcessGroup | None
     """The group over which the vocabulary is sharded; None if it is not."""
 

@@ -80,6 +80,16 @@ class Padding:
 
     None: causal, and queries and keys of a sequence start at the same token.
     """
+    last: Tensor | None = None
+    """int64 [B, max_q]: last key that each query may attend to; given with `visible`."""
+
+    def within(self, window: int) -> Tensor:
+        """Return `visible` (or causal) restricted to the last `window` keys of each query."""
+        max_kv = self.keys.numel() // self.rows
+        keys = torch.arange(max_kv, device=self.keys.device)
+        # Queries of padding may lie past the last key. A query without any key would be NaN.
+        last = keys[None] if self.last is None else self.last.clamp(max=max_kv - 1)
+        return ((keys <= last[:, :, None]) & (keys > last[:, :, None] - window))[:, None]
 
 
 @dataclass(kw_only=True)
@@ -109,6 +119,11 @@ class SequenceLayout(PackedSeqParams):
     """
     visible: Tensor | None = None
     """bool [T, 1, 1, length]: cached positions that each decoding token may attend to."""
+    window: int | None = None
+    """Tokens that a token attends to in layers with a sliding window, itself included.
+
+    None: no such layers, or no sequence of the row is longer than the window.
+    """
 
     @property
     def num_tokens(self) -> int:
@@ -164,6 +179,24 @@ class SequenceLayout(PackedSeqParams):
             max_seqlen_kv=length,
         )
 
+    def set_window(self, window: int | None) -> None:
+        """Set the model's sliding window, unless every sequence of the row fits into it."""
+        self.window = None if window is None or window >= self.max_seqlen_kv else window
+
+    @functools.cached_property
+    def window_visible(self) -> tuple[Tensor, ...]:
+        """Keys that a query may attend to in layers with a sliding window.
+
+        Query i attends to key j if i - window < j <= i. One mask per padding, bool [1 or B, 1,
+        max_q, max_kv]; in a decode step one like `visible`.
+        """
+        assert self.window is not None
+        if self.visible is not None:
+            keys = torch.arange(self.max_seqlen_kv, device=self.positions.device)
+            inside = keys > self.positions[:, None] - self.window
+            return (self.visible & inside[:, None, None, :],)
+        return tuple(padding.within(self.window) for padding in self.paddings)
+
     @functools.cached_property
     def paddings(self) -> tuple[Padding, ...]:
         """The paddings that cover all sequences of the row.
@@ -187,7 +220,7 @@ class SequenceLayout(PackedSeqParams):
         """
         lengths, before = self.cu_seqlens_q.diff()[which], before[which]
         max_q, max_kv = int(lengths.max()), int((lengths + before).max())
-        visible = None
+        visible = last = None
         if before.any():
             last = before[:, None] + torch.arange(max_q, device=before.device)
             visible = (torch.arange(max_kv, device=before.device) <= last[:, :, None])[:, None]
@@ -197,6 +230,7 @@ class SequenceLayout(PackedSeqParams):
             key_index[_padded_index(self.cu_seqlens_kv[:-1][which], lengths + before, max_kv)],
             _token_slots(lengths, max_q, int(lengths.sum())),
             visible=visible,
+            last=last,
         )
 
 
@@ -214,16 +248,3 @@ def _padded_index(starts: Tensor, lengths: Tensor, longest: int) -> Tensor:
     """Return start, start + 1, ... of each sequence, padded with its start, int64 [B * longest]."""
     offsets = torch.arange(longest, device=starts.device)
     return (starts[:, None] + torch.where(offsets < lengths[:, None], offsets, 0)).flatten()
-
-
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of rotary embeddings, fp32 [T, 1, head_dim], half-split convention.
-
-    Source: Su et al. 2021, eq. 34.
-    """
-    exponents = (
-        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    )
-    angles = positions.float()[:, None] * theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)[:, None, :]
-    return angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""Find, check and load the model at a path, in the shape it was saved in.
+"""Find and load the model at a path, in the shape it was saved in.
 
 A path is a run, a checkpoint, a model folder, or a Hugging Face model. Out of scope: models whose
 shape the configuration gives (`RunBuilder.model`), and training state.
@@ -6,21 +6,27 @@ shape the configuration gives (`RunBuilder.model`), and training state.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fastrlhf.checkpoint.integrity import local_problems
 from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
 from fastrlhf.config import Config, ModelConfig
-from fastrlhf.data.tokenize import conflicting_id
+from fastrlhf.config.shape import SHAPE_KEYS
+from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.errors import UserError
+from fastrlhf.models.checks import check_vocabulary
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.models.heads import Head
-from fastrlhf.models.hf import head_from_hf, load_hf, model_config_from_hf
+from fastrlhf.models.hf import generation_from_hf, head_from_hf, load_hf, model_config_from_hf
 from fastrlhf.models.initialization import initialize_weights
 from fastrlhf.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -49,6 +55,7 @@ def find_model(path: str | Path) -> SavedModel:
         vocab_size=model.vocab_size,
         head=head_from_hf(path),
         tokenizer=tokenizer,
+        generation=generation_from_hf(path),
     )
 
 
@@ -66,87 +73,51 @@ def find_reward_model(path: str, key: str) -> SavedModel:
     return saved
 
 
-def check_vocabulary(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Check that the model has every token of the tokenizer of `folder`, with the same meaning.
+def saved_tokenizer(saved: SavedModel, path: str | Path | None) -> PreTrainedTokenizerFast | None:
+    """Load the tokenizer of `path`, or the one that the model was saved with; None if it has none.
 
-    Raises UserError if not.
+    Raises UserError if the model does not fit it, or if it is gone and the checkpoint, written by
+    an old version, has no copy.
     """
-    if saved.vocab_size < len(tokenizer):
+    folder = str(path or saved.tokenizer_folder)
+    if not folder:
+        return None
+    if path is None and saved.tokenizer_copy is not None:
+        if problems := local_problems(saved.tokenizer_copy):
+            raise UserError(f"{problems[0]}; give its tokenizer: --tokenizer FOLDER")
+    elif path is None and not Path(folder).is_dir():
         raise UserError(
-            f"the model in {saved.path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{folder} {len(tokenizer)} tokens; set data.tokenizer={saved.tokenizer or 'FOLDER'}"
+            f"{saved.path}: has no copy of its tokenizer, and {folder} is not there; give it: "
+            "--tokenizer FOLDER"
         )
-    check_meaning(saved, tokenizer, folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(saved, tokenizer, folder)
+    return tokenizer
 
 
-def check_meaning(saved: SavedModel, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-    """Check that the tokenizer of `folder` agrees with the one that the model was saved with.
+def with_tokenizer_of(config: Config, saved: SavedModel) -> Config:
+    """Return `config` with the model's own copy of its tokenizer if data.tokenizer is not there.
 
-    Raises UserError if an id is a different token in the two.
+    So a run can be sampled and evaluated from another folder, or after its data has moved.
     """
-    if (
-        folder != saved.tokenizer
-        and (number := conflicting_id(tokenizer, saved.tokenizer)) is not None
-    ):
-        raise UserError(
-            f"the model in {saved.path} was trained with the tokenizer {saved.tokenizer}, in which "
-            f"token {number} differs from {folder}; set data.tokenizer={saved.tokenizer}"
-        )
+    copy = saved.tokenizer_copy
+    if copy is None or Path(config.data.tokenizer).is_dir() or local_problems(copy):
+        return config
+    logger.warning(
+        "data.tokenizer %s is not there; taking the copy %s", config.data.tokenizer, copy
+    )
+    data = config.data.model_copy(update={"tokenizer": str(copy)})
+    return config.model_copy(update={"data": data})
 
 
-_SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "ffn_size",
-    "max_positions",
-    "position",
-)
+def saved_shape(path: str) -> dict[str, object]:
+    """Return the model section's shape keys of the model saved at `path`, vocab_size included.
 
-
-def check_same_shape(model: ModelConfig, vocab_size: int, saved: SavedModel) -> None:
-    """Check that the configured shape is the one that was saved.
-
-    Raises UserError naming the first difference.
+    Raises UserError if there is no model.
     """
-    for name in _SHAPE:
-        configured, found = getattr(model, name), getattr(saved.model, name)
-        if configured != found:
-            raise UserError(
-                f"model.{name} is {configured}, but the model in {saved.path} has {found}; "
-                f"set model.{name}={found}"
-            )
-    if vocab_size != saved.vocab_size:
-        raise UserError(
-            f"the tokenizer gives a vocabulary of {vocab_size}, but the model in {saved.path} has "
-            f"{saved.vocab_size}; set data.tokenizer={saved.tokenizer}"
-        )
-
-
-def check_reads_policy(
-    saved: SavedModel, path: str, config: Config, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """Check that a reward or value model can read every sequence that the policy can produce.
-
-    Raises UserError if it lacks tokens of the policy's tokenizer, reads ids differently, or has too
-    few positions.
-    """
-    data, positions = config.data, saved.model.max_positions
-    if saved.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the model in {path} has a vocabulary of {saved.vocab_size}, and the tokenizer "
-            f"{data.tokenizer} {len(tokenizer)} tokens; train it with the policy's tokenizer"
-        )
-    check_meaning(saved, tokenizer, data.tokenizer)
-    longest = data.max_prompt_tokens + config.generation.max_new_tokens
-    if positions < longest:
-        raise UserError(
-            f"the model in {path} reads {positions} tokens, and data.max_prompt_tokens + "
-            f"generation.max_new_tokens are {longest}; lower one of them, or give a model with "
-            "more positions"
-        )
+    saved = find_model(path)
+    shape = {name: getattr(saved.model, name) for name in SHAPE_KEYS}
+    return shape | {"vocab_size": saved.vocab_size}
 
 
 def load_saved(

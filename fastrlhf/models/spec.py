@@ -68,6 +68,7 @@ def stage_config(model: ModelConfig, mesh: Mesh) -> StageConfig:
         embedding_dropout=model.embedding_dropout,
         attention_dropout=model.attention_dropout,
         attention_kernel=model.attention,
+        full_attention_layers=model.full_attention_layers,
         **_recompute_fields(model),
         params_dtype=dtype,
         pipeline_dtype=dtype,

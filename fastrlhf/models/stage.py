@@ -30,6 +30,8 @@ class StageConfig(TransformerConfig):
 
     attention_kernel: str = "auto"
     embedding_dropout: float = 0.0
+    full_attention_layers: int = 0
+    """Layers, from the model's first, that have no sliding window."""
 
 
 class Stage(Protocol):
@@ -49,7 +51,7 @@ class Stage(Protocol):
     score: ScalarHead
 
     def layout(self, batch: StageInput) -> SequenceLayout:
-        """Return the layout of a micro-batch, with rotary tables if the model uses them."""
+        """Return the layout of a micro-batch, with the model's rotary tables and window, if any."""
         ...
 
     def modules(self) -> Iterator[torch.nn.Module]:

@@ -33,7 +33,7 @@ class RankingLoss(NamedTuple):
     """Mean over the strict pairs of better score - worse score."""
 
 
-def _pairs(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor) -> tuple[Tensor, Tensor]:
+def strict_pairs(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Return each response's prompt [N], and which pairs count [N, N].
 
     Pair (i, j) counts if i and j answer the same prompt and i is strictly better.
@@ -65,7 +65,7 @@ def pairwise_ranking_loss_ref(
     Autograd differentiates it; it holds [N, N] tensors.
     """
     x = scores.to(checks.compute_dtype(scores))
-    prompt, better = _pairs(scores, ranks, prompt_offsets)
+    prompt, better = strict_pairs(scores, ranks, prompt_offsets)
     margin = x[:, None] - x[None]
     needed = 0.0 if margins is None else margins[:, None] - margins[None]
     each = -F.logsigmoid(margin - needed) + center_coef * (x[:, None] + x[None]).square()
@@ -98,7 +98,7 @@ def _ranking_loss_torch(
     pairs.
     """
     x = scores.to(checks.compute_dtype(scores))
-    prompt, better = _pairs(scores, ranks, prompt_offsets)
+    prompt, better = strict_pairs(scores, ranks, prompt_offsets)
     margin = x[:, None] - x[None]
     pairs = better.sum(dtype=x.dtype)
     weight, denominator = torch.ones_like(x), pairs

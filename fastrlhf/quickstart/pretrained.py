@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import ModelConfig
-from fastrlhf.data.tokenize import load_tokenizer
+from fastrlhf.data.tokenize import load_tokenizer, tokenizer_files
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import build_model
 from fastrlhf.models.hf import load_hf, model_config_from_hf, verify_logits
@@ -116,7 +116,8 @@ def save_base(path: Path, out: Path, tokenizer: Path, mesh: Mesh) -> None:
     model = build_model(config, mesh, config.vocab_size)
     load_hf(path, model)
     difference = verify_logits(model, path, mesh)
-    save_model(out, model, tokenizer=str(tokenizer))
+    files = tokenizer_files(load_tokenizer(tokenizer))
+    save_model(out, model, tokenizer=str(tokenizer), tokenizer_files=files)
     if mesh.rank == 0:
         record = {"from": str(path.resolve()), "logit_difference": difference}
         done.write_text(json.dumps(record) + "\n")

@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.evaluation.charts import Bar, Series, bar_chart, scatter_chart
-from fastrlhf.evaluation.report import (
-    Answer,
-    Headline,
-    Report,
-    chart_figure,
-    metric_charts,
-    read_metrics,
-)
-from fastrlhf.evaluation.winrate import WinRate
+from fastrlhf.evaluation.page import Answer, Headline, Report, chart_figure
+from fastrlhf.evaluation.report import metric_charts, read_metrics
+from fastrlhf.evaluation.winrate import WinRate, interval_text
 from fastrlhf.quickstart.labeler import TERMS, WEIGHTS, Calibration
 
 # The colour of each model in all charts.
@@ -115,10 +109,12 @@ def outcomes(summary: Mapping[str, Any]) -> dict[str, bool]:
     if there is a PPO run without them to compare with.
     """
     loss = summary["pretrain_loss"]
+    interval = summary["winrate_ppo_ptx_vs_sft_ci95"]
     reached = {
         "rm_heldout_accuracy": summary["rm_heldout_accuracy"] >= 0.70,
         "winrate_ppo_ptx_vs_sft": summary["winrate_ppo_ptx_vs_sft"] >= 0.65
-        and summary["winrate_ppo_ptx_vs_sft_ci95"][0] > 0.5,
+        and interval is not None
+        and interval[0] > 0.5,
     }
     if "ppo" in loss:
         with_ptx, without = (abs(loss[run] - loss["sft"]) for run in ("ppo_ptx", "ppo"))
@@ -166,14 +162,14 @@ def _without_first(stages: Mapping[str, str]) -> dict[str, str]:
 
 def _headlines(report: Report, results: Results) -> None:
     summary, reached = results.summary, outcomes(results.summary)
-    low, high = summary["winrate_ppo_ptx_vs_sft_ci95"]
-    loss = summary["pretrain_loss"]
+    loss, prompts = summary["pretrain_loss"], results.win_rates["PPO-ptx"].clusters
+    low, high = summary["winrate_ppo_ptx_vs_sft_ci95"] or (None, None)
     report.headlines(
         [
             Headline(
                 "PPO-ptx preferred to SFT",
                 f"{summary['winrate_ppo_ptx_vs_sft']:.1%}",
-                f"95 % interval {low:.1%} to {high:.1%}; expected 65 % or more",
+                f"{interval_text(low, high, prompts, '.1%')}; expected 65 % or more",
                 reached["winrate_ppo_ptx_vs_sft"],
             ),
             Headline(

@@ -3,8 +3,9 @@
 The stages are data, pretraining, SFT, rankings, reward model, PPO, PPO-ptx and evaluation. With a
 pretrained model, its conversion replaces pretraining, and PPO without ptx is skipped to save time.
 Every training stage is an ordinary `train.train` run with its configuration; only the data, the
-labelers and the comparison at the end are specific to the quickstart. An interrupted run resumes
-where it stopped. `out` gets data/, tokenizer/, one folder per stage, summary.json and report.html.
+labelers and the comparison at the end are specific to the quickstart. A signal that stops a stage
+stops the run, and the same command continues there. `out` gets data/, tokenizer/, one folder per
+stage, summary.json and report.html.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from fastrlhf.data.files import make_folder, raw_rows
 from fastrlhf.data.records import Prompt
 from fastrlhf.data.tokenize import encode_prompts, train_bpe
 from fastrlhf.errors import UserError
-from fastrlhf.evaluation.report import Answer
+from fastrlhf.evaluation.page import Answer
 from fastrlhf.evaluation.winrate import WinRate, win_rate
 from fastrlhf.generation import SamplingParams
 from fastrlhf.generation.responses import respond
@@ -58,6 +58,7 @@ from fastrlhf.quickstart.labeler import (
 )
 from fastrlhf.quickstart.report import Results, Sample, write_quickstart_report
 from fastrlhf.quickstart.scales import ScaleName
+from fastrlhf.quickstart.torchrun import run_under_torchrun
 from fastrlhf.run import builder, train
 
 MODELS = {"base": "pretrain", "SFT": "sft", "PPO": "ppo", "PPO-ptx": "ppo_ptx"}
@@ -97,21 +98,20 @@ def run(
             "scale": scale,
             "model": model,
         }
-        _under_torchrun(tensor * pipeline, options)
+        run_under_torchrun(tensor * pipeline, options)
         return
     if source is None:
         # More threads do not speed up matrices of this size.
         torch.set_num_threads(min(torch.get_num_threads(), 4))
-    _Quickstart(out, tensor, pipeline, seed, scale, source, model).run()
+    quickstart = _Quickstart(out, tensor, pipeline, seed, scale, source, model)
+    try:
+        quickstart.run()
+    except _Stopped as stopped:
+        quickstart.log(f"stopped in the stage {stopped}; the same command continues from there")
 
 
-def _under_torchrun(processes: int, options: Mapping[str, object]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = ["--nproc-per-node", str(processes), "-m", "fastrlhf", "quickstart"]
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    finished = subprocess.run([*launcher, *command, *arguments], check=False)
-    if finished.returncode:
-        raise SystemExit(finished.returncode)
+class _Stopped(Exception):
+    """A signal stopped the stage that it names, after its checkpoint."""
 
 
 class _Evaluation(NamedTuple):
@@ -181,26 +181,31 @@ class _Quickstart:
             corpus = self.prepare()
         with self.timed("pretrain"):
             if self.source is None:
-                train.train("pretrain", self.config("pretrain"))
+                self.train("pretrain", "pretrain")
             else:
                 pretrained.save_base(
                     self.source, self.out / "pretrain", self.out / "tokenizer", self.mesh
                 )
         with self.timed("sft"):
-            train.train("sft", self.config("sft"))
+            self.train("sft", "sft")
         with self.timed("ranking"):
             labels = self.rank(corpus)
         with self.timed("rm"):
-            train.train("rm", self.config("rm"))
+            self.train("rm", "rm")
         for run in self.scale.ppo_runs:
             with self.timed(run):
-                train.train("ppo", self.config(run))
+                self.train("ppo", run)
         with self.timed("evaluation"):
             answers, losses = self.answers(), self.pretraining_losses()
         if self.is_main:
             assert corpus is not None and labels is not None
             self.seconds["total"] = time.perf_counter() - start
             self.report(_Evaluation(corpus, *labels, answers, losses))
+
+    def train(self, command: str, stage: str) -> None:
+        """Train a stage; raise _Stopped if a signal stopped it, since the next would use it."""
+        if not train.train(command, self.config(stage)):
+            raise _Stopped(stage)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -389,7 +394,8 @@ class _Quickstart:
             "rm_heldout_accuracy": last["rm"]["valid_accuracy"],
             **{f"winrate_{run}_vs_sft": rate.rate for run, rate in trained.items()},
             **{
-                f"winrate_{run}_vs_sft_ci95": [rate.low, rate.high] for run, rate in trained.items()
+                f"winrate_{run}_vs_sft_ci95": None if rate.low is None else [rate.low, rate.high]
+                for run, rate in trained.items()
             },
             **{f"kl_{run}": last[run]["kl"] for run in trained},
             "labeler_agreement": evaluation.calibration.agreement,

@@ -13,24 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, TypeVar
 
-from fastrlhf.checkpoint.model_folder import describe_model, load_model
+from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
 from fastrlhf.config import Config, ModelConfig, ScheduleConfig
-from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
-from fastrlhf.data.datasets import load_demonstrations, load_prompts, load_rankings
+from fastrlhf.data.batches import TokenizedDemonstration, TokenizedPrompt, TokenizedRanking
+from fastrlhf.data.datasets import load_demonstrations, load_prompt_records, load_rankings
 from fastrlhf.data.loader import Dataset, Loader
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.records import OnError
 from fastrlhf.data.tokenize import largest_id, load_tokenizer, read_prefix
 from fastrlhf.errors import UserError
+from fastrlhf.models.checks import check_same_shape, check_saved
 from fastrlhf.models.gpt import GPT, build_model, initialize_weights
 from fastrlhf.models.hf import load_hf
-from fastrlhf.models.loading import (
-    check_reads_policy,
-    check_same_shape,
-    check_vocabulary,
-    find_model,
-    load_saved,
-)
+from fastrlhf.models.loading import find_model, load_saved
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.optimizer import Learner
 
@@ -167,13 +162,16 @@ class RunBuilder:
         )
         return rankings
 
-    def prompts(self, paths: list[str]) -> list[list[int]]:
+    def prompts(self, paths: list[str]) -> list[TokenizedPrompt]:
         """Read and tokenize prompt files."""
         prefix = read_prefix(self.config.data.prompt_prefix)
-        prompts, _ = load_prompts(
+        records, tokens, _ = load_prompt_records(
             paths, self.tokenizer, prefix=prefix, **self._record_options(paths)
         )
-        return prompts
+        return [
+            TokenizedPrompt(ids, record.other_columns)
+            for ids, record in zip(tokens, records, strict=True)
+        ]
 
     def _record_options(self, paths: list[str]) -> _RecordOptions:
         data = self.config.data
@@ -196,8 +194,7 @@ class RunBuilder:
         """Build a model of the shape `config` and load or draw its weights.
 
         Weights come from config.load, else from config.hf, else they are drawn from train.seed. A
-        scalar head that the source does not have is drawn too. Raises UserError if the source has
-        another shape or vocabulary.
+        scalar head that the source does not have is drawn too. `check_models` has compared shapes.
         """
         is_fresh, seed = config.load is None and config.hf is None, self.config.train.seed
         model = build_model(
@@ -208,25 +205,77 @@ class RunBuilder:
         ):  # drawing billions of weights only to overwrite them takes minutes; the head may stay
             initialize_weights(model, seed, "score.")
         if config.load is not None:
-            saved = describe_model(config.load)
-            check_same_shape(config, self.vocab_size, saved)
-            check_vocabulary(saved, self.tokenizer, self.config.data.tokenizer)
-            load_model(saved, model)
+            load_model(describe_model(config.load), model)
         elif config.hf is not None:
-            check_vocabulary(find_model(config.hf), self.tokenizer, self.config.data.tokenizer)
             load_hf(config.hf, model)
         return model
 
-    def scorer(self, path: str, *, fresh_head: bool = False) -> GPT:
-        """Load the reward or value model at `path`, in its own shape and in the policy's dtype.
+    def check_models(self, *, ppo: bool = False) -> None:
+        """Check the model section's checkpoint, and with `ppo` every other model of the run.
 
-        A 6B reward model can serve a 175B policy. With `fresh_head`, `path` may also be a language
-        model, which gets a new scalar head. Raises UserError if the model cannot read every
+        Nothing but descriptions is read. Raises UserError naming the model's setting.
+        """
+        config = self.config
+        path = config.model.load or config.model.hf
+        if path is not None:
+            saved = find_model(path)
+            key = "model.load" if config.model.load else "model.hf"
+            check_saved(saved, key, config.parallel, self.tokenizer, config.data.tokenizer)
+            check_same_shape(config.model, self.vocab_size, saved, "lm" if ppo else saved.head)
+        if ppo:
+            for reward in config.ppo.reward_models:
+                self._described("ppo.reward_model", reward, "scalar")
+            if config.ppo.value_model is not None:
+                self._described("ppo.value_model", config.ppo.value_model)
+            if config.ppo.reference_model is not None:
+                self._described("ppo.reference_model", config.ppo.reference_model, "lm")
+
+    def _described(self, key: str, path: str, head: str | None = None) -> SavedModel:
+        """Return the description of the model that the setting `key` names, checked."""
+        config = self.config
+        saved = find_model(path)
+        if head == "scalar" and saved.head != head:
+            raise UserError(
+                f"{key} {saved.path} is a language model: its scores would be random; give a "
+                "reward model, a run of fastrlhf rm"
+            )
+        if head == "lm" and saved.head != head:
+            raise UserError(f"{key} {saved.path} is a reward or value model; give a language model")
+        longest = config.data.max_prompt_tokens + config.generation.max_new_tokens
+        folder = config.data.tokenizer
+        check_saved(saved, key, config.parallel, self.tokenizer, folder, longest)
+        return saved
+
+    def reward(self, path: str) -> GPT:
+        """Load the reward model at `path`, in its own shape and in the policy's dtype.
+
+        A 6B reward model can serve a 175B policy. Raises UserError if the model cannot read every
         sequence that the policy can produce.
         """
-        saved, seed = find_model(path), self.config.train.seed if fresh_head else None
-        check_reads_policy(saved, path, self.config, self.tokenizer)
-        return load_saved(saved, self.mesh, "scalar", self.config.model.dtype, seed=seed)
+        saved = self._described("ppo.reward_model", path, "scalar")
+        return load_saved(saved, self.mesh, "scalar", self.config.model.dtype)
+
+    def value(self, path: str) -> GPT:
+        """Load the value model at `path` as `reward` does; a language model gets a new head."""
+        saved = self._described("ppo.value_model", path)
+        seed, dtype = self.config.train.seed, self.config.model.dtype
+        return load_saved(saved, self.mesh, "scalar", dtype, seed=seed)
+
+    def reference(self, shape: ModelConfig) -> GPT:
+        """Load ppo.reference_model in its own shape, or the policy's start in `shape`."""
+        path = self.config.ppo.reference_model
+        if path is None:
+            return self.policy(shape)
+        saved = self._described("ppo.reference_model", path, "lm")
+        return self._with_tokens(load_saved(saved, self.mesh, "lm", self.config.model.dtype))
+
+    def policy(self, shape: ModelConfig) -> GPT:
+        """Build the policy's start, whose distribution is over the tokenizer's ids alone."""
+        return self._with_tokens(self.model(shape, "lm"))
+
+    def _with_tokens(self, model: GPT) -> GPT:
+        model.num_tokens = largest_id(self.tokenizer) + 1
+        return model
 
     def learner(
         self,

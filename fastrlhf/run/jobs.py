@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastrlhf.algorithms.ppo import PPO, Models
+from fastrlhf.algorithms.ppo_evaluation import HeldOutPrompts, evaluate_policy
 from fastrlhf.algorithms.protocols import MovingAverage
 from fastrlhf.algorithms.rewards import Rewards, load_reward_function
 from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
@@ -21,6 +22,7 @@ from fastrlhf.config import ModelConfig, TrainingCommand
 from fastrlhf.data.batches import (
     PackedBatch,
     TokenizedDemonstration,
+    TokenizedPrompt,
     TokenizedRanking,
     demonstration_tokens,
     pack_demonstrations,
@@ -85,24 +87,27 @@ def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
     data = run.config.data
     assert data.train is not None
     dataset: Dataset[TokenizedDemonstration] = run.demonstrations(data.train)
+    pretrain_weight = None
     if data.pretrain_fraction > 0:
         assert data.pretrain is not None
-        dataset = Mixture(
+        dataset = mixture = Mixture(
             dataset, run.windows(data.pretrain), data.pretrain_fraction, run.config.train.seed
         )
+        pretrain_weight = mixture.loss_weight() if data.pretrain_fraction_of == "loss" else 1.0
     batches = run.loader(dataset, pack_demonstrations, cost=demonstration_tokens)
     valid = None
     if data.valid:
         valid = run.validation(
             run.demonstrations(data.valid), pack_demonstrations, demonstration_tokens
         )
-    return _language_model_job(run, batches, valid)
+    return _language_model_job(run, batches, valid, pretrain_weight)
 
 
 def _language_model_job(
     run: RunBuilder,
     batches: Loader[Any, PackedBatch],
     validation: Callable[[], Iterable[list[PackedBatch]]] | None,
+    pretrain_weight: float | None = None,
 ) -> TrainingJob[SupervisedFinetuning]:
     total_steps = run.total_steps(batches)
     policy = run.learner(run.model(run.config.model, "lm"), total_steps)
@@ -112,7 +117,8 @@ def _language_model_job(
         def evaluate() -> dict[str, float]:
             return {"valid_loss": evaluate_loss(run.mesh, policy.model, validation())}
 
-    return TrainingJob(SupervisedFinetuning(run.mesh, policy), batches, total_steps, evaluate)
+    algorithm = SupervisedFinetuning(run.mesh, policy, pretrain_weight)
+    return TrainingJob(algorithm, batches, total_steps, evaluate)
 
 
 def reward_model_job(
@@ -164,6 +170,7 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
     Policy, value, reference and reward models share one mesh.
     """
     config, mesh = run.config, run.mesh
+    run.check_models(ppo=True)
     assert config.data.prompts is not None and config.train.steps is not None
     prompts = run.loader(
         run.prompts(config.data.prompts), _as_list, global_batch_size=config.ppo.batch_size
@@ -176,17 +183,13 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
     total_updates = config.train.steps * updates
     # With dropout in any of its models, the ratios of the first update would not be 1.
     shape = without_dropout(config.model)
-    policy = run.learner(run.model(shape, "lm"), total_updates, schedule)
+    policy = run.learner(run.policy(shape), total_updates, schedule)
     value_start = config.ppo.value_model
-    value = (
-        run.model(shape, "scalar")
-        if value_start is None
-        else run.scorer(value_start, fresh_head=True)
-    )
+    value = run.model(shape, "scalar") if value_start is None else run.value(value_start)
     models = Models(
         policy=policy,
         value=run.learner(value, total_updates, schedule, config.ppo.value_lr),
-        reference=run.model(shape, "lm"),
+        reference=run.reference(shape),
         rewards=_rewards(run),
         average=_average(run, shape, policy),
     )
@@ -199,11 +202,19 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
         pretraining=_ptx_batches(run),
         write_samples=samples,
     )
-    return TrainingJob(algorithm, prompts, config.train.steps)
+    evaluate = None
+    if config.data.valid:
+        held_out = HeldOutPrompts(run.prompts(config.data.valid), config)
+
+        def evaluate() -> dict[str, float]:
+            metrics = evaluate_policy(algorithm, held_out)
+            return {f"valid_{name}": value for name, value in metrics.items()}
+
+    return TrainingJob(algorithm, prompts, config.train.steps, evaluate)
 
 
-def _as_list(prompts: list[list[int]]) -> list[list[int]]:
-    """Collate prompts: PPO takes token lists, which it packs once they have responses."""
+def _as_list(prompts: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """Collate prompts: PPO packs them once they have responses."""
     return prompts
 
 
@@ -211,7 +222,7 @@ def _rewards(run: RunBuilder) -> Rewards:
     ppo = run.config.ppo
     weights = ppo.reward_weights or [1.0] * len(ppo.reward_models)
     models = [
-        (weight, run.scorer(path)) for weight, path in zip(weights, ppo.reward_models, strict=True)
+        (weight, run.reward(path)) for weight, path in zip(weights, ppo.reward_models, strict=True)
     ]
     if ppo.reward_function is None:
         return Rewards(models)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from fastrlhf.algorithms.rewards import raise_on_any_rank
 from fastrlhf.checkpoint.checkpointer import Checkpointer
 from fastrlhf.checkpoint.folder_writer import raise_on_all_ranks
 from fastrlhf.config import (
@@ -30,26 +31,29 @@ from fastrlhf.config import (
     require,
     training_command,
 )
+from fastrlhf.data.tokenize import tokenizer_files
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import try_run_report
 from fastrlhf.models.loading import find_model, is_hugging_face
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
 from fastrlhf.run.jobs import AlgorithmT, JobBuilder, TrainingJob, job_builder
+from fastrlhf.run.start import start as start_ranks
 from fastrlhf.training import loop
 from fastrlhf.training.metrics import MetricsLog
+from fastrlhf.training.wandb_login import has_login
 
 
-def train(command: str, config: Config) -> None:
+def train(command: str, config: Config) -> bool:
     """Run the training command `command` ("pretrain", "sft", "rm" or "ppo") as `config` says.
 
-    Everything is written under `config.output_dir`; a run that is there already is resumed. Raises
+    Everything is written under `config.output_dir`; a run that is there already is resumed. Returns
+    False if it was stopped (see `train_job`): nothing that needs its result may follow. Raises
     UserError.
     """
     row = training_command(command)
-    train_job(row, config, job_builder(row))
+    return train_job(row, config, job_builder(row)) is not None
 
 
 def train_job(
@@ -57,21 +61,25 @@ def train_job(
 ) -> TrainingJob[AlgorithmT] | None:
     """Train the job that `build` returns, with the checks, lock and report of `train`.
 
-    Returns None if the run stopped before its last step (SIGTERM or train.max_seconds). Raises
-    KeyboardInterrupt if Ctrl-C stopped it, after saving.
+    Returns None if the run was stopped by SIGTERM or train.max_seconds; a SIGTERM during the last
+    step stops what would follow. Raises KeyboardInterrupt if Ctrl-C stopped it, after saving.
     """
     start = time.monotonic()
     require(config, command.name)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), _locked_folder(Path(config.output_dir), mesh):
+    mesh = start_ranks(command.name, config)
+    watchdog = Watchdog(config.parallel)
+    with watchdog, _locked_folder(Path(config.output_dir), mesh):
         with phase("start-up"):
             for key in command.batch_keys:
                 check_batch(config, mesh.data_size, key)
             _check_packages(config)
+            _check_wandb(config, mesh)
             _check_memory(config, mesh)
             _check_model_paths(command, config)
-            job = build(RunBuilder(config, mesh))
-        finished = _loop(command, config, mesh, job, start)
+            run = RunBuilder(config, mesh)
+            run.check_models(ppo="ppo" in command.sections)
+            job = build(run)
+        finished = _loop(command, run, job, start, watchdog)
     dist.barrier()
     return job if finished else None
 
@@ -114,6 +122,18 @@ def _check_packages(config: Config) -> None:
             )
 
 
+def _check_wandb(config: Config, mesh: Mesh) -> None:
+    """Raise UserError on all ranks if rank 0 has no key for Weights & Biases."""
+    if config.log.wandb_project is not None:
+        problem = ""
+        if mesh.rank == 0 and not has_login():
+            problem = (
+                "log.wandb_project needs a key for Weights & Biases: run wandb login, set"
+                " WANDB_API_KEY or WANDB_MODE=offline, or set log.wandb_project=null"
+            )
+        raise_on_any_rank(mesh, problem)
+
+
 def _check_memory(config: Config, mesh: Mesh) -> None:
     """Raise UserError if a rank's share of the weights alone is larger than its memory."""
     if mesh.device.type == "cuda":
@@ -140,20 +160,35 @@ def _check_model_paths(command: TrainingCommand, config: Config) -> None:
         )
     paths = [load, config.model.hf]
     if "ppo" in command.sections:
-        paths += [*config.ppo.reward_models, config.ppo.value_model]
+        paths += [*config.ppo.reward_models, config.ppo.value_model, config.ppo.reference_model]
     for path in paths:
         if path is not None:
             find_model(path)
 
 
-def _loop(
-    command: TrainingCommand, config: Config, mesh: Mesh, job: TrainingJob[AlgorithmT], start: float
-) -> bool:
-    """Train from the newest checkpoint; return whether the last step was reached."""
-    out = Path(config.output_dir)
-    checkpointer = Checkpointer(
-        mesh, out / "checkpoints", config.checkpoint, dump_config(config), config.data.tokenizer
+def _checkpointer(run: RunBuilder) -> Checkpointer:
+    config, start = run.config, run.config.model.load or run.config.model.hf
+    return Checkpointer(
+        run.mesh,
+        Path(config.output_dir) / "checkpoints",
+        config.checkpoint,
+        dump_config(config),
+        config.data.tokenizer,
+        tokenizer_files=tokenizer_files(run.tokenizer) if run.mesh.rank == 0 else {},
+        generation=find_model(start).generation if start is not None else {},
     )
+
+
+def _loop(
+    command: TrainingCommand,
+    run: RunBuilder,
+    job: TrainingJob[AlgorithmT],
+    start: float,
+    watchdog: Watchdog,
+) -> bool:
+    """Train from the newest checkpoint; return whether it was not stopped."""
+    config, mesh, checkpointer = run.config, run.mesh, _checkpointer(run)
+    out = Path(config.output_dir)
     done = loop.resume(config, job.algorithm, job.batches, checkpointer)
     # Not before the checkpoint is known to be this run's: another run's configuration would be
     # overwritten.
@@ -188,14 +223,16 @@ def _loop(
             deadline=(
                 start + config.train.max_seconds if config.train.max_seconds is not None else None
             ),
+            started=watchdog.end_start_up,
             evaluate=job.evaluate,
             finish=job.finish,
         )
     if mesh.rank == 0:
-        if stopped is not None:
+        finished = stopped is None or stopped.finished
+        if stopped is not None and not finished:
             print(stopped.line, file=sys.stderr)
         page = try_run_report(out)
-        if stopped is None:
+        if finished:
             print(f"{page or out}: {command.name} finished after step {job.total_steps}")
     if stopped is not None and stopped.interrupted:
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
@@ -15,7 +16,7 @@ from fastrlhf.errors import UserError
 from fastrlhf.parallel.watchdog import phase
 from fastrlhf.training.health import HealthMonitor
 from fastrlhf.training.metrics import MetricsLog
-from fastrlhf.training.stopping import INTERRUPT, StopRequest
+from fastrlhf.training.stopping import INTERRUPT, TIME_LIMIT, StopRequest
 
 Batch = TypeVar("Batch")
 BatchOut = TypeVar("BatchOut", covariant=True)
@@ -57,12 +58,14 @@ class Batches(Protocol[BatchOut]):
 
 
 class Stop(NamedTuple):
-    """Why a run ended before its last step."""
+    """Why a run ended before its last step, or was asked to during it."""
 
     line: str
     """Message for the user."""
     interrupted: bool
     """True after Ctrl-C: commands that would follow should not start."""
+    finished: bool
+    """True if the signal came during the last step: what would follow in this process is stopped."""
 
 
 def resume(
@@ -73,14 +76,11 @@ def resume(
 ) -> int:
     """Restore the newest intact checkpoint, if any; return the number of steps already done.
 
-    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. A process that
-    torchrun has restarted always resumes from the run's own checkpoints.
+    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. Processes that
+    torchrun has restarted always resume from the run's own checkpoints.
     """
     with phase("resume"):
-        if (
-            config.checkpoint.resume == "never"
-            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        ):
+        if config.checkpoint.resume == "never" and not _is_restarted(checkpointer.mesh.device):
             checkpointer.rename_all_unused()
         if config.checkpoint.save:
             checkpointer.prepare()
@@ -99,6 +99,16 @@ def resume(
     return state["step"]
 
 
+def _is_restarted(device: torch.device) -> bool:
+    """Return whether torchrun has restarted any rank; a collective.
+
+    The torchrun of a node that was replaced counts from 0 again.
+    """
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), device=device)
+    dist.all_reduce(restarts, op=dist.ReduceOp.MAX)
+    return bool(restarts.item())
+
+
 def run(
     config: Config,
     algorithm: Algorithm[Batch],
@@ -109,14 +119,17 @@ def run(
     total_steps: int,
     done: int = 0,
     deadline: float | None = None,
+    started: Callable[[], None] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> Stop | None:
     """Run steps done + 1 .. total_steps, evaluating and saving at their intervals and at the end.
 
-    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM,
+    `started` runs after the first step. `finish` runs after the last update, before the last
+    evaluation and checkpoint. On SIGTERM,
     Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step,
-    stops, and returns the reason. If a step fails, the checkpoint in progress is completed.
+    stops, and returns the reason (of a signal even in the last step). If a step fails, the
+    checkpoint in progress is completed.
 
     Raises DivergedError if a loss, a gradient or a weight is not finite, with the checkpoint to
     continue from. Raises UserError at the end if no update of a model was applied.
@@ -130,6 +143,8 @@ def run(
             step += 1
             last = step == total_steps
             metrics = _step(step, algorithm, batch, batches, health, log)
+            if step == done + 1 and started is not None:
+                started()
             if last and finish is not None:
                 with phase("finish"):
                     finish()
@@ -144,7 +159,9 @@ def run(
                 metrics |= validation
             if last or evaluated or _due(step, config.log.interval):
                 log.record(step, metrics)
-            reason = None if last else stop.reason()
+            reason = stop.reason()
+            if last and reason == TIME_LIMIT:
+                reason = None
             due = last or reason is not None or _due(step, config.checkpoint.interval)
             with phase("checkpoint"):
                 if config.checkpoint.save and due:
@@ -189,7 +206,7 @@ def _stop(config: Config, reason: str, step: int, total_steps: int) -> Stop:
     saved = "saved, and the same command continues from there"
     after = saved if config.checkpoint.save else "checkpoint.save is off"
     line = f"stopped by {reason} after step {step} of {total_steps}: {after}"
-    return Stop(line, interrupted=reason == INTERRUPT)
+    return Stop(line, interrupted=reason == INTERRUPT, finished=step == total_steps)
 
 
 def _speed(metrics: dict[str, float], seconds: float) -> dict[str, float]:

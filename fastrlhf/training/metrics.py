@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
-_SHOWN = ("loss", "accuracy", "reward", "kl", "grad_norm", "lr")
+_SHOWN = (
+    *("loss", "accuracy", "reward", "kl", "grad_norm", "lr"),
+    *("valid_loss", "valid_accuracy", "valid_score", "valid_kl"),
+)
 
 
 class _WandbRun(Protocol):

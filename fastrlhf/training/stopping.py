@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 INTERRUPT = "Ctrl-C (SIGINT)"
-_REASONS = (None, "its time limit (train.max_seconds)", "SIGTERM", INTERRUPT)
+TIME_LIMIT = "its time limit (train.max_seconds)"
+_REASONS = (None, TIME_LIMIT, "SIGTERM", INTERRUPT)
 _CODES = {signal.SIGTERM: 2, signal.SIGINT: 3}
 """Index into `_REASONS`; the highest of all ranks counts."""
 _Handler = Callable[[int, FrameType | None], object] | int | None

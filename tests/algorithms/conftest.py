@@ -46,6 +46,7 @@ def build(tiny: Path) -> Iterator[Callable[..., PPO]]:
         ppo, prompts = tiny_ppo.build(tiny_ppo.mesh_of(chosen), chosen)
         first = [prompt for micro_batch in prompts for prompt in micro_batch]
         ppo.first_prompts = first  # type: ignore[attr-defined]
+        ppo.first_tokens = [prompt.tokens for prompt in first]  # type: ignore[attr-defined]
         return ppo
 
     yield make

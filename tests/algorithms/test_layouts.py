@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,8 +26,15 @@ COMPARED = {
         "ptx_loss",
         "score",
         "response_length",
+        "valid_score",
+        "valid_score_stderr",
+        "valid_response_length",
+        "valid_stopped",
+        "valid_prompts",
     ),
 }
+# Differences of log-probs of up to 8 tokens.
+KL = ("valid_kl", "valid_kl_per_token")
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -44,6 +52,11 @@ def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
                 expected["step"],
                 key,
             )
+        # A KL is a small difference of log-probs, so its error is on their scale: a log-prob of the
+        # nearly uniform policy is about -log(vocabulary), and is compared as above.
+        for key in KL if command == "ppo" else ():
+            assert got[key] == pytest.approx(expected[key], abs=1e-5 * 8 * math.log(500)), key
+            assert expected["step"] == 1 or abs(expected[key]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["packed", "dp4-packed", "1x2-dp2-packed"])
@@ -59,6 +72,29 @@ def test_packing_under_a_token_budget_changes_no_loss(
         assert got["loss"] == pytest.approx(expected["loss"], rel=bound)
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert got["tokens"] == expected["tokens"]
+
+
+def test_the_weight_of_pretraining_tokens_does_not_depend_on_the_layout(
+    workspace: Path, rounding: Callable[..., float]
+) -> None:
+    model = load_config(run_layouts.CONFIGS / "sft.yaml", []).model
+    rows, serial, other = (
+        metrics(workspace / name / "sft") for name in ("unpacked", "weighted", "2x1-dp2-weighted")
+    )
+    for unweighted, expected, got in zip(rows, serial, other, strict=True):
+        bound = rounding(model, model.max_positions, int(expected["tokens"]))
+        assert got["loss"] == pytest.approx(expected["loss"], rel=bound)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert got["pretrain_share_loss"] == pytest.approx(expected["pretrain_share_loss"])
+        shares = {line["pretrain_share_rows"] for line in (unweighted, expected, got)}
+        assert len(shares) == 1
+        # The weight changes each batch's share by the same factor of its odds.
+        before, after = unweighted["pretrain_share_loss"], expected["pretrain_share_loss"]
+        odds = [share / (1 - share) for share in (before, after)]
+        assert abs(after - before) > 0.05
+        if unweighted is rows[0]:
+            weight = odds[1] / odds[0]
+        assert odds[1] / odds[0] == pytest.approx(weight, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["serial", *LAYOUTS])

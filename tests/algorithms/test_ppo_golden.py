@@ -188,3 +188,9 @@ def test_a_reward_function_is_called_once_in_a_model_parallel_group(
     scores = [rank["scores"] for rank in run["ranks"][layout]]
     assert all(other == scores[0] for other in scores)
     assert len(set(scores[0])) == int(layout.split(",")[2][0])  # the data-parallel size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_records_stay_with_their_prompts(run: dict[str, Any], layout: str) -> None:
+    for rank in run["ranks"][layout]:
+        assert rank["matches"] == [1.0] * (4 * int(layout.split(",")[2][0]))

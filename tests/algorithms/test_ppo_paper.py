@@ -101,7 +101,7 @@ def test_02_no_padding_reaches_a_model(build: Build) -> None:
 
 def test_03_one_temperature_and_no_truncation(build: Build, tiny: Path) -> None:
     ppo = build(generation={"temperature": 0.7})
-    rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
+    rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_tokens)))
     for i, sequence in enumerate(rollouts.sequences(torch.arange(16))):
         R = int(rollouts.response_lengths[i])
         for model, got in (
@@ -121,7 +121,7 @@ def test_03_one_temperature_and_no_truncation(build: Build, tiny: Path) -> None:
 
 def test_04_responses_end_at_the_first_stop_then_are_scored(build: Build) -> None:
     ppo = build(generation={"stop": ["1"], "max_new_tokens": 12}, ppo={"no_stop_penalty": -3.0})
-    episodes = ppo.sample(ppo.first_prompts * 2)
+    episodes = ppo.sample(ppo.first_tokens * 2)
     assert {answer.stopped for _, answer in episodes} == {True, False}
     for _, answer in episodes:
         text = [
@@ -163,7 +163,7 @@ def test_05_dropout_is_off_in_all_models(build: Build, tiny: Path) -> None:
 def test_06_the_first_ratio_is_one_and_its_deviation_is_logged(build: Build) -> None:
     ppo = build()
     assert ppo.step([ppo.first_prompts])["ratio_deviation"] < 1e-5
-    rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_prompts)))
+    rollouts = ppo.score(gather(ppo.mesh, ppo.sample(ppo.first_tokens)))
     first = next(ppo.minibatches(16))
     rollouts.logprobs[first[0], 1] += 0.25  # as if one token had been sampled by another policy
     assert ppo.learn(rollouts)["ratio_deviation"] == pytest.approx(np.expm1(0.25), abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import time
@@ -16,7 +17,11 @@ import pytest
 import torch
 
 from fastrlhf.algorithms.kl_controller import KLController
-from fastrlhf.algorithms.reward_function import call_reward_function, load_reward_function
+from fastrlhf.algorithms.reward_function import (
+    call_reward_function,
+    load_reward_function,
+    takes_records,
+)
 from fastrlhf.config import PPOConfig
 from fastrlhf.errors import UserError
 
@@ -150,8 +155,13 @@ def test_a_generator_that_fails_late_or_never_ends() -> None:
 
 
 def test_ctrl_c_is_not_a_failure_of_the_function() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        call(failing(lambda: signal.raise_signal(signal.SIGINT)))
+    # A process that a shell started in the background ignores the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call(failing(lambda: signal.raise_signal(signal.SIGINT)))
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _spin() -> None:
@@ -248,3 +258,90 @@ def test_the_kl_controller_is_ziegler_s_for_usual_horizons() -> None:
     controller = KLController(config)
     controller.update(3.0, 512)
     assert controller.coefficient == config.kl_coef * (1 - 0.2 * 512 / 10000)
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+RECORDS = [{"answer": 1}, {"answer": 2}, {}]
+
+
+class Scorer:
+    def __call__(self, prompts: Any, responses: Any, records: Any) -> list[float]:
+        return [record.get("answer", 0) for record in records]
+
+
+def _third(prompts: Any, responses: Any, answers: Any) -> list[float]:
+    return [record.get("answer", 0) for record in answers]
+
+
+def _two_and_args(prompts: Any, responses: Any, *rest: Any) -> list[float]:
+    return [record.get("answer", 0) for record in rest[0]]
+
+
+def _two_and_kwargs(prompts: Any, responses: Any, **named: Any) -> list[float]:
+    return [record.get("answer", 0) for record in named["records"]]
+
+
+def _by_name(prompts: Any, responses: Any, *, records: Any) -> list[float]:
+    return [record.get("answer", 0) for record in records]
+
+
+def _after_a_default(prompts: Any, responses: Any, scale: float = 1.0, records: Any = ()) -> Any:
+    return [scale * record.get("answer", 0) for record in records]
+
+
+@functools.wraps(_third)
+def _wrapped(*args: Any, **kwargs: Any) -> Any:
+    return _third(*args, **kwargs)
+
+
+TAKES = [
+    *(Scorer(), _third, _two_and_args, _two_and_kwargs, _by_name, _after_a_default, _wrapped),
+    functools.partial(_after_a_default, scale=1.0),
+]
+PLAIN: list[Any] = [
+    lambda prompts, responses: [float(len(r)) for r in responses],
+    lambda prompts, responses, scale=1.0: [scale * len(r) for r in responses],
+    lambda *args: [float(len(r)) for r in args[1]] if len(args) == 2 else [],
+    lambda *args, **kwargs: [float(len(r)) for r in args[1]] if len(args) == 2 else [],
+    functools.partial(map, lambda prompt, response: len(response)),  # a builtin
+]
+
+
+@pytest.mark.parametrize("function", TAKES)
+def test_functions_that_take_records_get_those_of_their_responses(function: Any) -> None:
+    assert takes_records(function)
+    got = call_reward_function(function, ["p"] * 3, list(RESPONSES), "f", 30.0, records=RECORDS)
+    assert got == [1.0, 2.0, 0.0]
+    # Without records, as for a file with prompts alone, each is empty.
+    assert call_reward_function(function, ["p"] * 3, list(RESPONSES), "f", 30.0) == [0.0] * 3
+
+
+@pytest.mark.parametrize("function", PLAIN)
+def test_functions_of_two_arguments_work_unchanged(function: Any) -> None:
+    assert not takes_records(function)
+    got = call_reward_function(function, ["p"] * 3, list(RESPONSES), "f", 30.0, records=RECORDS)
+    assert got == [3.0, 3.0, 5.0]
+
+
+def test_a_function_cannot_change_the_records_of_the_next_call() -> None:
+    def greedy(prompts: Any, responses: Any, records: Any) -> list[float]:
+        return [float(record.pop("answer", -1)) for record in records]
+
+    for _ in range(2):
+        got = call_reward_function(greedy, ["p"] * 3, list(RESPONSES), "f", 30.0, records=RECORDS)
+        assert got == [1.0, 2.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "parameters", ["prompts", "prompts, responses, records, more", "prompts, responses, *, limit"]
+)
+def test_other_parameters_are_refused_at_start_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: str
+) -> None:
+    (tmp_path / "odd_rewards.py").write_text(f"def f({parameters}):\n    return []\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_rewards", raising=False)
+    with pytest.raises(UserError, match=r"^ppo.reward_function odd_rewards:f: the parameters") as e:
+        load_reward_function("odd_rewards:f")
+    assert "records: list[dict]" in str(e.value) and "\n" not in str(e.value)

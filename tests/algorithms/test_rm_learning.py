@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking
+from fastrlhf.algorithms.rm import RewardModelling, evaluate_ranking, ranking_loss
 from fastrlhf.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from fastrlhf.data.batches import TokenizedRanking, pack_rankings
+from fastrlhf.evaluation.reward import evaluate as evaluate_pairs
+from fastrlhf.evaluation.reward import ranked_pairs
 from fastrlhf.models.gpt import GPT, build_model
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.training.optimizer import Learner
@@ -83,3 +87,22 @@ def test_held_out_accuracy_is_chance_for_shuffled_ranks_alone(mesh: Mesh, shuffl
         # The share of a random permutation's K = 4 pairs that are in order has standard deviation
         # sqrt(K (K - 1) (2 K + 5) / 72) / 6 = 0.245; over 300 prompts the mean's is 0.014.
         assert abs(accuracy - 0.5) < 3 * 0.0142
+
+
+def test_equal_scores_count_one_half_in_training_and_in_eval_rm() -> None:
+    scores = torch.tensor([1.0, 1.0, 0.0, 2.0, 2.0, 5.0])
+    rankings = [
+        TokenizedRanking([1], [[2], [3], [4]], [1, 2, 3]),  # a tie, right, right
+        TokenizedRanking([5], [[2], [3], [4]], [1, 1, 2]),  # two pairs, both wrong
+    ]
+    ranks = torch.tensor([rank for ranking in rankings for rank in ranking.ranks])
+    batch: Any = SimpleNamespace(
+        last_index=slice(None), ranks=ranks, prompt_offsets=torch.tensor([0, 3, 6])
+    )
+    model: Any = SimpleNamespace(score=lambda hidden: scores)
+    training = ranking_loss(model, scores, batch)
+    judged = evaluate_pairs(ranked_pairs(rankings, [scores[:3].numpy(), scores[3:].numpy()]))
+    assert training.pairs == judged["pairs"] == 5
+    assert training.accuracy.item() == pytest.approx(2.5 / 5)
+    assert judged["accuracy"]["rate"] == pytest.approx(2.5 / 5)
+    assert judged["accuracy"]["ties"] == 1

@@ -6,7 +6,6 @@ FOLDER/golden.pt and writes FOLDER/<layout>.<rank>.json.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from algorithms_support import golden_ppo as golden
 from algorithms_support import tiny_ppo
 
@@ -21,9 +21,11 @@ from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.algorithms.protocols import Learner
 from fastrlhf.algorithms.rollouts import gather
 from fastrlhf.config import Config
+from fastrlhf.data.batches import TokenizedPrompt
 from fastrlhf.generation.engine import Generated
 from fastrlhf.models.gpt import global_names
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel import rendezvous
 
 B = 16
 SETTINGS: dict[str, Any] = {
@@ -54,7 +56,7 @@ def settings(folder: Path, extra: dict[str, Any]) -> Config:
     return tiny_ppo.config(folder, **SETTINGS, **extra)
 
 
-def build(folder: Path, extra: dict[str, Any]) -> tuple[PPO, list[list[list[int]]]]:
+def build(folder: Path, extra: dict[str, Any]) -> tuple[PPO, list[list[TokenizedPrompt]]]:
     """Return the PPO object and the prompts of its first iteration.
 
     The reference and the reward model are scaled, so that they differ from the policy and the
@@ -163,8 +165,25 @@ def check(
         lambda prompts, responses: [float(os.getpid())] * len(responses),
     )
     result["scores"] = ppo.score(gather(ppo.mesh, ppo.sample([[5, 6, 7]] * 4))).scores.tolist()
+    result["matches"] = matches(ppo)
     (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
     meshes.finalize()
+
+
+def matches(ppo: PPO) -> list[float]:
+    """Return the scores of four prompts a rank by a function that compares prompt and record."""
+    first = 20 + 4 * ppo.mesh.data_rank
+    own = [TokenizedPrompt([5, 6, token], {"answer": token}) for token in range(first, first + 4)]
+    texts = {token: ppo.tokenizer.decode([5, 6, token]) for token in range(20, 40)}
+
+    def reward(prompts: list[str], responses: list[str], records: list[Any]) -> list[float]:
+        pairs = zip(prompts, records, strict=True)
+        return [float(prompt == texts[record["answer"]]) for prompt, record in pairs]
+
+    ppo.rewards.function = reward
+    episodes = ppo.sample([prompt.tokens for prompt in own])
+    rollouts = ppo.score(gather(ppo.mesh, episodes, ppo.rewards.records_of(own)))
+    return rollouts.scores.tolist()
 
 
 def main(folder: Path) -> None:
@@ -175,12 +194,18 @@ def main(folder: Path) -> None:
     full_world = {"RANK": str(rank), "WORLD_SIZE": "4"}
     os.environ |= {"RANK": str(rank % 2), "WORLD_SIZE": "2"}
     # Worlds that share a store need different names in it.
-    meshes._mesh_number = itertools.count(100 * (pair + 1))
+    connect = rendezvous._torchrun_store
+
+    def connect_pair(timeout_s: float) -> tuple[dist.Store, int, int]:
+        store, rank_of_pair, ranks = connect(timeout_s)
+        return dist.PrefixStore(f"pair{pair}", store), rank_of_pair, ranks
+
+    rendezvous._torchrun_store = connect_pair
     name = list(PAIRS)[pair]
     check(folder, name, PAIRS[name], stored, rank)
     os.environ |= full_world
-    meshes._rendezvous.cache_clear()
-    meshes._mesh_number = itertools.count(1000)
+    rendezvous._torchrun_store = connect
+    rendezvous.leave()
     for name, extra in FULL_WORLD.items():
         check(folder, name, extra, stored, rank)
 

@@ -33,7 +33,7 @@ SHORT = {
     # The gradient of the head's bias is 0 up to rounding, which Adam scales to full steps if eps is
     # smaller.
     "rm": ["optimizer.eps=1e-3"],
-    "ppo": ["generation.max_new_tokens=8"],
+    "ppo": ["generation.max_new_tokens=8", "train.eval_interval=1"],
 }
 # SFT with a token budget: data-parallel ranks get different numbers of micro-batches. "unpacked"
 # has the same global batches.
@@ -45,6 +45,8 @@ MIXED = [
 ]
 BUDGET = [*MIXED, "train.max_tokens_per_micro_batch=50"]
 PACKED = {"dp4-packed": BUDGET, "1x2-dp2-packed": ["parallel.pipeline=2", *BUDGET]}
+# The same rows; pretraining tokens have the weight that makes 0.3 their share of the loss.
+WEIGHTED = "data.pretrain_fraction_of=loss"
 # In one process: the same global batch in micro-batches of other sizes.
 MICRO_BATCHES = {"serial": 4, "micro-1": 1, "micro-8": 8}
 # The reward model alone: shared or repeated prompts, micro-batches by number or by tokens, all
@@ -89,6 +91,7 @@ def data_overrides(workspace: Path) -> dict[str, list[str]]:
         "ppo": [
             *common,
             f"data.prompts={data / 'prompts.jsonl'}",
+            f"data.valid={data / 'held_out.jsonl'}",
             f"data.pretrain={data / 'text.jsonl'}",
             f"model.load={loaded / 'sft'}",
             f"ppo.reward_model={loaded / 'rm'}",
@@ -125,7 +128,9 @@ def prepare(workspace: Path) -> None:
     from configs.debug import make_data  # the root of the repository is on pytest's path
 
     make_data.main(workspace / "data")
-    for name, source, count in (("valid", "rankings", 41), ("few", "demonstrations", 21)):
+    # 5 held-out prompts: two data-parallel ranks cannot share them evenly.
+    short = (("valid", "rankings", 41), ("few", "demonstrations", 21), ("held_out", "prompts", 5))
+    for name, source, count in short:
         lines = (workspace / "data" / f"{source}.jsonl").read_text().splitlines(keepends=True)
         (workspace / "data" / f"{name}.jsonl").write_text("".join(lines[:count]))
     for command in ("pretrain", "sft", "rm"):
@@ -195,6 +200,7 @@ def one_process(workspace: Path) -> None:
         run_short(workspace, name, [f"train.micro_batch_size={size}"])
     run_mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
     run_mixed(workspace, "packed", BUDGET)
+    run_mixed(workspace, "weighted", [*MIXED, WEIGHTED, "train.micro_batch_size=5"])
     run_reward_layouts(workspace, REWARD_SERIAL)
     run_full_logits(workspace)
 
@@ -205,6 +211,7 @@ def four_ranks(workspace: Path) -> None:
         run_short(workspace, name, layout)
     for name, layout in PACKED.items():
         run_mixed(workspace, name, layout)
+    run_mixed(workspace, "2x1-dp2-weighted", ["parallel.tensor=2", WEIGHTED, *BUDGET])
     run_reward_layouts(workspace, REWARD_PARALLEL)
 
 

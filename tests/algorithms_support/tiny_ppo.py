@@ -10,6 +10,7 @@ import torch
 from fastrlhf.algorithms.ppo import PPO
 from fastrlhf.checkpoint.model_folder import save_model
 from fastrlhf.config import Config, ModelConfig
+from fastrlhf.data.batches import TokenizedPrompt
 from fastrlhf.data.tokenize import load_tokenizer
 from fastrlhf.generation.engine import Generated
 from fastrlhf.models.gpt import build_model
@@ -83,7 +84,7 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
     return Config.model_validate({**base, "output_dir": str(folder / "out")})
 
 
-def build(mesh: Mesh, chosen: Config) -> tuple[PPO, list[list[list[int]]]]:
+def build(mesh: Mesh, chosen: Config) -> tuple[PPO, list[list[TokenizedPrompt]]]:
     """Return the PPO object of a run and this rank's prompts of the first iteration."""
     job = jobs.ppo_job(builder.RunBuilder(chosen, mesh))
     return job.algorithm, next(iter(job.batches))

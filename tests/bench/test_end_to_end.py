@@ -116,7 +116,7 @@ def test_both_sides_update_alike_from_the_same_rollouts(session, monkeypatch):
     job = jobs.ppo_job(session.parts)
     algorithm, batches = job.algorithm, iter(job.batches)
     theirs = plain.PPO(session.parts)
-    episodes = algorithm.sample([prompt for micro in next(batches) for prompt in micro])
+    episodes = algorithm.sample([prompt.tokens for micro in next(batches) for prompt in micro])
     ids = torch.tensor([prompt + answer.tokens for prompt, answer in episodes])
     assert not (ids[:, 8:] == 0).any()  # no stop token
     rollouts = algorithm.score(gather(session.parts.mesh, episodes))

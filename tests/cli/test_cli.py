@@ -134,8 +134,8 @@ def test_ppo_checks_what_it_needs_before_anything_is_built(run, launched, config
 def test_settings_that_the_command_does_not_read_are_named(run, launched, config, caplog):
     caplog.set_level("INFO")
     arguments = ["data.prompts=p", "ppo.reward_model=r", "ppo.gamma_ptx=0", "data.train=null"]
-    assert run("ppo", config, *arguments, "data.valid=/no.jsonl", "train.eval_interval=1")[0] == 0
-    assert caplog.messages == ["note: ppo does not read data.valid, train.eval_interval"]
+    assert run("ppo", config, *arguments, "data.loss_on=all", "model.residual_dropout=0.2")[0] == 0
+    assert caplog.messages == ["note: ppo does not read data.loss_on, model.residual_dropout"]
 
 
 @pytest.mark.parametrize(
@@ -333,8 +333,10 @@ def test_convert_passes_folders_and_layout(run, monkeypatch, direction, function
     module = type(sys)("fastrlhf.commands.convert")
     monkeypatch.setattr(module, function, lambda *arguments: calls.append(arguments), raising=False)
     monkeypatch.setitem(sys.modules, "fastrlhf.commands.convert", module)
-    assert run("convert", direction, "a", "b", "--tensor", 2, "--pipeline", 3)[0] == 0
-    [(source, target, parallel)] = calls
+    option = {"from-hf": [], "to-hf": ["--tokenizer", "t"]}[direction]
+    assert run("convert", direction, "a", "b", "--tensor", 2, "--pipeline", 3, *option)[0] == 0
+    [(source, target, parallel, *tokenizer)] = calls
+    assert tokenizer == [Path(folder) for folder in option[1:]]
     assert (source, target, parallel.tensor, parallel.pipeline) == (Path("a"), Path("b"), 2, 3)
 
 

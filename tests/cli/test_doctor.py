@@ -106,6 +106,17 @@ def test_gloo_that_cannot_connect_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
     assert "GLOO_SOCKET_IFNAME" in check.cure
 
 
+def test_a_timeout_is_not_called_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "_GLOO_LIMIT_S", 0.01)
+    monkeypatch.setattr(doctor, "CHECKS", [doctor._gloo])
+    assert doctor.report(as_json=False) is False
+    text = " ".join(capsys.readouterr().out.split())
+    assert "timeout" in text and "too busy" in text and "a check did not end in time" in text
+    assert "is broken" not in text
+
+
 def test_full_disk_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -133,6 +133,29 @@ def test_a_package_that_is_not_there(folder, refused, monkeypatch, setting, pack
     assert f"needs the package {package.replace('_', '-')}, which is not installed" in line
 
 
+def test_weights_and_biases_without_a_key_is_reported_before_the_models_are_built(
+    folder, refused, monkeypatch
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: find("json" if name == "wandb" else name)
+    )
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder / "none"))
+    monkeypatch.setenv("NETRC", str(folder / "netrc"))
+    monkeypatch.setenv("HOME", str(folder))
+    missing = ["log.wandb_project=x", f"output_dir={folder}/new", f"model.load={folder}/missing"]
+    assert "needs a key for Weights & Biases: run wandb login" in refused("sft", *missing)
+    # With a key, or without a need of one, the next check is reached.
+    (folder / "netrc").write_text("machine api.wandb.ai\n  login user\n  password 0123\n")
+    assert "missing" in refused("sft", *missing)
+    (folder / "netrc").write_text("machine example.org login user password 0123\n")
+    assert "needs a key" in refused("sft", *missing)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "missing" in refused("sft", *missing)
+
+
 def test_converting_into_a_folder_that_cannot_be_written(folder, capfd):
     assert fastrlhf("convert", "to-hf", folder / "sft", folder / "prompts.jsonl" / "hf") == 2
     assert "prompts.jsonl: cannot be written" in capfd.readouterr().err

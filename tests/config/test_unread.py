@@ -17,8 +17,8 @@ from fastrlhf.errors import UserError
         ("ppo", [], ["data.train"]),
         (
             "ppo",
-            ["data.train=null", "data.valid=/nope.jsonl", "train.eval_interval=1"],
-            ["data.valid", "train.eval_interval"],
+            ["data.train=null", "data.valid=v", "train.eval_interval=1", "train.eval_batches=2"],
+            [],
         ),
         ("ppo", ["data.train=null", "model.residual_dropout=0.2"], ["model.residual_dropout"]),
         ("ppo", ["data.train=null", "ppo.value_model=v", "log.samples=9"], []),

@@ -248,3 +248,25 @@ def test_planted_records_of_a_large_corpus_are_found_in_any_order(tmp_path: Path
     shuffled.write_text("".join(lines))
     again = prepare(shuffled, tmp_path / "again", "prompts", Rules(max_per_user=cap))
     assert again["outputs"] == manifest["outputs"]
+
+
+def test_every_path_is_checked_before_the_first_record_is_read(
+    jsonl: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Inputs and outputs, of the last kind too: each kind may take an hour."""
+    rows = jsonl({"prompt": "p", "response": "r", "user_id": "u"}, name="d.jsonl")
+    prompts = jsonl({"prompt": "p", "user_id": "u"}, name="p.jsonl")
+    out = tmp_path / "out"
+    inputs = {"demonstrations": str(rows), "prompts": str(tmp_path / "pp.jsonl")}
+    config = PrepareConfig.model_validate({"inputs": inputs, "out": str(out)})
+    with pytest.raises(UserError, match=r"pp\.jsonl: no such file"):
+        prepare_all(config)
+    assert not (out / "demonstrations" / "manifest.json").exists()
+    out.mkdir(exist_ok=True)
+    (out / "prompts").write_text("a file in the place of the folder")
+    config = PrepareConfig.model_validate(
+        {"inputs": inputs | {"prompts": str(prompts)}, "out": str(out)}
+    )
+    with pytest.raises(UserError, match=r"prompts: cannot be written"):
+        prepare_all(config)
+    assert not (out / "demonstrations" / "manifest.json").exists()

@@ -194,6 +194,28 @@ def test_the_mixture_has_the_configured_fraction_and_is_deterministic() -> None:
     assert len(Mixture(demonstrations, windows, 0.0, seed=3)) == 90
 
 
+def test_the_loss_weight_makes_the_fraction_the_share_of_the_loss() -> None:
+    # Labels: 3 in the response, 1 in the earlier turn; 5, as a first token is no label.
+    demonstrations = [
+        TokenizedDemonstration([1, 2, 3, 4, 5, 6, 7, 8], 5, ((1, 2),)),
+        TokenizedDemonstration([1, 2, 3, 4, 5, 6], 0),
+    ] * 20
+    windows = PretrainWindows(TokenStream([np.arange(1000)]), 50)
+    for fraction in (0.1, 0.3):
+        mixture = Mixture(demonstrations, windows, fraction, seed=3)
+        packed = pack_demonstrations([mixture[i] for i in range(len(mixture))])
+        pretraining, counted = packed.pretraining, packed.loss_mask
+        assert pretraining is not None
+        mixed, rest = (counted & pretraining).sum(), (counted & ~pretraining).sum()
+        assert rest == 20 * (4 + 5) and mixed == mixture.rows * 49
+        assert sum(row.num_labels for row in demonstrations) == rest
+        weighted = mixture.loss_weight() * float(mixed)
+        assert weighted / (weighted + float(rest)) == pytest.approx(fraction)
+        assert float(mixed / (mixed + rest)) > 0.5  # what the plain mean gives
+    assert Mixture(demonstrations, windows, 0.0, seed=3).loss_weight() == 1.0
+    assert pack_demonstrations(demonstrations).pretraining is None
+
+
 def test_a_mixture_with_too_few_windows_repeats_them_and_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

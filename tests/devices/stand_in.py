@@ -262,7 +262,7 @@ def varlen_attn(
         and k.shape == v.shape
         and q.shape[1] == k.shape[1]
     )
-    assert cu_q.dtype == cu_k.dtype == torch.int32 and window_size == (-1, 0)
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and window_size[1] == 0
     out = []
     # A kernel reads the lengths on the device, so reading them here is not a wait.
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
@@ -272,6 +272,8 @@ def varlen_attn(
         visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(
             k1 - k0 - (q1 - q0)
         )
+        if window_size[0] >= 0:
+            visible = visible.triu(k1 - k0 - (q1 - q0) - window_size[0])
         heads_first = [x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
         done = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=visible)
         out.append(done[0].transpose(0, 1))

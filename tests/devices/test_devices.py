@@ -50,7 +50,10 @@ def test_a_decode_step_waits_once(waits: dict[str, dict[str, int]]) -> None:
 def test_micro_batches_of_ppo_do_not_wait_for_masks(
     run: str, waits: dict[str, dict[str, int]]
 ) -> None:
-    heads = {"algorithms/ppo.py:_values", "algorithms/ppo.py:_reference_logprobs"}
+    heads = {
+        "algorithms/episode_scores.py:_values",
+        "algorithms/episode_scores.py:_reference_logprobs",
+    }
     assert not heads & set(waits[run])
     # The scores of all micro-batches are scattered once per model and step.
     assert waits[run]["algorithms/rollouts.py:to_padded"] == 2 * STEPS

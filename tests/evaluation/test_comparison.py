@@ -60,7 +60,7 @@ def test_margin_makes_ties(sides: tuple[JudgedResponses, JudgedResponses]) -> No
 
 def test_a_policy_ties_with_itself(sides: tuple[JudgedResponses, JudgedResponses]) -> None:
     rate = compare(sides[0], sides[0])["win_rate"]
-    assert (rate["rate"], rate["low"], rate["high"], rate["ties"]) == (0.5, 0.5, 0.5, 4)
+    assert (rate["rate"], rate["ties"]) == (0.5, 4)
 
 
 def test_interval_is_over_prompts_not_responses() -> None:
@@ -97,6 +97,7 @@ def test_page_of_a_comparison(
     html = write_comparison(tmp_path / "winrate.html", results, pairs).read_text()
     for text in (
         "62.5%",
+        "no interval: 4 prompts, fewer than 10",
         "2, 1, 1",
         "runs/rm",
         "&lt;b&gt;first&lt;/b&gt;",
@@ -114,6 +115,7 @@ def test_page_of_a_selection(tmp_path: Path) -> None:
             "step": step,
             "score": score,
             "score_ci95": [score - 0.1, score + 0.1],
+            "prompts": 12,
             "tokens": 9.0,
             "cut_off": 0.0,
         }
@@ -128,6 +130,9 @@ def test_page_of_a_selection(tmp_path: Path) -> None:
     }
     html = write_selection(tmp_path / "select.html", results).read_text()
     assert "step 20" in html and "0.600 to 0.800" in html
+    few = [row | {"score_ci95": None, "prompts": 1} for row in rows]
+    html = write_selection(tmp_path / "few.html", results | {"checkpoints": few}).read_text()
+    assert "no interval: 1 prompt, fewer than 10" in html and "0.700" in html
     assert "Validation loss" not in html  # none was recorded
     rows[0]["valid_loss"] = 3.5
     assert "Validation loss" in write_selection(tmp_path / "select.html", results).read_text()

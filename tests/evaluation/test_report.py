@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from fastrlhf.errors import UserError
-from fastrlhf.evaluation.report import (
-    Answer,
-    Headline,
-    Report,
-    chart_figure,
-    metric_charts,
-    read_metrics,
-    write_run_report,
-)
+from fastrlhf.evaluation.page import Answer, Headline, Report, chart_figure
+from fastrlhf.evaluation.report import metric_charts, read_metrics, write_run_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fastrlhf.evaluation import winrate
-from fastrlhf.evaluation.winrate import pair_accuracy, win_rate
+from fastrlhf.evaluation.winrate import mean_interval, pair_accuracy, win_rate
 
 
 def test_win_rate_counts_a_tie_as_half() -> None:
@@ -20,6 +21,26 @@ def test_win_rate_counts_a_tie_as_half() -> None:
 def test_certain_wins_have_no_uncertainty() -> None:
     result = win_rate(np.ones(50))
     assert (result.rate, result.low, result.high) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("prompts", "has_one"), [(1, False), (9, False), (10, True)])
+def test_few_prompts_have_no_interval(prompts: int, has_one: bool) -> None:
+    """However many judgements they have, the interval of one prompt would have the width 0."""
+    clusters = np.repeat(np.arange(prompts), 30)
+    wins = np.tile([1.0, 0.0, 1.0], 10 * prompts)
+    results = [
+        win_rate(wins, clusters),
+        pair_accuracy(np.tile([2.0, 1.0], prompts), [1, 2] * prompts, range(0, 2 * prompts + 1, 2)),
+    ]
+    for result in results:
+        assert result.clusters == prompts
+        assert (result.low is not None, result.high is not None) == (has_one, has_one)
+        assert ("95 % interval" in str(result)) == has_one
+        assert json.loads(json.dumps(result.as_dict()))["low"] == result.low
+    ends = mean_interval(wins, clusters)[1:]
+    assert ends == (None, None) if not has_one else None not in ends
+    expected = f"no interval: {prompts} prompt{'s' * (prompts > 1)}, fewer than 10"
+    assert (expected in str(results[0])) != has_one
 
 
 def test_interval_is_near_the_normal_approximation() -> None:

@@ -1,4 +1,4 @@
-"""Generation with two small models in one process or under several layouts of four processes.
+"""Generation with three small models in one process or under several layouts of four processes.
 
 torchrun --nproc-per-node 4 cases.py FOLDER        writes FOLDER/LAYOUT.RANK.json
 """
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from fastrlhf import ops
+from fastrlhf.commands.sample import sample
 from fastrlhf.config import ModelConfig, ParallelConfig
 from fastrlhf.data.batches import PackedBatch, pack
+from fastrlhf.data.records import Prompt
+from fastrlhf.data.tokenize import load_tokenizer, train_bpe
 from fastrlhf.generation import Generated, SamplingParams, generate_all
 from fastrlhf.generation.sampling import Sampler
 from fastrlhf.models.gpt import GPT, build_model
@@ -30,9 +33,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "all": {"tensor": 2, "sequence": True, "pipeline": 2},
 }
 # Tokens that these models sample often enough to end some of the responses, but not all.
-EOS = {"gpt": 223, "llama": 81}
+EOS = {"gpt": 223, "llama": 81, "windowed": 81}
 # With 300 tokens the second of two shards has 44 real columns of 256; with 100 tokens it has none.
-VOCAB = {"gpt": 300, "llama": 100}
+VOCAB = {"gpt": 300, "llama": 100, "windowed": 100}
 MODEL: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 32,
@@ -44,6 +47,17 @@ MODEL: dict[str, Any] = {
 FAMILY: dict[str, dict[str, Any]] = {
     "gpt": {"residual_dropout": 0.2},
     "llama": {"num_kv_heads": 2, "ffn_size": 48},
+    # Prompts have up to 31 tokens, and the second stage of a pipeline has the window.
+    "windowed": {
+        "family": "llama",
+        "num_kv_heads": 2,
+        "ffn_size": 48,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_positions": 8,
+        "sliding_window": 6,
+        "full_attention_layers": 1,
+    },
 }
 PARAMS = {
     "greedy": SamplingParams(max_new_tokens=6, temperature=0.0),
@@ -131,12 +145,28 @@ def target() -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, weight
 
 
+def write_samples(mesh: Mesh, out: Path) -> dict[str, float]:
+    """Write `out` as `fastrlhf sample` does; return its summary without the time."""
+    texts = ["the cat sat on the mat. a dog ran after the cat."] * 4
+    tokenizer_folder = out.with_name(f"{out.name}.tokenizer.{mesh.rank}")
+    train_bpe(texts, 290, tokenizer_folder)
+    model = build_model(
+        ModelConfig(**{"family": "gpt", **MODEL, **FAMILY["gpt"]}), mesh, 290, seed=5
+    )
+    records = [Prompt("the cat " * i, columns={"answer": i}) for i in range(1, 8)]
+    params = SamplingParams(max_new_tokens=6, temperature=1.2, seed=11)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    counts = sample(model, tokenizer, records, (2, 4), params, mesh=mesh, out=out, slots=3)
+    return {name: value for name, value in counts.summary().items() if name != "seconds"}
+
+
 def main(folder: Path) -> None:
     for name, layout in LAYOUTS.items():
         mesh = meshes.initialize(ParallelConfig(**layout, timeout_s=1200), seed=1)
         results: dict[str, Any] = {family: run_model(family, mesh) for family in FAMILY}
         results["histogram"] = histogram(mesh) if mesh.is_last_stage else None
         results["last_stage"] = mesh.is_last_stage
+        results["summary"] = write_samples(mesh, folder / f"{name}.samples")
         (folder / f"{name}.{mesh.rank}.json").write_text(json.dumps(results))
         meshes.finalize()
 

@@ -27,5 +27,7 @@ def parallel_results(
     four_ranks(SCRIPT, folder)
     results: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        results.setdefault(path.name.split(".")[0], []).append(json.loads(path.read_text()))
+        layout = path.name.split(".")[0]
+        found = json.loads(path.read_text()) | {"samples": folder / f"{layout}.samples"}
+        results.setdefault(layout, []).append(found)
     return results

@@ -32,7 +32,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
     "rope and layernorm": {"position": "rope"},
+    "windowed": {},
 }
+FAMILY_OF = {
+    "llama": "llama",
+    "biases only in qkv, normalised heads": "llama",
+    "windowed": "windowed",
+}
+"""Variant -> family of `cases.build`; others are "gpt"."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def model(cases: ModuleType, mesh: Mesh) -> GPT:
 
 def variant(cases: ModuleType, mesh: Mesh, name: str) -> GPT:
     return cases.build(
-        "llama" if name in ("llama", "biases only in qkv, normalised heads") else "gpt",
+        FAMILY_OF.get(name, "gpt"),
         mesh,
         **VARIANTS[name],
     )

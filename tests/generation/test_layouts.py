@@ -7,6 +7,8 @@ no such token is among the 1,500 here.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +28,7 @@ def serial(cases: ModuleType, mesh: Mesh) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "windowed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_as_one_process(
     serial: dict[str, Any], parallel_results: Results, layout: str, family: str
@@ -53,13 +55,13 @@ def test_ranks_of_a_model_agree_exactly(parallel_results: Results, layout: str) 
         by_prompts.setdefault(tuple(rank["gpt"]["ids"]), []).append(rank)
     for ranks in by_prompts.values():
         assert len(ranks) >= 2
-        for family in ("gpt", "llama"):
+        for family in ("gpt", "llama", "windowed"):
             assert all(
                 rank[family][name] == ranks[0][family][name] for rank in ranks for name in CASES
             )
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "windowed"])
 def test_logprobs_are_those_of_a_training_forward(
     serial: dict[str, Any], parallel_results: Results, family: str
 ) -> None:
@@ -75,7 +77,7 @@ def test_logprobs_are_those_of_a_training_forward(
 
 
 def test_cases_cover_both_endings(serial: dict[str, Any]) -> None:
-    for family in ("gpt", "llama"):
+    for family in ("gpt", "llama", "windowed"):
         endings = {response["stopped"] for response in serial[family]["sampled"]}
         assert endings == {True, False}
         assert any(
@@ -92,3 +94,14 @@ def test_sharded_samples_equal_unsharded_ones(
         for rank in ranks:
             if rank["last_stage"]:
                 assert rank["histogram"] == serial["histogram"]
+
+
+def test_sample_writes_the_same_file(
+    cases: ModuleType, mesh: Mesh, parallel_results: Results, tmp_path: Path
+) -> None:
+    summary = cases.write_samples(mesh, tmp_path / "serial.samples")
+    serial = (tmp_path / "serial.samples").read_text()
+    assert [json.loads(line)["answer"] for line in serial.split("\n") if line] == list(range(1, 8))
+    for ranks in parallel_results.values():
+        assert ranks[0]["samples"].read_text() == serial
+        assert all(rank["summary"] == summary for rank in ranks)

@@ -81,6 +81,14 @@ def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: 
     sample(model, tokenizer, PROMPTS, (2, 5), PARAMS, mesh=world, out=again, slots=2)
     assert again.read_text() == out.read_text()
 
+    # One entry per response; a response that did not stop has the length limit.
+    for row in written:
+        assert set(row) - {"user_id"} == {"prompt", "responses", "stopped", "tokens", "model"}
+        assert len(row["stopped"]) == len(row["tokens"]) == len(row["responses"])
+        assert row["model"] == ["the policy"] * len(row["responses"])
+        for stopped, tokens in zip(row["stopped"], row["tokens"], strict=True):
+            assert 1 <= tokens <= 6 and (stopped or tokens == 6)
+
     # The file can be ranked as it is.
     ranked = tmp_path / "ranked.jsonl"
     ranked.write_text(
@@ -89,7 +97,10 @@ def test_file(cases: ModuleType, world: Mesh, tokenizer_folder: Path, tmp_path: 
             for row in written
         )
     )
-    assert len(list(read_records(ranked, "rankings"))) == 4
+    rankings = list(read_records(ranked, "rankings"))
+    assert len(rankings) == 4
+    for ranking, row in zip(rankings, written, strict=True):
+        assert ranking.columns == {name: row[name] for name in ("stopped", "tokens", "model")}
 
 
 def test_duplicates_are_sampled_again_up_to_a_limit(
@@ -138,7 +149,7 @@ def settings(tokenizer_folder: Path, tmp_path: Path) -> dict[str, Any]:
     lines = [
         {"prompt": "the cat"},
         {"prompt": "a dog ran " * 20},
-        {"prompt": "hello", "user_id": "u"},
+        {"prompt": "hello", "user_id": "u", "answer": [1, None], "ranks": [2, 1]},
     ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     shape = {
@@ -189,12 +200,49 @@ def test_run(
         ("hello", "u"),
     ]
     assert all(4 <= len(row["responses"]) <= 9 for row in written)
+    # Extra columns are kept, judgements of other responses are not.
+    assert written[1]["answer"] == [1, None] and "ranks" not in written[1]
+    assert written[0]["model"][0] == str(tmp_path / "policy")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    keys = ["prompts", "responses", "tokens_sampled", "prompt_tokens_shown"]
+    assert list(summary) == [*keys, "prompt_tokens_computed", "seconds"]
+    assert summary["prompts"] == 2
+    assert summary["responses"] == sum(len(row["responses"]) for row in written)
+    # Duplicates are sampled again, so there may be more than the file has.
+    assert summary["tokens_sampled"] >= sum(sum(row["tokens"]) for row in written)
+    tokenizer = load_tokenizer(settings["data"]["tokenizer"])
+    shown = sum(len(row["responses"]) * len(tokenizer(row["prompt"]).input_ids) for row in written)
+    assert summary["prompt_tokens_shown"] >= shown
+    assert summary["prompt_tokens_computed"] == summary["prompt_tokens_shown"]
+    assert summary["seconds"] > 0
     assert "1 were too long" in capsys.readouterr().out
 
 
 def test_run_needs_a_model(settings: dict[str, Any]) -> None:
     try:
         with pytest.raises(UserError, match=r"set model.load to a run's folder"):
+            run(Config(**settings))
+    finally:
+        meshes.finalize()
+
+
+def test_a_prompt_that_cannot_be_tokenized_names_its_line(
+    cases: ModuleType, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    world = meshes.initialize(ParallelConfig(), seed=1)
+    save_model(tmp_path / "policy", policy(cases, world), tokenizer=settings["data"]["tokenizer"])
+    meshes.finalize()
+    settings["model"]["load"] = str(tmp_path / "policy")
+    (path,) = settings["data"]["prompts"]
+    folder = Path(path).parent / "chat"
+    tokenizer = load_tokenizer(settings["data"]["tokenizer"])
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.save_pretrained(folder)
+    settings["data"]["tokenizer"] = str(folder)
+    turns = json.dumps({"prompt": [{"role": "user", "content": "hello"}]})
+    Path(path).write_text(Path(path).read_text() + turns + "\n")
+    try:
+        with pytest.raises(UserError, match=rf"^{path}:4: .*no such role"):
             run(Config(**settings))
     finally:
         meshes.finalize()

@@ -67,6 +67,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **SIZES},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16},
+    # Frequencies of 1, 0.2, 0.04 and 0.009 radians per token: one kept, one interpolated, two
+    # divided. Sequences are four times as long as the original positions.
+    "llama3-rope": {
+        "model_type": "llama",
+        **SIZES,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 0.2,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8,
+        },
+    },
+    "linear-rope": {
+        "model_type": "llama",
+        **SIZES,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    },
+    "mistral-window": {"model_type": "mistral", **SIZES, "sliding_window": 5, "head_dim": 16},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        **SIZES,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+    "qwen3-window": {
+        "model_type": "qwen3",
+        **SIZES,
+        "use_sliding_window": True,
+        "sliding_window": 1,
+        "max_window_layers": 1,
+    },
 }
 
 

@@ -48,11 +48,13 @@ def test_language_model_with_tokenizer(
     saved = describe_model(tmp_path / "ours")
     assert difference < logit_bound(saved.model)
     assert (saved.head, saved.vocab_size, saved.model.dtype) == ("lm", 320, "bf16")
+    assert saved.tokenizer_copy == tmp_path / "ours" / "tokenizer"
     assert load_tokenizer(saved.tokenizer).get_vocab() == tokenizer.get_vocab()
 
     assert convert.convert_to_hf(tmp_path / "ours", tmp_path / "back") < logit_bound(saved.model)
     assert same_tensors(source, tmp_path / "back")
-    assert load_tokenizer(tmp_path / "back").get_vocab() == tokenizer.get_vocab()
+    pad = {"<|pad|>": len(tokenizer)}  # in one of the embedding's free rows
+    assert load_tokenizer(tmp_path / "back").get_vocab() == tokenizer.get_vocab() | pad
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert again.generation_config.eos_token_id == tokenizer.eos_token_id
     assert again.dtype == torch.bfloat16
@@ -139,9 +141,15 @@ def test_reward_model_keeps_bias_and_statistics(
         "",
     )
     convert.convert_to_hf(tmp_path / "ours", tmp_path / "back")
-    assert same_tensors(tmp_path / "source", tmp_path / "back")
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("source", "back"))
+    shifted = before["transformer.ln_f.bias"] - after["transformer.ln_f.bias"]
+    weight = before["score.weight"][0].double()
+    torch.testing.assert_close(weight @ shifted.double(), torch.tensor(0.625).double())
+    del before["transformer.ln_f.bias"], after["transformer.ln_f.bias"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert config["score_bias"] == -0.625
+    assert config["score_bias"] == 0.0 and config["pad_token_id"] == 0
     assert config["score_statistics"] == {"mean": 1.5, "std": 0.25}
     assert (
         config["architectures"] == ["GPT2ForSequenceClassification"]

@@ -28,6 +28,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
     "rope and layernorm": {"position": "rope"},
+    "scaled rope, window in the second layer": {
+        "family": "llama",
+        "ffn_size": 48,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_positions": 8,
+        "sliding_window": 5,
+        "full_attention_layers": 1,
+    },
 }
 LENGTHS = {"mixed": (1, 9, 4, 30), "equal": (8, 8, 8), "single": (13,)}
 

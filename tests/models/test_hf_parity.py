@@ -56,7 +56,9 @@ def test_packed_logits_equal_those_of_each_sequence_alone(
     torch.testing.assert_close(ours, theirs, atol=logit_bound(stage.model_config), rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "gpt2-exact-gelu-untied", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "gpt2-exact-gelu-untied", "llama", "qwen3", "llama3-rope", "qwen2-window"]
+)
 def test_gradients_of_a_cross_entropy_equal_those_of_transformers(
     variant: str,
     hf_folder: Folder,
@@ -100,6 +102,26 @@ def test_round_trip_is_bitwise(variant: str, hf_folder: Folder, load: Load, tmp_
     for name in before:
         assert torch.equal(before[name], after[name]), name
     assert model_config_from_hf(tmp_path / "out") == model_config_from_hf(hf_folder(variant))
+    config, saved = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (hf_folder(variant), tmp_path / "out")
+    )
+    assert saved.get("rope_parameters") == config.get("rope_parameters")
+    for option in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+        if config.get("sliding_window") is not None:
+            assert saved.get(option) == config.get(option)
+
+
+@pytest.mark.parametrize("variant", ["llama3-rope", "linear-rope"])
+def test_rope_scaling_of_older_files(variant: str, hf_folder: Folder, tmp_path: Path) -> None:
+    """transformers 4 writes rope_theta and rope_scaling, before 4.43 with "type"."""
+    config = json.loads((hf_folder(variant) / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    for key in ("rope_type", "type"):
+        old = config | {"rope_theta": theta, "rope_scaling": {key: kind, **rope}}
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        assert model_config_from_hf(tmp_path) == model_config_from_hf(hf_folder(variant))
 
 
 def test_bf16_round_trip_is_bitwise(
@@ -207,7 +229,12 @@ class TestRewardModels:
         assert verify_logits(stage, folder, mesh) < bound
 
     def test_bias_survives_a_round_trip(
-        self, folder: Path, mesh: Mesh, tmp_path: Path, logit_bound: Bound
+        self,
+        folder: Path,
+        mesh: Mesh,
+        tmp_path: Path,
+        sequences: list[list[int]],
+        logit_bound: Bound,
     ) -> None:
         stage = self.build(folder, mesh)
         assert stage.score.bias.item() == 0.0
@@ -215,9 +242,17 @@ class TestRewardModels:
             stage.score.bias.fill_(-1.2345678)
         save_hf(stage, tmp_path / "out", extra={"score_statistics": {"mean": 0.5}})
         again = self.build(tmp_path / "out", mesh)
-        assert torch.equal(again.score.bias, stage.score.bias)
+        batch = pack(sequences, [0] * len(sequences))
+        with torch.no_grad():
+            before, after = (model.score(model(batch)) for model in (stage, again))
+        bound = logit_bound(stage.model_config)
+        torch.testing.assert_close(after, before, atol=bound, rtol=0)
+        if stage.model_config.family == "llama":  # RMSNorm cannot hold the bias
+            assert torch.equal(again.score.bias, stage.score.bias)
+        else:
+            assert again.score.bias == 0.0
         assert torch.equal(again.score.weight, stage.score.weight)
-        assert verify_logits(again, tmp_path / "out", mesh) < logit_bound(stage.model_config)
+        assert verify_logits(again, tmp_path / "out", mesh) < bound
         assert json.loads((tmp_path / "out" / "config.json").read_text())["score_statistics"] == {
             "mean": 0.5
         }

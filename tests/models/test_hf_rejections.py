@@ -39,13 +39,23 @@ def copy(hf_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
     [
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_scaling = linear",
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling = dynamic .* expected linear, llama3, or none",
         ),
         (
             "llama",
-            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_scaling = dynamic",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_scaling = yarn",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": None}},
+            "rope_scaling without factor",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -1.0}},
+            "rope_factor .* greater than 0",
         ),
         (
             "llama",
@@ -56,20 +66,20 @@ def copy(hf_folder: Callable[[str], Path], tmp_path: Path) -> Copy:
         ("llama", {"dtype": "float64"}, "dtype = torch.float64"),
         ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
         ("llama", {"num_key_value_heads": 3}, "num_kv_heads"),
+        ("llama", {"sliding_window": 32}, "sliding_window = 32 .* model_type mistral"),
         (
             "mistral",
-            {"sliding_window": 32},
-            "sliding_window = 32 .* expected null, or at least .*64",
+            {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]},
+            "model_type ministral is not supported",
         ),
         (
             "qwen2",
             {
                 "use_sliding_window": True,
                 "sliding_window": 32,
-                "layer_types": None,
-                "max_window_layers": 1,
+                "layer_types": ["sliding_attention", "full_attention"],
             },
-            "sliding_window = 32",
+            "layer_types = .* expected sliding_attention in all layers but some of the first",
         ),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = relu"),
@@ -250,6 +260,8 @@ class TestFiles:
         ({"rope_theta": 1e4}, r"rope_theta 500\.0, not 10000\.0"),
         ({"norm_eps": 1e-5}, "norm_eps 1e-06"),
         ({"tie_embeddings": True}, "tie_embeddings False, not True"),
+        ({"sliding_window": 8}, r"sliding_window null, not 8; set model\.sliding_window=null"),
+        ({"rope_scaling": "linear", "rope_factor": 2.0}, "rope_scaling none, not linear"),
     ],
 )
 def test_stage_of_another_shape(

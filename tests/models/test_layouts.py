@@ -19,7 +19,7 @@ from fastrlhf.parallel.mesh import Mesh
 
 SCRIPT = Path(__file__).with_name("run_layouts.py")
 VARIANTS = ["gpt2", "llama-biases", "qwen2-tied", "qwen3"]
-VARIANTS_BOTH = ["llama", "mistral", "qwen2", "smollm"]
+VARIANTS_BOTH = ["llama", "mistral", "qwen2", "smollm", "llama3-rope", "qwen2-window"]
 LAYOUTS = {"tensor": [2, 1, 2], "sequence": [2, 1, 2], "pipeline": [1, 2, 2], "both": [2, 2, 1]}
 
 

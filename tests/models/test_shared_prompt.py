@@ -39,6 +39,7 @@ SHAPE: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {"family": "gpt", **SHAPE},
     "llama": {"family": "llama", "num_kv_heads": 2, "ffn_size": 48, **SHAPE},
+    "window": {"family": "llama", "ffn_size": 48, "sliding_window": 4, **SHAPE},
 }
 # (prompt tokens, tokens of each response). "several" has a prompt of a single token, and one with
 # two responses of a single token.
@@ -168,11 +169,13 @@ def varlen_attention(
     cu_k: torch.Tensor,
     max_q: int,
     max_k: int,
+    left: int = -1,
 ) -> torch.Tensor:
     """Compute what variable-length kernels do with causal=True (flash-attn >= 2.1).
 
     A sequence's last query attends to all its keys, the query before it to all but the last, and so
-    on. A kv head serves a group of query heads.
+    on. A kv head serves a group of query heads. `left` is the number of keys to the left of a query
+    that it attends to, -1 for all of them.
     """
     out = []
     for (q0, q1), (k0, k1) in zip(
@@ -182,22 +185,28 @@ def varlen_attention(
         groups = q.shape[1] // k.shape[1]
         keys, values = (x[k0:k1].repeat_interleave(groups, dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) / math.sqrt(q.shape[-1])
-        hidden = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).triu(k1 - k0 - (q1 - q0) + 1)
+        diagonal = k1 - k0 - (q1 - q0)
+        hidden = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).triu(diagonal + 1)
+        if left >= 0:
+            hidden |= torch.ones_like(hidden).tril(diagonal - left - 1)
         out.append(
             torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
         )
     return torch.cat(out)
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_arguments_of_variable_length_kernels(
-    packing: str, monkeypatch: pytest.MonkeyPatch
+    packing: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU's path, its kernel replaced by torch, has the padded path's outputs and gradients."""
 
-    def flash_attn_varlen_func(*args: Any, dropout_p: float, causal: bool) -> torch.Tensor:
-        assert dropout_p == 0.0 and causal
-        return varlen_attention(*args)
+    def flash_attn_varlen_func(
+        *args: Any, dropout_p: float, causal: bool, window_size: tuple[int, int]
+    ) -> torch.Tensor:
+        assert dropout_p == 0.0 and causal and window_size[1] == 0
+        return varlen_attention(*args, left=window_size[0])
 
     monkeypatch.setitem(
         sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
@@ -211,7 +220,9 @@ def test_arguments_of_variable_length_kernels(
     upstream = torch.randn(T, 4, 8, generator=generator)
     results = []
     for backend in ("sdpa", "flash"):
-        out = packed_attention(*inputs, SequenceLayout.of(batch), backend=backend)
+        layout = SequenceLayout.of(batch)
+        layout.set_window(window)
+        out = packed_attention(*inputs, layout, backend=backend)
         results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
     for padded, varlen in zip(*results, strict=True):
         torch.testing.assert_close(varlen, padded, atol=1e-5, rtol=1e-5)

@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2] / "fastrlhf"
 FLOORS = [
     ["__main__"],
     ["cli"],
+    ["cli_data"],
     ["quickstart"],
     ["commands"],
     ["run"],
+    ["plan"],
     ["algorithms"],
     ["evaluation"],
     ["generation", "training"],

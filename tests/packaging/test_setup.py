@@ -35,3 +35,16 @@ def test_a_stale_extension_is_removed_from_the_source_tree(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "fastrlhf._C_cpu is left out: FASTRLHF_SKIP_EXT=1" in done.stderr
     assert [path for path in stale if path.exists()] == []
+
+
+def test_make_passes_a_folder_with_a_space_as_one_argument():
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    done = subprocess.run(
+        ["make", "-n", "quickstart", "OUT=a b"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1].endswith('fastrlhf quickstart --out "a b"')

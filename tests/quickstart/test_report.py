@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastrlhf.evaluation.report import Answer
+from fastrlhf.evaluation.page import Answer
 from fastrlhf.evaluation.winrate import win_rate
 from fastrlhf.quickstart.labeler import TERMS, Calibration, Noise
 from fastrlhf.quickstart.report import (

@@ -22,7 +22,7 @@ READ_INSIDE_CONFIG = {
     # Only 1 is accepted: the key reserves the name, and its error names the alternatives.
     "parallel.context": "fastrlhf/config/sections.py",
     # `FAMILIES` fills the fields that the rest of the package reads.
-    "model.family": "fastrlhf/config/sections.py",
+    "model.family": "fastrlhf/config/families.py",
 }
 
 

@@ -55,6 +55,18 @@ def test_the_eta_counts_only_what_this_process_did(
     assert capsys.readouterr().err == "reading 75%  0:01:00 (ETA 0:01:00)\n"
 
 
+def test_there_is_no_eta_without_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """A rate of one byte an hour would be an ETA of years."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Meter("reading", 4_000_000, percent=True) as meter:
+        now[0] += 60
+        meter.update(0)
+    assert capsys.readouterr().err == "reading 0%  0:01:00 (ETA unknown)\n"
+
+
 def test_a_resumed_run_is_one_run_of_weights_and_biases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

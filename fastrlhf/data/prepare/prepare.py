@@ -105,6 +105,8 @@ def prepare_all(config: PrepareConfig) -> dict[str, Manifest]:
         _check_inputs([file for _, file in _named_files(sources)], Path(config.out) / kind)
     if config.tokenizer is not None:
         load_tokenizer(config.tokenizer)
+    for kind in inputs:
+        make_folder(Path(config.out) / kind)
     return {
         kind: prepare(sources, Path(config.out) / kind, kind, config, config.on_error)
         for kind, sources in inputs.items()

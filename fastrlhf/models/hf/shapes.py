@@ -1,15 +1,15 @@
 """Conversion of a Hugging Face folder's config.json to a ModelConfig, and back.
 
 An option that our stages do not implement is an error that names the option and its value: a model
-that loads is the model that was saved. Mistral without its sliding window and SmolLM are bitwise
-identical to Llama, so they are written back as Llama.
+that loads is the model that was saved. Mistral without a sliding window that masks anything and
+SmolLM are bitwise identical to Llama, so they are written back as Llama.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -17,12 +17,17 @@ from pydantic import ValidationError
 from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.models.heads import Head
+from fastrlhf.models.hf.positions import (
+    ConfigFields,
+    read_rope,
+    read_window,
+    refuse,
+    rope_parameters,
+    window_fields,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
-
-ConfigFields = dict[str, Any]
-"""Keyword arguments of ModelConfig or of a transformers configuration."""
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _GELU = {
@@ -82,12 +87,12 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
             f"{path}: model_type {config.model_type} is not supported; supported are {supported}"
         )
     if getattr(config, "quantization_config", None) is not None and Path(path).suffix != ".gguf":
-        _refuse(
+        refuse(
             path, "quantization_config", config.quantization_config, "weights in fp32, bf16 or fp16"
         )
     dtype = getattr(config, "dtype", None) or torch.float32
     if dtype not in _DTYPES:
-        _refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
+        refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
     fields = _READERS[config.model_type](path, config) | {"dtype": _DTYPES[dtype]}
     try:
         return ModelConfig(
@@ -126,23 +131,17 @@ def head_from_hf(path: str | Path) -> Head:
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if not architecture.endswith("ForSequenceClassification"):
-        _refuse(
+        refuse(
             path, "architectures", architecture, "...ForCausalLM or ...ForSequenceClassification"
         )
     if config.num_labels != 1:
-        _refuse(path, "num_labels", config.num_labels, "1: a reward model gives one number")
+        refuse(path, "num_labels", config.num_labels, "1: a reward model gives one number")
     return "scalar"
-
-
-def _refuse(path: str | Path, option: str, value: object, expected: str) -> NoReturn:
-    raise UserError(
-        f"{path}: {option} = {value} in config.json is not supported; expected {expected}"
-    )
 
 
 def _read_gpt2(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     if config.activation_function not in _GELU:
-        _refuse(
+        refuse(
             path, "activation_function", config.activation_function, "one of " + ", ".join(_GELU)
         )
     for option, wanted in (
@@ -151,7 +150,7 @@ def _read_gpt2(path: str | Path, config: PretrainedConfig) -> ConfigFields:
         ("scale_attn_by_inverse_layer_idx", False),
     ):
         if getattr(config, option) != wanted:
-            _refuse(path, option, getattr(config, option), str(wanted))
+            refuse(path, option, getattr(config, option), str(wanted))
     return {
         "family": "gpt",
         "activation": _GELU[config.activation_function],
@@ -166,40 +165,22 @@ def _read_gpt2(path: str | Path, config: PretrainedConfig) -> ConfigFields:
 def _read_llama_like(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     """Return the fields that Llama, Mistral and Qwen share, without biases and head norms."""
     if config.hidden_act not in ("silu", "swish"):
-        _refuse(path, "hidden_act", config.hidden_act, "silu")
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default":
-        _refuse(
-            path, "rope_scaling", rope["rope_type"], "plain rotary embeddings (rope_scaling: null)"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        _refuse(path, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
-    _check_window(path, config)
+        refuse(path, "hidden_act", config.hidden_act, "silu")
     return {
         "family": "llama",
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": getattr(config, "head_dim", None),
         "ffn_size": config.intermediate_size,
         "norm_eps": config.rms_norm_eps,
-        "rope_theta": rope.get("rope_theta", 10000.0),
         "attention_dropout": config.attention_dropout,
+        **read_rope(path, config),
+        **read_window(path, config),
     }
-
-
-def _check_window(path: str | Path, config: PretrainedConfig) -> None:
-    """Check that the sliding window masks nothing: it is as long as the longest sequence."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
-        return
-    layers = getattr(config, "layer_types", None)
-    if layers is None or "sliding_attention" in layers:
-        expected = f"null, or at least max_position_embeddings ({config.max_position_embeddings})"
-        _refuse(path, "sliding_window", window, expected)
 
 
 def _read_llama(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     if config.attention_bias != config.mlp_bias:
-        _refuse(
+        refuse(
             path,
             "attention_bias",
             config.attention_bias,
@@ -214,7 +195,7 @@ def _read_qwen2(path: str | Path, config: PretrainedConfig) -> ConfigFields:
 
 def _read_qwen3(path: str | Path, config: PretrainedConfig) -> ConfigFields:
     if config.attention_bias:
-        _refuse(path, "attention_bias", True, "false (Qwen 3 normalises queries and keys instead)")
+        refuse(path, "attention_bias", True, "false (Qwen 3 normalises queries and keys instead)")
     return _read_llama_like(path, config) | {"qk_norm": True}
 
 
@@ -248,6 +229,9 @@ def hf_type(model: ModelConfig) -> str:
             (False, False, True): "qwen3",
         }
         kind = kinds.get((model.bias, model.qkv_bias, model.qk_norm))
+        if model.sliding_window is not None and kind == "llama":
+            mistral = not model.bias and model.full_attention_layers == 0
+            kind = "mistral" if mistral else None
         if kind:
             return kind
     options = (
@@ -259,6 +243,8 @@ def hf_type(model: ModelConfig) -> str:
         "qk_norm",
         "num_kv_heads",
         "head_dim",
+        "sliding_window",
+        "full_attention_layers",
     )
     described = ", ".join(f"{name}={getattr(model, name)}" for name in options)
     raise UserError(
@@ -280,6 +266,8 @@ def hf_config(
     fields = _gpt2_fields(model) if kind == "gpt2" else _llama_fields(model)
     if kind == "llama":
         fields |= {"attention_bias": model.bias, "mlp_bias": model.bias}
+    if model.sliding_window is not None:
+        fields |= window_fields(model, kind)
     if kind == "qwen2" and model.head_dim * model.num_heads == model.hidden_size:
         del fields["head_dim"]
     config = AutoConfig.for_model(
@@ -293,10 +281,11 @@ def hf_config(
         **({"num_labels": 1} if head == "scalar" else {}),
         **fields,
     )
-    names = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    names = {"gpt2": "GPT2"}
     lm_head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     config.architectures = [
-        names[kind] + (lm_head if head == "lm" else "ForSequenceClassification")
+        names.get(kind, kind.capitalize())
+        + (lm_head if head == "lm" else "ForSequenceClassification")
     ]
     config.dtype = next(dtype for dtype, name in _DTYPES.items() if name == model.dtype)
     return config
@@ -327,6 +316,6 @@ def _llama_fields(model: ModelConfig) -> ConfigFields:
         "intermediate_size": model.ffn_size,
         "max_position_embeddings": model.max_positions,
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": rope_parameters(model),
         "attention_dropout": model.attention_dropout,
     }

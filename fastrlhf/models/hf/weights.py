@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from fastrlhf.config import ModelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.models.gpt import GPT, global_names
 from fastrlhf.models.hf.files import Tensors, open_tensors
+from fastrlhf.models.hf.generation_settings import export_settings, write_settings
 from fastrlhf.models.hf.mapping import (
     Rule,
     Source,
@@ -30,7 +31,9 @@ from fastrlhf.models.hf.mapping import (
     stored_tensors,
     tensor_map,
 )
+from fastrlhf.models.hf.pad_token import export_tokenizer
 from fastrlhf.models.hf.shapes import head_from_hf, hf_config, model_config_from_hf, read_hf_config
+from fastrlhf.models.rope import ROPE_FIELDS
 from fastrlhf.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -50,7 +53,8 @@ def load_hf(path: str | Path, stage: GPT) -> None:
     a scalar head loaded from a language model ignores the unembedding and keeps its own head, and a
     tied model may repeat the embedding as lm_head.weight if the two are equal. A reward model's
     bias, which transformers does not have, is `score_bias` in config.json (0 if absent). Weights
-    are rounded to the stage's dtype.
+    are rounded to the stage's dtype; the score bias takes what this removes from the bias of
+    GPT-2's last LayerNorm, which may hold the score bias (`fold_score_bias`).
 
     Raises UserError naming the first field or tensor that does not match.
     """
@@ -69,6 +73,12 @@ def load_hf(path: str | Path, stage: GPT) -> None:
         else:
             # Only a new scalar head on a language model is missing from the rules.
             assert name.startswith("score."), name
+    layernorm = rules.get("decoder.final_layernorm.bias")
+    own = dict(global_names(stage))
+    if head == "scalar" and layernorm is not None and "score.bias" in own:
+        exact = tensors.read(layernorm.sources[0].name, (slice(None),)).to(own["score.bias"])
+        rounded = own["decoder.final_layernorm.bias"].float()
+        own["score.bias"].add_((exact - rounded) @ own["score.weight"].flatten())
 
 
 def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
@@ -85,7 +95,8 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
             "norm",
         ),
         *("norm_eps", "activation", "bias", "qkv_bias", "qk_norm"),
-        "max_positions" if theirs.position == "learned" else "rope_theta",
+        *(("max_positions",) if theirs.position == "learned" else ROPE_FIELDS),
+        *("sliding_window", "full_attention_layers"),
     ]
     if stage.head_kind == "lm":
         fields.append("tie_embeddings")
@@ -95,12 +106,13 @@ def _check_shape(path: str | Path, theirs: ModelConfig, stage: GPT) -> None:
         # A .gguf file keeps its floats in fp32: 1e-6 comes back as 9.99999997e-07.
         same = (
             math.isclose(mine, needed, rel_tol=1e-6)
-            if isinstance(needed, float)
+            if isinstance(needed, float) and mine is not None
             else mine == needed
         )
         if not same:
+            value = "null" if needed is None else needed
             raise UserError(
-                f"{path}: its model has {name} {needed}, not {mine}; set model.{name}={needed}"
+                f"{path}: its model has {name} {value}, not {mine}; set model.{name}={value}"
             )
 
 
@@ -162,38 +174,94 @@ def _read_shard(tensors: Tensors, rule: Rule, parameter: Tensor, stage: GPT) -> 
     return F.pad(shard, (0, 0, 0, parameter.shape[0] - shard.shape[0])) if padded else shard
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What the user must know of an exported folder; complete on rank 0."""
+
+    pad_note: str
+    score_bias: float
+    """What transformers' scores lack, compared with ours."""
+
+
 def save_hf(
     stage: GPT,
     path: str | Path,
     tokenizer: PreTrainedTokenizerFast | None = None,
     *,
     extra: Mapping[str, object] | None = None,
+    generation: Mapping[str, Any] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
-) -> None:
+) -> Exported:
     """Write the model to the new folder `path` for transformers' Auto classes.
 
     Call it on every rank; rank 0 writes. The folder has safetensors in the stage's dtype (with an
     index if there is more than one file), config.json, generation_config.json and the `tokenizer`
-    if one is given. A scalar head becomes `...ForSequenceClassification` with one label; its bias,
-    which transformers' heads do not have, is `score_bias` in config.json, which also has the
-    entries of `extra`.
+    if one is given, which gets a pad token (`export_tokenizer`). A row that the embedding and the
+    unembedding need for it is the mean of the others: its logit is then the mean of the logits, so
+    that its probability is below 1 / vocabulary. `generation` is `SavedModel.generation`.
+
+    A scalar head becomes `...ForSequenceClassification` with one label. transformers' heads have no
+    bias: GPT-2's last LayerNorm takes it (`fold_score_bias`), and for the others it is `score_bias`
+    in config.json, which also has the entries of `extra`.
 
     Raises UserError if the folder is not empty or no transformers architecture computes the model.
     """
-    path, mesh = Path(path), stage.mesh
-    config = hf_config(stage.model_config, stage.vocab_size, stage.head_kind, tokenizer)
+    path, mesh, model, head = Path(path), stage.mesh, stage.model_config, stage.head_kind
     check_new_folder(path)
+    export = None
+    if tokenizer is not None:
+        export = export_tokenizer(tokenizer, stage.vocab_size, model.max_positions, head)
+        tokenizer = export.tokenizer
+    rows = export.rows if export else 0
+    config = hf_config(model, stage.vocab_size + rows, head, tokenizer)
+    grown = _vocabulary_tensors(stage) if rows else set()
     dist.barrier()
     writer = _Writer(path, max_file_bytes) if mesh.rank == 0 else None
-    for name, tensor in hf_tensors(stage, dict(global_names(stage))):
+    score_bias = 0.0
+    for name, tensor in hf_tensors(stage, fold_score_bias(stage)):
         if name == "score.bias":
-            config.score_bias = tensor.item()
+            score_bias = config.score_bias = tensor.item()
         elif writer is not None:
-            writer.add(name, tensor)
+            writer.add(name, _with_mean_rows(tensor, rows) if name in grown else tensor)
     if writer is not None:
         writer.close()
-        _write_descriptions(path, config, tokenizer, extra or {})
+        suppressed = list(range(stage.vocab_size, stage.vocab_size + rows))
+        settings = export_settings(generation or {}, tokenizer, suppressed)
+        write_descriptions(path, config, tokenizer, settings, extra or {})
     dist.barrier()
+    return Exported(export.note if export else "", score_bias)
+
+
+def _vocabulary_tensors(stage: GPT) -> set[str]:
+    """Return the names of the tensors with one row per token."""
+    rules = tensor_map(stage.model_config, stage.vocab_size, stage.head_kind)
+    ours = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return {source.name for name in ours if name in rules for source in rules[name].sources}
+
+
+def _with_mean_rows(tensor: Tensor, rows: int) -> Tensor:
+    mean = tensor.mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows, -1)])
+
+
+@torch.no_grad()
+def fold_score_bias(stage: GPT) -> dict[str, Tensor]:
+    """Return this rank's parameters by global name, without a score bias if GPT-2 can hold it.
+
+    A scalar head computes w h + b, and its hidden states h end with the bias of the last LayerNorm.
+    That bias plus b w / |w|^2, with b set to 0, gives the same scores. It is fp32 whatever the
+    dtype of the other weights, as the head is, so that nothing is lost by rounding.
+    """
+    values: dict[str, Tensor] = dict(global_names(stage))
+    layernorm = "decoder.final_layernorm.bias"
+    if "score.bias" not in values or layernorm not in values:
+        return values
+    weight, bias = values["score.weight"].double().flatten(), values["score.bias"].double()
+    square = weight.square().sum()
+    if square > 0 and bias != 0:
+        values[layernorm] = (values[layernorm].double() + bias * weight / square).float()
+        values["score.bias"] = torch.zeros_like(values["score.bias"])
+    return values
 
 
 def check_new_folder(path: Path) -> None:
@@ -329,18 +397,24 @@ class _Writer:
         return self.path / f"model-{number:05d}.partial"
 
 
-def _write_descriptions(
+def write_descriptions(
     path: Path,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerFast | None,
+    generation: Mapping[str, Any],
     extra: Mapping[str, object],
 ) -> None:
-    """Write config.json with `extra`, generation_config.json and the tokenizer."""
-    from transformers import GenerationConfig
-
+    """Write config.json with `extra`, the tokenizer, and generation_config.json for policies."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name, None) is None:
+            setattr(config, name, generation.get(name))
+    if getattr(config, "num_labels", None) == 1:
+        config.problem_type = "regression"  # transformers' pipeline then gives scores as they are
+        config.id2label, config.label2id = {0: "score"}, {"score": 0}
+    else:
+        write_settings(path, generation)
     for name, value in extra.items():
         setattr(config, name, value)
     config.save_pretrained(path)
-    GenerationConfig.from_model_config(config).save_pretrained(path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
