@@ -377,7 +377,7 @@ def logprob_statistics(
             MASKED=mask is not None,
             SOFTCAP=softcap is not None,
             ON_DEVICE=on_device(temperature),
-            **row_options(rows, columns),
+            **row_options(rows, columns, softcap is not None),
         )
     return stats
 
@@ -420,7 +420,7 @@ def logprob_forward(
             ON_DEVICE=on_device(temperature),
             ENTROPY=with_entropy,
             KL=ref_logprobs is not None,
-            **row_options(rows, columns),
+            **row_options(rows, columns, softcap is not None),
         )
     return results
 
@@ -465,5 +465,5 @@ def logprob_backward(
             ENTROPY=upstream.grad_entropy is not None,
             LOGSUMEXP=upstream.grad_logsumexp is not None,
             SAME_ALIGNMENT=same_alignment(rows, out),
-            **row_options(rows, columns),
+            **row_options(rows, columns, softcap is not None),
         )

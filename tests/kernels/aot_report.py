@@ -63,7 +63,8 @@ FLOATS |= {"gamma", "lam"}
 
 
 def _vocabulary(kernel: Any, dtype: str, **flags: Any) -> tuple[ASTSource, int]:
-    options = row_options(torch.empty(0, dtype=LOGITS[dtype]), 128256)
+    capped = flags.get("SOFTCAP", False)
+    options = row_options(torch.empty(0, dtype=LOGITS[dtype]), 128256, capped)
     warps = options.pop("num_warps")
     logits = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "ref_out_ptr"), f"*{dtype}")
     pointers = {**logits, "labels_ptr": "*i64", "mask_ptr": "*i1"}
