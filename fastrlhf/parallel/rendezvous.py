@@ -39,6 +39,8 @@ class Session:
     store: dist.Store
     rank: int
     world_size: int
+    meeting: dist.Store | None = None
+    """Of a run: the store of the start, where a rank may fail before it has begun the run."""
     _names: Iterator[int] = field(default_factory=itertools.count)
 
     def name(self, kind: str) -> str:
@@ -51,7 +53,10 @@ class Session:
 
     def failure(self) -> str:
         """Return the first failure that a rank has reported, "" if there is none."""
-        return self.store.get(FAILED).decode() if self.store.check([FAILED]) else ""
+        for store in (self.store, self.meeting):
+            if store is not None and store.check([FAILED]):
+                return str(store.get(FAILED).decode())
+        return ""
 
     def wait(self, key: str, timeout_s: float, missing: Callable[[], str]) -> str:
         """Return the value of `key` once it is set.
@@ -105,7 +110,8 @@ def begin_run(timeout_s: float) -> Session:
     if session.world_size == 1:
         return session
     store = dist.PrefixStore(f"run{next(_runs)}", session.store)
-    _session = Session(store, session.rank, session.world_size)
+    meeting = session.meeting or session.store
+    _session = Session(store, session.rank, session.world_size, meeting)
     return _session
 
 
