@@ -319,7 +319,7 @@ def group_advantages(
 
     Args:
         rewards: [N] fp32, bf16 or fp16.
-        group_ids: [N] int. Equal numbers, whatever they are and wherever they stand, are a group.
+        group_ids: [N] int. Equal ids, of any value and in any order, are a group.
 
     Raises ValueError on wrong shapes and dtypes.
     """

@@ -9,7 +9,8 @@ Not supported: what linear.py does not support.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastrlhf.ops import checks, ppo
 from fastrlhf.ops.layouts import PPOMetric
 from fastrlhf.ops.linear import check_num_counted, checked_head, fake_gradients
 from fastrlhf.ops.linear_chunk_loss import (
+    Chunk,
     ChunkedLogits,
     CrossEntropy,
     LossOptions,
@@ -53,6 +55,7 @@ from fastrlhf.ops.scalars import Number, as_tensor, is_zero, pack, unpack
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Terms = TypeVar("Terms", bound=tuple[Tensor | None, ...])
 NO_POLICY = PPOOptions(0.2, 0.2, 0.2, 1.0, 0.0)
 
 
@@ -106,6 +109,28 @@ def _scale_of(rows: CountedRows, policy: PolicyTokens, options: LossOptions) -> 
     return grad_scale(rows, *of_token)
 
 
+def _taken(group: Terms, rows: CountedRows, chunk: Chunk) -> Terms:
+    """Return the chunk's rows of each tensor of a NamedTuple."""
+    return map_tensors(lambda t: rows.take(t, chunk.at), group)
+
+
+def _loss_of(
+    chunk: Chunk,
+    results: tuple[Tensor, Tensor, Tensor],
+    policy: PolicyTokens,
+    rows: CountedRows,
+    options: LossOptions,
+    backend: str,
+    cross_entropy: Callable[[Chunk, Tensor, Tensor], tuple[Tensor, TokenGrads]] | None,
+) -> tuple[Tensor, TokenGrads]:
+    """Return the sums of a chunk, as PPOMetric, and their gradients; the policy's by default."""
+    logp, entropy, lse = results
+    if cross_entropy is not None:
+        return cross_entropy(chunk, logp, lse)
+    counted = torch.ones_like(logp, dtype=torch.bool) if chunk.mask is None else chunk.mask
+    return policy_loss(logp, entropy, counted, _taken(policy, rows, chunk), options, backend)
+
+
 @custom_op("linear_loss")
 def _linear_loss(
     head: LinearHead,
@@ -135,14 +160,13 @@ def _linear_loss(
     divisor = count if scale is None else scale
     metrics = torch.zeros(len(PPOMetric), dtype=dtype, device=head.hidden.device)
     gradients = GradientSums(rows, head.weight, needs)
-    is_policy = policy.old_logprobs is not None
     d_logprobs_N = None
-    plain = not (is_policy or terms.smoothed or terms.with_z or terms.capped)
+    plain = policy.old_logprobs is None and not any((terms.smoothed, terms.with_z, terms.capped))
     if plain and any(needs):
         d_logprobs_N = torch.where(mask, -1.0 / divisor, 0.0)
     labels_N = flat(tokens.labels).long()
     logits = ChunkedLogits(head, rows, labels_N, options, shard, backend, d_logprobs_N)
-    entropy_loss = CrossEntropy(head, options, shard, dtype)
+    cross_entropy = CrossEntropy(head, options, shard, dtype)
     known: TokenGrads | None = None
     if first_pass:
         logp, entropy = all_logprobs(logits, mask, dtype)
@@ -150,29 +174,19 @@ def _linear_loss(
         add_metrics_(metrics, sums)
     for chunk in logits.chunks() if known is None or any(needs) else ():
         stats = chunk.statistics()
-        logp, entropy, lse = finish_statistics(stats, chunk.mask, options.temperature)
-        if known is not None:
-            grads = map_tensors(lambda g: rows.take(g, chunk.at), known)  # noqa: B023
-        else:
-            sums, grads = (
-                policy_loss(
-                    logp,
-                    entropy,
-                    torch.ones_like(logp, dtype=torch.bool) if chunk.mask is None else chunk.mask,
-                    map_tensors(lambda t: rows.take(t, chunk.at), policy),  # noqa: B023
-                    options,
-                    backend,
-                )
-                if is_policy
-                else entropy_loss.loss(chunk, logp, lse)
-            )
+        results = finish_statistics(stats, chunk.mask, options.temperature)
+        if known is None:
+            loss_of = cross_entropy.loss if policy.old_logprobs is None else None
+            sums, grads = _loss_of(chunk, results, policy, rows, options, backend, loss_of)
             add_metrics_(metrics, sums)
+        else:
+            grads = _taken(known, rows, chunk)
         if any(needs) and not chunk.holds_gradient:
-            write_gradient_(chunk, stats, entropy, grads, divisor, options, shard, backend)
+            write_gradient_(chunk, stats, results[1], grads, divisor, options, shard, backend)
         if any(needs):
             gradients.add(chunk.at, chunk.logits, chunk.hidden)
-            entropy_loss.add_mean_gradient(chunk, gradients, divisor)
-    entropy_loss.finish(gradients)
+            cross_entropy.add_mean_gradient(chunk, gradients, divisor)
+    cross_entropy.finish(gradients)
     ratio_max = metrics[PPOMetric.RATIO_MAX].clone()
     metrics /= count
     metrics[PPOMetric.RATIO_MAX] = ratio_max

@@ -421,3 +421,26 @@ def test_a_bad_call_is_refused(built: None) -> None:
         torch.ops.fastrlhf_cpu.logprob_statistics(
             rows.double(), torch.zeros(2, dtype=torch.long), None, 1.0, 0, 8
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [3, 100, 5000])
+def test_softcap(cpu: SimpleNamespace, columns: int, dtype: torch.dtype) -> None:
+    """Near 0, where the series is, in the middle, and saturated."""
+    rows = (torch.randn(1, 4, columns) * torch.tensor([0.1, 1.0, 20.0, 300.0])[:, None]).to(dtype)
+    labels = torch.arange(4) % columns
+    options = (0.8, 0, columns)
+    stats = cpu.logprob_statistics(rows, labels, None, *options, 5.0)
+    exact = logprob_op._statistics_torch(rows.double(), labels, None, *options, 5.0)
+    # a capped logit of at most 5 / 0.8 carries a few roundings into each exponential
+    torch.testing.assert_close(stats.double(), exact, rtol=2e-6, atol=4e-6)
+    out, wanted = torch.empty_like(rows), torch.empty(rows.shape, dtype=torch.float64)
+    upstream = [torch.randn(4) for _ in range(3)]
+    entropy = (exact[1].log() - exact[2] / exact[1]).float()
+    saved = (stats[0].contiguous(), stats[1].contiguous(), entropy)
+    cpu.logprob_backward(rows, labels, None, *saved, *upstream, *options, out, 5.0)
+    wide = logprob_op.SavedRow(*(t.double() for t in saved))
+    grads = logprob_op.TokenGrads(*(t.double() for t in upstream))
+    logprob_op._backward_torch(rows.double(), labels, None, wide, grads, *options, wanted, 5.0)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), wanted, rtol=2 * eps + 4e-6, atol=4e-6)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrlhf.ops import gae, linear_cross_entropy, pairwise_ranking_loss, ppo_loss
 from fastrlhf.ops.advantage import Rollout, TargetOptions, _gae_torch, _shaped_gae_torch
 from fastrlhf.ops.layouts import PPOMetric, RankingMetric
-from fastrlhf.ops.policy import PPOOptions
+from fastrlhf.ops.policy import PolicyForm, PPOOptions
 from fastrlhf.ops.ppo_kernels import PLAIN, PPOTokens, _ppo_loss_torch
 from fastrlhf.ops.ranking import _ranking_loss_torch
 
@@ -243,6 +243,46 @@ def test_ranking_loss_at_its_edges(cpu: SimpleNamespace) -> None:
         RuntimeError, match="prompt_offsets must rise from 0 to the number of scores, 2"
     ):
         cpu.ranking_loss(torch.zeros(2), ranks, torch.tensor([0, 3]), True)
+
+
+# --- options, under every instruction set ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+@pytest.mark.parametrize("length", [7, 1100])
+def test_policy_forms(
+    cpu: SimpleNamespace, length: int, estimator: str, ratio: str, objective: str
+) -> None:
+    """Sequences of less than a vector, and of more than a block."""
+    g, n = generator(), 3 * length
+    inputs = ppo_inputs(n, torch.float32)
+    ref, weights = inputs[1] + 0.3 * torch.randn(n, generator=g), torch.rand(n, generator=g) - 0.2
+    options = (0.2, 0.3, 0.2, 0.7, 0.01, 1.5, 0.3)
+    form = PolicyForm(objective, ratio, estimator, length)
+    got = cpu.ppo_loss(*inputs, ref, weights, None, *options, *form)
+    tokens = PPOTokens(*widened(*inputs, ref, weights))
+    want = _ppo_loss_torch(tokens, None, PPOOptions(*options), form)
+    for ours, truth in zip(got, want, strict=True):
+        # sums of n terms, each with a few roundings of numbers below 16
+        torch.testing.assert_close(ours.double(), truth, rtol=64 * EPS, atol=64 * EPS)
+
+
+def test_bootstrap_and_margins(cpu: SimpleNamespace) -> None:
+    g = generator()
+    rewards, values = torch.randn(9, 100, generator=g), torch.randn(9, 100, generator=g)
+    mask, after = torch.rand(9, 100, generator=g) < 0.7, torch.randn(9, generator=g)
+    got = cpu.gae(rewards, values, mask, 0.9, 0.8, after)
+    want = _gae_torch(*widened(rewards, values), mask, 0.9, 0.8, after.double())
+    for ours, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=64 * EPS, atol=64 * EPS)
+    scores, margins = torch.randn(27, generator=g), torch.randn(27, generator=g)
+    arguments = (torch.randint(0, 5, (27,), generator=g), torch.tensor([0, 18, 27]), True)
+    got = cpu.ranking_loss(scores, *arguments, margins, 0.1)
+    want = _ranking_loss_torch(scores.double(), *arguments, margins.double(), 0.1)
+    for ours, truth in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=64 * EPS, atol=64 * EPS)
 
 
 # --- all -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch._dynamo.testing
 
 import fastrlhf.ops as ops
@@ -102,6 +103,23 @@ def test_one_graph_for_all_lengths(torch_only):
         compiled(x, torch.zeros(tokens, dtype=torch.long)).backward()
         assert x.grad is not None
     assert counter.frame_count <= 2
+
+
+def test_compiled_autograd_keeps_one_graph(torch_only):
+    x = torch.randn(2, 3, 7, requires_grad=True)
+    old, advantages = torch.randn(2, 3), torch.randn(2, 3)
+
+    def loss(x):
+        tokens = ops.logprobs(x, LABELS, mask=MASK, with_entropy=True, temperature=0.7)
+        policy = (tokens.logprobs, old, advantages, MASK)
+        return ops.ppo_loss(*policy, entropy=tokens.entropy, entropy_coef=0.1).loss
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch._dynamo.reset()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    torch.testing.assert_close(x.grad, expected)
 
 
 def every_op_with_every_scalar():
