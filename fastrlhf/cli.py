@@ -353,6 +353,7 @@ def main() -> None:
         if (text := user_message(error)) is None:
             raise
         _report_error(f"error: {' '.join(text.split())}")
+        _report_to_ranks(" ".join(text.split()))
         status = 2
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
@@ -378,14 +379,22 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _report_to_ranks(line: str) -> None:
+    """Report an error to ranks that wait for this one, perhaps on other nodes."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        from fastrlhf.parallel import rendezvous  # imports torch
+
+        rendezvous.publish_failure(line)
+
+
 def _report_error(line: str) -> None:
-    """Print an error line on stderr, once: all ranks usually make the same mistake.
+    """Print an error line on stderr, once per node: all ranks usually make the same mistake.
 
     An error of another rank alone reaches the user through torchrun, which shows the error file of
     the rank that failed first.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(line, file=sys.stderr, flush=True)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
         report = {"message": line.removeprefix("error: "), "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))

@@ -29,7 +29,7 @@ import transformers  # noqa: E402, F401
 
 # Imported here once, not in every rank.
 from fastrlhf.commands import eval_reward  # noqa: E402, F401
-from fastrlhf.parallel import mesh as meshes  # noqa: E402
+from fastrlhf.parallel import rendezvous  # noqa: E402
 from fastrlhf.run import train  # noqa: E402, F401
 
 RANKS = 4
@@ -73,7 +73,7 @@ def meet(listening: socket.socket, rank: int, world_size: int) -> None:
         "127.0.0.1", port, world_size, rank == 0, wait_for_workers=False, **options
     )
     listening.close()
-    meshes._rendezvous = lambda: (store, rank, world_size)
+    rendezvous._torchrun_store = lambda _: (store, rank, world_size)
 
 
 def main(script: str, arguments: list[str]) -> int:

@@ -28,11 +28,7 @@ from fastrlhf.algorithms.episode_scores import EpisodeScorer, label_logprobs
 from fastrlhf.algorithms.kl_controller import KLController
 from fastrlhf.algorithms.offload import Offload
 from fastrlhf.algorithms.policy_average import PolicyAverage
-from fastrlhf.algorithms.ppo_metrics import (
-    PhaseTimer,
-    average_updates,
-    rollout_metrics,
-)
+from fastrlhf.algorithms.ppo_metrics import PhaseTimer, average_updates, rollout_metrics
 from fastrlhf.algorithms.ppo_warnings import RunMonitor
 from fastrlhf.algorithms.protocols import Learner, MovingAverage
 from fastrlhf.algorithms.rewards import OnDevice, Rewards
@@ -62,6 +58,9 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
+_POLICY_METRICS = ("policy_loss", "entropy", "clip_fraction", "approx_kl")
+_VALUE_METRICS = ("value_loss", "value_clip_fraction")
+"""Fields of `ops.PPOLoss` that a micro-batch reports."""
 
 
 @dataclass(kw_only=True)
@@ -297,9 +296,8 @@ class PPO:
         """
         if self.config.target_kl is None:
             return False
-        exceeds = torch.tensor(
-            approx_kl > self.config.target_kl, dtype=torch.uint8, device=self.mesh.device
-        )
+        is_above = approx_kl > self.config.target_kl
+        exceeds = torch.tensor(is_above, dtype=torch.uint8, device=self.mesh.device)
         dist.broadcast(exceeds, src=0)
         return bool(exceeds)
 
@@ -328,7 +326,9 @@ class PPO:
             norms = {"ppo_grad_norm": ppo, "ptx_grad_norm": ptx}
         else:
             rows = self.policy.accumulate([*batches, *pretraining], head)
-        metrics = self.mesh.sum_metrics(rows, largest=("ratio_deviation",)) | norms
+        extra = {"ratio_deviation": first, "ptx_loss": bool(pretraining)}
+        names = [*_POLICY_METRICS, *(name for name, is_measured in extra.items() if is_measured)]
+        metrics = self.mesh.sum_metrics(rows, names, largest=("ratio_deviation",)) | norms
         return metrics | ({"ptx_tokens": float(pretraining_tokens)} if pretraining else {})
 
     def _ppo_loss(
@@ -348,12 +348,7 @@ class PPO:
             denominator=tokens,
             **self.policy.model.lm_head(),
         )
-        metrics = {
-            "policy_loss": loss.policy_loss,
-            "entropy": loss.entropy,
-            "clip_fraction": loss.clip_fraction,
-            "approx_kl": loss.approx_kl,
-        }
+        metrics = {name: getattr(loss, name) for name in _POLICY_METRICS}
         if first:
             # Rollouts run on the training weights: the first update's ratios are 1 up to rounding.
             with torch.no_grad():
@@ -369,9 +364,7 @@ class PPO:
             # Zero advantages switch off the terms of the policy, which is another model.
             zeros = torch.zeros_like(batch.old_values)
             loss = ops.ppo_loss(
-                zeros,
-                zeros,
-                zeros,
+                *(zeros, zeros, zeros),
                 batch.loss_mask,
                 values=self.value.model.score(hidden),
                 old_values=batch.old_values,
@@ -379,12 +372,9 @@ class PPO:
                 value_clip=self.config.value_clip,
                 denominator=tokens,
             )
-            return loss.loss, {
-                "value_loss": loss.value_loss,
-                "value_clip_fraction": loss.value_clip_fraction,
-            }
+            return loss.loss, {name: getattr(loss, name) for name in _VALUE_METRICS}
 
-        return self.mesh.sum_metrics(self.value.accumulate(batches, head))
+        return self.mesh.sum_metrics(self.value.accumulate(batches, head), _VALUE_METRICS)
 
     # ---- reporting and memory -------------------------------------------------------------------
 

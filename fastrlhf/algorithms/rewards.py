@@ -7,6 +7,7 @@ which PPO adds per token.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Rewards:
     function: RewardFunction | None = None
     name: str = "the reward function"
     """Name of the function in errors."""
-    timeout_s: float = 1800.0
+    timeout_s: float = 600.0
     """Longest call of the function, in seconds."""
     on_device: OnDevice = field(default=nullcontext)
 
@@ -127,6 +128,8 @@ def raise_on_any_rank(mesh: Mesh, problem: str) -> None:
     """Raise the UserError of the first rank that has a `problem`, on every rank; a collective."""
     problems = [problem]
     if mesh.world_size > 1:
+        if problem:
+            problem = f"rank {mesh.rank} on host {socket.gethostname()}: {problem}"
         problems = [""] * mesh.world_size
         dist.all_gather_object(problems, problem)
     if first := next(filter(None, problems), None):

@@ -60,7 +60,8 @@ class RewardModelling:
             loss = ranking.loss * (batch.num_prompts / prompts)
             return loss, {"loss": loss.detach(), **_sums_over_pairs(ranking)}
 
-        metrics = _per_pair(self.mesh.sum_metrics(self.reward.accumulate(batches, head)))
+        rows = self.reward.accumulate(batches, head)
+        metrics = _per_pair(self.mesh.sum_metrics(rows, ["loss", *_PAIR_SUMS]))
         if not metrics["pairs"]:
             raise UserError(
                 f"{current_phase()}: no two responses of the global batch have different ranks, so"
@@ -151,7 +152,7 @@ def evaluate_ranking(
     for step in batches:
         rows += schedule.forward(mesh, model, [batch.to(mesh.device) for batch in step], head)
     model.train(was_training)
-    metrics = _per_pair(mesh.sum_metrics(rows))
+    metrics = _per_pair(mesh.sum_metrics(rows, ["loss", "prompts", *_PAIR_SUMS]))
     return metrics | {"loss": metrics["loss"] / metrics.pop("prompts")}
 
 
@@ -228,6 +229,10 @@ def _counts(mesh: Mesh, batches: Sequence[RankingBatch]) -> Tensor:
         counts[1] += batch.tokens.numel()
         counts[2] += batch.unshared_tokens()
     return counts
+
+
+_PAIR_SUMS = ("pairs", "accuracy", "margin")
+"""Names of the sums over pairs."""
 
 
 def _sums_over_pairs(ranking: ops.RankingLoss) -> Metrics:

@@ -58,7 +58,7 @@ class SupervisedFinetuning:
             loss = _weighted_loss(self.policy.model, hidden, batch, denominator, weight)
             return loss, {"loss": loss.detach()}
 
-        metrics = self.mesh.sum_metrics(self.policy.accumulate(batches, head))
+        metrics = self.mesh.sum_metrics(self.policy.accumulate(batches, head), ["loss"])
         if not self.policy.model.config.fp16:  # its optimizer skips updates that are not finite
             check_losses_finite(current_phase(), metrics)
         return metrics | self.policy.step() | {"tokens": float(tokens)} | shares

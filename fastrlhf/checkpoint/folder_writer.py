@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -117,7 +118,7 @@ class FolderWriter:
                 entries[name] = hash_and_sync(path)
             replace_text(self._note, json.dumps(entries))
         except (OSError, SafetensorError) as error:
-            return f"rank {dist.get_rank()}: {describe_error(error)}"
+            return f"rank {dist.get_rank()} on host {socket.gethostname()}: {describe_error(error)}"
         return entries
 
     def _outcome(self) -> dict[str, Entry] | str:

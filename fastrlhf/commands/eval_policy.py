@@ -52,9 +52,9 @@ from fastrlhf.models.loading import (
     load_saved,
     with_tokenizer_of,
 )
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.start import start as start_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,8 +71,8 @@ def winrate(config: Config) -> dict[str, Any]:
     policy = find_policy(config.model.load or config.model.hf, "eval winrate")
     baseline = find_policy(config.eval.baseline, "eval winrate")
     out = make_folder(config.output_dir)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+    mesh = start_ranks("eval winrate", config)
+    with Watchdog(config.parallel), phase("evaluation"):
         models = {"the policy": policy, "eval.baseline": baseline}
         evaluation = _Evaluation(with_tokenizer_of(config, policy), mesh, models)
         ours = evaluation.judge(policy, read_prefix(config.data.prompt_prefix))
@@ -122,9 +122,9 @@ def select(config: Config) -> dict[str, Any]:
     policies = [find_policy(str(path), "eval select") for path in steps]
     losses = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").is_file() else {}
     valid_loss = dict(zip(*losses.get("valid_loss", ([], [])), strict=True))
-    mesh = meshes.initialize(config.parallel, config.train.seed)
+    mesh = start_ranks("eval select", config)
     rows: list[dict[str, Any]] = []
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+    with Watchdog(config.parallel), phase("evaluation"):
         checked = {
             f"checkpoint {path.name}": saved for path, saved in zip(steps, policies, strict=True)
         }

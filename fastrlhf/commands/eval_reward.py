@@ -25,11 +25,11 @@ from fastrlhf.evaluation.winrate import interval_text
 from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import find_reward_model, load_saved, with_tokenizer_of
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
 from fastrlhf.run.jobs import reward_model_job
+from fastrlhf.run.start import start as start_ranks
 from fastrlhf.run.train import train_job
 
 By = Literal["labeler_id", "user_id"]
@@ -44,8 +44,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     assert config.data.valid is not None and config.model.load is not None
     saved = find_reward_model(config.model.load, "model.load")
     out = make_folder(config.output_dir)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), phase("evaluation"):
+    mesh = start_ranks("eval rm", config)
+    with Watchdog(config.parallel) as watchdog, phase("evaluation"):
         config = with_tokenizer_of(config, saved)
         run = RunBuilder(config, mesh)
         folder = config.data.tokenizer
@@ -54,6 +54,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         rankings = run.rankings(config.data.valid)
         _check_fits(rankings, saved.model.max_positions, f"the model in {saved.path}")
         model = load_saved(saved, mesh, "scalar", config.model.dtype)
+        watchdog.end_start_up()
         results = _evaluate(config, mesh, model, rankings, str(saved.path))
     results = {"model": str(saved.path), "files": ", ".join(config.data.valid), **results}
     results |= {"agreement": reward.labeler_agreement(rankings), "statistics": saved.statistics}
@@ -82,7 +83,7 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     """
     require(config, "rm")
     assert config.data.train is not None
-    run = RunBuilder(config, meshes.initialize(config.parallel, config.train.seed))
+    run = RunBuilder(config, start_ranks("rm", config))
     run.check_models()
     rankings = run.rankings(config.data.train)
     valid = run.rankings(config.data.valid) if config.data.valid else []

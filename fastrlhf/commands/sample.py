@@ -41,8 +41,9 @@ from fastrlhf.generation.sampling import SamplingParams
 from fastrlhf.models.checks import check_saved
 from fastrlhf.models.gpt import GPT
 from fastrlhf.models.loading import load_saved, with_tokenizer_of
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
+from fastrlhf.parallel.watchdog import Watchdog, phase
+from fastrlhf.run.start import start as start_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,27 +60,29 @@ def run(config: Config) -> None:
     saved = find_policy(config.model.load or config.model.hf, "sample")
     config = with_tokenizer_of(config, saved)
     tokenizer = load_tokenizer(config.data.tokenizer, add_bos=config.data.add_bos)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    key = "model.load" if config.model.load else "model.hf"
-    check_saved(saved, key, config.parallel, tokenizer, config.data.tokenizer)
-    prompts, too_long = fitting_prompts(config, tokenizer, mesh)
-    params = SamplingParams.from_config(config.generation, config.train.seed)
-    model = load_saved(saved, mesh, "lm", config.model.dtype)
-    check_policy_finite(str(saved.path), model)
-    slots = config.generation.slots
-    prefix = read_prefix(config.data.prompt_prefix)
-    counts = sample(
-        model,
-        tokenizer,
-        prompts,
-        config.sample.k,
-        params,
-        mesh=mesh,
-        out=out,
-        slots=slots,
-        prefix=prefix,
-        name=str(saved.path),
-    )
+    mesh = start_ranks("sample", config)
+    with Watchdog(config.parallel) as watchdog, phase("sampling"):
+        key = "model.load" if config.model.load else "model.hf"
+        check_saved(saved, key, config.parallel, tokenizer, config.data.tokenizer)
+        prompts, too_long = fitting_prompts(config, tokenizer, mesh)
+        params = SamplingParams.from_config(config.generation, config.train.seed)
+        model = load_saved(saved, mesh, "lm", config.model.dtype)
+        check_policy_finite(str(saved.path), model)
+        watchdog.end_start_up()
+        slots = config.generation.slots
+        prefix = read_prefix(config.data.prompt_prefix)
+        counts = sample(
+            model,
+            tokenizer,
+            prompts,
+            config.sample.k,
+            params,
+            mesh=mesh,
+            out=out,
+            slots=slots,
+            prefix=prefix,
+            name=str(saved.path),
+        )
     if mesh.rank == 0:
         write_json(out.with_name("summary.json"), counts.summary())
         print(

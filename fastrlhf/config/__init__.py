@@ -20,13 +20,13 @@ if TYPE_CHECKING:
         training_command,
         unread_settings,
     )
+    from fastrlhf.config.model import ModelConfig
     from fastrlhf.config.rl import EvalConfig, GenerationConfig, PPOConfig, SampleConfig
     from fastrlhf.config.schema import Config, check_batch, dump_config, load_config
     from fastrlhf.config.sections import (
         CheckpointConfig,
         DataConfig,
         LogConfig,
-        ModelConfig,
         OptimizerConfig,
         ParallelConfig,
         ScheduleConfig,
@@ -69,13 +69,13 @@ _OWNERS = {
         "training_command",
         "unread_settings",
     ),
+    "model": ("ModelConfig",),
     "rl": ("EvalConfig", "GenerationConfig", "PPOConfig", "SampleConfig"),
     "schema": ("Config", "check_batch", "dump_config", "load_config"),
     "sections": (
         "CheckpointConfig",
         "DataConfig",
         "LogConfig",
-        "ModelConfig",
         "OptimizerConfig",
         "ParallelConfig",
         "ScheduleConfig",

@@ -15,7 +15,7 @@ from fastrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from fastrlhf.config.schema import Config
-    from fastrlhf.config.sections import Section
+    from fastrlhf.config.section import Section
 
 _RECORDS = "(JSONL, JSONL.gz or parquet)"
 _TRAINING_SECTIONS = (

@@ -26,7 +26,7 @@ from fastrlhf.config.field_types import (
     Slots,
     StopStrings,
 )
-from fastrlhf.config.sections import Section
+from fastrlhf.config.section import Section
 from fastrlhf.config.yaml_file import ConfigError
 
 

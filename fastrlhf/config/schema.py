@@ -12,16 +12,16 @@ from pydantic import Field, model_validator
 
 from fastrlhf.config import yaml_file
 from fastrlhf.config.field_types import FilePath
+from fastrlhf.config.model import ModelConfig
 from fastrlhf.config.rl import EvalConfig, GenerationConfig, PPOConfig, SampleConfig
+from fastrlhf.config.section import Section
 from fastrlhf.config.sections import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
-    Section,
     TrainConfig,
 )
 from fastrlhf.config.shape import check_layout, complete_shape

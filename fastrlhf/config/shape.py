@@ -9,7 +9,8 @@ import importlib
 import os
 from collections.abc import Callable
 
-from fastrlhf.config.sections import ModelConfig, ParallelConfig
+from fastrlhf.config.model import ModelConfig
+from fastrlhf.config.sections import ParallelConfig
 from fastrlhf.config.yaml_file import ConfigError, Tree
 from fastrlhf.errors import UserError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import hashlib
 import itertools
 import os
@@ -26,8 +25,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
-from fastrlhf.parallel import cpu
+from fastrlhf.parallel import cpu, rendezvous
 from fastrlhf.parallel.exit import mark_groups_joined
+from fastrlhf.parallel.watchdog import set_group_timeouts
 
 Group = dist.ProcessGroup
 
@@ -114,31 +114,33 @@ class Mesh:
         return torch.cat(parts).to(tensor.dtype)
 
     def sum_metrics(
-        self, rows: Sequence[Mapping[str, torch.Tensor | float]], largest: Sequence[str] = ()
+        self,
+        rows: Sequence[Mapping[str, torch.Tensor | float]],
+        names: Sequence[str],
+        largest: Sequence[str] = (),
     ) -> dict[str, float]:
         """Sum the last stage's metrics over micro-batches and data-parallel ranks, for every rank.
 
-        `rows` has one mapping per micro-batch. Losses have the denominator of the global batch, so
-        their sum is the loss of the global batch under any layout. A metric that a micro-batch
-        lacks counts as 0. The maximum is taken of metrics named in `largest`.
+        `rows` has one mapping per micro-batch, with some of `names`, which are the same on every
+        rank. Losses have the denominator of the global batch, so their sum is the loss of the
+        global batch under any layout. A metric that a micro-batch lacks counts as 0. The maximum is
+        taken of metrics named in `largest`.
         """
-        names = sorted({name for row in rows for name in row})
-        if self.world_size > self.tensor_size:
-            # Stages before the last have no rows, and data-parallel ranks may have other metrics.
-            gathered: list[list[str]] = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(gathered, names)
-            names = sorted({name for rank_names in gathered for name in rank_names})
         table = torch.zeros(len(rows), len(names), dtype=torch.float64, device=self.device)
         for i, row in enumerate(rows):
+            assert row.keys() <= set(names), f"metrics {sorted(row)} are not all in {names}"
             for j, name in enumerate(names):
                 table[i, j] = row.get(name, 0.0)
+        # Stages before the last have no rows; they receive the sums.
         sums = self.sum_over_data(table.sum(0))
         if largest:
             top = self.max_over_data(table.max(0).values if rows else torch.zeros_like(sums))
             sums = torch.where(
                 torch.tensor([name in largest for name in names], device=self.device), top, sums
             )
-        sums = self.from_last_stage(sums if self.is_last_stage else None)
+        if self.pipeline_size > 1:
+            source = dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+            dist.broadcast(sums, src=source, group=self.pipeline_group)
         return dict(zip(names, sums.tolist(), strict=True))
 
 
@@ -148,7 +150,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     The process group is torchrun's, or a group of one process. Seeds differ by data-parallel rank
     and pipeline stage and are equal in a tensor-parallel group, except for the generator of
     megatron's tensor-parallel regions, which differs on each of its ranks. A second call in the
-    same process, possibly with other sizes, builds new groups.
+    same process, possibly with other sizes, builds new groups. Collectives have
+    `parallel.startup_timeout_s` until `Watchdog.end_start_up`.
 
     Raises UserError if the world size is not divisible by tensor * pipeline.
     """
@@ -175,16 +178,16 @@ def initialize(parallel: ParallelConfig, seed: int) -> Mesh:
     )
     if on_gpu:
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=parallel.timeout_s)
-    _join("nccl" if on_gpu else "gloo", timeout)
+    _join("nccl" if on_gpu else "gloo", parallel.startup_timeout_s)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
-        distributed_timeout_minutes=parallel.timeout_s / 60,
+        distributed_timeout_minutes=parallel.startup_timeout_s / 60,
         create_gloo_process_groups=False,  # only megatron's own checkpoints use them
     )
+    set_group_timeouts(parallel.startup_timeout_s)
     mesh = build_mesh(device, parallel)
     seed_generators(mesh, seed)
     return mesh
@@ -207,31 +210,23 @@ def joined(parallel: ParallelConfig, seed: int) -> Iterator[Mesh]:
     finalize()
 
 
-def _join(backend: str, timeout: datetime.timedelta) -> None:
+def _join(backend: str, timeout_s: float) -> None:
     if dist.is_initialized():
         return
     mark_groups_joined()
-    if "RANK" in os.environ:
-        store, rank, world_size = _rendezvous()
-        # torchrun's store outlives a mesh, and with --max-restarts the processes. With the same
-        # prefix, the next mesh would read the addresses of the previous mesh's ranks.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt{attempt}.mesh{next(_mesh_number)}", store)
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    session = rendezvous.join(timeout_s)
+    # With the same prefix, a later mesh would read the addresses of this one's ranks.
+    store = dist.PrefixStore(f"mesh{next(_mesh_number)}", session.store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=session.rank,
+        world_size=session.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
 
 
 _mesh_number = itertools.count()
-
-
-@functools.cache
-def _rendezvous() -> tuple[dist.Store, int, int]:
-    """Return torchrun's store, this rank and the world size.
-
-    Cached, because a second server could not bind the same port.
-    """
-    return next(dist.rendezvous("env://"))
 
 
 def build_mesh(device: torch.device, parallel: ParallelConfig) -> Mesh:

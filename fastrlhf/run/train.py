@@ -35,11 +35,11 @@ from fastrlhf.data.tokenize import tokenizer_files
 from fastrlhf.errors import UserError
 from fastrlhf.evaluation.report import try_run_report
 from fastrlhf.models.loading import find_model, is_hugging_face
-from fastrlhf.parallel import mesh as meshes
 from fastrlhf.parallel.mesh import Mesh
 from fastrlhf.parallel.watchdog import Watchdog, phase
 from fastrlhf.run.builder import RunBuilder
 from fastrlhf.run.jobs import AlgorithmT, JobBuilder, TrainingJob, job_builder
+from fastrlhf.run.start import start as start_ranks
 from fastrlhf.training import loop
 from fastrlhf.training.metrics import MetricsLog
 from fastrlhf.training.wandb_login import has_login
@@ -66,8 +66,9 @@ def train_job(
     """
     start = time.monotonic()
     require(config, command.name)
-    mesh = meshes.initialize(config.parallel, config.train.seed)
-    with Watchdog(config.parallel.timeout_s), _locked_folder(Path(config.output_dir), mesh):
+    mesh = start_ranks(command.name, config)
+    watchdog = Watchdog(config.parallel)
+    with watchdog, _locked_folder(Path(config.output_dir), mesh):
         with phase("start-up"):
             for key in command.batch_keys:
                 check_batch(config, mesh.data_size, key)
@@ -78,7 +79,7 @@ def train_job(
             run = RunBuilder(config, mesh)
             run.check_models(ppo="ppo" in command.sections)
             job = build(run)
-        finished = _loop(command, run, job, start)
+        finished = _loop(command, run, job, start, watchdog)
     dist.barrier()
     return job if finished else None
 
@@ -179,7 +180,11 @@ def _checkpointer(run: RunBuilder) -> Checkpointer:
 
 
 def _loop(
-    command: TrainingCommand, run: RunBuilder, job: TrainingJob[AlgorithmT], start: float
+    command: TrainingCommand,
+    run: RunBuilder,
+    job: TrainingJob[AlgorithmT],
+    start: float,
+    watchdog: Watchdog,
 ) -> bool:
     """Train from the newest checkpoint; return whether it was not stopped."""
     config, mesh, checkpointer = run.config, run.mesh, _checkpointer(run)
@@ -218,6 +223,7 @@ def _loop(
             deadline=(
                 start + config.train.max_seconds if config.train.max_seconds is not None else None
             ),
+            started=watchdog.end_start_up,
             evaluate=job.evaluate,
             finish=job.finish,
         )

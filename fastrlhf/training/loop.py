@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from fastrlhf.checkpoint.checkpointer import Checkpointable, Checkpointer
 from fastrlhf.config import Config
@@ -75,14 +76,11 @@ def resume(
 ) -> int:
     """Restore the newest intact checkpoint, if any; return the number of steps already done.
 
-    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. A process that
-    torchrun has restarted always resumes from the run's own checkpoints.
+    With `checkpoint.resume` "never", earlier checkpoints are renamed instead. Processes that
+    torchrun has restarted always resume from the run's own checkpoints.
     """
     with phase("resume"):
-        if (
-            config.checkpoint.resume == "never"
-            and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        ):
+        if config.checkpoint.resume == "never" and not _is_restarted(checkpointer.mesh.device):
             checkpointer.rename_all_unused()
         if config.checkpoint.save:
             checkpointer.prepare()
@@ -101,6 +99,16 @@ def resume(
     return state["step"]
 
 
+def _is_restarted(device: torch.device) -> bool:
+    """Return whether torchrun has restarted any rank; a collective.
+
+    The torchrun of a node that was replaced counts from 0 again.
+    """
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), device=device)
+    dist.all_reduce(restarts, op=dist.ReduceOp.MAX)
+    return bool(restarts.item())
+
+
 def run(
     config: Config,
     algorithm: Algorithm[Batch],
@@ -111,12 +119,14 @@ def run(
     total_steps: int,
     done: int = 0,
     deadline: float | None = None,
+    started: Callable[[], None] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> Stop | None:
     """Run steps done + 1 .. total_steps, evaluating and saving at their intervals and at the end.
 
-    `finish` runs after the last update, before the last evaluation and checkpoint. On SIGTERM,
+    `started` runs after the first step. `finish` runs after the last update, before the last
+    evaluation and checkpoint. On SIGTERM,
     Ctrl-C, and past `deadline` (a `time.monotonic()` value), the run saves after the current step,
     stops, and returns the reason (of a signal even in the last step). If a step fails, the
     checkpoint in progress is completed.
@@ -133,6 +143,8 @@ def run(
             step += 1
             last = step == total_steps
             metrics = _step(step, algorithm, batch, batches, health, log)
+            if step == done + 1 and started is not None:
+                started()
             if last and finish is not None:
                 with phase("finish"):
                     finish()

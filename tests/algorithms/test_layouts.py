@@ -59,6 +59,17 @@ def test_same_as_one_process(workspace: Path, name: str, command: str) -> None:
             assert expected["step"] == 1 or abs(expected[key]) > 1e-3
 
 
+def test_rows_that_are_no_token_are_never_sampled_under_any_layout(workspace: Path) -> None:
+    """The policy is nearly uniform: about half of a response would be ids of padding rows."""
+    serial, other = (metrics(workspace / name / "ppo") for name in ("padded", "2x2-padded"))
+    for expected, got in zip(serial, other, strict=True):
+        for key in COMPARED["ppo"]:
+            assert got[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+        assert max(expected["ratio_deviation"], got["ratio_deviation"]) < 1e-5
+        # The entropy of the tokenizer's ids, not of all rows.
+        assert got["entropy"] < math.log(317) + 1e-3 < math.log(run_layouts.PADDED) - 0.5
+
+
 @pytest.mark.parametrize("name", ["packed", "dp4-packed", "1x2-dp2-packed"])
 def test_packing_under_a_token_budget_changes_no_loss(
     workspace: Path, name: str, rounding: Callable[..., float]

@@ -6,7 +6,6 @@ FOLDER/golden.pt and writes FOLDER/<layout>.<rank>.json.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from algorithms_support import golden_ppo as golden
 from algorithms_support import tiny_ppo
 
@@ -25,6 +25,7 @@ from fastrlhf.data.batches import TokenizedPrompt
 from fastrlhf.generation.engine import Generated
 from fastrlhf.models.gpt import global_names
 from fastrlhf.parallel import mesh as meshes
+from fastrlhf.parallel import rendezvous
 
 B = 16
 SETTINGS: dict[str, Any] = {
@@ -193,12 +194,18 @@ def main(folder: Path) -> None:
     full_world = {"RANK": str(rank), "WORLD_SIZE": "4"}
     os.environ |= {"RANK": str(rank % 2), "WORLD_SIZE": "2"}
     # Worlds that share a store need different names in it.
-    meshes._mesh_number = itertools.count(100 * (pair + 1))
+    connect = rendezvous._torchrun_store
+
+    def connect_pair(timeout_s: float) -> tuple[dist.Store, int, int]:
+        store, rank_of_pair, ranks = connect(timeout_s)
+        return dist.PrefixStore(f"pair{pair}", store), rank_of_pair, ranks
+
+    rendezvous._torchrun_store = connect_pair
     name = list(PAIRS)[pair]
     check(folder, name, PAIRS[name], stored, rank)
     os.environ |= full_world
-    meshes._rendezvous.cache_clear()
-    meshes._mesh_number = itertools.count(1000)
+    rendezvous._torchrun_store = connect
+    rendezvous.leave()
     for name, extra in FULL_WORLD.items():
         check(folder, name, extra, stored, rank)
 

@@ -68,6 +68,8 @@ REWARD_PARALLEL = {
         GROUPS,
     ],
 }
+PADDED = 640
+"""Rows of a vocabulary that is padded to about twice the tokenizer's size."""
 EVALUATED = {"separate", "dp4", "1x2-dp2-budget"}
 
 
@@ -135,6 +137,7 @@ def prepare(workspace: Path) -> None:
         (workspace / "data" / f"{name}.jsonl").write_text("".join(lines[:count]))
     for command in ("pretrain", "sft", "rm"):
         run(workspace, command, "start", ["train.steps=10"])
+    run(workspace, "pretrain", "start-padded", ["train.steps=2", f"model.vocab_size={PADDED}"])
 
 
 def learn(workspace: Path) -> None:
@@ -154,6 +157,13 @@ def learn(workspace: Path) -> None:
         "ppo.no_stop_penalty=null",
     ]
     run(workspace, "ppo", "learn", [*models, *size, *rates])
+
+
+def run_padded(workspace: Path, name: str, extra: list[str]) -> None:
+    """Run PPO with a policy whose vocabulary has rows that are no token; the scorers have none."""
+    start = workspace / "start-padded" / "pretrain"
+    padded = [f"model.load={start}", f"model.vocab_size={PADDED}"]
+    run_short(workspace, name, [*padded, *extra], commands=("ppo",))
 
 
 def run_mixed(workspace: Path, name: str, extra: list[str]) -> None:
@@ -201,6 +211,7 @@ def one_process(workspace: Path) -> None:
     run_mixed(workspace, "unpacked", [*MIXED, "train.micro_batch_size=5"])
     run_mixed(workspace, "packed", BUDGET)
     run_mixed(workspace, "weighted", [*MIXED, WEIGHTED, "train.micro_batch_size=5"])
+    run_padded(workspace, "padded", [])
     run_reward_layouts(workspace, REWARD_SERIAL)
     run_full_logits(workspace)
 
@@ -212,6 +223,7 @@ def four_ranks(workspace: Path) -> None:
     for name, layout in PACKED.items():
         run_mixed(workspace, name, layout)
     run_mixed(workspace, "2x1-dp2-weighted", ["parallel.tensor=2", WEIGHTED, *BUDGET])
+    run_padded(workspace, "2x2-padded", LAYOUTS["2x2"])
     run_reward_layouts(workspace, REWARD_PARALLEL)
 
 

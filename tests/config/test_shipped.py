@@ -158,11 +158,13 @@ PAPERS = {
     "data.sequence_length": 2048,
     "ppo.kl_estimator": "k1",  # log of the ratio, section 3.5
     "ppo.value_model": "runs/instructgpt/6b/rm",
+    "ppo.reference_model": None,  # the policy's start
 }
 # How and where a run computes, reads and writes: no number of the result depends on the value.
 MACHINE = {
     "model.recompute", "model.recompute_layers", "model.attention", "model.shared_prompt",
-    "model.hf", "parallel.context", "parallel.timeout_s", "data.cache", "data.on_error", "data.valid",
+    "model.hf", "parallel.context", "parallel.timeout_s", "data.cache", "data.on_error",
+    "parallel.startup_timeout_s", "data.valid",
     "optimizer.distributed", "optimizer.initial_loss_scale", "train.seed", "train.steps",
     "train.micro_batch_size", "train.max_tokens_per_micro_batch", "train.max_seconds",
     "train.eval_interval", "train.eval_batches", "ppo.offload", "generation.slots",

@@ -136,7 +136,7 @@ def test_micro_batches_do_not_change_scores(
         max_response_tokens=24,
     )
     mesh = meshes.initialize(config.parallel, 0)
-    stage = builder.RunBuilder(config, mesh).scorer(str(trained)).train()
+    stage = builder.RunBuilder(config, mesh).reward(str(trained)).train()
     ways: list[dict[str, Any]] = [
         {"micro_batch_size": 1},
         {"micro_batch_size": 7, "shared_prompt": False},

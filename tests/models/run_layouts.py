@@ -94,7 +94,7 @@ def scalar_head_gradients(mesh: Mesh, model: ModelConfig) -> tuple[float, dict[s
     gradients: dict[str, Any] = {
         name: vars(parameter)["main_grad"] for name, parameter in global_names(stage)
     }
-    return mesh.sum_metrics(metrics)["loss"], dict(hf_tensors(stage, gradients))
+    return mesh.sum_metrics(metrics, ["loss"])["loss"], dict(hf_tensors(stage, gradients))
 
 
 def initial_weights(mesh: Mesh, model: ModelConfig) -> dict[str, torch.Tensor]:

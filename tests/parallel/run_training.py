@@ -137,7 +137,7 @@ class Training:
             metrics, _ = self.learner.accumulate_with_norms([mine[:1], mine[1:]], head)
         else:
             metrics = self.learner.accumulate(mine, head)
-        return self.mesh.sum_metrics(metrics)["loss"]
+        return self.mesh.sum_metrics(metrics, ["loss"])["loss"]
 
     def steps(self, numbers: Sequence[int], *, with_norms: bool = False) -> list[dict[str, float]]:
         """Train on these global batches; return loss, lr and gradient norm of each."""

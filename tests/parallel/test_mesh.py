@@ -16,7 +16,7 @@ from fastrlhf import cli
 from fastrlhf.config import ParallelConfig
 from fastrlhf.errors import UserError
 from fastrlhf.parallel import mesh as meshes
-from fastrlhf.parallel.watchdog import _WAITS, describe_failure
+from fastrlhf.parallel.watchdog import _WAITS, _waits, describe_failure
 
 STALL = Path(__file__).with_name("stall.py")
 
@@ -42,10 +42,11 @@ def test_one_process_is_a_mesh_without_torchrun() -> None:
         )
         assert mesh.is_first_stage and mesh.is_last_stage and mesh.vocab_group is None
         assert not mesh.sequence_parallel  # there is one rank
-        assert mesh.sum_metrics([{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]) == {
-            "a": 1.5,
-            "b": 5.0,
-        }
+        rows = [{"a": 1.0, "b": torch.tensor(2.0)}, {"a": 0.5, "b": 3.0}]
+        assert mesh.sum_metrics(rows, ["a", "b", "c"]) == {"a": 1.5, "b": 5.0, "c": 0.0}
+        assert mesh.sum_metrics(rows, ["a", "b"], largest=["b"]) == {"a": 1.5, "b": 3.0}
+        with pytest.raises(AssertionError, match="not all in"):
+            mesh.sum_metrics(rows, ["a"])
     finally:
         meshes.finalize()
 
@@ -82,10 +83,12 @@ def test_a_stalled_rank_is_reported_with_rank_phase_and_collective() -> None:
         done.stderr,
     )
     expected = (
-        r"rank 0: collective all_reduce failed in phase 'step 7/rollout' \(mesh\.py:\d+\): "
-        r".*[Tt]imed? ?out"
+        r"rank 0 on host \S+: collective all_reduce failed in phase 'step 7/rollout' "
+        r"\(mesh\.py:\d+\): .*[Tt]imed? ?out"
     )
     assert re.search(expected, line), line
+    absent = r"not arrived: rank 1 on host \S+, last seen \d+ s ago in phase 'step 7/rollout' at stall.py"
+    assert re.search(absent, done.stderr), done.stderr
 
 
 def test_runs_with_other_seeds_share_no_stream() -> None:
@@ -118,12 +121,33 @@ def test_tensor_parallelism_sets_one_cuda_queue(monkeypatch: pytest.MonkeyPatch)
         ("torch.cuda.synchronize()", True),
         ("return float(loss.item())", True),
         ("work.wait()", True),
+        ("bool(found_inf)", True),
+        ("float(loss)", True),
+        ("int(mask.sum())", True),
+        ("print(x)", False),
         ("for item in items:", False),
         ("ids = tokenizer.encode_batch([item for item in texts], workers=os.cpu_count())", False),
     ],
 )
 def test_lines_that_the_watchdog_counts_as_a_wait(line: str, waits: bool) -> None:
     assert (_WAITS.search(line) is not None) == waits
+
+
+def test_a_conversion_of_a_tensor_is_a_wait_and_its_argument_is_not() -> None:
+    """The expression that is evaluated decides, not its line."""
+
+    class Slow:
+        def __bool__(self) -> bool:
+            seen.append(_waits(sys._getframe(1)))
+            return True
+
+    def computed() -> Slow:
+        seen.append(_waits(sys._getframe(1)))
+        return Slow()
+
+    seen: list[bool] = []
+    assert bool(computed())
+    assert seen == [False, True]
 
 
 def test_other_errors_are_not_failed_collectives() -> None:

@@ -46,7 +46,7 @@ class Unlikelihood(SupervisedFinetuning):
             loss = -torch.log1p(-chosen.exp() * batch.loss_mask * 0.999).sum() / tokens
             return loss, {"loss": loss.detach()}
 
-        metrics = self.mesh.sum_metrics(self.policy.accumulate(micro_batches, head))
+        metrics = self.mesh.sum_metrics(self.policy.accumulate(micro_batches, head), ["loss"])
         return metrics | self.policy.step()
 
 

@@ -247,7 +247,7 @@ class TestFailures:
         with (
             pytest.raises(
                 UserError,
-                match=r"cannot write .*step_00000002: rank 0: .*File too large.* earlier checkp",
+                match=r"cannot write .*step_00000002: rank 0 on host [^:]+: .*File too large.* earlier checkp",
             ),
             full_disk(4096),
         ):

@@ -103,9 +103,10 @@ def prepare_all(config: PrepareConfig) -> dict[str, Manifest]:
     # Each kind may take an hour: a mistake in the last one is reported before the first is read.
     for kind, sources in inputs.items():
         _check_inputs([file for _, file in _named_files(sources)], Path(config.out) / kind)
-        make_folder(Path(config.out) / kind)
     if config.tokenizer is not None:
         load_tokenizer(config.tokenizer)
+    for kind in inputs:
+        make_folder(Path(config.out) / kind)
     return {
         kind: prepare(sources, Path(config.out) / kind, kind, config, config.on_error)
         for kind, sources in inputs.items()

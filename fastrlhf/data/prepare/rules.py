@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BeforeValidator, Field, model_validator
 
 from fastrlhf.config.field_types import Positive, Rate, Seed, Strings
-from fastrlhf.config.sections import Section
+from fastrlhf.config.section import Section
 from fastrlhf.config.yaml_file import ConfigError
 from fastrlhf.data.files import as_paths
 from fastrlhf.data.records import OnError
