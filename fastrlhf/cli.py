@@ -393,7 +393,8 @@ def _report_error(line: str) -> None:
     An error of another rank alone reaches the user through torchrun, which shows the error file of
     the rank that failed first.
     """
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")).strip()
+    if rank == "0" or not rank.isdecimal():  # a rank that is no number may be the error
         print(line, file=sys.stderr, flush=True)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
         report = {"message": line.removeprefix("error: "), "timestamp": int(time.time())}

@@ -55,7 +55,7 @@ def mutate_tree(tree: Any, rng: random.Random, extremes: list[Any] | None = None
             case 4:
                 del place[key]
             case 5:
-                place[key] = rng.choice(([place[key]], {"a": place[key]}, str(place[key])))
+                place[key] = rng.choice(([place[key]], {"a": place[key]}, _text(place[key])))
             case 6:
                 other, name = rng.choice(found)
                 if name in other if isinstance(other, dict) else name < len(other):
@@ -63,6 +63,11 @@ def mutate_tree(tree: Any, rng: random.Random, extremes: list[Any] | None = None
             case 7:
                 _change_key(place, key, rng)
     return tree
+
+
+def _text(value: Any) -> str:
+    long = isinstance(value, int) and abs(value) > 10**300  # Python refuses to print it
+    return "9" * 5000 if long else str(value)
 
 
 def _change_key(place: Any, key: Any, rng: random.Random) -> None:

@@ -26,6 +26,8 @@ from fastrlhf.training.metrics import MetricsLog, SampleLog
 ROOT = Path(__file__).parents[2]
 CONFIGS = [yaml.safe_load(path.read_text()) for path in sorted(ROOT.glob("configs/**/*.yaml"))]
 KEYS = known_keys(Config)
+MODEL_PATHS = [f"{tree['model']['load']}: " for tree in CONFIGS if "load" in tree["model"]]
+"""The shape of a model is read from these, so a refusal may be about them."""
 
 
 def check_bounds(section: BaseModel) -> None:
@@ -89,7 +91,8 @@ def make_yaml(rng: random.Random, folder: Path) -> Case:
 
 
 def _config_case(path: Path, tree: Any, about: str) -> Case:
-    return Case(partial(load_config, path), partial(check_config, tree, path), [str(path)], about)
+    names = [str(path), *MODEL_PATHS]
+    return Case(partial(load_config, path), partial(check_config, tree, path), names, about)
 
 
 def make_override(rng: random.Random, folder: Path) -> Case:

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from fastrlhf.config import ModelConfig
+from fastrlhf.data.foreign_errors import foreign_errors
 from fastrlhf.errors import UserError
 from fastrlhf.models.heads import Head
 from fastrlhf.models.hf.positions import (
@@ -65,14 +66,15 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
             ".gguf file"
         )
     folder, gguf = gguf_arguments(path)
-    try:
+
+    def damaged(reason: str) -> UserError:
+        supported = ", ".join(sorted(_READERS))
+        return UserError(f"{wanted}: {reason}; supported model types: {supported}")
+
+    with foreign_errors(damaged):
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **gguf
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        supported = ", ".join(sorted(_READERS))
-        raise UserError(f"{wanted}: {reason}; supported model types: {supported}") from None
 
 
 def model_config_from_hf(path: str | Path) -> ModelConfig:
@@ -127,7 +129,7 @@ def head_from_hf(path: str | Path) -> Head:
     A reward model is `...ForSequenceClassification` with one label.
     """
     config = read_hf_config(path)
-    architecture = (config.architectures or ["ForCausalLM"])[0]
+    architecture = str((config.architectures or ["ForCausalLM"])[0])
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if not architecture.endswith("ForSequenceClassification"):
