@@ -183,7 +183,9 @@ def make_indexed(rng: random.Random, folder: Path) -> Case:
     how = rng.randrange(10)
     if how < 4 and path.suffix == ".idx":
         at = rng.choice((9, 17, 18, 26, 34, 38, len(content) - 8, rng.randrange(9, len(content))))
-        number = rng.choice((0, 1, 2, 3, 6, 7, 8, 9, 255, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+        number = rng.choice(
+            (0, 1, 2, 3, 6, 7, 8, 9, 255, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
+        )
         field = number.to_bytes(8, "little")[: 1 if at == 17 else rng.choice((4, 8))]
         path.write_bytes(content[:at] + field + content[at + len(field) :])
     elif how < 8:
@@ -208,7 +210,13 @@ def make_indexed(rng: random.Random, folder: Path) -> Case:
 
 
 _TEMPLATES = [
-    *("{{", "{% for %}", "{{ messages[99].content }}", "{{ 1 // 0 }}", "{{ messages | attr('x')() }}"),
+    *(
+        "{{",
+        "{% for %}",
+        "{{ messages[99].content }}",
+        "{{ 1 // 0 }}",
+        "{{ messages | attr('x')() }}",
+    ),
     *("{% for i in range(10**9) %}{{ i }}{% endfor %}", "{{ 'a' * 10**9 }}", "{% include 'x' %}"),
     *("{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{{ messages }}", "", " ", "\0"),
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",

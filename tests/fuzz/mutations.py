@@ -113,11 +113,15 @@ def mutate_text(content: bytes, rng: random.Random) -> bytes:
         case 0:
             return content[:at]
         case 1:
-            return content[:at] + bytes([rng.choice((0, 7, 27, 127, 0xC0, 0xE9, 0xFF))]) + content[at:]
+            return (
+                content[:at] + bytes([rng.choice((0, 7, 27, 127, 0xC0, 0xE9, 0xFF))]) + content[at:]
+            )
         case 2:
             return b"\xef\xbb\xbf" + content
         case 3:
-            return content.decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-16-le", "utf-32")))
+            return content.decode("utf-8", "replace").encode(
+                rng.choice(("utf-16", "utf-16-le", "utf-32"))
+            )
         case 4:
             return b"".join(lines[:line] + [lines[line]] + lines[line:])
         case 5:
@@ -129,7 +133,26 @@ def mutate_text(content: bytes, rng: random.Random) -> bytes:
             opened = rng.choice((b"[", b'{"a":', b"- ", b"&a [*a,"))
             return content[:at] + opened * depth + content[at:]
         case 8:
-            return content[:at] + rng.choice((b"\t", b"'", b'"', b":", b"{", b"}", b",", b"*a", b"&a ", b"!!x ", b"<<: ", b"%")) + content[at:]
+            return (
+                content[:at]
+                + rng.choice(
+                    (
+                        b"\t",
+                        b"'",
+                        b'"',
+                        b":",
+                        b"{",
+                        b"}",
+                        b",",
+                        b"*a",
+                        b"&a ",
+                        b"!!x ",
+                        b"<<: ",
+                        b"%",
+                    )
+                )
+                + content[at:]
+            )
         case 9:
             return b""
         case 10:
@@ -139,7 +162,11 @@ def mutate_text(content: bytes, rng: random.Random) -> bytes:
         case 12:
             return content * 2
         case _:
-            return content[:at] + rng.choice(("\u202e", "\u0301", "\U0001f600", "\ufffe")).encode() + content[at:]
+            return (
+                content[:at]
+                + rng.choice(("\u202e", "\u0301", "\U0001f600", "\ufffe")).encode()
+                + content[at:]
+            )
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> bytes:

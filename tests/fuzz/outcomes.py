@@ -120,7 +120,9 @@ def run_case(case: Case, limit_s: float = HANG_S) -> Outcome:
         return Outcome("refused" if aside else "accepted", "", seconds)
     if status != 2:
         return Outcome("bad line", f"exit status {status}: {text}", seconds)
-    return Outcome("bad line" if (why := _bad_line(text, case.names)) else "refused", f"{why}{text}", seconds)
+    return Outcome(
+        "bad line" if (why := _bad_line(text, case.names)) else "refused", f"{why}{text}", seconds
+    )
 
 
 def _exit_status(

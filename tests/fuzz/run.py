@@ -19,7 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 gc.set_threshold(50_000, 20, 100)
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# The tests' modules, and the package of this folder rather than an installed one.
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from fuzz import data_targets, model_targets, text_targets  # noqa: E402
 from fuzz.outcomes import FAULTS, HANG_S, Outcome, Target, run_case  # noqa: E402
@@ -27,7 +28,9 @@ from fuzz.outcomes import FAULTS, HANG_S, Outcome, Target, run_case  # noqa: E40
 TARGETS = [*text_targets.TARGETS, *data_targets.TARGETS, *model_targets.TARGETS]
 
 
-def run_input(target: Target, seed: int, number: int, limit_s: float = HANG_S) -> tuple[str, Outcome]:
+def run_input(
+    target: Target, seed: int, number: int, limit_s: float = HANG_S
+) -> tuple[str, Outcome]:
     """Make one input in a new folder and run it; return what was changed, and the outcome."""
     rng = random.Random(f"{seed}/{target.name}/{number}")
     with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
@@ -81,7 +84,9 @@ def main() -> None:
     for fault in faults:
         print(fault, "\n")
     for name, verdicts in counts.items():
-        print(f"{name:14}", *(f"{verdict} {n}" for verdict, n in sorted(verdicts.items())), sep="  ")
+        print(
+            f"{name:14}", *(f"{verdict} {n}" for verdict, n in sorted(verdicts.items())), sep="  "
+        )
     sys.exit(bool(faults))
 
 

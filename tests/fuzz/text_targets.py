@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def make_override(rng: random.Random, folder: Path) -> Case:
         text = value if isinstance(value, str) and rng.random() < 0.7 else tree_text(value)
         override = f"{key}={text}"
         if rng.random() < 0.2:
-            override = mutate_text(override.encode("utf-8", "replace"), rng).decode("utf-8", "surrogateescape")
+            override = mutate_text(override.encode("utf-8", "replace"), rng).decode(
+                "utf-8", "surrogateescape"
+            )
         else:
             given[key] = value
         overrides.append(override.replace("\0", ""))  # an argument cannot hold NUL
@@ -115,15 +118,47 @@ def make_override(rng: random.Random, folder: Path) -> Case:
     def check(config: Config) -> None:
         check_config(None, path, config)
         for key, value in given.items():
-            if "." in key and type(value) is type(got := config.setting(key)) and type(value) in (int, float, bool):
+            if (
+                "." in key
+                and type(value) is type(got := config.setting(key))
+                and type(value) in (int, float, bool)
+            ):
                 assert got == value, (key, got, value)
 
     names = [str(path), "override '"]
     return Case(partial(load_config, path, overrides), check, names, "; ".join(overrides)[:200])
 
 
-_VALUES = ["", "auto", "torch", "cpu", "triton", "cuda", "avx2", "avx512", "default", "0", "1", "64", "512"]
-_VALUES += ["-1", "1e400", "nan", "inf", "1e-5", "0x10", "\u0661", " 1 ", "AUTO", "9" * 400, "a" * 5000, "\x1b[31m", "\n"]
+_VALUES = [
+    "",
+    "auto",
+    "torch",
+    "cpu",
+    "triton",
+    "cuda",
+    "avx2",
+    "avx512",
+    "default",
+    "0",
+    "1",
+    "64",
+    "512",
+]
+_VALUES += [
+    "-1",
+    "1e400",
+    "nan",
+    "inf",
+    "1e-5",
+    "0x10",
+    "\u0661",
+    " 1 ",
+    "AUTO",
+    "9" * 400,
+    "a" * 5000,
+    "\x1b[31m",
+    "\n",
+]
 _RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -143,9 +178,9 @@ def make_environment(rng: random.Random, folder: Path) -> Case:
         assert torch.allclose(found.double(), expected, atol=1e-5)
 
     shown = ", ".join(f"{name}={value!r:.30}" for name, value in chosen.items())
-    # Rank is 0 only on the process that prints.
-    if chosen.get("RANK", "0") not in ("0",):
-        chosen.pop("RANK")
+    for name in ("RANK", "LOCAL_RANK"):  # other ranks than 0 print nothing
+        if re.fullmatch("[0-9]+", rank := chosen.get(name, "0").strip()) and int(rank):
+            chosen.pop(name)
     return Case(run, check, list(chosen) or ["-"], shown, chosen)
 
 
@@ -174,7 +209,9 @@ def make_log(rng: random.Random, folder: Path) -> Case:
             SampleLog(path)(4, [{"prompt": "p"}])
             return
         section = LogConfig(tensorboard=False, progress=False)
-        with MetricsLog(folder, section, title="t", total_steps=9, start_step=3, is_main=True) as log:
+        with MetricsLog(
+            folder, section, title="t", total_steps=9, start_step=3, is_main=True
+        ) as log:
             log.record(4, {"loss": 2.0, "nan": math.nan})
 
     def check(_: None) -> bool:
@@ -192,7 +229,10 @@ def make_log(rng: random.Random, folder: Path) -> Case:
 
 def _plain(line: bytes, key: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line.strip(b"\0 \t\r").decode(), parse_int=lambda d: int(d) if len(d) < 300 else math.inf)
+        row = json.loads(
+            line.strip(b"\0 \t\r").decode(),
+            parse_int=lambda d: int(d) if len(d) < 300 else math.inf,
+        )
     except (ValueError, RecursionError):
         return None
     number = row.get(key) if isinstance(row, dict) else None

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastrlhf.checkpoint.integrity import is_inside
+from fastrlhf.config.field_types import MAX_NAME_BYTES
 from fastrlhf.data.files import printable
 from fastrlhf.data.foreign_errors import foreign_errors
 from fastrlhf.errors import UserError
@@ -184,6 +185,8 @@ def _indexed_names(index: Path) -> list[str]:
         for name in names:
             if not isinstance(name, str):
                 raise damaged(f"it names the file {name!r:.60}")
+            if len(name) > MAX_NAME_BYTES:
+                raise damaged(f"it names {name!r:.60}..., too long for a file")
             if not is_inside(name):
                 raise damaged(f"it names {name!r:.60}, outside the folder")
     return sorted(names)
