@@ -232,6 +232,7 @@ def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[
     try:
         with path.open("rb") as file:
             for done, batch in _arrow_batches(file) if _is_arrow(path) else _parquet_batches(file):
+                batch.validate(full=True)  # wrong offsets would read memory outside the file
                 share = (done - before) / max(batch.num_rows, 1)  # of the file, in one row
                 for row in batch.to_pylist():
                     number += 1

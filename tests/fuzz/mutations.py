@@ -123,7 +123,7 @@ def mutate_text(content: bytes, rng: random.Random) -> bytes:
                 rng.choice(("utf-16", "utf-16-le", "utf-32"))
             )
         case 4:
-            return b"".join(lines[:line] + [lines[line]] + lines[line:])
+            return b"".join([*lines[:line], lines[line], *lines[line:]])
         case 5:
             return b"".join(lines[:line] + lines[line + 1 :])
         case 6:
