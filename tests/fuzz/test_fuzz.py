@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -49,6 +50,12 @@ def fails(error: BaseException) -> None:
     raise error
 
 
+def prints(text: str) -> None:
+    """End as the command line does, with another text: its own form of a line cannot be bad."""
+    sys.stderr.write(text)
+    sys.exit(2)
+
+
 def spin() -> None:
     while True:
         pass
@@ -67,9 +74,12 @@ def swallow() -> None:
         (lambda: None, "accepted"),
         (lambda: 1, "wrong result"),
         (partial(fails, UserError("a.yaml: no")), "refused"),
-        (partial(fails, UserError("a.yaml: no\x1b[31m")), "bad line"),
+        (partial(prints, "error: a.yaml: no\x1b[31m\n"), "bad line"),
+        (partial(prints, "error: a.yaml: no\nmore\n"), "bad line"),
+        (partial(prints, "a.yaml: no\n"), "bad line"),
+        (partial(prints, ""), "bad line"),
         (partial(fails, UserError("b.yaml: no")), "bad line"),
-        (partial(fails, UserError("a.yaml: " + "x" * 5000)), "bad line"),
+        (partial(prints, f"error: a.yaml: {'x' * 5000}\n"), "bad line"),
         (partial(fails, SystemExit(3)), "bad line"),
         (partial(fails, KeyError("x")), "traceback"),
         (partial(fails, ValueError("x")), "traceback"),

@@ -95,7 +95,12 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
     dtype = getattr(config, "dtype", None) or torch.float32
     if dtype not in _DTYPES:
         refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
-    fields = _READERS[config.model_type](path, config) | {"dtype": _DTYPES[dtype]}
+
+    def invalid(reason: str) -> UserError:
+        return UserError(f"{path}: config.json describes no valid model: {reason}")
+
+    with foreign_errors(invalid):  # transformers does not check the types of all fields
+        fields = _READERS[config.model_type](path, config) | {"dtype": _DTYPES[dtype]}
     try:
         return ModelConfig(
             hidden_size=config.hidden_size,
@@ -110,9 +115,7 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{path}: config.json describes no valid model: {where} {first['msg']}"
-        ) from None
+        raise invalid(f"{where} {first['msg']}") from None
 
 
 def vocab_size_from_hf(path: str | Path) -> int:
@@ -129,7 +132,8 @@ def head_from_hf(path: str | Path) -> Head:
     A reward model is `...ForSequenceClassification` with one label.
     """
     config = read_hf_config(path)
-    architecture = str((config.architectures or ["ForCausalLM"])[0])
+    names = config.architectures or ["ForCausalLM"]
+    architecture = str(names[0] if isinstance(names, list) else names)
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if not architecture.endswith("ForSequenceClassification"):
