@@ -33,7 +33,7 @@ from fastrlhf.models.loading import find_model
         {"architectures": [["LlamaForCausalLM"]]},
         {"model_type": []},
         {"model_type": "x" * 5000},
-        {"dtype": []},
+        {"dtype": {"a": {}}},
     ],
 )
 def test_values_of_other_types(

@@ -93,7 +93,7 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
             path, "quantization_config", config.quantization_config, "weights in fp32, bf16 or fp16"
         )
     dtype = getattr(config, "dtype", None) or torch.float32
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:  # it may be a mapping
         refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
 
     def invalid(reason: str) -> UserError:
