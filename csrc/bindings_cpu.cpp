@@ -21,8 +21,9 @@ namespace {
 // --- ops ------------------------------------------------------------------------------------------------------------
 
 Tensor logprob_statistics(const Tensor rows, const Tensor labels, const OptionalTensor mask, double temperature,
-                          int64_t vocab_start, int64_t columns) {
+                          int64_t vocab_start, int64_t columns, const std::optional<double> softcap) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
   const Table stats({SoftmaxStatistic::size, count});
   const LogprobStatistics args{
       .rows = rows_of(rows),
@@ -30,6 +31,7 @@ Tensor logprob_statistics(const Tensor rows, const Tensor labels, const Optional
       .labels = flat<int64_t>(labels, count, ScalarType::Long),
       .mask = mask_of(mask, count),
       .temperature = temperature,
+      .softcap = softcap.value_or(0.0),
       .vocab_start = vocab_start,
       .columns = columns,
       .row_max = stats.row(SoftmaxStatistic::row_max),
@@ -46,11 +48,13 @@ Tensor logprob_statistics(const Tensor rows, const Tensor labels, const Optional
 void logprob_backward(const Tensor rows, const Tensor labels, const OptionalTensor mask, const Tensor row_max,
                       const Tensor row_sum, const OptionalTensor entropy, const OptionalTensor grad_logprobs,
                       const OptionalTensor grad_entropy, const OptionalTensor grad_logsumexp, double temperature,
-                      int64_t vocab_start, int64_t columns, const Tensor out) {
+                      int64_t vocab_start, int64_t columns, const Tensor out, const std::optional<double> softcap) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
   STD_TORCH_CHECK(!grad_entropy || entropy, "fastrlhf_cpu: grad_entropy needs entropy");
   STD_TORCH_CHECK(out.scalar_type() == rows.scalar_type() && out.numel() == rows.numel(),
                   "fastrlhf_cpu: out is not like rows");
+  check_same_shape(rows, out);
   const LogprobBackward args{
       .rows = rows_of(rows),
       .out = rows_of(out),
@@ -64,6 +68,7 @@ void logprob_backward(const Tensor rows, const Tensor labels, const OptionalTens
       .grad_entropy = floats(grad_entropy, count),
       .grad_logsumexp = floats(grad_logsumexp, count),
       .temperature = temperature,
+      .softcap = softcap.value_or(0.0),
       .vocab_start = vocab_start,
       .columns = columns,
       .width = rows.size(2),
@@ -79,8 +84,10 @@ void logprob_backward(const Tensor rows, const Tensor labels, const OptionalTens
 Tensor logits_kl_statistics(const Tensor rows, const Tensor ref_rows, const OptionalTensor mask, double temperature,
                             int64_t columns) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
   STD_TORCH_CHECK(ref_rows.scalar_type() == rows.scalar_type() && ref_rows.numel() == rows.numel(),
                   "fastrlhf_cpu: ref_rows is not like rows");
+  check_same_shape(rows, ref_rows);
   const Table stats({KLStatistic::size, count});
   const KlStatistics args{
       .rows = rows_of(rows),
@@ -105,11 +112,14 @@ void logits_kl_backward(const Tensor rows, const Tensor ref_rows, const Optional
                         const Tensor kl, const Tensor grad, double temperature, int64_t columns,
                         const OptionalTensor out, const OptionalTensor ref_out) {
   const int64_t count = rows.size(0) * rows.size(1);
+  check_columns(rows, columns);
+  check_same_shape(rows, ref_rows);
   std::vector<Pages> pages;
   for (const OptionalTensor& written : {out, ref_out}) {
     if (!written) continue;
     STD_TORCH_CHECK(written->scalar_type() == rows.scalar_type() && written->numel() == rows.numel(),
                     "fastrlhf_cpu: out is not like rows");
+    check_same_shape(rows, *written);
     pages.emplace_back(*written, count);
   }
   const Table saved(stats, KLStatistic::size, count);
@@ -149,13 +159,15 @@ double scalar(const Tensor& x) {
   return *static_cast<const double*>(wide.data_ptr());
 }
 
-std::tuple<Tensor, Tensor> gae(const Tensor rewards, const Tensor values, const Tensor mask, double gamma, double lam) {
+std::tuple<Tensor, Tensor> gae(const Tensor rewards, const Tensor values, const Tensor mask, double gamma, double lam,
+                               const OptionalTensor bootstrap) {
   STD_TORCH_CHECK(rewards.dim() == 2, "fastrlhf_cpu: expected rewards [B, T]");
   const int64_t batch = rewards.size(0), length = rewards.size(1), count = batch * length;
   Tensor advantages = empty({batch, length}), returns = empty({batch, length});
   const Gae args{
       .rewards = any_floats(rewards, count),
       .values = any_floats(values, count),
+      .bootstrap = any_floats(bootstrap, batch),
       .mask = flat<bool>(mask, count, ScalarType::Bool),
       .length = length,
       .gamma = gamma,
@@ -179,7 +191,8 @@ Estimator estimator_of(const std::string& name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(
     const Tensor scores, const Tensor logprobs, const Tensor ref_logprobs, const Tensor values, const Tensor mask,
-    const Tensor kl_coef, const std::string estimator, const std::optional<double> clip, double gamma, double lam) {
+    const OptionalTensor bootstrap, double kl_coef, const std::optional<double> clip, double gamma, double lam,
+    const std::string estimator) {
   STD_TORCH_CHECK(logprobs.dim() == 2, "fastrlhf_cpu: expected logprobs [B, T]");
   const int64_t batch = logprobs.size(0), length = logprobs.size(1), count = batch * length;
   const Tensor rewards = empty({batch, length}), kl = empty({batch, length}), advantages = empty({batch, length}),
@@ -192,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(
       .mask = keep,
       .length = length,
       .estimator = estimator_of(estimator),
-      .kl_coef = static_cast<float>(scalar(kl_coef)),
+      .kl_coef = static_cast<float>(kl_coef),
       .clip = static_cast<float>(clip.value_or(HUGE_VAL)),
       .rewards = floats(rewards, count),
       .kl = floats(kl, count),
@@ -200,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(
   const Gae estimate{
       .rewards = any_floats(rewards, count),
       .values = any_floats(values, count),
+      .bootstrap = any_floats(bootstrap, batch),
       .mask = keep,
       .length = length,
       .gamma = gamma,
@@ -225,10 +239,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shaped_gae(
 std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor old_logprobs, const Tensor advantages,
                                             const Tensor mask, const OptionalTensor values,
                                             const OptionalTensor old_values, const OptionalTensor returns,
-                                            const OptionalTensor entropy, const OptionalTensor denominator, double clip,
-                                            double value_clip, double value_coef, double entropy_coef) {
+                                            const OptionalTensor entropy, const OptionalTensor ref_logprobs,
+                                            const OptionalTensor weights, const OptionalTensor denominator,
+                                            double clip_low, double clip_high, double value_clip, double value_coef,
+                                            double entropy_coef, double dual_clip, double kl_coef,
+                                            const std::string objective, const std::string ratio,
+                                            const std::string kl_estimator, int64_t length) {
   const int64_t count = logprobs.numel();
-  const bool with_values = values && old_values && returns;
+  const bool with_values = values && old_values && returns, by_sequence = ratio == "sequence";
+  STD_TORCH_CHECK(!by_sequence || count == 0 || (length > 0 && count % length == 0),
+                  "fastrlhf_cpu: expected sequences of one length");
   Tensor metrics = empty({PPOMetric::size}), grad_logprobs = empty({count}),
          grad_values = empty({with_values ? count : 0});
   const OptionalTensor nothing;
@@ -240,30 +260,40 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
       .old_values = any_floats(with_values ? old_values : nothing, count),
       .returns = any_floats(with_values ? returns : nothing, count),
       .entropy = any_floats(entropy, count),
+      .ref_logprobs = any_floats(ref_logprobs, count),
+      .weights = any_floats(weights, count),
       .mask = flat<bool>(mask, count, ScalarType::Bool),
-      .clip = clip,
+      .cispo = objective == "cispo",
+      .by_sequence = by_sequence,
+      .estimator = estimator_of(kl_estimator),
+      .clip_low = clip_low,
+      .clip_high = clip_high,
       .value_clip = value_clip,
       .value_coef = value_coef,
+      .dual_clip = dual_clip,
+      .kl_coef = kl_coef,
       .grad_logprobs = floats(grad_logprobs, count),
       .grad_values = with_values ? floats(grad_values, count) : nullptr,
   };
 
   // Blocks are fixed and their sums are added in order: the result does not depend on the threads.
-  std::vector<PpoSums> blocks((count + kPpoBlock - 1) / kPpoBlock);
+  const int64_t extent = by_sequence ? std::max<int64_t>(length, 1) : kPpoBlock;
+  std::vector<PpoSums> blocks((count + extent - 1) / extent);
   const Kernels& kernels = *level().kernels;
   for_each_range(static_cast<int64_t>(blocks.size()), 8, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      blocks[b] = kernels.ppo_loss(args, b * kPpoBlock, std::min((b + 1) * kPpoBlock, count));
+      blocks[b] = kernels.ppo_loss(args, b * extent, std::min((b + 1) * extent, count));
   });
   PpoSums total{};
   for (const PpoSums& b : blocks) {
     total.policy += b.policy, total.value += b.value, total.entropy += b.entropy, total.clipped += b.clipped;
     total.value_clipped += b.value_clipped, total.approx_kl += b.approx_kl, total.ratio += b.ratio;
-    total.count += b.count;
+    total.count += b.count, total.kl += b.kl;
     if (!(b.ratio_max <= total.ratio_max)) total.ratio_max = b.ratio_max;  // keeps NaN
   }
   const double scale = 1 / (denominator ? scalar(*denominator) : std::max(total.count, 1.0));
-  const double loss = total.policy + value_coef * total.value - entropy_coef * total.entropy;
+  double loss = total.policy + value_coef * total.value - entropy_coef * total.entropy;
+  if (ref_logprobs) loss += kl_coef * total.kl;
   float* metric = floats(metrics, PPOMetric::size);
   const auto set_mean = [&](int64_t which, double sum) { metric[which] = static_cast<float>(sum * scale); };
   set_mean(PPOMetric::loss, loss);
@@ -274,6 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
   set_mean(PPOMetric::value_clip_fraction, total.value_clipped);
   set_mean(PPOMetric::approx_kl, total.approx_kl);
   set_mean(PPOMetric::ratio_mean, total.ratio);
+  set_mean(PPOMetric::kl, total.kl);
   metric[PPOMetric::ratio_max] = total.ratio_max;
   metric[PPOMetric::grad_scale] = static_cast<float>(scale);
   return {metrics, grad_logprobs, grad_values};
@@ -282,9 +313,10 @@ std::tuple<Tensor, Tensor, Tensor> ppo_loss(const Tensor logprobs, const Tensor 
 bool is_integer(const Tensor& x) { return x.scalar_type() == ScalarType::Long || x.scalar_type() == ScalarType::Int; }
 
 std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks, const Tensor prompt_offsets,
-                                        bool per_prompt) {
+                                        bool per_prompt, const OptionalTensor margins, double center_coef) {
   using torch::stable::to;
   const int64_t count = scores.numel(), prompts = prompt_offsets.numel() - 1;
+  const OptionalTensor margin = margins ? OptionalTensor(to(*margins, ScalarType::Float)) : std::nullopt;
   const Tensor x = to(scores, ScalarType::Float), offsets = to(prompt_offsets, ScalarType::Long);
   const bool integers = is_integer(ranks);
   const Tensor rank = to(ranks, integers ? ScalarType::Long : ScalarType::Double);
@@ -298,6 +330,8 @@ std::tuple<Tensor, Tensor> ranking_loss(const Tensor scores, const Tensor ranks,
       .scores = floats(x, count),
       .int_ranks = integers ? flat<int64_t>(rank, count, ScalarType::Long) : nullptr,
       .float_ranks = integers ? nullptr : flat<double>(rank, count, ScalarType::Double),
+      .margins = floats(margin, count),
+      .center_coef = static_cast<float>(center_coef),
       .per_prompt = per_prompt,
       .grad = floats(grad, count),
   };
@@ -369,25 +403,31 @@ STABLE_TORCH_LIBRARY(fastrlhf_cpu, m) {
   m.def("release() -> ()");
   m.def("empty_pooled(Tensor like, int rows, int columns) -> Tensor");
   m.def(
-      "logprob_statistics(Tensor rows, Tensor labels, Tensor? mask, float temperature, int vocab_start, int columns)"
-      " -> Tensor");
+      "logprob_statistics(Tensor rows, Tensor labels, Tensor? mask, float temperature, int vocab_start, int columns,"
+      " float? softcap=None) -> Tensor");
   m.def(
       "logprob_backward(Tensor rows, Tensor labels, Tensor? mask, Tensor row_max, Tensor row_sum, Tensor? entropy,"
       " Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp, float temperature, int vocab_start,"
-      " int columns, Tensor(a!) out) -> ()");
+      " int columns, Tensor(a!) out, float? softcap=None) -> ()");
   m.def("logits_kl_statistics(Tensor rows, Tensor ref_rows, Tensor? mask, float temperature, int columns) -> Tensor");
   m.def(
       "logits_kl_backward(Tensor rows, Tensor ref_rows, Tensor? mask, Tensor stats, Tensor kl, Tensor grad,"
       " float temperature, int columns, Tensor(a!)? out, Tensor(b!)? ref_out) -> ()");
-  m.def("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)");
   m.def(
-      "shaped_gae(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, Tensor kl_coef,"
-      " str estimator, float? clip, float gamma, float lam) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? bootstrap=None)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "shaped_gae(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,"
+      " Tensor? bootstrap, float kl_coef, float? clip, float gamma, float lam, str estimator) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values,"
-      " Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? denominator, float clip, float value_clip,"
-      " float value_coef, float entropy_coef) -> (Tensor, Tensor, Tensor)");
-  m.def("ranking_loss(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt) -> (Tensor, Tensor)");
+      " Tensor? old_values, Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? weights,"
+      " Tensor? denominator, float clip_low, float clip_high, float value_clip, float value_coef, float entropy_coef,"
+      " float dual_clip, float kl_coef, str objective, str ratio, str kl_estimator, int length)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ranking_loss(Tensor scores, Tensor ranks, Tensor prompt_offsets, bool per_prompt, Tensor? margins=None,"
+      " float center_coef=0.0) -> (Tensor, Tensor)");
   m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
   m.def("bias_gelu_backward(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)");
 }

@@ -101,6 +101,18 @@ Rows rows_of(const Tensor& x) {
   return {x.data_ptr(), std::max<int64_t>(x.size(1), 1), x.stride(0), x.stride(1)};
 }
 
+// The columns that are vocabulary lie inside the rows.
+void check_columns(const Tensor& rows, int64_t columns) {
+  STD_TORCH_CHECK(rows.dim() == 3 && 0 <= columns && columns <= rows.size(2),
+                  "fastrlhf_cpu: expected rows [B, L, V] and columns from 0 to V");
+}
+
+void check_same_shape(const Tensor& rows, const Tensor& others) {
+  STD_TORCH_CHECK(others.dim() == 3 && others.size(0) == rows.size(0) && others.size(1) == rows.size(1) &&
+                      others.size(2) == rows.size(2),
+                  "fastrlhf_cpu: expected tensors of the shape of the rows");
+}
+
 Rows rows_of(const OptionalTensor& x) { return x ? rows_of(*x) : Rows{nullptr, 1, 0, 0}; }
 
 Tensor empty(std::initializer_list<int64_t> sizes) {

@@ -29,6 +29,7 @@ struct PPOMetric {
     approx_kl,
     ratio_mean,
     ratio_max,
+    kl,
     grad_scale,
     size
   };

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrlhf.kernels.rows import index, jit, masked_load
+from fastrlhf.kernels.rows import index, jit, masked_load, on_device, scalar
 from fastrlhf.ops.advantage import Rollout, ShapedGAE, TargetOptions
 from fastrlhf.ops.layouts import Moment
+from fastrlhf.ops.scalars import Number
 
 COUNT = index(Moment.COUNT)
 MEAN = index(Moment.MEAN)
@@ -59,13 +60,18 @@ def _gae_kernel(
     rewards_ptr,  # [B, T]
     values_ptr,  # [B, T]
     mask_ptr,  # [B, T] bool
+    bootstrap_ptr,  # [B], or unused
     advantages_ptr,  # [B, T] fp32 out
     returns_ptr,  # [B, T] fp32 out
     length,
     gamma,
     lam,
+    BOOTSTRAP: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    gamma = scalar(gamma, ON_DEVICE)
+    lam = scalar(lam, ON_DEVICE)
     row = tl.program_id(0).to(tl.int64) * length
     rewards_ptr += row
     values_ptr += row
@@ -73,7 +79,9 @@ def _gae_kernel(
     advantages_ptr += row
     returns_ptr += row
     lanes = tl.arange(0, BLOCK)
-    carry = 0.0  # B of the first True position after this block's
+    carry = 0.0  # B of the first True position after this block's; at the end, the value there
+    if BOOTSTRAP:
+        carry = tl.load(bootstrap_ptr + tl.program_id(0)).to(tl.float32)
     for k in range(tl.cdiv(length, BLOCK)):
         start = length - (k + 1) * BLOCK  # negative in the last round
         # the scan runs over the positions one later, so that each lane ends with B_next, not B
@@ -101,6 +109,19 @@ def k3(d):
 
 
 @triton.jit
+def estimate_kl(d, ESTIMATOR: tl.constexpr):
+    """Return the estimate of KL(pi || ref) of log-ratios d, as `token_kl`."""
+    kl = d
+    if ESTIMATOR == "abs":
+        kl = tl.abs(d)
+    if ESTIMATOR == "k2":
+        kl = 0.5 * d * d
+    if ESTIMATOR == "k3":
+        kl = k3(d)
+    return kl
+
+
+@triton.jit
 def _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, at, inside):
     """Return (logprobs - ref_logprobs, keep) at positions `at`."""
     keep = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
@@ -111,13 +132,7 @@ def _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, at, inside):
 @triton.jit
 def _shaped(d, keep, is_last, score, kl_coef, clip, ESTIMATOR: tl.constexpr, CLIPPED: tl.constexpr):
     """Return (-kl_coef * clipped kl plus the score at the last position, kl) of log-ratios d."""
-    kl = d
-    if ESTIMATOR == "abs":
-        kl = tl.abs(d)
-    if ESTIMATOR == "k2":
-        kl = 0.5 * d * d
-    if ESTIMATOR == "k3":
-        kl = k3(d)
+    kl = estimate_kl(d, ESTIMATOR)
     penalty = kl
     if CLIPPED:
         penalty = tl.minimum(tl.maximum(kl, -clip), clip)
@@ -132,20 +147,28 @@ def _shaped_gae_kernel(
     ref_ptr,  # [B, T]
     values_ptr,  # [B, T]
     mask_ptr,  # [B, T] bool
-    kl_coef_ptr,  # 0-dim fp32
+    bootstrap_ptr,  # [B], or unused
     rewards_ptr,  # [B, T] fp32 out
     kl_ptr,  # [B, T] fp32 out
     advantages_ptr,  # [B, T] fp32 out
     returns_ptr,  # [B, T] fp32 out
     moments_ptr,  # [B, 3] fp32 out, of the advantages, columns as Moment
     length,
+    kl_coef,
     clip,
     gamma,
     lam,
     ESTIMATOR: tl.constexpr,
     CLIPPED: tl.constexpr,
+    BOOTSTRAP: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    kl_coef = scalar(kl_coef, ON_DEVICE)
+    gamma = scalar(gamma, ON_DEVICE)
+    lam = scalar(lam, ON_DEVICE)
+    if CLIPPED:
+        clip = scalar(clip, ON_DEVICE)
     row = tl.program_id(0).to(tl.int64) * length
     logprobs_ptr += row
     ref_ptr += row
@@ -157,7 +180,6 @@ def _shaped_gae_kernel(
     returns_ptr += row
     lanes = tl.arange(0, BLOCK)
     score = tl.load(scores_ptr + tl.program_id(0)).to(tl.float32)
-    kl_coef = tl.load(kl_coef_ptr)
     blocks = tl.cdiv(length, BLOCK)
     last = -1
     for k in range(blocks):
@@ -165,6 +187,8 @@ def _shaped_gae_kernel(
         keep = tl.load(mask_ptr + at, mask=at < length, other=0) != 0
         last = tl.maximum(last, tl.max(tl.where(keep, at, -1), 0).to(tl.int32))
     carry, count, mean, squares = 0.0, 0.0, 0.0, 0.0
+    if BOOTSTRAP:
+        carry = tl.load(bootstrap_ptr + tl.program_id(0)).to(tl.float32)
     for k in range(blocks):
         start = length - (k + 1) * BLOCK
         at = start + 1 + lanes
@@ -200,7 +224,12 @@ def _shaped_gae_kernel(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: Number,
+    lam: Number,
+    bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (advantages, returns) fp32; all tensors [B, T], contiguous."""
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
@@ -210,17 +239,20 @@ def gae(
             rewards,
             values,
             mask,
+            rewards if bootstrap is None else bootstrap,
             advantages,
             returns,
             rewards.shape[1],
             gamma,
             lam,
+            BOOTSTRAP=bootstrap is not None,
+            ON_DEVICE=on_device(gamma),
             **scan_options(rewards.shape[1]),
         )
     return advantages, returns
 
 
-def shaped_gae(rollout: Rollout, kl_coef: Tensor, options: TargetOptions) -> ShapedGAE:
+def shaped_gae(rollout: Rollout, options: TargetOptions) -> ShapedGAE:
     """Return the targets [B, T] and the advantages' moments [B, 3], fp32; inputs contiguous."""
     rows, length = rollout.logprobs.shape
 
@@ -231,15 +263,17 @@ def shaped_gae(rollout: Rollout, kl_coef: Tensor, options: TargetOptions) -> Sha
     results = ShapedGAE(*per_token, out(len(Moment)))
     if rows:
         _shaped_gae_kernel[(rows,)](
-            *rollout,
-            kl_coef,
+            *(rollout.logprobs if t is None else t for t in rollout),
             *results,
             length,
+            options.kl_coef,
             0.0 if options.clip is None else options.clip,
             options.gamma,
             options.lam,
             ESTIMATOR=options.estimator,
             CLIPPED=options.clip is not None,
+            BOOTSTRAP=rollout.bootstrap is not None,
+            ON_DEVICE=on_device(options.gamma),
             **scan_options(length),
         )
     return results

@@ -18,12 +18,15 @@ from fastrlhf.kernels.rows import (
     head_length,
     index,
     jit,
+    on_device,
     row_options,
     row_start,
     same_alignment,
+    scalar,
 )
 from fastrlhf.ops.kl import SavedKL
 from fastrlhf.ops.layouts import KLStatistic
+from fastrlhf.ops.scalars import Number
 
 LN2 = tl.constexpr(math.log(2))
 LOG2E = 1 / math.log(2)
@@ -80,11 +83,14 @@ def _statistics_kernel(
     scale,
     inverse_temperature,
     MASKED: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     SAME_ALIGNMENT: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    scale = scalar(scale, ON_DEVICE)
+    inverse_temperature = scalar(inverse_temperature, ON_DEVICE)
     row_x, total_x, row_y, total_y, total_cross = -float("inf"), 0.0, -float("inf"), 0.0, 0.0
     keep = True
     if MASKED:
@@ -247,6 +253,7 @@ def _backward_kernel(
     scale,
     inverse_temperature,
     MASKED: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     LOGITS: tl.constexpr,
     REF: tl.constexpr,
     SAME_ALIGNMENT: tl.constexpr,
@@ -254,6 +261,8 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    scale = scalar(scale, ON_DEVICE)
+    inverse_temperature = scalar(inverse_temperature, ON_DEVICE)
     out_ptr = row_start(out_ptr, row, length, out_stride_b, out_stride_l)
     ref_out_ptr = row_start(ref_out_ptr, row, length, ref_out_stride_b, ref_out_stride_l)
     end = columns
@@ -290,7 +299,7 @@ def _backward_kernel(
 
 
 def logits_kl_statistics(
-    rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: float, columns: int
+    rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: Number, columns: int
 ) -> Tensor:
     """Return the statistics [5, N] fp32 of rows and ref_rows [B, L, V]."""
     tokens = rows.shape[0] * rows.shape[1]
@@ -309,6 +318,7 @@ def logits_kl_statistics(
             LOG2E / temperature,
             1 / temperature,
             MASKED=mask is not None,
+            ON_DEVICE=on_device(temperature),
             SAME_ALIGNMENT=same_alignment(rows, ref_rows),
             **row_options(rows, columns),
         )
@@ -321,7 +331,7 @@ def logits_kl_backward(
     mask: Tensor | None,
     saved: SavedKL,
     grad: Tensor,
-    temperature: float,
+    temperature: Number,
     columns: int,
     out: Tensor | None,
     ref_out: Tensor | None,
@@ -345,6 +355,7 @@ def logits_kl_backward(
             LOG2E / temperature,
             1 / temperature,
             MASKED=mask is not None,
+            ON_DEVICE=on_device(temperature),
             LOGITS=out is not None,
             REF=ref_out is not None,
             SAME_ALIGNMENT=all(same_alignment(rows, view) for view in (ref_rows, *outs)),

@@ -20,12 +20,15 @@ from fastrlhf.kernels.rows import (
     head_length,
     index,
     jit,
+    on_device,
     row_options,
     row_start,
     same_alignment,
+    scalar,
 )
 from fastrlhf.ops.layouts import SoftmaxStatistic
 from fastrlhf.ops.logprob_kernels import RowResults, SavedRow, TokenGrads
+from fastrlhf.ops.scalars import Number
 
 LN2 = tl.constexpr(math.log(2))
 LOG2E = 1 / math.log(2)
@@ -33,6 +36,25 @@ ROW_MAX = index(SoftmaxStatistic.ROW_MAX)
 ROW_SUM = index(SoftmaxStatistic.ROW_SUM)
 WEIGHTED = index(SoftmaxStatistic.WEIGHTED)
 TARGET = index(SoftmaxStatistic.TARGET)
+
+
+@triton.jit
+def _tanh(z):
+    """Return tanh(z): by its series near 0, where 1 - exp would cancel."""
+    small = tl.exp2(tl.abs(z) * (-2.0 / LN2))
+    large = (1.0 - small) / (1.0 + small)
+    square = z * z
+    series = z + z * square * (square * (square * -0.0539682540 + 0.1333333333) - 0.3333333333)
+    return tl.where(tl.abs(z) < 0.15, series, tl.where(z < 0.0, -large, large))
+
+
+@triton.jit
+def _load_logits(ptr, live, other, softcap, SOFTCAP: tl.constexpr):
+    """Load logits as fp32, capped; `other` where not `live`."""
+    x = tl.load(ptr, mask=live, other=other).to(tl.float32)
+    if SOFTCAP:
+        x = tl.where(live, softcap * _tanh(x / softcap), other)
+    return x
 
 
 @triton.jit
@@ -68,6 +90,8 @@ def _row_statistics(
     columns,
     label,  # in this shard's columns, or outside
     scale,  # log2(e) / temperature
+    softcap,
+    SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,19 +102,21 @@ def _row_statistics(
     nothing = tl.zeros([GROUPS], dtype=tl.float32)
     top, total, weighted = nothing - float("inf"), nothing, nothing
     owned = (label >= 0) & (label < columns)
-    target = tl.load(x_ptr + label, mask=owned, other=-float("inf")).to(tl.float32)
+    target = _load_logits(x_ptr + label, owned, -float("inf"), softcap, SOFTCAP)
     head = tl.minimum(head_length(x_ptr, VECTOR), columns)
     blocks = (columns - head) // BLOCK
     for edge in range(2):  # the head, then the tail
         start = tl.where(edge == 0, 0, head + blocks * BLOCK)
         end = tl.where(edge == 0, head, columns)
         if start < end:
-            x = tl.load(x_ptr + start + lanes, mask=start + lanes < end, other=-float("inf"))
-            x = x.to(tl.float32)
+            at = start + lanes
+            x = _load_logits(x_ptr + at, at < end, -float("inf"), softcap, SOFTCAP)
             top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
     aligned = tl.multiple_of(x_ptr + head, 16)
     for i in range(blocks):
         x = tl.load(aligned + i * BLOCK + lanes).to(tl.float32)
+        if SOFTCAP:
+            x = softcap * _tanh(x / softcap)
         top, total, weighted = _fold(x, top, total, weighted, scale, ENTROPY)
     row_top = tl.max(top, 0)
     drop = _exponent(top, tl.where(row_top == -float("inf"), 0.0, row_top), scale)
@@ -112,11 +138,17 @@ def _statistics_kernel(
     vocab_start,
     columns,
     scale,
+    softcap,
     MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    scale = scalar(scale, ON_DEVICE)
+    if SOFTCAP:
+        softcap = scalar(softcap, ON_DEVICE)
     # a masked row's statistics: finite, and never used
     top, total, weighted, target = 0.0, 1.0, 0.0, 0.0
     keep = True
@@ -126,7 +158,7 @@ def _statistics_kernel(
         label = tl.load(labels_ptr + row) - vocab_start
         start = row_start(x_ptr, row, length, stride_b, stride_l)
         top, total, weighted, target = _row_statistics(
-            start, columns, label, scale, True, VECTOR, BLOCK
+            start, columns, label, scale, softcap, SOFTCAP, True, VECTOR, BLOCK
         )
     stats_ptr += row
     tokens = rows.to(tl.int64)
@@ -155,13 +187,20 @@ def _forward_kernel(
     columns,
     temperature,
     scale,
+    softcap,
     MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     ENTROPY: tl.constexpr,
     KL: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    scale = scalar(scale, ON_DEVICE)
+    temperature = scalar(temperature, ON_DEVICE)
+    if SOFTCAP:
+        softcap = scalar(softcap, ON_DEVICE)
     logprob, entropy, logsumexp, kl, top, total = 0.0, 0.0, 0.0, 0.0, 0.0, 1.0
     keep = True
     if MASKED:
@@ -170,7 +209,7 @@ def _forward_kernel(
         label = tl.load(labels_ptr + row) - vocab_start
         start = row_start(x_ptr, row, length, stride_b, stride_l)
         top, total, weighted, target = _row_statistics(
-            start, columns, label, scale, ENTROPY, VECTOR, BLOCK
+            start, columns, label, scale, softcap, SOFTCAP, ENTROPY, VECTOR, BLOCK
         )
         log_total = tl.log(total)
         logprob = (target - top) / temperature - log_total
@@ -189,13 +228,25 @@ def _forward_kernel(
 
 
 @triton.jit
-def _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY: tl.constexpr):
-    """Return p (g_lse - g_lp) - g_H p (log p + H), fp32, with p = exp2((x - max) scale) / sum."""
-    u = _exponent(x.to(tl.float32), top, scale)
+def _gradient(x, terms, LABEL: tl.constexpr, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return p (g_lse - g_lp) - g_H p (log p + H), fp32, with p = exp2((x - max) scale) / sum.
+
+    LABEL adds g_lp. With a softcap, the derivative of the capping is multiplied in.
+    """
+    top, scale, inverse, to_label, to_p, to_h, shift, softcap = terms
+    x = x.to(tl.float32)
+    bent = x
+    if SOFTCAP:
+        bent = _tanh(x / softcap)
+        x = softcap * bent
+    u = _exponent(x, top, scale)
     p = tl.exp2(u) * inverse
-    if ENTROPY:
-        return p * (to_p - to_h * (u * LN2 + shift))
-    return p * to_p
+    d = p * (to_p - to_h * (u * LN2 + shift)) if ENTROPY else p * to_p
+    if LABEL:
+        d = to_label + d
+    if SOFTCAP:
+        d *= (1.0 - bent) * (1.0 + bent)
+    return d
 
 
 @jit(
@@ -229,7 +280,10 @@ def _backward_kernel(
     width,
     scale,
     inverse_temperature,
+    softcap,
     MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     LOGPROB: tl.constexpr,
     ENTROPY: tl.constexpr,
     LOGSUMEXP: tl.constexpr,
@@ -243,6 +297,10 @@ def _backward_kernel(
         if tl.load(mask_ptr + row) == 0:
             fill_zero(out_ptr, width, VECTOR, BLOCK)
             return
+    scale = scalar(scale, ON_DEVICE)
+    inverse_temperature = scalar(inverse_temperature, ON_DEVICE)
+    if SOFTCAP:
+        softcap = scalar(softcap, ON_DEVICE)
     x_ptr = row_start(x_ptr, row, length, stride_b, stride_l)
     label = tl.load(labels_ptr + row) - vocab_start
     owned = (label >= 0) & (label < columns)
@@ -260,7 +318,7 @@ def _backward_kernel(
     if ENTROPY:
         to_h = tl.load(grad_entropy_ptr + row) * inverse_temperature
         shift = tl.load(entropy_ptr + row) - tl.log(total)
-    inverse = 1.0 / total
+    terms = (top, scale, 1.0 / total, to_label, to_p, to_h, shift, softcap)
     if LOGPROB:
         at_label = tl.load(x_ptr + label, mask=owned, other=-float("inf"))
         tl.debug_barrier()  # every thread has read it before any writes to the row
@@ -268,7 +326,7 @@ def _backward_kernel(
     head = tl.minimum(head_length(x_ptr, VECTOR), columns)
     few = tl.arange(0, VECTOR)
     x_head = tl.load(x_ptr + few, mask=few < head, other=-float("inf"))
-    d_head = _through_p(x_head, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+    d_head = _gradient(x_head, terms, False, ENTROPY, SOFTCAP)
     tl.store(out_ptr + few, d_head.to(out_ptr.dtype.element_ty), mask=few < head)
     blocks = (columns - head) // BLOCK
     aligned = tl.multiple_of(x_ptr + head, 16)
@@ -277,17 +335,17 @@ def _backward_kernel(
         out_aligned = tl.multiple_of(out_aligned, 16)
     for i in range(blocks):
         x = tl.load(aligned + i * BLOCK + lanes)
-        d = _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+        d = _gradient(x, terms, False, ENTROPY, SOFTCAP)
         tl.store(out_aligned + i * BLOCK + lanes, d.to(out_ptr.dtype.element_ty))
     column = head + blocks * BLOCK + lanes
     x = tl.load(x_ptr + column, mask=column < columns, other=-float("inf"))
-    d = _through_p(x, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+    d = _gradient(x, terms, False, ENTROPY, SOFTCAP)
     tl.store(out_ptr + column, d.to(out_ptr.dtype.element_ty), mask=column < columns)
     if columns < width:
         fill_zero(out_ptr + columns, width - columns, VECTOR, BLOCK)
     if LOGPROB:
         tl.debug_barrier()  # the label's element was written above without its own term
-        d = to_label + _through_p(at_label, top, scale, inverse, to_p, to_h, shift, ENTROPY)
+        d = _gradient(at_label, terms, True, ENTROPY, SOFTCAP)
         tl.store(out_ptr + label, d.to(out_ptr.dtype.element_ty), mask=owned)
 
 
@@ -295,9 +353,10 @@ def logprob_statistics(
     rows: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
+    softcap: Number | None = None,
 ) -> Tensor:
     """Return the statistics [4, N] fp32 of rows [B, L, V], for labels and mask [N]."""
     tokens = labels.numel()
@@ -314,8 +373,11 @@ def logprob_statistics(
             vocab_start,
             columns,
             LOG2E / temperature,
+            0.0 if softcap is None else softcap,
             MASKED=mask is not None,
-            **row_options(rows, columns),
+            SOFTCAP=softcap is not None,
+            ON_DEVICE=on_device(temperature),
+            **row_options(rows, columns, softcap is not None),
         )
     return stats
 
@@ -325,10 +387,11 @@ def logprob_forward(
     labels: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    temperature: Number,
     with_entropy: bool,
     vocab_start: int,
     columns: int,
+    softcap: Number | None = None,
 ) -> RowResults:
     """Return the results [N] in one launch; entropy and kl are [0] unless requested."""
     tokens = labels.numel()
@@ -351,10 +414,13 @@ def logprob_forward(
             columns,
             temperature,
             LOG2E / temperature,
+            0.0 if softcap is None else softcap,
             MASKED=mask is not None,
+            SOFTCAP=softcap is not None,
+            ON_DEVICE=on_device(temperature),
             ENTROPY=with_entropy,
             KL=ref_logprobs is not None,
-            **row_options(rows, columns),
+            **row_options(rows, columns, softcap is not None),
         )
     return results
 
@@ -365,10 +431,11 @@ def logprob_backward(
     mask: Tensor | None,
     saved: SavedRow,
     upstream: TokenGrads,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
     out: Tensor,
+    softcap: Number | None = None,
 ) -> None:
     """Write the gradient of rows [B, L, V] into `out`, which may be `rows`.
 
@@ -390,10 +457,13 @@ def logprob_backward(
             rows.shape[2],
             LOG2E / temperature,
             1 / temperature,
+            0.0 if softcap is None else softcap,
             MASKED=mask is not None,
+            SOFTCAP=softcap is not None,
+            ON_DEVICE=on_device(temperature),
             LOGPROB=upstream.grad_logprobs is not None,
             ENTROPY=upstream.grad_entropy is not None,
             LOGSUMEXP=upstream.grad_logsumexp is not None,
             SAME_ALIGNMENT=same_alignment(rows, out),
-            **row_options(rows, columns),
+            **row_options(rows, columns, softcap is not None),
         )

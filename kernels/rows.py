@@ -41,12 +41,15 @@ def index(member: IntEnum) -> tl.constexpr:
     return tl.constexpr(int(member))
 
 
-def row_options(rows: Tensor, columns: int) -> dict[str, int]:
-    """Return the launch options of one program per row: 16 elements per thread."""
+def row_options(rows: Tensor, columns: int, capped: bool = False) -> dict[str, int]:
+    """Return the launch options of one program per row: 16 elements per thread.
+
+    `capped`: 8, as the tanh of a softcap takes registers that more would spill (fp32 on sm_100).
+    """
     vector = 16 // rows.element_size()
     if columns <= 2048:
         return {"VECTOR": vector, "BLOCK": 1024, "num_warps": 4}
-    return {"VECTOR": vector, "BLOCK": 4096, "num_warps": 8}
+    return {"VECTOR": vector, "BLOCK": 2048 if capped else 4096, "num_warps": 8}
 
 
 def same_alignment(a: Tensor, b: Tensor) -> bool:
@@ -101,3 +104,16 @@ def masked_load(ptr, inside, keep):
     The load itself is masked by `inside` only, so that it need not wait for the load of `keep`.
     """
     return tl.where(keep, tl.load(ptr, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def scalar(x, ON_DEVICE: tl.constexpr):
+    """Return a scalar option as fp32: passed by value, or as a pointer to a 0-dim tensor."""
+    if ON_DEVICE:
+        return tl.load(x).to(tl.float32)
+    return x
+
+
+def on_device(*values: float | Tensor) -> bool:
+    """Return whether the scalar options of a launch are 0-dim tensors, not numbers."""
+    return isinstance(values[0], Tensor)

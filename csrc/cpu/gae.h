@@ -108,6 +108,11 @@ void gae_rows(const Gae& args, int64_t row, int64_t end) {
   const bool* mask[W];
   float *advantages[W], *returns[W];
   GaeState next;
+  if (args.bootstrap.data)
+    for (int r = 0; r < W; ++r) {
+      float one;
+      next.value[r] = *as_floats(args.bootstrap, row + r < end ? row + r : end - 1, 1, &one);
+    }
   for (int64_t stop = args.length; stop > 0;) {
     const int64_t size = stop < kGaeBlock ? stop : kGaeBlock;
     for (int r = 0; r < W; ++r) {

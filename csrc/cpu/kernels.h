@@ -31,7 +31,7 @@ struct LogprobStatistics {
   DType dtype;
   const int64_t* labels;  // [N]
   const bool* mask;       // [N]
-  double temperature;
+  double temperature, softcap;  // softcap: 0 for none
   int64_t vocab_start, columns;
   float *row_max, *row_sum, *weighted, *target;  // [N] each
 };
@@ -43,7 +43,7 @@ struct LogprobBackward {
   const bool* mask;
   const float *row_max, *row_sum, *entropy;                    // [N]; entropy may be null
   const float *grad_logprobs, *grad_entropy, *grad_logsumexp;  // [N]; null is 0
-  double temperature;
+  double temperature, softcap;          // softcap: 0 for none
   int64_t vocab_start, columns, width;  // width: V
 };
 
@@ -67,6 +67,7 @@ struct KlBackward {
 
 struct Gae {
   Floats rewards, values;  // [B, T]
+  Floats bootstrap;        // [B], the value after each row, or null for 0
   const bool* mask;        // [B, T]
   int64_t length;          // T
   double gamma, lam;
@@ -95,14 +96,17 @@ struct Moments {
 
 // Partial sums of one block of tokens.
 struct PpoSums {
-  double policy, value, entropy, clipped, value_clipped, approx_kl, ratio, count;
+  double policy, value, entropy, clipped, value_clipped, approx_kl, ratio, count, kl;
   float ratio_max;
 };
 
 struct PpoLoss {
-  Floats logprobs, old_logprobs, advantages, values, old_values, returns, entropy;  // [N]; the last four may be null
+  Floats logprobs, old_logprobs, advantages;                                // [N]
+  Floats values, old_values, returns, entropy, ref_logprobs, weights;  // [N], or null
   const bool* mask;
-  double clip, value_clip, value_coef;
+  bool cispo, by_sequence;
+  Estimator estimator;
+  double clip_low, clip_high, value_clip, value_coef, dual_clip, kl_coef;  // dual_clip: infinity for none
   float *grad_logprobs, *grad_values;  // [N]; grad_values null without values
 };
 
@@ -115,6 +119,8 @@ struct Ranking {
   const float* scores;        // [N]
   const int64_t* int_ranks;   // [N], or null
   const double* float_ranks;  // [N], or null
+  const float* margins;       // [N], or null
+  float center_coef;
   bool per_prompt;
   float* grad;  // [N]
 };
@@ -136,7 +142,7 @@ struct Kernels {
   void (*gae)(const Gae&, int64_t begin, int64_t end);                               // rows
   void (*shaped_rewards)(const ShapedRewards&, int64_t begin, int64_t end);          // rows
   void (*moments)(const Moments&, int64_t begin, int64_t end);                       // rows
-  PpoSums (*ppo_loss)(const PpoLoss&, int64_t begin, int64_t end);                   // tokens, at most kPpoBlock
+  PpoSums (*ppo_loss)(const PpoLoss&, int64_t begin, int64_t end);  // at most kPpoBlock tokens, or one sequence
   RankingSums (*ranking)(const Ranking&, int64_t begin, int64_t end);                // responses of one prompt
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);                    // rows
   void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end, float* bias_grad);  // rows; [width], added to

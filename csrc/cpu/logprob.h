@@ -34,6 +34,30 @@ struct Softmax {
   }
 };
 
+// cap * tanh(x / cap), and its derivative given the tanh.
+struct Softcap {
+  float cap, inverse;
+
+  explicit Softcap(double c) : cap(static_cast<float>(c)), inverse(c > 0 ? static_cast<float>(1 / c) : 0.0f) {}
+
+  FASTRLHF_INLINE vfloat tanh(vfloat x) const {
+    const vfloat z = x * inverse, magnitude = absolute(z), e = exp_any(-2.0f * magnitude), square = z * z;
+    const vfloat large = (1.0f - e) / (e + 1.0f), sign = bits<vfloat>(bits<vint>(z) & static_cast<int32_t>(0x80000000));
+    // where 1 - e would cancel: the series, of relative error 6e-9 at its end
+    const vfloat series = z + z * square * ((splat(-0.0539682540f) * square + 0.1333333333f) * square - 0.3333333333f);
+    return select(magnitude < 0.15f, series, bits<vfloat>(bits<vint>(large) | bits<vint>(sign)));
+  }
+  FASTRLHF_INLINE vfloat of(vfloat x) const { return cap * tanh(x); }
+  static FASTRLHF_INLINE vfloat slope(vfloat t) { return (1.0f - t) * (t + 1.0f); }
+};
+
+template <class D>
+void capped_block(const typename D::T* x, int64_t n, const Softcap& softcap, float* out) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_as(out + i, softcap.of(D::load(x + i)));
+  if (i < n) store_part<F32>(out + i, n - i, softcap.of(load_part<D>(x + i, n - i, 0.0f)));
+}
+
 template <class D>
 FASTRLHF_INLINE float block_max(const typename D::T* x, int64_t n) {
   vfloat top[kUnroll];
@@ -76,8 +100,10 @@ FASTRLHF_INLINE int64_t local_label(int64_t label, int64_t vocab_start, int64_t 
 }
 
 void logprob_statistics(const LogprobStatistics& a, int64_t begin, int64_t end) {
+  const Softcap softcap(a.softcap);
   specialize(a.dtype, a.temperature, [&](auto format, auto temperature) {
     using D = decltype(format);
+    float capped[kBlock<D>];
     for (int64_t n = begin; n < end; ++n) {
       if (a.mask && !a.mask[n]) {  // never read: any finite numbers will do, since the results are masked
         a.row_max[n] = a.weighted[n] = a.target[n] = 0.0f;
@@ -89,6 +115,12 @@ void logprob_statistics(const LogprobStatistics& a, int64_t begin, int64_t end) 
       double scale;
       for (int64_t at = 0; at < a.columns; at += kBlock<D>) {
         const int64_t size = a.columns - at < kBlock<D> ? a.columns - at : kBlock<D>;
+        if (a.softcap > 0) {
+          capped_block<D>(x + at, size, softcap, capped);
+          row.raise(block_max<F32>(capped, size), a.temperature, &scale);
+          block_sums<F32>(capped, size, temperature, &row);
+          continue;
+        }
         row.raise(block_max<D>(x + at, size), a.temperature, &scale);
         block_sums<D>(x + at, size, temperature, &row);
       }
@@ -97,20 +129,24 @@ void logprob_statistics(const LogprobStatistics& a, int64_t begin, int64_t end) 
       a.row_sum[n] = static_cast<float>(row.sum);
       a.weighted[n] = static_cast<float>(row.weighted);
       a.target[n] = label < 0 ? -kInf : load_one<D>(x + label);
+      if (label >= 0 && a.softcap > 0) a.target[n] = softcap.of(splat(a.target[n]))[0];
     }
   });
 }
 
 // d/dx_j = e_j (at_p + at_entropy (x_j - M) / T), except at the label.
-template <class D, class Temp, bool kEntropy>
+template <class D, class Temp, bool kEntropy, bool kCapped>
 struct LogprobGradient {
   const typename D::T* x;
   vfloat shift, at_p, at_entropy;
   Temp temperature;
+  Softcap softcap;
 
   FASTRLHF_INLINE vfloat of(vfloat v) const {
-    const vfloat u = temperature.divide_clamped(v - shift), e = exp_nonpositive(u);
-    return kEntropy ? e * (at_entropy * u + at_p) : e * at_p;
+    const vfloat t = kCapped ? softcap.tanh(v) : v;
+    const vfloat u = temperature.divide_clamped((kCapped ? softcap.cap * t : v) - shift), e = exp_nonpositive(u);
+    const vfloat d = kEntropy ? e * (at_entropy * u + at_p) : e * at_p;
+    return kCapped ? d * Softcap::slope(t) : d;
   }
   FASTRLHF_INLINE vfloat full(int64_t i) const {
     prefetch(x + i + kAhead<D>);
@@ -123,6 +159,7 @@ template <class D, class Temp>
 void logprob_gradient_row(const LogprobBackward& a, const Temp& temperature, int64_t n) {
   const typename D::T* x = row_of<D>(a.rows, n);
   typename D::T* out = row_of<D>(a.out, n);
+  const Softcap softcap(a.softcap);
   const double log_sum = __builtin_log(static_cast<double>(a.row_sum[n])), shift = a.row_max[n];
   const double to_label = a.grad_logprobs ? a.grad_logprobs[n] : 0.0;
   const double to_entropy = a.grad_entropy ? a.grad_entropy[n] : 0.0;
@@ -134,17 +171,23 @@ void logprob_gradient_row(const LogprobBackward& a, const Temp& temperature, int
   const int64_t label = local_label(a.labels[n], a.vocab_start, a.columns);
   double at_label = 0;
   if (label >= 0) {
-    const double u = (load_one<D>(x + label) - shift) / a.temperature, e = __builtin_exp(u);
+    const float t = a.softcap > 0 ? softcap.tanh(splat(load_one<D>(x + label)))[0] : 0.0f;
+    const float value = a.softcap > 0 ? softcap.cap * t : load_one<D>(x + label);
+    const double u = (value - shift) / a.temperature, e = __builtin_exp(u);
     const double entropy_term = e == 0 ? 0.0 : e * (u + offset) * to_entropy;
     at_label = to_label / a.temperature + (e * to_p - entropy_term) * norm;
+    if (a.softcap > 0) at_label *= (1.0 - t) * (1.0 + t);
   }
   const vfloat at_p = splat(static_cast<float>((to_p - to_entropy * offset) * norm));
   const vfloat at_entropy = splat(static_cast<float>(-to_entropy * norm));
   const vfloat top = splat(a.row_max[n]);
-  if (a.grad_entropy)
-    write_row<D>(out, a.columns, LogprobGradient<D, Temp, true>{x, top, at_p, at_entropy, temperature});
+  if (a.softcap > 0)  // rarely used: one form serves both
+    write_row<D>(out, a.columns, LogprobGradient<D, Temp, true, true>{x, top, at_p, at_entropy, temperature, softcap});
+  else if (a.grad_entropy)
+    write_row<D>(out, a.columns, LogprobGradient<D, Temp, true, false>{x, top, at_p, at_entropy, temperature, softcap});
   else
-    write_row<D>(out, a.columns, LogprobGradient<D, Temp, false>{x, top, at_p, at_entropy, temperature});
+    write_row<D>(out, a.columns,
+                 LogprobGradient<D, Temp, false, false>{x, top, at_p, at_entropy, temperature, softcap});
   if (label >= 0) store_part<D>(out + label, 1, splat(static_cast<float>(at_label)));
   clear<D>(out + a.columns, a.width - a.columns);
 }

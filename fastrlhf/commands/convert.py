@@ -13,6 +13,8 @@ from pathlib import Path
 from fastrlhf.checkpoint.model_folder import describe_model, load_model, save_model
 from fastrlhf.checkpoint.names import TOKENIZER
 from fastrlhf.config import ModelConfig, ParallelConfig
+from fastrlhf.config.shape import check_layout
+from fastrlhf.config.yaml_file import ConfigError
 from fastrlhf.data.files import make_folder
 from fastrlhf.data.tokenize import load_tokenizer, tokenizer_files
 from fastrlhf.errors import UserError
@@ -128,14 +130,7 @@ def _report(source: str | Path, out: Path, stage: GPT, difference: float) -> Non
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for name in ("num_heads", "num_kv_heads", "ffn_size"):
-        if getattr(model, name) % parallel.tensor:
-            raise UserError(
-                f"parallel.tensor {parallel.tensor} does not divide {name} "
-                f"{getattr(model, name)} of the model"
-            )
-    if model.num_layers % parallel.pipeline:
-        raise UserError(
-            f"parallel.pipeline {parallel.pipeline} does not divide the model's "
-            f"{model.num_layers} layers"
-        )
+    try:
+        check_layout(model, parallel, "the model's ", "convert on another number of ranks")
+    except ConfigError as error:
+        raise UserError(str(error)) from None

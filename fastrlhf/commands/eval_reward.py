@@ -85,7 +85,7 @@ def cross_validate(config: Config, folds: int, by: By = "labeler_id") -> dict[st
     assert config.data.train is not None
     run = RunBuilder(config, start_ranks("rm", config))
     run.check_models()
-    rankings = run.rankings(config.data.train)
+    rankings = run.rankings(list(config.data.train))
     valid = run.rankings(config.data.valid) if config.data.valid else []
     groups = _groups(rankings, folds, by)
     rows: list[dict[str, Any]] = []

@@ -94,6 +94,11 @@ def _check_length(command: Command, config: Config) -> None:
 
 def _check_sft(command: Command, config: Config) -> None:
     _check_length(command, config)
+    if config.data.pretrain_fraction > 0 and isinstance(config.data.train, dict):
+        raise UserError(
+            "data.train with weights cannot be mixed with pretraining rows; give a list of files,"
+            " or set data.pretrain_fraction to 0"
+        )
     if config.data.pretrain_fraction > 0 and not config.data.pretrain:
         raise UserError(
             "data.pretrain_fraction above 0 needs data.pretrain: the text to mix in (or set it"

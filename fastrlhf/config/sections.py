@@ -70,8 +70,10 @@ class DataConfig(Section):
 
     tokenizer: FilePath
     """Folder of a Hugging Face tokenizer."""
-    train: FilePaths | None = None
-    """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain)."""
+    train: Blend | None = None
+    """Training files: demonstrations (sft), rankings or pairs (rm), text (pretrain). Samples of a
+    list of files are equally likely; a mapping of path to weight is read in proportion to the
+    weights, in epochs of as many samples as the files have."""
     valid: FilePaths | None = None
     """Validation files of the same kind (PPO: prompts). null: no validation."""
     demonstrations: FilePaths | None = None

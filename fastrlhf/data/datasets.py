@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastrlhf.data.batches import TokenizedDemonstration, TokenizedRanking
+from fastrlhf.data.loader import Dataset
 from fastrlhf.data.records import (
     Counts,
     Kind,
@@ -140,7 +141,7 @@ def _strict_pairs(ranks: Sequence[int | float]) -> int:
 
 
 def check_ranking_sizes(
-    rankings: Sequence[TokenizedRanking],
+    rankings: Dataset[TokenizedRanking],
     cost: Callable[[TokenizedRanking], int],
     max_tokens: int | None,
 ) -> None:
@@ -150,7 +151,7 @@ def check_ranking_sizes(
     (`batches.ranking_tokens`); `max_tokens` is the budget of a micro-batch, None for no limit.
     Raises UserError if the longest ranking is above the budget.
     """
-    longest = max(rankings, key=cost)
+    longest = max((rankings[i] for i in range(len(rankings))), key=cost)
     K, tokens = len(longest.responses), cost(longest)
     logger.info(
         "longest prompt with its responses: %d tokens (K = %d)%s",

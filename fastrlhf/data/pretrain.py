@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastrlhf.data.blend import blend_order
 from fastrlhf.data.files import make_folder
 from fastrlhf.data.foreign_errors import foreign_errors
 from fastrlhf.data.indexed import bin_file, idx_file, write_indexed
@@ -120,36 +121,11 @@ class PretrainWindows:
     def order(self, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
         """Return the windows of one epoch, int64 [len(self)]; the same on every machine.
 
-        Without weights, each window occurs once. In a blend, part p gets its share n_p of the
-        epoch, evenly spread, so that any section of the epoch has these proportions up to one
-        window per part. Each part continues in the order where the previous epoch stopped, and uses
-        all its windows once before it repeats any.
+        Without weights, each window occurs once; a blend has the order of `blend_order`.
         """
         if self.weights is None:
             return permutation(len(self), seed, epoch, shuffle)
-        drawn, positions = [], []
-        for part, count in enumerate(apportion(len(self), self.weights)):
-            first = int(self._ends[part - 1]) if part else 0
-            size = int(self._ends[part]) - first
-            draws = np.arange(epoch * count, (epoch + 1) * count)
-            passes = draws // size
-            orders = {
-                p: permutation(size, seed + part, p, shuffle) for p in np.unique(passes).tolist()
-            }
-            windows = [orders[p][draws[passes == p] % size] for p in orders]
-            drawn.append(first + np.concatenate(windows) if windows else draws)
-            positions.append((np.arange(count) + 0.5) / max(count, 1))
-        return np.concatenate(drawn)[np.argsort(np.concatenate(positions), kind="stable")]
-
-
-def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Split `total` into integers proportional to `weights`, by the largest-remainder method."""
-    shares = [total * weight / sum(weights) for weight in weights]
-    counts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+        return blend_order(self._ends, self.weights, seed, epoch, shuffle)
 
 
 def indexed_prefix(path: Path) -> Path | None:

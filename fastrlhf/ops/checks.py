@@ -5,6 +5,7 @@ Reading a value would wait for the GPU.
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 import torch
@@ -50,20 +51,49 @@ def like(
     dtypes = {"float": FLOATS, "integer": INTEGERS, "bool": (torch.bool,)}[kind]
     words = {"float": "a float", "integer": "an integer", "bool": "a bool"}[kind]
     fits = isinstance(x, Tensor) and x.dtype in dtypes and x.shape == shape and x.device == device
-    require(fits, argument, x, f"{words} tensor of shape {list(shape)} on {device}")
+    cure = ""
+    if kind == "bool" and isinstance(x, Tensor) and x.dtype != torch.bool and x.shape == shape:
+        cure = f": pass {argument}.bool()"
+    require(fits, argument, x, f"{words} tensor of shape {list(shape)} on {device}{cure}")
 
 
 def number(x: object) -> bool:
     """Return whether x is a number (numpy's included) or a 0-dim tensor."""
-    return isinstance(x, Real) or (isinstance(x, Tensor) and x.dim() == 0)
+    if isinstance(x, Tensor):
+        return x.dim() == 0 and not x.is_complex() and x.dtype != torch.bool
+    return isinstance(x, Real)
 
 
-def positive(argument: str, x: float) -> None:
-    require(number(x) and x > 0, argument, x, "a number above 0")
+def readable(x: object) -> bool:
+    """Return whether the value of a number can be read now: not a GPU's, nor a traced tensor's."""
+    if not isinstance(x, Tensor):
+        return True
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cpu"
 
 
-def fraction(argument: str, x: float) -> None:
-    require(number(x) and 0 <= x <= 1, argument, x, "a number from 0 to 1")
+def scalar(argument: str, x: float | Tensor, low: float, high: float, expected: str) -> None:
+    """Check that x is a number or a 0-dim tensor and, where readable, low <= x <= high."""
+    within = number(x) and (not readable(x) or low <= x <= high)
+    require(bool(within), argument, x, expected)
+
+
+def positive(argument: str, x: float | Tensor) -> None:
+    within = number(x) and (not readable(x) or 0 < x < math.inf)
+    require(bool(within), argument, x, "a number above 0, not infinite")
+
+
+def finite(argument: str, x: float | Tensor) -> None:
+    within = number(x) and (not readable(x) or -math.inf < x < math.inf)
+    require(bool(within), argument, x, "a finite number")
+
+
+def not_negative(argument: str, x: float | Tensor) -> None:
+    within = number(x) and (not readable(x) or 0 <= x < math.inf)
+    require(bool(within), argument, x, "a finite number, 0 or more")
+
+
+def fraction(argument: str, x: float | Tensor) -> None:
+    scalar(argument, x, 0.0, 1.0, "a number from 0 to 1")
 
 
 def choice(argument: str, x: object, options: tuple[object, ...]) -> None:

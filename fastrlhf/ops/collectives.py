@@ -12,10 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastrlhf.ops import checks
 from fastrlhf.ops.registry import Context, Gradients, custom_op
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def check_group(group: object) -> None:
+    """Check that `group` is None or a process group with this rank in it."""
+    if group is None:
+        return
+    absent = group is dist.GroupMember.NON_GROUP_MEMBER
+    expected = "a group that this rank is a member of, or None"
+    checks.require(not absent, "group", group, expected)
+    expected = "a torch.distributed.ProcessGroup (of a DeviceMesh: mesh.get_group(dimension))"
+    checks.require(isinstance(group, dist.ProcessGroup), "group", group, expected)
 
 
 def name_of(group: ProcessGroup | None) -> str:
@@ -98,4 +110,5 @@ def all_reduce_sum(x: Tensor, group: ProcessGroup | None) -> Tensor:
     Its gradient is the identity: every rank holds the same sum and the same loss, so each rank's
     gradient is that of its own term.
     """
+    check_group(group)
     return x if group is None else _all_reduce_sum(x, group.group_name)

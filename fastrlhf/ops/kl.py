@@ -5,6 +5,7 @@ Out of scope: reductions; average with `masked_mean`.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from fastrlhf.ops.dispatch import BACKENDS, Kernel
 from fastrlhf.ops.layouts import KLStatistic
 from fastrlhf.ops.registry import Context, Gradients, custom_op
 from fastrlhf.ops.rows import as_rows, flat, row_blocks, vocab_shard
+from fastrlhf.ops.scalars import Number, pack, unpack
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,18 +24,28 @@ if TYPE_CHECKING:
 ESTIMATORS = ("k1", "abs", "k2", "k3")
 
 
-def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+def token_kl(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: str = "k1",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Estimate KL(pi || ref) per token from the log-probs of sampled tokens.
 
     With d = logprobs - ref_logprobs, "k1": d; "abs": |d|; "k2": d^2 / 2; "k3": exp(-d) - 1 + d
     (non-negative and, like k1, unbiased; Schulman 2020, "Approximating KL divergence"). Inputs of
-    any shape [...], result fp32; differentiable in both inputs.
+    any shape [...], result fp32; differentiable in both inputs. mask [...] bool: False positions
+    give exactly 0 and no gradient, whatever they hold.
     """
     checks.floating("logprobs", logprobs)
     checks.like("ref_logprobs", ref_logprobs, logprobs.shape, logprobs.device)
     checks.choice("estimator", estimator, ESTIMATORS)
     dtype = checks.compute_dtype(logprobs)
-    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
+    logp, ref = logprobs.to(dtype), ref_logprobs.to(dtype)
+    if mask is not None:
+        checks.like("mask", mask, logprobs.shape, logprobs.device, "bool")
+        logp, ref = torch.where(mask, logp, 0.0), torch.where(mask, ref, 0.0)
+    d = logp - ref
     if estimator == "k1":
         return d
     if estimator == "abs":
@@ -43,8 +55,17 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> T
     return torch.expm1(-d) + d
 
 
+def kl_slope(d: Tensor, estimator: str) -> Tensor:
+    """Return the derivative of an estimate in d = logprobs - ref_logprobs."""
+    if estimator == "k1":
+        return torch.ones_like(d)
+    if estimator == "abs":
+        return d.sign()
+    return d if estimator == "k2" else -torch.expm1(-d)
+
+
 def logits_kl_ref(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None, temperature: Number = 1.0
 ) -> Tensor:
     """Compute `logits_kl` in plain torch and autograd, holding several [..., V] tensors."""
     dtype = checks.compute_dtype(logits)
@@ -70,7 +91,7 @@ class SavedKL(NamedTuple):
 
 
 def _statistics_torch(
-    rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: float, columns: int
+    rows: Tensor, ref_rows: Tensor, mask: Tensor | None, temperature: Number, columns: int
 ) -> Tensor:
     """Return the statistics [5, N] of this shard, laid out as KLStatistic."""
     dtype = checks.compute_dtype(rows)
@@ -92,7 +113,7 @@ def _statistics_torch(
     return stats.view(len(KLStatistic), -1)
 
 
-def _shifted_exp(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _shifted_exp(x: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
     if x.shape[-1] == 0:  # a shard that holds only padding
         return x.new_full(x.shape[:-1], -torch.inf), x
     top = x.amax(-1)
@@ -106,7 +127,7 @@ def _backward_torch(
     mask: Tensor | None,
     saved: SavedKL,
     grad: Tensor,
-    temperature: float,
+    temperature: Number,
     columns: int,
     out: Tensor | None,
     ref_out: Tensor | None,
@@ -144,7 +165,7 @@ STATISTICS = Kernel("logits_kl_statistics", _statistics_torch, "fastrlhf.kernels
 BACKWARD = Kernel("logits_kl_backward", _backward_torch, "fastrlhf.kernels.logits_kl")
 
 
-def _finish(stats: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+def _finish(stats: Tensor, mask: Tensor | None, temperature: Number) -> Tensor:
     """Return KL [N] = E_p[(x - y) / T] - lse(x / T) + lse(y / T) from the statistics [5, N]."""
     row_sum, ref_sum = stats[KLStatistic.ROW_SUM], stats[KLStatistic.REF_SUM]
     gap = stats[KLStatistic.ROW_MAX] - stats[KLStatistic.REF_MAX]
@@ -153,7 +174,7 @@ def _finish(stats: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     return kl if mask is None else torch.where(mask, kl, 0.0)
 
 
-def _combine(stats: Tensor, temperature: float) -> Tensor:
+def _combine(stats: Tensor, temperature: Number) -> Tensor:
     """Merge the shards' statistics [R, 5, N], in rank order, into the vocabulary's [5, N]."""
     row_max, scale = _common_scale(stats, KLStatistic.ROW_MAX, KLStatistic.ROW_SUM, temperature)
     ref_max, ref_scale = _common_scale(stats, KLStatistic.REF_MAX, KLStatistic.REF_SUM, temperature)
@@ -169,7 +190,7 @@ def _combine(stats: Tensor, temperature: float) -> Tensor:
 
 
 def _common_scale(
-    stats: Tensor, maximum: KLStatistic, total: KLStatistic, temperature: float
+    stats: Tensor, maximum: KLStatistic, total: KLStatistic, temperature: Number
 ) -> tuple[Tensor, Tensor]:
     """Return the maximum [N] over the shards, and the factors [R, N] of their sums."""
     top = stats[:, maximum].amax(0)
@@ -185,12 +206,13 @@ def _logits_kl(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    scalars: Tensor,
     columns: int,
     group_name: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows, ref_rows, keep = as_rows(logits), as_rows(ref_logits), flat(mask)
+    (temperature,) = unpack(scalars)
     statistics = STATISTICS.implementation(rows, backend)
     stats = statistics(rows, ref_rows, keep, temperature, columns)
     if group_name:
@@ -201,7 +223,8 @@ def _logits_kl(
 @_logits_kl.register_fake
 def _(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     dtype, lead = checks.compute_dtype(logits), logits.shape[:-1]
-    stats = logits.new_empty((len(KLStatistic), lead.numel()), dtype=dtype)
+    tokens = math.prod(lead)  # Size.numel() would specialize on the length
+    stats = logits.new_empty((len(KLStatistic), tokens), dtype=dtype)
     return logits.new_empty(lead, dtype=dtype), stats
 
 
@@ -212,7 +235,7 @@ def _logits_kl_backward(
     mask: Tensor | None,
     saved: SavedKL,
     grad: Tensor,
-    temperature: float,
+    scalars: Tensor,
     columns: int,
     backend: str,
     needs: list[bool],
@@ -224,7 +247,7 @@ def _logits_kl_backward(
         for x, needed in zip((rows, ref_rows), needs, strict=True)
     )
     backward = BACKWARD.implementation(rows, backend)
-    saved = SavedKL(saved.stats, flat(saved.kl))
+    saved, (temperature,) = SavedKL(saved.stats, flat(saved.kl)), unpack(scalars)
     backward(rows, ref_rows, flat(mask), saved, flat(grad), temperature, columns, out, ref_out)
     return (
         logits.new_empty(0) if out is None else out.view(logits.shape),
@@ -239,7 +262,7 @@ def _(
     mask: Tensor | None,
     saved: SavedKL,
     grad: Tensor,
-    temperature: float,
+    scalars: Tensor,
     columns: int,
     backend: str,
     needs: list[bool],
@@ -251,7 +274,6 @@ def _(
 
 
 class _Context(Context, Protocol):
-    temperature: float
     columns: int
     backend: str
 
@@ -262,23 +284,23 @@ def _setup(
     logits: Tensor,
     ref_logits: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    scalars: Tensor,
     columns: int,
     group_name: str,
     backend: str,
 ) -> None:
     kl, stats = output
     ctx.set_materialize_grads(False)
-    ctx.temperature, ctx.columns, ctx.backend = temperature, columns, backend
-    ctx.save_for_backward(logits, ref_logits, mask, stats, kl)
+    ctx.columns, ctx.backend = columns, backend
+    ctx.save_for_backward(logits, ref_logits, mask, stats, kl, scalars)
 
 
 def _logits_kl_grad(ctx: _Context, grad: Tensor | None, _: Tensor | None) -> Gradients:
     if grad is None:
         return {}
-    logits, ref_logits, mask, stats, kl = ctx.saved_tensors
+    logits, ref_logits, mask, stats, kl, scalars = ctx.saved_tensors
     needs = _logits_kl.needs_grad(ctx, "logits", "ref_logits")
-    options = (ctx.temperature, ctx.columns, ctx.backend, needs)
+    options = (scalars, ctx.columns, ctx.backend, needs)
     d_logits, d_ref_logits = _logits_kl_backward(
         logits, ref_logits, mask, SavedKL(stats, kl), grad.contiguous(), *options
     )
@@ -296,7 +318,7 @@ def logits_kl(
     ref_logits: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
@@ -321,7 +343,6 @@ def logits_kl(
     checks.positive("temperature", temperature)
     checks.choice("backend", backend, BACKENDS)
     shard = vocab_shard(logits.shape[-1], vocab_start, vocab_size, group)
-    kl, _ = _logits_kl(
-        logits, ref_logits, mask, float(temperature), shard.columns, shard.group_name, backend
-    )
+    scalars = pack(logits, temperature)
+    kl, _ = _logits_kl(logits, ref_logits, mask, scalars, shard.columns, shard.group_name, backend)
     return kl

@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class SoftmaxStatistic(IntEnum):
-    """Rows of the statistics [4, N] of N rows x of logits, with e_j = exp((x_j - max x) / T)."""
+    """Rows of the statistics [4, N] of N rows x of logits, with e_j = exp((x_j - max x) / T).
+
+    With a softcap, x are the capped logits.
+    """
 
     ROW_MAX = 0
     """max_j x_j, of the raw logits"""
@@ -51,7 +54,7 @@ class Moment(IntEnum):
 
 
 class PPOMetric(IntEnum):
-    """Elements of the PPO loss's metrics [10]: the fields of PPOLoss, then the gradient's scale."""
+    """Elements of the PPO loss's metrics [11]: the fields of PPOLoss, then the gradient's scale."""
 
     LOSS = 0
     POLICY_LOSS = 1
@@ -62,7 +65,8 @@ class PPOMetric(IntEnum):
     APPROX_KL = 6
     RATIO_MEAN = 7
     RATIO_MAX = 8
-    GRAD_SCALE = 9
+    KL = 9
+    GRAD_SCALE = 10
     """factor that the returned gradients still lack, besides the upstream"""
 
 

@@ -44,12 +44,14 @@ from fastrlhf.ops.logprob_kernels import (
     STATISTICS,
     RowResults,
     SavedRow,
+    Softmax,
     TokenGrads,
     combine_statistics,
     results_from,
 )
 from fastrlhf.ops.registry import Context, Gradients, custom_op
 from fastrlhf.ops.rows import RowSlice, VocabShard, flat, map_tensors, vocab_shard
+from fastrlhf.ops.scalars import Number
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,14 +68,20 @@ def linear_logprobs_ref(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
     mask: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
 ) -> TokenLogprobs:
     """Compute `linear_logprobs` in plain torch, for tests and benchmarks to compare with."""
     logits = linear_logits_ref(hidden, weight, bias)
     return logprobs_ref(
-        logits, labels, temperature=temperature, mask=mask, ref_logprobs=ref_logprobs
+        logits,
+        labels,
+        temperature=temperature,
+        softcap=softcap,
+        mask=mask,
+        ref_logprobs=ref_logprobs,
     )
 
 
@@ -102,12 +110,13 @@ def _linear_logprobs(
     head: LinearHead,
     tokens: LinearTokens,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     keep_logits: bool,
     shard: VocabShard,
     backend: str,
 ) -> _Outputs:
+    temperature, softcap = softmax.values()
     labels, mask, num_counted = flat(tokens.labels).long(), flat(tokens.mask), tokens.num_counted
     width, dtype = head.weight.shape[0], checks.compute_dtype(head.hidden)
     rows = CountedRows(as_matrix(head.hidden), mask, width, num_counted=num_counted)
@@ -123,7 +132,7 @@ def _linear_logprobs(
         statistics = STATISTICS.implementation(logits, backend, shard.sharded)
         per_token = (rows.take(labels, at), rows.take(rows.mask, at))
         columns = (shard.vocab_start, shard.columns)
-        rows.put(stats, at, statistics(logits, *per_token, temperature, *columns))
+        rows.put(stats, at, statistics(logits, *per_token, temperature, *columns, softcap))
     if shard.sharded:
         gathered = collectives.gather_stack(stats, shard.group_name)
         stats = combine_statistics(gathered, temperature)
@@ -137,7 +146,7 @@ def _(
     head: LinearHead,
     tokens: LinearTokens,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     keep_logits: bool,
     *_: object,
@@ -154,13 +163,14 @@ def _linear_logprobs_backward(
     saved: SavedRow,
     kept_logits: Tensor,
     upstream: TokenGrads,
-    temperature: float,
+    softmax: Softmax,
     shard: VocabShard,
     backend: str,
     needs: list[bool],
 ) -> HeadGradients:
     """Return the gradients of the head, empty [0] where `needs` is False."""
     labels, width = flat(tokens.labels).long(), head.weight.shape[0]
+    temperature, softcap = softmax.values()
     rows = CountedRows(
         as_matrix(head.hidden), flat(tokens.mask), width, num_counted=tokens.num_counted
     )
@@ -185,6 +195,7 @@ def _linear_logprobs_backward(
             shard.vocab_start,
             shard.columns,
             out[None],
+            softcap,
         )
         sums.add(at, out, hidden)
 
@@ -207,7 +218,7 @@ def _(
     saved: SavedRow,
     kept_logits: Tensor,
     upstream: TokenGrads,
-    temperature: float,
+    softmax: Softmax,
     shard: VocabShard,
     backend: str,
     needs: list[bool],
@@ -226,7 +237,7 @@ def fake_gradients(head: LinearHead, needs: list[bool], dtype: torch.dtype) -> H
 
 
 class _Context(Context, Protocol):
-    temperature: float
+    capped: bool
     num_counted: int | None
     shard: VocabShard
     backend: str
@@ -238,7 +249,7 @@ def _setup(
     head: LinearHead,
     tokens: LinearTokens,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     keep_logits: bool,
     shard: VocabShard,
@@ -246,15 +257,16 @@ def _setup(
 ) -> None:
     _logp, entropy, _lse, _kl, row_max, row_sum, kept = output
     ctx.set_materialize_grads(False)
-    ctx.temperature, ctx.num_counted = temperature, tokens.num_counted
+    ctx.capped, ctx.num_counted = softmax.capped, tokens.num_counted
     ctx.shard, ctx.backend = shard, backend
     saved = SavedRow(row_max, row_sum, entropy if with_entropy else None)
-    ctx.save_for_backward(*head, tokens.labels, tokens.mask, *saved, kept)
+    per_token = (tokens.labels, tokens.mask)
+    ctx.save_for_backward(*head, *per_token, *saved, kept, softmax.scalars)
 
 
 def _linear_logprobs_grad(ctx: _Context, *upstream: Tensor | None) -> Gradients:
     grads, grad_kl = token_grads(*upstream[:4])
-    hidden, weight, bias, labels, mask, row_max, row_sum, entropy, kept = ctx.saved_tensors
+    *head, labels, mask, row_max, row_sum, entropy, kept, scalars = ctx.saved_tensors
     gradients: dict[str, Tensor | None] = {}
     if grad_kl is not None and _linear_logprobs.needs_grad(ctx, "ref_logprobs")[0]:
         gradients["ref_logprobs"] = ref_gradient(grad_kl, mask)
@@ -262,12 +274,12 @@ def _linear_logprobs_grad(ctx: _Context, *upstream: Tensor | None) -> Gradients:
     if not any(needs):
         return gradients
     computed = _linear_logprobs_backward(
-        LinearHead(hidden, weight, bias),
+        LinearHead(*head),
         LinearTokens(labels, mask, ctx.num_counted),
         SavedRow(row_max, row_sum, None if grads.grad_entropy is None else entropy),
         kept,
         grads,
-        ctx.temperature,
+        Softmax(scalars, ctx.capped),
         ctx.shard,
         ctx.backend,
         needs,
@@ -286,7 +298,8 @@ def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LinearH
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = _cast(hidden, dtype), _cast(weight, dtype)
         bias = None if bias is None else _cast(bias, dtype)
-    checks.require(hidden.dim() >= 1, "hidden", hidden, "shape [..., H]")
+    holds = hidden.dim() >= 1 and hidden.shape[-1] > 0
+    checks.require(holds, "hidden", hidden, "shape [..., H] with H above 0")
     fits = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[-1] == hidden.shape[-1]
     same = fits and weight.dtype == hidden.dtype and weight.device == hidden.device
     expected = (
@@ -320,7 +333,8 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     recompute: bool | str = "auto",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
     mask: Tensor | None = None,
     with_entropy: bool = False,
     ref_logprobs: Tensor | None = None,
@@ -351,7 +365,7 @@ def linear_logprobs(
     """
     head = checked_head(hidden, weight, bias)
     lead, device, width = head.hidden.shape[:-1], head.hidden.device, weight.shape[0]
-    check_tokens(lead, device, labels, mask, ref_logprobs, temperature, backend)
+    check_tokens(lead, device, labels, mask, ref_logprobs, backend)
     check_num_counted(num_counted, mask)
     checks.choice("recompute", recompute, ("auto", True, False))
     shard = vocab_shard(width, vocab_start, vocab_size, group)
@@ -366,7 +380,7 @@ def linear_logprobs(
         head,
         LinearTokens(labels, mask, num_counted),
         ref_logprobs,
-        float(temperature),
+        Softmax.of(head.hidden, temperature, softcap),
         with_entropy,
         keep,
         shard,

@@ -17,6 +17,7 @@ from fastrlhf.ops import checks, collectives
 from fastrlhf.ops.dispatch import has_cpu_implementation
 from fastrlhf.ops.masked import true_places
 from fastrlhf.ops.rows import RowSlice
+from fastrlhf.ops.scalars import Number
 
 MIB = 1 << 20
 BUDGET_VARIABLE = "FASTRLHF_LINEAR_BUDGET_MB"
@@ -146,9 +147,13 @@ class CountedRows:
         width: int,
         shared: bool = False,
         num_counted: int | None = None,
+        sequence: int | None = None,
     ) -> None:
+        """Choose the rows. `sequence`: keep all rows, and cut chunks of whole sequences of it."""
         self.hidden, self.mask, self.index = hidden_NH, mask_N, None
-        if mask_N is not None and readable(mask_N):
+        if sequence is not None:
+            num_counted = None
+        elif mask_N is not None and readable(mask_N):
             self.mask = None
             self.index = None if bool(mask_N.all()) else true_places(mask_N, None)
         elif mask_N is not None and num_counted is not None and num_counted < len(hidden_NH):
@@ -159,6 +164,8 @@ class CountedRows:
         expected = f"no less than the mask's True positions ({self.count})"
         checks.require(enough, "num_counted", num_counted, expected)
         self.step = chunk_rows(hidden_NH, self.count, width, shared)
+        if sequence is not None:
+            self.step = max(sequence, self.step // sequence * sequence)
 
     def __iter__(self) -> Iterator[RowSlice]:
         for start in range(0, self.count, max(1, self.step)):
@@ -206,8 +213,12 @@ def empty_pooled(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty(rows, columns)
 
 
-def grad_scale(rows: CountedRows, *upstream: Tensor | None, at_least: float = 0.0) -> Tensor | None:
+def grad_scale(
+    rows: CountedRows, *upstream: Tensor | None, at_least: tuple[Number, ...] = ()
+) -> Tensor | None:
     """Return the power of two just below the largest |upstream| [N] of a row that counts, or 1.
+
+    `at_least`: upstreams that are the same for all rows.
 
     Half-precision gradients of the logits are computed divided by it and multiplied by it after
     the GEMMs: an upstream of 1 / denominator would underflow in fp16 (smallest subnormal 6e-8). A
@@ -215,7 +226,12 @@ def grad_scale(rows: CountedRows, *upstream: Tensor | None, at_least: float = 0.
     """
     if rows.hidden.element_size() > 2:
         return None
-    largest = torch.full((), at_least, device=rows.hidden.device)
+    largest = torch.zeros((), device=rows.hidden.device)
+    for size in at_least:
+        if isinstance(size, Tensor):
+            largest = torch.maximum(largest, size.abs().to(largest.dtype))
+        else:
+            largest = largest.clamp(min=abs(size))
     for x in upstream if rows.count else ():
         if x is not None:
             largest = torch.maximum(largest, rows.max_abs(x))
@@ -297,6 +313,11 @@ class GradientSums:
             _add_product_(self.d_weight, d_logits, hidden_chunk, keep=at.start > 0)
         if self.needs_bias:
             self.d_bias += d_logits.sum(0, dtype=self.d_bias.dtype)
+
+    def add_hidden(self, at: RowSlice, share: Tensor) -> None:
+        """Add to the gradient of the chunk's hidden states."""
+        index = at if self.rows.index is None else self.rows.index[at]
+        self.d_hidden[index] = (self.d_hidden[index] + share).to(self.d_hidden.dtype)
 
     def reduce(self, group_name: str) -> HeadGradients:
         """Sum dh over the vocabulary's shards; dW and db belong to this shard alone."""

@@ -17,12 +17,14 @@ from fastrlhf.ops.logprob_kernels import (
     STATISTICS,
     RowResults,
     SavedRow,
+    Softmax,
     TokenGrads,
     combine_statistics,
     results_from,
 )
 from fastrlhf.ops.registry import Context, Gradients, custom_op
 from fastrlhf.ops.rows import VocabShard, as_rows, flat, map_tensors, vocab_shard
+from fastrlhf.ops.scalars import Number
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +47,8 @@ def logprobs_ref(
     logits: Tensor,
     labels: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
     mask: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
 ) -> TokenLogprobs:
@@ -54,6 +57,8 @@ def logprobs_ref(
     Autograd differentiates it; it holds several [..., V] tensors.
     """
     x = logits.to(checks.compute_dtype(logits))
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
     keep = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     logp = torch.log_softmax(torch.where(keep[..., None], x, 0.0) / temperature, -1)
     lse = torch.logsumexp(torch.where(keep[..., None], x, 0.0) / temperature, -1)
@@ -73,18 +78,19 @@ def _forward_rows(
     labels: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     shard: VocabShard,
     backend: str,
 ) -> RowResults:
+    temperature, softcap = softmax.values()
     if not shard.sharded and STATISTICS.choose(rows, backend) == "triton":
         # one launch computes all results
         forward = STATISTICS.triton_function("logprob_forward", rows)
-        options = (temperature, with_entropy, shard.vocab_start, shard.columns)
+        options = (temperature, with_entropy, shard.vocab_start, shard.columns, softcap)
         return cast(RowResults, forward(rows, labels, mask, ref_logprobs, *options))
     statistics = STATISTICS.implementation(rows, backend, shard.sharded)
-    stats = statistics(rows, labels, mask, temperature, shard.vocab_start, shard.columns)
+    stats = statistics(rows, labels, mask, temperature, shard.vocab_start, shard.columns, softcap)
     if shard.sharded:
         gathered = collectives.gather_stack(stats, shard.group_name)
         stats = combine_statistics(gathered, temperature)
@@ -119,7 +125,7 @@ def _token_logprobs(
     labels: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     shard: VocabShard,
     inplace_backward: bool,
@@ -127,7 +133,7 @@ def _token_logprobs(
 ) -> RowResults:
     ref = None if ref_logprobs is None else flat(ref_logprobs).to(checks.compute_dtype(logits))
     per_token = (flat(labels).long(), flat(mask), ref)
-    results = _forward_rows(as_rows(logits), *per_token, temperature, with_entropy, shard, backend)
+    results = _forward_rows(as_rows(logits), *per_token, softmax, with_entropy, shard, backend)
     return shaped_like(results, labels)
 
 
@@ -137,7 +143,7 @@ def _(
     labels: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     *_: object,
 ) -> RowResults:
@@ -151,14 +157,15 @@ def _backward_into(
     mask: Tensor | None,
     saved: SavedRow,
     upstream: TokenGrads,
-    temperature: float,
+    softmax: Softmax,
     shard: VocabShard,
     backend: str,
 ) -> None:
     saved, upstream = map_tensors(flat, saved), map_tensors(flat, upstream)
     backward = BACKWARD.implementation(rows, backend)
-    columns = (shard.vocab_start, shard.columns)
-    backward(rows, flat(labels).long(), flat(mask), saved, upstream, temperature, *columns, out)
+    (temperature, softcap), columns = softmax.values(), (shard.vocab_start, shard.columns)
+    per_row = (flat(labels).long(), flat(mask), saved, upstream)
+    backward(rows, *per_row, temperature, *columns, out, softcap)
 
 
 @custom_op("token_logprobs_backward")
@@ -168,13 +175,13 @@ def _token_logprobs_backward(
     mask: Tensor | None,
     saved: SavedRow,
     upstream: TokenGrads,
-    temperature: float,
+    softmax: Softmax,
     shard: VocabShard,
     backend: str,
 ) -> Tensor:
     rows = as_rows(logits)
     out = torch.empty_like(rows)
-    _backward_into(out, rows, labels, mask, saved, upstream, temperature, shard, backend)
+    _backward_into(out, rows, labels, mask, saved, upstream, softmax, shard, backend)
     return out.view(logits.shape)
 
 
@@ -190,7 +197,7 @@ def _token_logprobs_backward_inplace(
     mask: Tensor | None,
     saved: SavedRow,
     upstream: TokenGrads,
-    temperature: float,
+    softmax: Softmax,
     shard: VocabShard,
     backend: str,
 ) -> None:
@@ -198,12 +205,12 @@ def _token_logprobs_backward_inplace(
     assert rows.data_ptr() == logits.data_ptr(), (
         "the in-place backward is used only for logits that as_rows does not copy"
     )
-    _backward_into(rows, rows, labels, mask, saved, upstream, temperature, shard, backend)
+    _backward_into(rows, rows, labels, mask, saved, upstream, softmax, shard, backend)
     torch.autograd.graph.increment_version(logits)  # so that a second backward raises
 
 
 class _Context(Context, Protocol):
-    temperature: float
+    capped: bool
     shard: VocabShard
     inplace: bool
     backend: str
@@ -216,7 +223,7 @@ def _setup(
     labels: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    softmax: Softmax,
     with_entropy: bool,
     shard: VocabShard,
     inplace_backward: bool,
@@ -224,10 +231,10 @@ def _setup(
 ) -> None:
     _logp, entropy, _lse, _kl, row_max, row_sum = output
     ctx.set_materialize_grads(False)
-    ctx.temperature, ctx.shard = temperature, shard
+    ctx.capped, ctx.shard = softmax.capped, shard
     ctx.inplace, ctx.backend = inplace_backward, backend
     kept_entropy = entropy if with_entropy else None
-    ctx.save_for_backward(logits, labels, mask, row_max, row_sum, kept_entropy)
+    ctx.save_for_backward(logits, labels, mask, row_max, row_sum, kept_entropy, softmax.scalars)
 
 
 def token_grads(
@@ -256,14 +263,15 @@ def ref_gradient(grad_kl: Tensor, mask: Tensor | None) -> Tensor:
 
 def _token_logprobs_grad(ctx: _Context, *upstream: Tensor | None) -> Gradients:
     grads, grad_kl = token_grads(*upstream[:4])
-    logits, labels, mask, row_max, row_sum, entropy = ctx.saved_tensors
+    logits, labels, mask, row_max, row_sum, entropy, scalars = ctx.saved_tensors
     needs_logits, needs_ref = _token_logprobs.needs_grad(ctx, "logits", "ref_logprobs")
     gradients: dict[str, Tensor | None] = {}
     if grad_kl is not None and needs_ref:
         gradients["ref_logprobs"] = ref_gradient(grad_kl, mask)
     if needs_logits:
         saved = SavedRow(row_max, row_sum, None if grads.grad_entropy is None else entropy)
-        arguments = (labels, mask, saved, grads, ctx.temperature, ctx.shard, ctx.backend)
+        softmax = Softmax(scalars, ctx.capped)
+        arguments = (labels, mask, saved, grads, softmax, ctx.shard, ctx.backend)
         if ctx.inplace:
             _token_logprobs_backward_inplace(logits, *arguments)
             gradients["logits"] = logits
@@ -281,7 +289,6 @@ def check_tokens(
     labels: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
     backend: str,
 ) -> None:
     """Check the arguments that logprobs and the linear ops share."""
@@ -290,7 +297,6 @@ def check_tokens(
         checks.like("mask", mask, lead, device, "bool")
     if ref_logprobs is not None:
         checks.like("ref_logprobs", ref_logprobs, lead, device)
-    checks.positive("temperature", temperature)
     checks.choice("backend", backend, BACKENDS)
 
 
@@ -308,7 +314,8 @@ def logprobs(
     logits: Tensor,
     labels: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
+    softcap: Number | None = None,
     mask: Tensor | None = None,
     with_entropy: bool = False,
     ref_logprobs: Tensor | None = None,
@@ -328,6 +335,9 @@ def logprobs(
             (`logits[:, :-1]`).
         labels: [...] int, indices into the complete vocabulary. The log-prob of a label that no
             column holds is -inf.
+        temperature: A number or a 0-dim tensor; 1 / temperature is what others call logit_scale.
+        softcap: Replaces x by softcap tanh(x / softcap) before the temperature (Gemma 2, arXiv
+            2408.00118).
         mask: [...] bool. False positions give exactly 0 and no gradient, whatever they hold.
         with_entropy: Also return the entropy.
         ref_logprobs: [...]. Also return `kl`.
@@ -346,14 +356,14 @@ def logprobs(
     checks.floating("logits", logits)
     has_columns = logits.dim() >= 1 and logits.shape[-1] > 0
     checks.require(has_columns, "logits", logits, "shape [..., V] with V above 0")
-    check_tokens(logits.shape[:-1], logits.device, labels, mask, ref_logprobs, temperature, backend)
+    check_tokens(logits.shape[:-1], logits.device, labels, mask, ref_logprobs, backend)
     shard = vocab_shard(logits.shape[-1], vocab_start, vocab_size, group)
     results = _token_logprobs(
         logits,
         labels,
         mask,
         ref_logprobs,
-        float(temperature),
+        Softmax.of(logits, temperature, softcap),
         with_entropy,
         shard,
         inplace_backward and _may_overwrite(logits),

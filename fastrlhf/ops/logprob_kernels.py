@@ -14,6 +14,28 @@ from fastrlhf.ops import checks, layouts
 from fastrlhf.ops.dispatch import Kernel
 from fastrlhf.ops.layouts import SoftmaxStatistic
 from fastrlhf.ops.rows import row_blocks
+from fastrlhf.ops.scalars import Number, pack, unpack
+
+
+class Softmax(NamedTuple):
+    """Scalars of the softmax: softmax(cap(x) / temperature), cap(x) = softcap tanh(x / softcap)."""
+
+    scalars: Tensor
+    """[temperature, softcap], see scalars.py"""
+    capped: bool
+
+    @staticmethod
+    def of(like: Tensor, temperature: Number, softcap: Number | None) -> Softmax:
+        checks.positive("temperature", temperature)
+        if softcap is None:
+            return Softmax(pack(like, temperature, 1.0), False)
+        checks.positive("softcap", softcap)
+        return Softmax(pack(like, temperature, softcap), True)
+
+    def values(self) -> tuple[Number, Number | None]:
+        """Return the temperature, and the softcap or None."""
+        temperature, softcap = unpack(self.scalars)
+        return temperature, softcap if self.capped else None
 
 
 class SavedRow(NamedTuple):
@@ -48,14 +70,15 @@ def _statistics_torch(
     rows: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
+    softcap: Number | None = None,
 ) -> Tensor:
     """Return the statistics [4, N] of this shard, laid out as SoftmaxStatistic.
 
     Rows that the mask excludes are read as zeros, whatever they hold. The maximum is that of the
-    raw logits, so that x - max is exact near the maximum at any temperature.
+    (capped) logits before the temperature, so that x - max is exact near the maximum at any temperature.
     """
     dtype, lead = checks.compute_dtype(rows), rows.shape[:2]
     stats = torch.zeros(len(SoftmaxStatistic), *lead, dtype=dtype, device=rows.device)
@@ -65,11 +88,13 @@ def _statistics_torch(
         x = rows[at][..., :columns].to(dtype)
         if keep is not None:
             x = x.masked_fill(~keep[at][..., None], 0.0)
+        if softcap is not None:
+            x = softcap * torch.tanh(x / softcap)
         stats[:, at[0], at[1]] = _block_statistics(x, local[at], temperature)
     return stats.view(len(SoftmaxStatistic), -1)
 
 
-def _block_statistics(x: Tensor, local: Tensor, temperature: float) -> Tensor:
+def _block_statistics(x: Tensor, local: Tensor, temperature: Number) -> Tensor:
     columns = x.shape[-1]
     if columns == 0:  # a shard that holds only padding
         none, zero = x.new_full(x.shape[:-1], -torch.inf), x.new_zeros(x.shape[:-1])
@@ -98,14 +123,16 @@ def _backward_torch(
     mask: Tensor | None,
     saved: SavedRow,
     upstream: TokenGrads,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
     out: Tensor,
+    softcap: Number | None = None,
 ) -> None:
     """Write the gradient of the logits into `out`, which may be `rows`.
 
-    d/dx_j = (g_lp (1[j = label] - p_j) + g_lse p_j - g_H p_j (log p_j + H)) / T
+    d/dx_j = (g_lp (1[j = label] - p_j) + g_lse p_j - g_H p_j (log p_j + H)) / T, times 1 - tanh^2(
+    x_j / softcap) if capped.
     """
     dtype, lead = checks.compute_dtype(rows), rows.shape[:2]
     zero = torch.zeros_like(saved.row_max)
@@ -120,7 +147,10 @@ def _backward_torch(
     views = [t.view(lead)[..., None] for t in per_row]
     for at in row_blocks(rows, columns):
         top, total, to_label, to_h, to_p, offset = (t[at] for t in views)
-        u = (rows[at][..., :columns].to(dtype) - top) / temperature
+        x = rows[at][..., :columns].to(dtype)
+        bent = None if softcap is None else torch.tanh(x / softcap)
+        x = x if bent is None or softcap is None else softcap * bent
+        u = (x - top) / temperature
         p = u.exp() / total
         d = p * to_p
         if upstream.grad_entropy is not None:
@@ -129,22 +159,34 @@ def _backward_torch(
             label = local[at].clamp(0, columns - 1)[..., None]
             d.scatter_add_(-1, label, torch.where(owned[at][..., None], to_label, 0.0))
         d = d / temperature
+        if bent is not None:
+            d = d * (1 - bent.square())
         if mask is not None:
             d = torch.where(mask.view(lead)[at][..., None], d, 0.0)
         out[at][..., :columns] = d
         out[at][..., columns:] = 0
 
 
+def _refuse_softcap(softcap: Number | None) -> None:
+    if softcap is not None:
+        raise RuntimeError(
+            "backend 'cuda' cannot run logprob_statistics: its kernels have no softcap:"
+            " pass backend='auto'"
+        )
+
+
 def _statistics_cuda(
     rows: Tensor,
     labels: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
+    softcap: Number | None = None,
 ) -> Tensor:
+    _refuse_softcap(softcap)
     return torch.ops.fastrlhf_cuda.logprob_statistics(
-        rows, labels, mask, temperature, vocab_start, columns
+        rows, labels, mask, float(temperature), vocab_start, columns
     )
 
 
@@ -153,14 +195,14 @@ def forward_backward_cuda(
     labels: Tensor,
     mask: Tensor | None,
     upstream: TokenGrads,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
     out: Tensor,
 ) -> Tensor:
     """Write the gradient of `rows` into `out` and return the statistics, in one read."""
     return torch.ops.fastrlhf_cuda.logprob_forward_backward(
-        rows, labels, mask, *upstream, temperature, vocab_start, columns, out
+        rows, labels, mask, *upstream, float(temperature), vocab_start, columns, out
     )
 
 
@@ -170,12 +212,14 @@ def _backward_cuda(
     mask: Tensor | None,
     saved: SavedRow,
     upstream: TokenGrads,
-    temperature: float,
+    temperature: Number,
     vocab_start: int,
     columns: int,
     out: Tensor,
+    softcap: Number | None = None,
 ) -> None:
     """Recompute the statistics in the one read of the row that the gradient needs anyway."""
+    _refuse_softcap(softcap)
     forward_backward_cuda(rows, labels, mask, upstream, temperature, vocab_start, columns, out)
 
 
@@ -185,7 +229,7 @@ STATISTICS = Kernel(
 BACKWARD = Kernel("logprob_backward", _backward_torch, "fastrlhf.kernels.logprob", _backward_cuda)
 
 
-def combine_statistics(stats: Tensor, temperature: float) -> Tensor:
+def combine_statistics(stats: Tensor, temperature: Number) -> Tensor:
     """Merge the shards' statistics [R, 4, N], in rank order, into the vocabulary's [4, N]."""
     maxima = stats[:, SoftmaxStatistic.ROW_MAX]
     sums = stats[:, SoftmaxStatistic.ROW_SUM]
@@ -203,7 +247,7 @@ def combine_statistics(stats: Tensor, temperature: float) -> Tensor:
 
 
 def finish_statistics(
-    stats: Tensor, mask: Tensor | None, temperature: float
+    stats: Tensor, mask: Tensor | None, temperature: Number
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logprobs, entropy, logsumexp), each [N], from the vocabulary's statistics [4, N]."""
     row_max, row_sum = stats[SoftmaxStatistic.ROW_MAX], stats[SoftmaxStatistic.ROW_SUM]
@@ -221,7 +265,7 @@ def results_from(
     stats: Tensor,
     mask: Tensor | None,
     ref_logprobs: Tensor | None,
-    temperature: float,
+    temperature: Number,
     with_entropy: bool,
 ) -> RowResults:
     """Return the per-token results [N] of the vocabulary's statistics [4, N]."""

@@ -1,6 +1,6 @@
-"""Masked mean and whitening, optionally over a data-parallel group; the positions of a mask.
+"""Masked mean, variance and whitening, optionally over a data-parallel group; places of a mask.
 
-Not supported: a `dim` argument. PPO whitens over the complete batch.
+Not supported: whitening along a dimension. PPO whitens over the complete batch.
 """
 
 from __future__ import annotations
@@ -27,18 +27,46 @@ def _check(x: Tensor, mask: Tensor) -> None:
     checks.like("mask", mask, x.shape, x.device, "bool")
 
 
-def masked_mean(x: Tensor, mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Return the mean of `x` [...] over the True positions of `mask` [...] (bool), fp32 0-dim.
+def masked_mean(
+    x: Tensor, mask: Tensor, group: ProcessGroup | None = None, dim: int | None = None
+) -> Tensor:
+    """Return the mean of `x` [...] over the True positions of `mask` [...] (bool), fp32.
 
-    0 if there is no True position. With `group`, the mean is over the True positions of all its
-    ranks, and each rank's gradient is that of the global mean in its own elements,
-    `grad * mask / global_count`: no gradient is communicated. A data-parallel trainer that averages
-    gradients over R ranks must therefore multiply the loss by R, or sum gradients instead.
+    0-dim, or along `dim` alone, which the result lacks. 0 if there is no True position. With
+    `group`, the mean is over the True positions of all its ranks (the same shapes on each), and
+    each rank's gradient is that of the global mean in its own elements, `grad * mask /
+    global_count`: no gradient is communicated. A data-parallel trainer that averages gradients over
+    R ranks must therefore multiply the loss by R, or sum gradients instead.
     """
     _check(x, mask)
-    sums = torch.stack([_zero_where_false(x, mask).sum(), mask.sum().to(checks.compute_dtype(x))])
+    return _mean(_zero_where_false(x, mask), mask, group, dim)
+
+
+def _mean(
+    zeroed: Tensor, mask: Tensor, group: ProcessGroup | None, dim: int | None = None
+) -> Tensor:
+    """Return the mean of x, which is 0 where the mask is False."""
+    if dim is None:
+        sums = torch.stack([zeroed.sum(), mask.sum().to(zeroed.dtype)])
+    else:
+        sums = torch.stack([zeroed.sum(dim), mask.sum(dim).to(zeroed.dtype)])
     total, count = all_reduce_sum(sums, group).unbind()
     return total / count.detach().clamp(min=1)
+
+
+def masked_var(
+    x: Tensor, mask: Tensor, group: ProcessGroup | None = None, dim: int | None = None
+) -> Tensor:
+    """Return the biased variance of `x` over the True positions of `mask`, fp32.
+
+    Two passes (the mean of squared deviations, not of squares); shapes, `group` and its gradient
+    as in `masked_mean`. 0 if there is no True position.
+    """
+    mean = masked_mean(x, mask, group, dim)
+    if dim is not None:
+        mean = mean.unsqueeze(dim)
+    centered = _zero_where_false(x.to(mean.dtype) - mean, mask)
+    return _mean(centered.square(), mask, group, dim)
 
 
 def masked_whiten(

@@ -1,9 +1,9 @@
-"""The clipped PPO policy and value losses (Schulman et al. 2017, equation 7).
+"""The clipped PPO policy and value losses (Schulman et al. 2017, equation 7) and their relatives.
 
 Value clipping is that of the paper's reference code. The forward also computes the gradient, which
-depends on nothing later except the upstream scalar.
-Out of scope: the KL penalty, which is part of the rewards (advantage.py), and sums across ranks
-(pass `denominator`).
+depends on nothing later except the upstream scalar. policy.py has the options.
+Out of scope: a KL penalty in the rewards (advantage.py), and sums across ranks (pass
+`denominator`).
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastrlhf.ops import checks, layouts
-from fastrlhf.ops.dispatch import BACKENDS, Kernel
+from fastrlhf.ops import checks
+from fastrlhf.ops.dispatch import BACKENDS
+from fastrlhf.ops.kl import token_kl
 from fastrlhf.ops.layouts import PPOMetric
+from fastrlhf.ops.policy import PolicyArguments, PolicyForm, PPOOptions
+from fastrlhf.ops.ppo_kernels import KERNEL, PPOTokens
 from fastrlhf.ops.registry import Context, Gradients, custom_op
 from fastrlhf.ops.rows import flat, map_tensors
+from fastrlhf.ops.scalars import Number, as_tensor, clamp, pack, unpack
 
 
 class PPOLoss(NamedTuple):
     """0-dim fp32 tensors, detached except for `loss`.
 
-    Means over the mask, or sums / denominator (not ratio_max).
+    Means over the mask, or sums / denominator (not ratio_max). `weights` multiply policy_loss,
+    value_loss, entropy and kl, not the other fields.
     """
 
     loss: Tensor
-    """policy_loss + value_coef * value_loss - entropy_coef * entropy"""
+    """policy_loss + value_coef * value_loss - entropy_coef * entropy + kl_coef * kl"""
     policy_loss: Tensor
-    """max(-A r, -A clip(r, 1 - clip, 1 + clip)), r = exp(logprobs - old_logprobs)"""
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), r = exp(logprobs - old_logprobs)"""
     value_loss: Tensor
     """0.5 max((v - R)^2, (v_clipped - R)^2)
 
@@ -37,35 +42,18 @@ class PPOLoss(NamedTuple):
     """
     entropy: Tensor
     clip_fraction: Tensor
-    """Fraction of tokens whose clipped policy term is the larger one, so that the gradient is 0."""
+    """Fraction of tokens whose clipped policy term is the larger one, so that the gradient is 0.
+
+    With objective="cispo": whose ratio is outside the bounds.
+    """
     value_clip_fraction: Tensor
     approx_kl: Tensor
     """r - 1 - log r, which estimates KL(old || new) from the old policy's samples"""
     ratio_mean: Tensor
     ratio_max: Tensor
     """Largest ratio at a True position; 0 if there is none."""
-
-
-class PPOTokens(NamedTuple):
-    """Per-token inputs of the PPO loss; `values`, `old_values` and `returns` together or none."""
-
-    logprobs: Tensor
-    old_logprobs: Tensor
-    advantages: Tensor
-    mask: Tensor
-    values: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
-    entropy: Tensor | None
-
-
-class PPOOptions(NamedTuple):
-    """Coefficients of the PPO loss."""
-
-    clip: float
-    value_clip: float
-    value_coef: float
-    entropy_coef: float
+    kl: Tensor
+    """The estimate of KL(pi || ref); 0 without ref_logprobs."""
 
 
 def ppo_loss_ref(
@@ -74,15 +62,22 @@ def ppo_loss_ref(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float = 0.2,
+    clip: Number | tuple[Number, Number] = 0.2,
+    dual_clip: Number | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: Number = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
-    value_clip: float = 0.2,
-    value_coef: float = 1.0,
+    value_clip: Number = 0.2,
+    value_coef: Number = 1.0,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    denominator: float | Tensor | None = None,
+    entropy_coef: Number = 0.0,
+    denominator: Number | None = None,
 ) -> PPOLoss:
     """Compute `ppo_loss` in plain torch and autograd, for tests and benchmarks to compare with."""
     dtype = checks.compute_dtype(logprobs)
@@ -91,103 +86,49 @@ def ppo_loss_ref(
         return torch.where(mask, x.to(dtype), 0.0)
 
     total = mask.sum().clamp(min=1) if denominator is None else denominator
+    weight = clean(torch.ones_like(mask) if weights is None else weights)
 
     def mean(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0).sum() / total
 
-    log_ratio = clean(logprobs) - clean(old_logprobs)
-    ratio, advantage = log_ratio.exp(), clean(advantages)
-    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
-    policy = mean(torch.maximum(plain, clipped))
-    value = value_clipped = entropy_mean = policy.new_zeros(())
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    logp, advantage = clean(logprobs), clean(advantages)
+    log_r = logp - clean(old_logprobs)
+    if ratio == "sequence":
+        log_r = log_r.sum(-1, True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        log_r = clean(log_r.expand_as(logp))
+    r = log_r.exp()
+    bounded = clamp(r, 1 - low, 1 + high)
+    plain, clipped = -advantage * r, -advantage * bounded
+    per_token, cut = torch.maximum(plain, clipped), clipped > plain
+    if objective == "cispo":
+        per_token, cut = -advantage * bounded.detach() * logp, bounded != r
+    elif dual_clip is not None:
+        ceiling = torch.where(advantage < 0, -advantage * dual_clip, torch.inf)
+        per_token, cut = torch.minimum(per_token, ceiling), cut | (per_token > ceiling)
+    policy = mean(weight * per_token)
+    value = value_clipped = entropy_mean = kl = policy.new_zeros(())
     if values is not None and old_values is not None and returns is not None:
         v, old, target = clean(values), clean(old_values), clean(returns)
-        inside = (old + (v - old).clamp(-value_clip, value_clip) - target).square()
-        value = mean(0.5 * torch.maximum((v - target).square(), inside))
+        inside = (old + clamp(v - old, -value_clip, value_clip) - target).square()
+        value = mean(weight * 0.5 * torch.maximum((v - target).square(), inside))
         value_clipped = mean((inside > (v - target).square()).to(dtype))
     if entropy is not None:
-        entropy_mean = mean(clean(entropy))
+        entropy_mean = mean(weight * clean(entropy))
+    if ref_logprobs is not None:
+        kl = mean(weight * token_kl(logp, clean(ref_logprobs), kl_estimator))
     return PPOLoss(
-        loss=policy + value_coef * value - entropy_coef * entropy_mean,
+        loss=policy + value_coef * value - entropy_coef * entropy_mean + kl_coef * kl,
         policy_loss=policy.detach(),
         value_loss=value.detach(),
         entropy=entropy_mean.detach(),
-        clip_fraction=mean((clipped > plain).to(dtype)).detach(),
+        clip_fraction=mean(cut.to(dtype)).detach(),
         value_clip_fraction=value_clipped.detach(),
-        approx_kl=mean(torch.expm1(log_ratio) - log_ratio).detach(),
-        ratio_mean=mean(ratio).detach(),
-        ratio_max=torch.where(mask, ratio, 0.0).max().detach(),
+        approx_kl=mean(torch.expm1(log_r) - log_r).detach(),
+        ratio_mean=mean(r).detach(),
+        ratio_max=torch.where(mask, r, 0.0).max().detach(),
+        kl=kl.detach(),
     )
-
-
-def _ppo_loss_torch(
-    tokens: PPOTokens, denominator: Tensor | None, options: PPOOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the metrics and the gradients of the sums, for flat tokens [N].
-
-    (metrics [10] as PPOMetric, d sum(policy) / d logprobs [N], value_coef * d sum(value) / d values
-    [N], or [0] without values). The gradients are not yet divided by the denominator, so that they
-    neither underflow in fp16 nor have to wait for the mask to be counted.
-    """
-    logprobs, mask, dtype = tokens.logprobs, tokens.mask, checks.compute_dtype(tokens.logprobs)
-
-    def clean(x: Tensor) -> Tensor:
-        return torch.where(mask, x.to(dtype), 0.0)
-
-    total = mask.sum().clamp(min=1) if denominator is None else denominator
-    scale = 1.0 / total.to(dtype)
-    log_ratio = clean(logprobs) - clean(tokens.old_logprobs)
-    ratio, advantage = log_ratio.exp(), clean(tokens.advantages)
-    clipped_ratio = ratio.clamp(1 - options.clip, 1 + options.clip)
-    plain, clipped = -advantage * ratio, -advantage * clipped_ratio
-    grad_logprobs = torch.where(clipped > plain, 0.0, plain)
-    zero = scale.new_zeros(())
-    value, value_clipped, grad_values = _value_terms(tokens, options)
-    entropy = zero if tokens.entropy is None else clean(tokens.entropy).sum()
-    kept_ratio = torch.where(mask, ratio, 0.0)
-    metrics = scale * layouts.stack(
-        PPOMetric,
-        loss=zero,
-        policy_loss=torch.maximum(plain, clipped).sum(),
-        value_loss=value,
-        entropy=entropy,
-        clip_fraction=(clipped > plain).sum(dtype=dtype),
-        value_clip_fraction=value_clipped,
-        approx_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
-        ratio_mean=kept_ratio.sum(),
-        ratio_max=zero,
-        grad_scale=zero + 1,
-    )
-    metrics[PPOMetric.LOSS] = (
-        metrics[PPOMetric.POLICY_LOSS]
-        + options.value_coef * metrics[PPOMetric.VALUE_LOSS]
-        - options.entropy_coef * metrics[PPOMetric.ENTROPY]
-    )
-    if mask.numel():
-        metrics[PPOMetric.RATIO_MAX] = kept_ratio.max()
-    return metrics, grad_logprobs, grad_values
-
-
-def _value_terms(tokens: PPOTokens, options: PPOOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sum of the value loss, number of clipped values, gradient [N] or [0])."""
-    dtype = checks.compute_dtype(tokens.logprobs)
-    if tokens.values is None or tokens.old_values is None or tokens.returns is None:
-        zero = tokens.logprobs.new_zeros((), dtype=dtype)
-        return zero, zero, tokens.logprobs.new_empty(0, dtype=dtype)
-    v, old, target = (
-        torch.where(tokens.mask, t.to(dtype), 0.0)
-        for t in (tokens.values, tokens.old_values, tokens.returns)
-    )
-    step, bounded = v - old, (v - old).clamp(-options.value_clip, options.value_clip)
-    error, clipped_error = v - target, old + bounded - target
-    # A step inside the bound is never cut: old + (v - old) may round past v, which would lose its
-    # gradient.
-    cut = (step != bounded) & (clipped_error.square() > error.square())
-    value = 0.5 * torch.where(cut, clipped_error, error).square().sum()
-    return value, cut.sum(dtype=dtype), torch.where(cut, 0.0, options.value_coef * error)
-
-
-KERNEL = Kernel("ppo_loss", _ppo_loss_torch, "fastrlhf.kernels.ppo_loss")
 
 
 class _Outputs(NamedTuple):
@@ -199,10 +140,15 @@ class _Outputs(NamedTuple):
 
 @custom_op("ppo_loss")
 def _ppo_loss(
-    tokens: PPOTokens, denominator: Tensor | None, options: PPOOptions, backend: str
+    tokens: PPOTokens,
+    denominator: Tensor | None,
+    scalars: Tensor,
+    form: PolicyForm,
+    backend: str,
 ) -> _Outputs:
-    run = KERNEL.implementation(tokens.logprobs, backend)
-    metrics, grad_logprobs, grad_values = run(map_tensors(flat, tokens), denominator, options)
+    run, options = KERNEL.implementation(tokens.logprobs, backend), PPOOptions(*unpack(scalars))
+    flat_tokens = map_tensors(flat, tokens)
+    metrics, grad_logprobs, grad_values = run(flat_tokens, denominator, options, form)
     if tokens.values is not None:
         grad_values = grad_values.view(tokens.values.shape)
     loss = metrics[PPOMetric.LOSS].clone()
@@ -210,7 +156,7 @@ def _ppo_loss(
 
 
 @_ppo_loss.register_fake
-def _(tokens: PPOTokens, denominator: Tensor | None, options: PPOOptions, backend: str) -> _Outputs:
+def _(tokens: PPOTokens, *_: object) -> _Outputs:
     def empty(*shape: int) -> Tensor:
         return tokens.logprobs.new_empty(shape, dtype=checks.compute_dtype(tokens.logprobs))
 
@@ -219,7 +165,6 @@ def _(tokens: PPOTokens, denominator: Tensor | None, options: PPOOptions, backen
 
 
 class _Context(Context, Protocol):
-    entropy_coef: float
     dtypes: tuple[torch.dtype | None, ...]
     """Of logprobs, values and entropy."""
 
@@ -229,21 +174,22 @@ def _setup(
     output: _Outputs,
     tokens: PPOTokens,
     denominator: Tensor | None,
-    options: PPOOptions,
+    scalars: Tensor,
+    form: PolicyForm,
     backend: str,
 ) -> None:
     _, metrics, grad_logprobs, grad_values = output
     ctx.set_materialize_grads(False)
-    ctx.entropy_coef = options.entropy_coef
     differentiable = (tokens.logprobs, tokens.values, tokens.entropy)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in differentiable)
-    ctx.save_for_backward(metrics, grad_logprobs, grad_values, tokens.mask)
+    constants = (tokens.mask, tokens.weights, scalars)
+    ctx.save_for_backward(metrics, grad_logprobs, grad_values, *constants)
 
 
 def _ppo_loss_grad(ctx: _Context, grad_loss: Tensor | None, *_: Tensor | None) -> Gradients:
     if grad_loss is None:
         return {}
-    metrics, grad_logprobs, grad_values, mask = ctx.saved_tensors
+    metrics, grad_logprobs, grad_values, mask, weights, scalars = ctx.saved_tensors
     upstream = grad_loss * metrics[PPOMetric.GRAD_SCALE]
     needs_logprobs, needs_values, needs_entropy = _ppo_loss.needs_grad(
         ctx, "logprobs", "values", "entropy"
@@ -254,7 +200,8 @@ def _ppo_loss_grad(ctx: _Context, grad_loss: Tensor | None, *_: Tensor | None) -
     if needs_values:
         gradients["values"] = (grad_values * upstream).to(ctx.dtypes[1])
     if needs_entropy:
-        entropy = torch.where(mask, -ctx.entropy_coef * upstream, 0.0)
+        each = -scalars[PPOOptions._fields.index("entropy_coef")] * upstream
+        entropy = torch.where(mask, each if weights is None else each * weights, 0.0)
         gradients["entropy"] = entropy.to(ctx.dtypes[2])
     return gradients
 
@@ -262,18 +209,8 @@ def _ppo_loss_grad(ctx: _Context, grad_loss: Tensor | None, *_: Tensor | None) -
 _ppo_loss.register_autograd(_ppo_loss_grad, _setup)
 
 
-def as_denominator(denominator: float | Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the denominator as a 0-dim tensor on the device of `like`.
-
-    A float is filled in on the device, which waits for nothing.
-    """
-    if denominator is None or isinstance(denominator, Tensor):
-        return denominator
-    return torch.full((), float(denominator), dtype=checks.compute_dtype(like), device=like.device)
-
-
 def result_from(loss: Tensor, metrics: Tensor) -> PPOLoss:
-    """Return the differentiable loss with the other metrics [10], detached."""
+    """Return the differentiable loss with the other metrics [11], detached."""
     _, *details, _grad_scale = metrics.detach().unbind()
     return PPOLoss(loss, *details)
 
@@ -284,28 +221,46 @@ def ppo_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float = 0.2,
+    clip: Number | tuple[Number, Number] = 0.2,
+    dual_clip: Number | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: Number = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    objective: str = "clip",
+    ratio: str = "token",
     values: Tensor | None = None,
     old_values: Tensor | None = None,
     returns: Tensor | None = None,
-    value_clip: float = 0.2,
-    value_coef: float = 1.0,
+    value_clip: Number = 0.2,
+    value_coef: Number = 1.0,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    denominator: float | Tensor | None = None,
+    entropy_coef: Number = 0.0,
+    denominator: Number | None = None,
     backend: str = "auto",
 ) -> PPOLoss:
-    """Return the policy, value and entropy terms of PPO and their metrics, in one pass.
+    """Return the policy, value, entropy and KL terms of PPO and their metrics, in one pass.
 
-    PPOLoss has the equations. `loss` is differentiable in logprobs, values and entropy;
-    old_logprobs, advantages, old_values, returns and denominator are constants.
+    PPOLoss has the equations. `loss` is differentiable in logprobs, values and entropy; all other
+    tensors, and scalars (numbers or 0-dim tensors), are constants.
 
     Args:
         logprobs, old_logprobs, advantages, entropy: [...] fp32, bf16 or fp16.
         mask: [...] bool. False positions do not count, whatever they hold.
+        clip: Bounds of the ratio, 1 - clip and 1 + clip, or (low, high) for 1 - low and 1 + high
+            (clip-higher: DAPO, arXiv 2503.14476).
+        dual_clip: Bounds the loss of a token with A < 0 to -A dual_clip (arXiv 1912.09729).
+        ref_logprobs: [...]. Adds kl_coef times the mean of `token_kl(logprobs, ref_logprobs,
+            kl_estimator)`, as GRPO does (arXiv 2402.03300).
+        weights: [...] float, multiplied into every term of the loss; the mask stays bool and the
+            denominator what it is.
+        objective: "clip", or "cispo" (arXiv 2506.13585): -A sg(clip(r)) log p, which keeps the
+            gradient of clipped tokens.
+        ratio: "token", or "sequence" (GSPO, arXiv 2507.18071): the exponential of the mean log-ratio
+            over the True positions of the last dimension.
         values, old_values, returns: [...], all three or none.
         denominator: Makes every field a sum / denominator, so that micro-batches and ranks add up:
-            a float or a 0-dim tensor, such as the token count of the global batch.
+            such as the token count of the global batch.
 
     Raises ValueError on wrong shapes and dtypes.
     """
@@ -313,23 +268,27 @@ def ppo_loss(
     shape, device = logprobs.shape, logprobs.device
     required = {"old_logprobs": old_logprobs, "advantages": advantages}
     optional = {"values": values, "old_values": old_values, "returns": returns, "entropy": entropy}
-    for name, tensor in {
-        **required,
-        **{k: v for k, v in optional.items() if v is not None},
-    }.items():
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    for name, tensor in {**required, **given}.items():
         checks.like(name, tensor, shape, device)
     checks.like("mask", mask, shape, device, "bool")
     for name in ("values", "old_values", "returns"):
         together = (optional[name] is None) == (values is None)
         expected = "values, old_values and returns together, or none of them"
         checks.require(together, name, optional[name], expected)
-    checks.positive("clip", clip)
+    policy = PolicyArguments(
+        clip, dual_clip, ref_logprobs, kl_coef, kl_estimator, weights, objective, ratio
+    )
+    form, options = policy.checked(shape, device)
     checks.positive("value_clip", value_clip)
     checks.denominator(denominator, device)
     checks.choice("backend", backend, BACKENDS)
-    options = PPOOptions(float(clip), float(value_clip), float(value_coef), float(entropy_coef))
-    tokens = PPOTokens(
-        logprobs, old_logprobs, advantages, mask, values, old_values, returns, entropy
+    options = options._replace(
+        value_clip=value_clip, value_coef=value_coef, entropy_coef=entropy_coef
     )
-    loss, metrics, _, _ = _ppo_loss(tokens, as_denominator(denominator, logprobs), options, backend)
+    given_values = (values, old_values, returns)
+    constants = (old_logprobs, advantages, mask)
+    tokens = PPOTokens(logprobs, *constants, *given_values, entropy, ref_logprobs, weights)
+    divide_by, scalars = as_tensor(denominator, logprobs), pack(logprobs, *options)
+    loss, metrics, _, _ = _ppo_loss(tokens, divide_by, scalars, form, backend)
     return result_from(loss, metrics)

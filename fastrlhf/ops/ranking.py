@@ -16,6 +16,7 @@ from fastrlhf.ops import checks, layouts
 from fastrlhf.ops.dispatch import BACKENDS, Kernel
 from fastrlhf.ops.layouts import RankingMetric
 from fastrlhf.ops.registry import Context, Gradients, custom_op
+from fastrlhf.ops.scalars import Number, pack, unpack
 
 REDUCTIONS = ("prompts", "pairs")
 
@@ -40,12 +41,24 @@ def strict_pairs(scores: Tensor, ranks: Tensor, prompt_offsets: Tensor) -> tuple
     position = torch.arange(scores.shape[0], device=scores.device)
     prompt = torch.searchsorted(
         prompt_offsets[1:].contiguous(), position.to(prompt_offsets.dtype), right=True
-    )
+    ).clamp(max=prompt_offsets.shape[0] - 2)  # offsets that end early on a GPU, see `_sound`
     return prompt, (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])
 
 
+def _sound(prompt_offsets: Tensor, count: int) -> Tensor:
+    """Return whether the offsets rise from 0 to `count`, bool 0-dim."""
+    rising = (prompt_offsets[1:] >= prompt_offsets[:-1]).all()
+    return rising & (prompt_offsets[0] == 0) & (prompt_offsets[-1] == count)
+
+
 def pairwise_ranking_loss_ref(
-    scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, *, reduction: str = "prompts"
+    scores: Tensor,
+    ranks: Tensor,
+    prompt_offsets: Tensor,
+    *,
+    reduction: str = "prompts",
+    margins: Tensor | None = None,
+    center_coef: Number = 0.0,
 ) -> RankingLoss:
     """Compute `pairwise_ranking_loss` in plain torch, for tests and benchmarks to compare with.
 
@@ -54,7 +67,9 @@ def pairwise_ranking_loss_ref(
     x = scores.to(checks.compute_dtype(scores))
     prompt, better = strict_pairs(scores, ranks, prompt_offsets)
     margin = x[:, None] - x[None]
-    losses = torch.where(better, -F.logsigmoid(margin), 0.0).sum(1)
+    needed = 0.0 if margins is None else margins[:, None] - margins[None]
+    each = -F.logsigmoid(margin - needed) + center_coef * (x[:, None] + x[None]).square()
+    losses = torch.where(better, each, 0.0).sum(1)
     count = better.sum(1)
     pairs = count.sum()
     if reduction == "pairs":
@@ -70,7 +85,12 @@ def pairwise_ranking_loss_ref(
 
 
 def _ranking_loss_torch(
-    scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool
+    scores: Tensor,
+    ranks: Tensor,
+    prompt_offsets: Tensor,
+    per_prompt: bool,
+    margins: Tensor | None = None,
+    center_coef: Number = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return (metrics [5] as RankingMetric, gradient [N], not yet divided by the denominator).
 
@@ -87,8 +107,18 @@ def _ranking_loss_torch(
         counts = x.new_zeros(prompt_offsets.shape[0] - 1).index_add(0, prompt, of_response)
         weight, denominator = 1 / counts.clamp(min=1)[prompt], (counts > 0).sum(dtype=x.dtype)
     scale = 1 / denominator.clamp(min=1)
-    losses = torch.where(better, -F.logsigmoid(margin), 0.0) * weight[:, None]
-    slope = torch.where(better, -torch.sigmoid(-margin), 0.0) * weight[:, None]
+    above = margin
+    if margins is not None:
+        needed = margins.to(x.dtype)
+        above = margin - (needed[:, None] - needed[None])
+    losses = torch.where(better, -F.logsigmoid(above), 0.0) * weight[:, None]
+    slope = torch.where(better, -torch.sigmoid(-above), 0.0) * weight[:, None]
+    grad = slope.sum(1) - slope.sum(0)
+    if isinstance(center_coef, Tensor) or center_coef != 0:
+        total = torch.where(better, x[:, None] + x[None], 0.0)
+        losses = losses + center_coef * total.square() * weight[:, None]
+        pull = 2 * center_coef * total * weight[:, None]
+        grad = grad + pull.sum(1) + pull.sum(0)
     per_pair = 1 / pairs.clamp(min=1)
     metrics = layouts.stack(
         RankingMetric,
@@ -98,7 +128,9 @@ def _ranking_loss_torch(
         margin=torch.where(better, margin, 0.0).sum() * per_pair,
         grad_scale=scale,
     )
-    return metrics, slope.sum(1) - slope.sum(0)
+    if prompt_offsets.is_cuda:  # on a CPU they have been checked
+        metrics = torch.where(_sound(prompt_offsets, x.shape[0]), metrics, torch.nan)
+    return metrics, grad
 
 
 KERNEL = Kernel("ranking_loss", _ranking_loss_torch, "fastrlhf.kernels.ranking")
@@ -112,17 +144,28 @@ class _Outputs(NamedTuple):
 
 @custom_op("ranking_loss")
 def _ranking_loss(
-    scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool, backend: str
+    scores: Tensor,
+    ranks: Tensor,
+    prompt_offsets: Tensor,
+    margins: Tensor | None,
+    scalars: Tensor,
+    per_prompt: bool,
+    backend: str,
 ) -> _Outputs:
+    if not prompt_offsets.is_cuda:
+        count = scores.shape[0]
+        expected = f"values that rise from 0 to the number of scores ({count})"
+        sound = bool(_sound(prompt_offsets, count))
+        checks.require(sound, "prompt_offsets", prompt_offsets, expected)
     inputs = (scores.contiguous(), ranks.contiguous(), prompt_offsets.contiguous())
-    metrics, grad = KERNEL.implementation(scores, backend)(*inputs, per_prompt)
+    margins = None if margins is None else margins.contiguous()
+    run, (center_coef,) = KERNEL.implementation(scores, backend), unpack(scalars)
+    metrics, grad = run(*inputs, per_prompt, margins, center_coef)
     return _Outputs(metrics[RankingMetric.LOSS].clone(), metrics, grad)
 
 
 @_ranking_loss.register_fake
-def _(
-    scores: Tensor, ranks: Tensor, prompt_offsets: Tensor, per_prompt: bool, backend: str
-) -> _Outputs:
+def _(scores: Tensor, *_: object) -> _Outputs:
     def empty(*shape: int) -> Tensor:
         return scores.new_empty(shape, dtype=checks.compute_dtype(scores))
 
@@ -139,6 +182,8 @@ def _setup(
     scores: Tensor,
     ranks: Tensor,
     prompt_offsets: Tensor,
+    margins: Tensor | None,
+    scalars: Tensor,
     per_prompt: bool,
     backend: str,
 ) -> None:
@@ -165,6 +210,8 @@ def pairwise_ranking_loss(
     prompt_offsets: Tensor,
     *,
     reduction: str = "prompts",
+    margins: Tensor | None = None,
+    center_coef: Number = 0.0,
     backend: str = "auto",
 ) -> RankingLoss:
     """Return -log sigmoid(s_better - s_worse), averaged over pairs of responses to one prompt.
@@ -176,11 +223,16 @@ def pairwise_ranking_loss(
         scores: [N] fp32, bf16 or fp16.
         ranks: [N] int or float; lower is better.
         prompt_offsets: [G + 1] int, rising from 0 to N: prompt g has the responses
-            prompt_offsets[g] : prompt_offsets[g + 1]. The values are not checked on a GPU, which
-            would have to be waited for.
+            prompt_offsets[g] : prompt_offsets[g + 1]. Others raise ValueError; on a GPU, which would
+            have to be waited for, they make the result and all gradients NaN.
         reduction: "prompts" is the mean over each prompt's strict pairs, then over the prompts that
             have any, so that a prompt counts once however many responses were ranked (the paper's
             1 / C(K, 2)). "pairs" is the mean over all strict pairs.
+        margins: [N], constants. A pair's loss becomes -log sigmoid(s_better - s_worse - (m_better -
+            m_worse)), as in Llama 2 (arXiv 2307.09288, equation 2). `accuracy` and `margin` stay
+            those of the scores.
+        center_coef: Adds center_coef (s_better + s_worse)^2 to a pair's loss, which keeps scores
+            near 0 (arXiv 2312.09244).
 
     Raises ValueError on wrong shapes and dtypes.
     """
@@ -197,6 +249,10 @@ def pairwise_ranking_loss(
     checks.require(fits, "prompt_offsets", prompt_offsets, expected)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.choice("backend", backend, BACKENDS)
-    loss, metrics, _ = _ranking_loss(scores, ranks, prompt_offsets, reduction == "prompts", backend)
+    if margins is not None:
+        checks.like("margins", margins, scores.shape, scores.device)
+    checks.not_negative("center_coef", center_coef)
+    inputs = (scores, ranks, prompt_offsets, margins, pack(scores, center_coef))
+    loss, metrics, _ = _ranking_loss(*inputs, reduction == "prompts", backend)
     _, accuracy, pairs, margin, _grad_scale = metrics.detach().unbind()
     return RankingLoss(loss, accuracy, pairs, margin)

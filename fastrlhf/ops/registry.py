@@ -17,6 +17,7 @@ from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("fastrlhf", "FRAGMENT")
 _SCHEMA_TYPES: dict[object, str] = {
@@ -24,8 +25,8 @@ _SCHEMA_TYPES: dict[object, str] = {
     Tensor | None: "Tensor?",
     float: "float",
     float | None: "float?",
-    int: "int",
-    int | None: "int?",
+    int: "SymInt",
+    int | None: "SymInt?",
     bool: "bool",
     list[bool]: "bool[]",
     str: "str",
@@ -89,10 +90,14 @@ class Op(Generic[Arguments, Result]):
             _LIBRARY.impl(name, self._grouping(cast(Function, implementation)), key)
         self.overload = getattr(torch.ops.fastrlhf, name).default
         self.name: str = self.overload.name()
+        self.differentiable = False
 
     def __call__(self, *groups: Arguments.args, **named: Arguments.kwargs) -> Result:
         assert not named, "an op takes its arguments by position"
-        return self.overload(*flattened(groups))
+        arguments = flattened(groups)
+        if self.differentiable and not torch.compiler.is_compiling():
+            _refuse_transforms(self.name, arguments)
+        return self.overload(*arguments)
 
     def _grouped(self, flat: tuple[object, ...]) -> list[object]:
         groups, start = [], 0
@@ -127,6 +132,7 @@ class Op(Generic[Arguments, Result]):
         silently wrong: it raises RuntimeError.
         """
 
+        self.differentiable = True
         run = cast(Function, backward)
 
         def gradients_of(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -152,6 +158,42 @@ class Op(Generic[Arguments, Result]):
         torch.library.register_autograd(
             self.name, once, setup_context=setup_context and setup, lib=_LIBRARY
         )
+
+
+def _refuse_transforms(name: str, arguments: list[object]) -> None:
+    """Raise RuntimeError where a transform would lose the gradient of an argument in silence."""
+    forward_mode = forward_ad._current_level >= 0
+    inside_func = torch._C._functorch.peek_interpreter_stack() is not None
+    if not forward_mode and not inside_func:
+        return
+    tensors = [t for t in arguments if isinstance(t, Tensor)]
+    if inside_func and any(map(_tracked_by_func, tensors)):
+        raise RuntimeError(
+            f"{name} has no derivative inside torch.func (grad, vjp, jvp): call"
+            " torch.autograd.grad or .backward(), or its plain torch formula, the function"
+            " of the op's name that ends in _ref"
+        )
+    if forward_mode and any(map(_has_tangent, tensors)):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative: use reverse mode (.backward(),"
+            " torch.autograd.grad), or its plain torch formula, the function of the op's name"
+            " that ends in _ref"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    level = forward_ad._current_level
+    return level >= 0 and forward_ad.unpack_dual(x, level=level).tangent is not None
+
+
+def _tracked_by_func(x: Tensor) -> bool:
+    """Return whether torch.func differentiates with respect to x, perhaps below a vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_gradtrackingtensor(x) and (x.requires_grad or _has_tangent(x)):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 class _Group:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar, overload
 from torch import Tensor
 
 from fastrlhf.ops import checks
-from fastrlhf.ops.collectives import name_of, rank_of
+from fastrlhf.ops.collectives import check_group, name_of, rank_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,15 +45,23 @@ def vocab_shard(
     """Return this rank's shard, `width` columns wide, of a vocabulary of `vocab_size`.
 
     `vocab_start` defaults to rank * width. Raises ValueError if the shard of an unsharded
-    vocabulary holds padding only.
+    vocabulary holds padding only, or if a shard is as wide as the complete vocabulary.
     """
+    check_group(group)
     start = rank_of(group) * width if vocab_start is None else vocab_start
     checks.require(start >= 0, "vocab_start", start, "0 or more")
     if vocab_size is None:
         return VocabShard(start, width, name_of(group))
     checks.require(vocab_size > 0, "vocab_size", vocab_size, "the true vocabulary size, above 0")
     columns = max(0, min(width, vocab_size - start))
-    if group is None:
+    if group is not None:
+        cut = width < vocab_size or group.size() == 1
+        expected = (
+            f"this rank's shard of the {vocab_size} columns, since there is a group of"
+            f" {group.size()} (or group=None for all of them)"
+        )
+        checks.require(cut, "columns of this rank", width, expected)
+    else:
         checks.require(columns > 0, "vocab_start", start, f"less than vocab_size ({vocab_size})")
     return VocabShard(start, columns, name_of(group))
 

@@ -261,6 +261,11 @@ class _Welcome:
         Raises UserError with the first failure, or if ranks have not arrived after `timeout_s` s.
         """
         end, note = time.monotonic() + timeout_s, time.monotonic() + _NOTE_AFTER_S
+        own = Session(self.store, 0, self.session.world_size)
+        if failure:
+            own.fail(failure)  # for ranks that ask after this one has ended
+        else:
+            self.store.delete_key(FAILED)  # of an earlier start
         self._fail(failure)
         for _ in _polls(longest_s=0.1):
             if self.session.world_size == 1 or self.session.store.check(["complete"]):

@@ -14,7 +14,7 @@ from fastrlhf.plan.planner import Plan, make_plan, may_fit, step_seconds
 from fastrlhf.progress import Meter
 
 _MICRO_BATCHES = (1, 2, 4, 8)
-_TRIES = 60
+_TRIES = 30
 """Candidates whose memory is counted at most; counting takes seconds, timing none."""
 
 
@@ -31,7 +31,7 @@ class Candidate:
 
 
 def search(
-    source: Path, overrides: list[str], command: str, gpus: int, gpu: Hardware, most: int = 8
+    source: Path, overrides: list[str], command: str, gpus: int, gpu: Hardware, most: int = 5
 ) -> list[Candidate]:
     """Return the `most` fastest candidates that fit, the fastest first.
 

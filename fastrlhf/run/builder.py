@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, TypeVar
@@ -16,6 +16,7 @@ from typing import Literal, TypedDict, TypeVar
 from fastrlhf.checkpoint.model_folder import SavedModel, describe_model, load_model
 from fastrlhf.config import Config, ModelConfig, ScheduleConfig
 from fastrlhf.data.batches import TokenizedDemonstration, TokenizedPrompt, TokenizedRanking
+from fastrlhf.data.blend import Blended
 from fastrlhf.data.datasets import load_demonstrations, load_prompt_records, load_rankings
 from fastrlhf.data.loader import Dataset, Loader
 from fastrlhf.data.pretrain import PretrainWindows, TokenStream
@@ -95,7 +96,8 @@ class RunBuilder:
             cost=cost if budget is not None else None,
             order=(
                 dataset.order
-                if isinstance(dataset, PretrainWindows) and dataset.weights is not None
+                if isinstance(dataset, Blended)
+                or (isinstance(dataset, PretrainWindows) and dataset.weights is not None)
                 else None
             ),
         )
@@ -161,6 +163,16 @@ class RunBuilder:
             paths, self.tokenizer, max_response_tokens=limit, **self._record_options(paths)
         )
         return rankings
+
+    def blend(
+        self,
+        sources: list[str] | dict[str, float],
+        load: Callable[[list[str]], Sequence[Sample]],
+    ) -> Sequence[Sample] | Blended[Sample]:
+        """Return the samples that `load` reads from `sources`: paths, or path -> weight."""
+        if isinstance(sources, list):
+            return load(sources)
+        return Blended([load([path]) for path in sources], list(sources.values()))
 
     def prompts(self, paths: list[str]) -> list[TokenizedPrompt]:
         """Read and tokenize prompt files."""

@@ -86,7 +86,7 @@ def sft_job(run: RunBuilder) -> TrainingJob[SupervisedFinetuning]:
     """
     data = run.config.data
     assert data.train is not None
-    dataset: Dataset[TokenizedDemonstration] = run.demonstrations(data.train)
+    dataset: Dataset[TokenizedDemonstration] = run.blend(data.train, run.demonstrations)
     pretrain_weight = None
     if data.pretrain_fraction > 0:
         assert data.pretrain is not None
@@ -123,7 +123,7 @@ def _language_model_job(
 
 def reward_model_job(
     run: RunBuilder,
-    rankings: Sequence[TokenizedRanking] | None = None,
+    rankings: Dataset[TokenizedRanking] | None = None,
     valid: Sequence[TokenizedRanking] | None = None,
 ) -> TrainingJob[RewardModelling]:
     """Return reward modelling on `rankings`, validated on `valid`.
@@ -134,7 +134,8 @@ def reward_model_job(
     data, shared = run.config.data, run.config.model.shared_prompt
     if rankings is None:
         assert data.train is not None
-        rankings, valid = run.rankings(data.train), run.rankings(data.valid) if data.valid else None
+        rankings = run.blend(data.train, run.rankings)
+        valid = run.rankings(data.valid) if data.valid else None
     collate, cost = (
         partial(pack_rankings, shared_prompt=shared),
         partial(ranking_tokens, shared_prompt=shared),

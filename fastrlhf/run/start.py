@@ -42,6 +42,7 @@ _MODEL_KEYS = (
     "model.hf",
     "ppo.reward_model",
     "ppo.value_model",
+    "ppo.reference_model",
     "eval.baseline",
     "eval.reward_model",
 )

@@ -163,8 +163,8 @@ PAPERS = {
 # How and where a run computes, reads and writes: no number of the result depends on the value.
 MACHINE = {
     "model.recompute", "model.recompute_layers", "model.attention", "model.shared_prompt",
-    "model.hf", "parallel.context", "parallel.timeout_s", "data.cache", "data.on_error",
-    "parallel.startup_timeout_s", "data.valid",
+    "model.hf", "parallel.context", "parallel.timeout_s", "parallel.startup_timeout_s",
+    "data.cache", "data.on_error", "data.valid",
     "optimizer.distributed", "optimizer.initial_loss_scale", "train.seed", "train.steps",
     "train.micro_batch_size", "train.max_tokens_per_micro_batch", "train.max_seconds",
     "train.eval_interval", "train.eval_batches", "ppo.offload", "generation.slots",

@@ -17,7 +17,8 @@ from torch import Tensor
 from fastrlhf.ops import gae, linear_cross_entropy, pairwise_ranking_loss, ppo_loss
 from fastrlhf.ops.advantage import Rollout, TargetOptions, _gae_torch, _shaped_gae_torch
 from fastrlhf.ops.layouts import PPOMetric, RankingMetric
-from fastrlhf.ops.ppo import PPOOptions, PPOTokens, _ppo_loss_torch
+from fastrlhf.ops.policy import PPOOptions
+from fastrlhf.ops.ppo_kernels import PLAIN, PPOTokens, _ppo_loss_torch
 from fastrlhf.ops.ranking import _ranking_loss_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,10 +98,10 @@ def test_shaped_rewards_gae_and_moments(
     mask[4, 100:] = False
     logprobs, values = (t.masked_fill(~mask, torch.nan) for t in (logprobs, values))
     scores = torch.randn(9, generator=g).to(dtype)
-    options = (estimator, clip, 0.99, 0.95)
-    got = cpu.shaped_gae(scores, logprobs, ref, values, mask, torch.tensor(0.2), *options)
+    options = (0.2, clip, 0.99, 0.95, estimator)
+    got = cpu.shaped_gae(scores, logprobs, ref, values, mask, None, *options)
     wide = widened(scores, logprobs, ref, values, mask)
-    want = _shaped_gae_torch(Rollout(*wide), torch.tensor(0.2), TargetOptions(*options))
+    want = _shaped_gae_torch(Rollout(*wide), TargetOptions(*options))
     assert len(got) == len(want) == 5 and all(t.isfinite().all() for t in got)
     for ours, truth in zip(got, want, strict=True):
         # as for gae above; the squares of the moments double the relative error
@@ -108,6 +109,16 @@ def test_shaped_rewards_gae_and_moments(
 
 
 # --- ppo -----------------------------------------------------------------------------------------
+
+
+def plain_ppo(
+    cpu: SimpleNamespace,
+    inputs: list[Tensor | None],
+    denominator: Tensor | None,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    """Call the kernel without the options that Schulman et al. 2017 do not have."""
+    return cpu.ppo_loss(*inputs, None, None, denominator, *options, math.inf, 0.0, *PLAIN)
 
 
 def ppo_inputs(n: int, dtype: torch.dtype, full: bool = True) -> list[Tensor | None]:
@@ -133,9 +144,9 @@ def ppo_inputs(n: int, dtype: torch.dtype, full: bool = True) -> list[Tensor | N
 @pytest.mark.parametrize("full", [True, False])
 def test_ppo_loss(cpu: SimpleNamespace, n: int, full: bool, dtype: torch.dtype) -> None:
     inputs = ppo_inputs(n, dtype, full)
-    options = (0.2, 0.2, 0.7, 0.01)
+    options = (0.2, 0.2, 0.2, 0.7, 0.01)
     for denominator in (None, torch.tensor(37.0), torch.tensor(37)):
-        got = cpu.ppo_loss(*inputs, denominator, *options)
+        got = plain_ppo(cpu, inputs, denominator, *options)
         wide = None if denominator is None else denominator.double()
         want = _ppo_loss_torch(PPOTokens(*widened(*inputs)), wide, PPOOptions(*options))
         # A ratio carries a rounding of log-probs up to 8 in size. A token at the edge of the clip
@@ -148,14 +159,14 @@ def test_ppo_loss(cpu: SimpleNamespace, n: int, full: bool, dtype: torch.dtype) 
 def test_ppo_loss_mixes_dtypes_and_takes_no_true_position(cpu: SimpleNamespace) -> None:
     inputs = ppo_inputs(50, torch.float32)
     inputs[1], inputs[2], inputs[4] = inputs[1].bfloat16(), inputs[2].double(), inputs[4].half()
-    got = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
-    tokens, options = PPOTokens(*widened(*inputs)), PPOOptions(0.2, 0.2, 1.0, 0.0)
+    got = plain_ppo(cpu, inputs, None, 0.2, 0.2, 0.2, 1.0, 0.0)
+    tokens, options = PPOTokens(*widened(*inputs)), PPOOptions(0.2, 0.2, 0.2, 1.0, 0.0)
     want = _ppo_loss_torch(tokens, None, options)
     for ours, truth in zip(got, want, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=32 * EPS, atol=32 * EPS)
     inputs[3] = torch.zeros(50, dtype=torch.bool)
-    metrics, d_logprobs, d_values = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
-    assert metrics.tolist() == [0.0] * 9 + [1.0] and not d_logprobs.any() and not d_values.any()
+    metrics, d_logprobs, d_values = plain_ppo(cpu, inputs, None, 0.2, 0.2, 0.2, 1.0, 0.0)
+    assert metrics.tolist() == [0.0] * 10 + [1.0] and not d_logprobs.any() and not d_values.any()
 
 
 def test_approx_kl_does_not_cancel_for_tiny_steps(cpu: SimpleNamespace) -> None:
@@ -164,9 +175,8 @@ def test_approx_kl_does_not_cancel_for_tiny_steps(cpu: SimpleNamespace) -> None:
     step = 2.0**-14
     logprobs, old = torch.full((64,), -step), torch.full((64,), -2 * step)
     mask = torch.ones(64, dtype=torch.bool)
-    metrics, _, _ = cpu.ppo_loss(
-        logprobs, old, mask.float(), mask, None, None, None, None, None, 0.2, 0.2, 1.0, 0.0
-    )
+    inputs = [logprobs, old, mask.float(), mask, None, None, None, None]
+    metrics, _, _ = plain_ppo(cpu, inputs, None, 0.2, 0.2, 0.2, 1.0, 0.0)
     assert math.isclose(
         metrics[PPOMetric.APPROX_KL].item(), step**2 / 2 + step**3 / 6, rel_tol=1e-6
     )
@@ -177,7 +187,7 @@ def test_nan_where_it_counts_reaches_every_metric_it_should(cpu: SimpleNamespace
     inputs[3] = torch.ones(2000, dtype=torch.bool)
     inputs[0] = torch.nan_to_num(inputs[0])
     inputs[0][1500] = torch.nan
-    metrics, d_logprobs, _ = cpu.ppo_loss(*inputs, None, 0.2, 0.2, 1.0, 0.0)
+    metrics, d_logprobs, _ = plain_ppo(cpu, inputs, None, 0.2, 0.2, 0.2, 1.0, 0.0)
     spoiled = [
         PPOMetric.LOSS,
         PPOMetric.POLICY_LOSS,
@@ -245,7 +255,8 @@ def test_one_thread_and_two_give_the_same_bits(cpu: SimpleNamespace, two_threads
 
     def everything() -> list[Tensor]:
         out = [*cpu.gae(rewards, values, rewards < 1, 0.99, 0.95)]
-        out += cpu.ppo_loss(*ppo_inputs(40001, torch.float32), None, 0.2, 0.2, 1.0, 0.1)
+        inputs = ppo_inputs(40001, torch.float32)
+        out += plain_ppo(cpu, inputs, None, 0.2, 0.2, 0.2, 1.0, 0.1)
         return out + list(cpu.ranking_loss(scores, ranks, torch.arange(0, 64 * 32 + 1, 32), True))
 
     two = everything()
@@ -282,7 +293,7 @@ def test_through_the_public_ops(isa: str) -> None:
         results[backend] = [t.detach() for t in found] + [
             leaf.grad for leaf in leaves if leaf.grad is not None
         ]
-    assert len(results["cpu"]) == 9 + 4 + 2 + 4
+    assert len(results["cpu"]) == 10 + 4 + 2 + 4
     for ours, theirs in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, theirs)
 

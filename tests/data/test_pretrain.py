@@ -17,7 +17,7 @@ import fastrlhf.data.pretrain as pretrain
 from fastrlhf.data.batches import TokenizedDemonstration, pack_demonstrations, pack_windows
 from fastrlhf.data.loader import Loader
 from fastrlhf.data.mix import Mixture
-from fastrlhf.data.pretrain import PretrainWindows, TokenStream, apportion
+from fastrlhf.data.pretrain import PretrainWindows, TokenStream
 from fastrlhf.data.tokenize import encode_plain
 from fastrlhf.errors import UserError
 
@@ -255,12 +255,6 @@ def test_a_blend_draws_sources_by_weight_and_each_window_once_per_pass() -> None
         assert all(sorted(own) == list(range(first, first + size)) for own in passes)
         assert passes[0] != passes[1]
     assert blend(1, [3.0, 1.0], shuffle=False)[0][:8] == [0, 1, 40, 2, 3, 4, 41, 5]
-
-
-def test_apportion_rounds_to_the_total() -> None:
-    assert apportion(10, [1, 1, 1]) == [4, 3, 3]
-    assert apportion(50, [0.97, 0.03]) == [49, 1]
-    assert apportion(7, [2.0]) == [7]
 
 
 def test_a_blend_is_the_same_with_every_layout_and_resumes() -> None:

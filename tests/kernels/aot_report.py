@@ -49,18 +49,28 @@ FLOATS = {
     "scale",
     "inverse_temperature",
     "clip",
+    "clip_low",
+    "clip_high",
     "value_clip",
     "value_coef",
     "entropy_coef",
+    "dual_clip",
+    "kl_coef",
+    "center_coef",
+    "softcap",
 }
 FLOATS |= {"gamma", "lam"}
 
 
 def _vocabulary(kernel: Any, dtype: str, **flags: Any) -> tuple[ASTSource, int]:
-    options = row_options(torch.empty(0, dtype=LOGITS[dtype]), 128256)
+    capped = flags.get("SOFTCAP", False)
+    options = row_options(torch.empty(0, dtype=LOGITS[dtype]), 128256, capped)
     warps = options.pop("num_warps")
     logits = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr", "ref_out_ptr"), f"*{dtype}")
     pointers = {**logits, "labels_ptr": "*i64", "mask_ptr": "*i1"}
+    flags["ON_DEVICE"] = False
+    if "SOFTCAP" in kernel.arg_names:
+        flags.setdefault("SOFTCAP", False)
     return _signature(kernel, pointers, FLOATS, {**flags, **options}), warps
 
 
@@ -75,6 +85,11 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
             f"logprob_backward {d}",
             *_vocabulary(logprob._backward_kernel, d, **gradients, **both),
         )
+        capped = {**both, "SOFTCAP": True}
+        forward = _vocabulary(logprob._forward_kernel, d, KL=True, **capped)
+        yield f"logprob_forward softcap {d}", *forward
+        backward = _vocabulary(logprob._backward_kernel, d, **gradients, **capped)
+        yield f"logprob_backward softcap {d}", *backward
         flags = {"MASKED": True, "SAME_ALIGNMENT": True}
         yield f"logits_kl_statistics {d}", *_vocabulary(logits_kl._statistics_kernel, d, **flags)
         yield (
@@ -83,18 +98,24 @@ def sources() -> Iterator[tuple[str, ASTSource, int]]:
         )
     masks = {"mask_ptr": "*i1", "counter_ptr": "*i32"}
     flags = {"HAS_VALUES": True, "HAS_ENTROPY": True, "GIVEN": False, "BLOCK": ppo_loss.BLOCK}
-    flags["MOST"] = ppo_loss.MAX_BLOCKS
-    yield "ppo_loss fp32", _signature(ppo_loss._kernel, masks, FLOATS, flags), 4
+    flags |= {"MOST": ppo_loss.MAX_BLOCKS, "ON_DEVICE": False, "CISPO": False}
+    plain = {"HAS_REF": False, "HAS_WEIGHTS": False, "SEQUENCE": False, "ESTIMATOR": "k3"}
+    yield "ppo_loss fp32", _signature(ppo_loss._kernel, masks, FLOATS, {**flags, **plain}), 4
+    every = {"HAS_REF": True, "HAS_WEIGHTS": True, "SEQUENCE": True, "ESTIMATOR": "k3"}
+    yield "ppo_loss gspo", _signature(ppo_loss._kernel, masks, FLOATS, {**flags, **every}), 4
     for length in (128, 1024):
         options = gae.scan_options(length)
-        warps, flags = options.pop("num_warps"), {"ESTIMATOR": "k3", "CLIPPED": True, **options}
+        warps, flags = options.pop("num_warps"), {"ESTIMATOR": "k3", "CLIPPED": True}
+        options |= {"BOOTSTRAP": True, "ON_DEVICE": False}
+        flags |= options
         yield f"gae {length}", _signature(gae._gae_kernel, masks, FLOATS, options), warps
         yield (
             f"shaped_gae {length}",
             _signature(gae._shaped_gae_kernel, masks, FLOATS, flags),
             warps,
         )
-    flags = {"PER_PROMPT": True, "TILE": ranking.TILE}
+    flags = {"PER_PROMPT": True, "TILE": ranking.TILE, "MARGINS": True, "CENTERED": True}
+    flags["ON_DEVICE"] = False
     integers = {"ranks_ptr": "*i64", "offsets_ptr": "*i64", "counter_ptr": "*i32"}
     yield "ranking_loss fp32", _signature(ranking._kernel, integers, FLOATS, flags), 2
 

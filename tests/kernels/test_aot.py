@@ -17,11 +17,13 @@ VOCABULARY = (
     "logprob_statistics",
     "logprob_forward",
     "logprob_backward",
+    "logprob_forward softcap",
+    "logprob_backward softcap",
     "logits_kl_statistics",
     "logits_kl_backward",
 )
 KERNELS = [f"{name} {dtype}" for dtype in ("bf16", "fp32") for name in VOCABULARY]
-KERNELS += ["ppo_loss fp32", "ranking_loss fp32"]
+KERNELS += ["ppo_loss fp32", "ppo_loss gspo", "ranking_loss fp32"]
 KERNELS += [f"{name} {length}" for name in ("gae", "shaped_gae") for length in (128, 1024)]
 
 
@@ -52,7 +54,9 @@ def test_resources(built):
 def test_rows_are_read_and_written_at_full_width(built):
     """Unmasked blocks use 16-byte accesses, although no stride is known to be aligned."""
     for k in built:
+        # a block of a capped row holds half as many elements, and so half as many accesses
+        share = 2 if "softcap" in k["kernel"] else 1
         if k["kernel"].split()[0] in VOCABULARY:
-            assert k["vector_loads"] >= 2, k
+            assert k["vector_loads"] >= 2 // share, k
         if k["kernel"].split()[0].endswith("backward"):
-            assert k["vector_stores"] >= 4, k
+            assert k["vector_stores"] >= 4 // share, k

@@ -23,6 +23,9 @@ FILES = (
     "test_ppo.py",
     "test_advantage.py",
     "test_ranking.py",
+    "test_bounds.py",
+    "test_policy.py",
+    "test_softcap.py",
 )
 
 

@@ -13,7 +13,8 @@ import torch
 from fastrlhf.ops.advantage import Rollout, TargetOptions
 from fastrlhf.ops.kl import SavedKL
 from fastrlhf.ops.logprob_kernels import SavedRow, TokenGrads
-from fastrlhf.ops.ppo import PPOOptions, PPOTokens
+from fastrlhf.ops.policy import PPOOptions
+from fastrlhf.ops.ppo_kernels import PPOTokens
 
 triton = pytest.importorskip("triton")
 MODULES = ("gae", "logits_kl", "logprob", "ppo_loss", "ranking")
@@ -72,7 +73,7 @@ def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
     stats = logits_kl.logits_kl_statistics(x, y, mask, 0.7, vocab)
     logits_kl.logits_kl_backward(x, y, mask, SavedKL(stats, a), b, 0.7, vocab, out, ref_out)
     tokens = PPOTokens(a, b, c, mask, d, e, a, b)
-    ppo_loss.ppo_loss(tokens, torch.ones(()), PPOOptions(0.2, 0.2, 1.0, 0.1))
+    ppo_loss.ppo_loss(tokens, torch.ones(()), PPOOptions(0.2, 0.2, 0.2, 1.0, 0.1))
     table = (
         cut(batch, length),
         cut(batch, length),
@@ -80,8 +81,8 @@ def launch_everything(batch: int, length: int, vocab: int, offset: int) -> None:
         cut(batch, length, dtype=torch.bool),
     )
     gae.gae(table[0], table[1], table[3], 0.99, 0.95)
-    options = TargetOptions("k3", 0.2, 0.99, 0.95)
-    gae.shaped_gae(Rollout(cut(batch), *table), torch.ones(()), options)
+    options = TargetOptions(0.1, 0.2, 0.99, 0.95, "k3")
+    gae.shaped_gae(Rollout(cut(batch), *table), options)
     ranking.ranking_loss(cut(n), cut(n, dtype=torch.int64), cut(batch + 1, dtype=torch.int64), True)
 
 

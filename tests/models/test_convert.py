@@ -160,10 +160,12 @@ def test_reward_model_keeps_bias_and_statistics(
 def test_errors_are_raised_before_anything_is_written(
     hf_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"parallel\.tensor 4 does not divide num_kv_heads 2"):
+    with pytest.raises(
+        UserError, match=r"parallel\.tensor 4 does not divide the model's num_kv_heads 2"
+    ):
         convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(tensor=4))
     with pytest.raises(
-        UserError, match=r"parallel\.pipeline 3 does not divide the model's 2 layers"
+        UserError, match=r"parallel\.pipeline 3 does not divide the model's num_layers 2"
     ):
         convert.convert_from_hf(hf_folder("llama"), tmp_path / "ours", ParallelConfig(pipeline=3))
     with pytest.raises(UserError, match="1 processes cannot be split"):

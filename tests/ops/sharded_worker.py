@@ -211,6 +211,38 @@ def ppo(h, w, b, d, **options):
     ).loss
 
 
+def smoothed(h, w, b, d, **options):
+    extra = {"label_smoothing": 0.1, "z_loss": 0.01}
+    return linear_cross_entropy(h, w, d["labels"], d["mask"], bias=b, **extra, **options)
+
+
+def capped(h, w, b, d, **options):
+    return linear_cross_entropy(h, w, d["labels"], d["mask"], bias=b, softcap=2.0, **options)
+
+
+def sequences(h, w, b, d, **options):
+    # k3 would grow with exp(d), and the rounding of d with it
+    extra = {"ratio": "sequence", "ref_logprobs": d["old"], "kl_coef": 0.1, "kl_estimator": "k2"}
+    extra |= {"weights": d["old"].abs(), "entropy_coef": 0.1}
+    arguments = (h, w, d["labels"], d["old"], d["advantages"], d["mask"])
+    return linear_ppo_loss(*arguments, bias=b, **extra, **options).loss
+
+
+def check_misuse(group: dist.ProcessGroup, absent: object) -> None:
+    """Check that all columns given for a shard, and another's group, are named."""
+    d = data()
+    for wrong, words in (
+        ({"group": group, "vocab_size": VOCAB}, f"this rank's shard of the {VOCAB} columns"),
+        ({"group": absent}, "a group that this rank is a member of"),
+    ):
+        try:
+            logprobs(d["logits"], d["labels"], mask=d["mask"], **wrong)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{wrong} was accepted")
+
+
 def check_masked(group: dist.ProcessGroup) -> None:
     g = torch.Generator().manual_seed(2)
     x, mask = (
@@ -255,14 +287,21 @@ def checks(group: dist.ProcessGroup) -> dict[str, Callable[[], None]]:
         )
         found[f"linear_cross_entropy-{kind}"] = lambda s=shard: check_linear(s, cross_entropy)
         found[f"linear_ppo_loss-{kind}"] = lambda s=shard: check_linear(s, ppo)
+        found[f"linear_smoothed-{kind}"] = lambda s=shard: check_linear(s, smoothed)
+        found[f"linear_capped-{kind}"] = lambda s=shard: check_linear(s, capped)
+        found[f"linear_sequences-{kind}"] = lambda s=shard: check_linear(s, sequences)
         for name, call in (
             ("logprobs", linear_logprobs_sum),
             ("cross_entropy", cross_entropy),
             ("ppo", ppo),
+            ("smoothed", smoothed),
+            ("sequences", sequences),
         ):
             found[f"chunks-{name}-{kind}"] = lambda s=shard, p=padded, c=call: check_small_chunks(
                 s, p, c
             )
+    absent = dist.GroupMember.NON_GROUP_MEMBER
+    found["misuse"] = lambda: check_misuse(group, absent)
     if group.size() == 2:
         found["compiled"] = lambda: check_compiled(Shard(group, padded=False))
     return found

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrlhf.ops import gae, masked_whiten, rollout_targets, shaped_rewards, token_kl
+from fastrlhf.ops import (
+    gae,
+    group_advantages,
+    masked_whiten,
+    rollout_targets,
+    shaped_rewards,
+    token_kl,
+)
 
 
 def gae_per_row(rewards, values, mask, gamma, lam):
@@ -193,3 +200,73 @@ def test_mistakes_are_named(torch_only):
         ValueError, match="estimator: got 'k4', expected one of 'k1', 'abs', 'k2', 'k3'"
     ):
         token_kl(x, x, "k4")
+
+
+# --- what follows a truncated row, and groups -----------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7, 130, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bootstrap_is_the_value_of_one_more_position(length, dtype, backend, device):
+    """A row that ends in it equals one with a last position of that value and reward 0."""
+    rewards, values = (torch.randn(5, length).to(device, dtype) for _ in range(2))
+    mask = torch.rand(5, length).to(device) > 0.3
+    mask[1] = False
+    after = torch.randn(5).to(device, dtype)
+    ours = gae(rewards, values, mask, 0.9, 0.8, bootstrap=after, backend=backend)
+    wide = [
+        torch.cat([t.double(), last.double()[:, None]], 1)
+        for t, last in ((rewards, after), (values, after), (mask.double(), torch.ones_like(after)))
+    ]
+    # its advantage is reward - value = 0
+    exact = gae(wide[0], wide[1], wide[2].bool(), 0.9, 0.8)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b[:, :-1], rtol=1e-5, atol=2e-5)
+    assert not bool(ours[0][1].any())
+
+
+def test_a_bootstrap_by_hand(backend, device):
+    """1 + 0.5 * 4 - 1 = 2 at the last position, 0 + 0.5 * 1 - 2 + 0.25 * 2 = -1 before it."""
+    rewards, values = (torch.tensor([x], device=device) for x in ([0.0, 1.0], [2.0, 1.0]))
+    mask, after = torch.ones_like(rewards, dtype=torch.bool), torch.tensor([4.0], device=device)
+    advantages, returns = gae(rewards, values, mask, 0.5, 0.5, bootstrap=after, backend=backend)
+    assert advantages.tolist() == [[-1.0, 2.0]] and returns.tolist() == [[1.0, 3.0]]
+
+
+def test_rollout_targets_hand_the_bootstrap_to_gae(backend, device):
+    logp, ref, values = (torch.randn(4, 60, device=device) for _ in range(3))
+    scores, after = torch.randn(4, device=device), torch.randn(4, device=device)
+    mask = torch.rand(4, 60, device=device) > 0.3
+    ours = rollout_targets(
+        scores, logp, ref, values, mask, kl_coef=0.1, bootstrap=after, whiten=False, backend=backend
+    )
+    rewards, _ = shaped_rewards(scores, logp, ref, mask, 0.1)
+    advantages, returns = gae(rewards, values, mask, bootstrap=after, backend=backend)
+    torch.testing.assert_close(ours.advantages, advantages, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.returns, returns, rtol=1e-5, atol=1e-5)
+    with_rest, _ = shaped_rewards(scores, logp, ref, mask, 0.1, bootstrap=after)
+    torch.testing.assert_close((with_rest - rewards).sum(1), after * mask.any(1))
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 1, 1, 1, 2], [7, -3, 7, -3, -3, 2**40]])
+def test_group_advantages_by_definition(ids, torch_only):
+    rewards, groups = torch.tensor([1.0, 3.0, 0.0, 2.0, 7.0, 5.0]), torch.tensor(ids)
+    for leave_one_out, normalize in ((False, False), (False, True), (True, False)):
+        options = {"leave_one_out": leave_one_out, "normalize": normalize}
+        ours = group_advantages(rewards, groups, **options)
+        for i in range(6):
+            mine = rewards[groups == groups[i]]
+            others = rewards[(groups == groups[i]) & (torch.arange(6) != i)]
+            if len(mine) == 1:
+                assert ours[i] == 0
+                continue
+            expected = rewards[i] - (others if leave_one_out else mine).mean()
+            scale = mine.std() + 1e-6 if normalize else 1.0
+            torch.testing.assert_close(ours[i], expected / scale, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_rewards_have_no_advantage(torch_only):
+    rewards = torch.full((4,), 0.1, dtype=torch.bfloat16)
+    ours = group_advantages(rewards, torch.zeros(4, dtype=torch.int32))
+    assert ours.dtype == torch.float32 and not bool(ours.any())
+    assert group_advantages(rewards[:0], torch.zeros(0, dtype=torch.long)).shape == (0,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastrlhf.ops import (
     linear_logprobs,
     linear_ppo_loss,
 )
+from fastrlhf.ops.linear_modules import _FusedLinear
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -88,18 +90,56 @@ def test_modules_hold_no_parameters_and_name_mistakes():
 
 
 def test_a_module_prints_every_option_it_holds():
-    common = "temperature=1.0, backend='auto', vocab_start=None, vocab_size=None, group=None"
-    assert (
-        repr(FusedLinearPPOLoss(clip=0.1))
-        == f"FusedLinearPPOLoss({common}, clip=0.1, entropy_coef=0.0)"
+    common = (
+        "temperature=1.0, softcap=None, backend='auto', vocab_start=None, vocab_size=None,"
+        " group=None"
     )
-    assert (
-        repr(FusedLinearCrossEntropy()) == f"FusedLinearCrossEntropy({common}, ignore_index=-100)"
+    policy = (
+        "clip=0.1, dual_clip=None, entropy_coef=0.0, kl_coef=0.0, kl_estimator='k3',"
+        " objective='clip', ratio='token'"
     )
+    assert repr(FusedLinearPPOLoss(clip=0.1)) == f"FusedLinearPPOLoss({common}, {policy})"
+    smoothing = "ignore_index=-100, label_smoothing=0.0, z_loss=0.0"
+    assert repr(FusedLinearCrossEntropy()) == f"FusedLinearCrossEntropy({common}, {smoothing})"
     logprobs = FusedLinearLogprobs(recompute=False, with_entropy=True, vocab_size=7)
     assert "vocab_size=7" in repr(logprobs) and repr(logprobs).endswith(
         "recompute=False, with_entropy=True)"
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "op"),
+    [
+        (FusedLinearLogprobs, linear_logprobs),
+        (FusedLinearCrossEntropy, linear_cross_entropy),
+        (FusedLinearPPOLoss, linear_ppo_loss),
+    ],
+)
+def test_a_module_takes_every_argument_of_its_op(module, op):
+    """Options when it is made, tensors when it is called; the defaults are the op's."""
+    shared = inspect.signature(_FusedLinear.__init__).parameters
+    made = inspect.signature(module.__init__).parameters
+    called = inspect.signature(module.forward).parameters
+    taken = {k: p for k, p in {**shared, **made, **called}.items() if k not in ("self", "options")}
+    wanted = dict(inspect.signature(op).parameters)
+    if module is FusedLinearCrossEntropy:  # its mask may come from ignore_index
+        del taken["ignore_index"], taken["mask"], wanted["mask"]
+    assert set(taken) == set(wanted)
+    assert {k: p.default for k, p in taken.items()} == {k: p.default for k, p in wanted.items()}
+    assert not set(called) & (set(shared) | set(made)) - {"self"}
+
+
+def test_the_options_reach_the_ops():
+    h, w, b, labels, mask, old, advantages = inputs()
+    options = {"dual_clip": 2.0, "kl_coef": 0.1, "kl_estimator": "k2", "ratio": "sequence"}
+    options |= {"clip": (0.1, 0.3), "softcap": 3.0}
+    tensors = {"ref_logprobs": old - 0.1, "weights": old.abs(), "num_counted": int(mask.sum())}
+    ours = FusedLinearPPOLoss(**options)(h, w, labels, old, advantages, mask, bias=b, **tensors)
+    expected = linear_ppo_loss(h, w, labels, old, advantages, mask, bias=b, **options, **tensors)
+    assert all(torch.equal(x, y) for x, y in zip(ours, expected, strict=True))
+    smoothed = {"label_smoothing": 0.1, "z_loss": 0.01}
+    ours = FusedLinearCrossEntropy(**smoothed)(h, w, labels, mask)
+    assert torch.equal(ours, linear_cross_entropy(h, w, labels, mask, **smoothed))
 
 
 @pytest.mark.parametrize("name", ["hf_sft.py", "hf_ppo_loss.py"])

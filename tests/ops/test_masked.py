@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrlhf.ops import masked_mean, masked_whiten
+from fastrlhf.ops import masked_mean, masked_var, masked_whiten
 from fastrlhf.ops.masked import true_places
 
 pytestmark = pytest.mark.usefixtures("torch_only")
@@ -82,3 +82,29 @@ def test_places_are_in_order_with_and_without_their_count(marked):
     mask[marked] = True
     assert true_places(mask, None).tolist() == true_places(mask, len(marked)).tolist() == marked
     assert true_places(mask, 6).tolist()[: len(marked)] == marked
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+def test_means_and_variances_along_a_dimension(dim):
+    """Against torch on each row of True positions; a row without any gives 0."""
+    x = torch.randn(5, 7, dtype=torch.float64) + 100
+    mask = torch.rand(5, 7) > 0.4
+    mask[2] = False
+    mask[:, 3] = False
+    mean, var = masked_mean(x, mask, dim=dim), masked_var(x, mask, dim=dim)
+    rows = (
+        (x[mask],)
+        if dim is None
+        else [r[m] for r, m in zip(x.movedim(dim, -1), mask.movedim(dim, -1), strict=True)]
+    )
+    wanted = [(r.mean(), r.var(correction=0)) if len(r) else (r.sum(), r.sum()) for r in rows]
+    torch.testing.assert_close(mean.flatten(), torch.stack([m for m, _ in wanted]))
+    torch.testing.assert_close(var.flatten(), torch.stack([v for _, v in wanted]))
+
+
+def test_the_gradient_of_a_variance():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 4) > 0.3
+    for dim in (None, 1):
+        assert torch.autograd.gradcheck(lambda t, d=dim: masked_var(t, mask, dim=d), (x,))
+        assert torch.autograd.gradcheck(lambda t, d=dim: masked_mean(t, mask, dim=d), (x,))

@@ -118,7 +118,7 @@ def test_golden(backend, device):
     # value 1: clipped to 0.2, (0.2 - 1.5)^2 = 1.69 > 0.25; value 2: inside the clip, (0 - 1)^2 = 1
     value = (0.5 * 1.69 + 0.5 * 1.0) / 2
     kl = (2 - 1 - math.log(2) + 0) / 2
-    expected = [policy + 2 * value - 0.5 * 1.5, policy, value, 1.5, 0.5, 0.5, kl, 1.5, 2.0]
+    expected = [policy + 2 * value - 0.5 * 1.5, policy, value, 1.5, 0.5, 0.5, kl, 1.5, 2.0, 0.0]
     assert [m.item() for m in out] == pytest.approx(expected, rel=1e-6)
     out.loss.backward()
     assert logp.grad.tolist() == pytest.approx([0.0, 1.5, 0.0])

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastrlhf.ops import pairwise_ranking_loss
+from fastrlhf.ops.ranking import pairwise_ranking_loss_ref
 
 
 def brute_force(prompts, reduction):
@@ -81,6 +82,37 @@ def test_sizes_and_dtypes(responses, dtype, backend, device):
     )
     by_float = pairwise_ranking_loss(scores, ranks.float() / 2, offsets, backend=backend)
     assert torch.equal(out.loss, by_float.loss)
+
+
+@pytest.mark.parametrize("reduction", ["prompts", "pairs"])
+@pytest.mark.parametrize("margins", [True, False])
+@pytest.mark.parametrize("center_coef", [0.0, 0.1])
+def test_margins_and_centering_in_float64(margins, center_coef, reduction, backend, device):
+    scores, ranks, offsets = pack(
+        [(torch.randn(k).tolist(), torch.randint(0, k, (k,)).tolist()) for k in (5, 17, 2)], device
+    )
+    needed = torch.randn_like(scores.detach()) if margins else None
+    options = {"reduction": reduction, "center_coef": center_coef}
+    ours = pairwise_ranking_loss(scores, ranks, offsets, margins=needed, backend=backend, **options)
+    exact = scores.detach().double().requires_grad_()
+    wide = needed.double() if margins else None
+    expected = pairwise_ranking_loss_ref(exact, ranks, offsets, margins=wide, **options)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    (grad,), (wanted,) = (
+        torch.autograd.grad(out.loss, leaf) for out, leaf in ((ours, scores), (expected, exact))
+    )
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_margin_and_a_center_by_hand(backend, device):
+    """The better score is ahead by 1, of which the margin takes 1; the sum of the scores is 3."""
+    scores = torch.tensor([2.0, 1.0], device=device)
+    ranks, offsets, margins = (torch.tensor(x, device=device) for x in ([0, 1], [0, 2], [1.5, 0.5]))
+    out = pairwise_ranking_loss(
+        scores, ranks, offsets, margins=margins, center_coef=0.1, backend=backend
+    )
+    assert [t.item() for t in out] == pytest.approx([math.log(2) + 0.9, 1.0, 1.0, 1.0])
 
 
 def test_golden(backend, device):

@@ -21,9 +21,15 @@ KINDS = (
     "linear_kept",
 )
 LOSSES = ("linear_cross_entropy", "linear_ppo_loss")
-CHUNKS = ("chunks-logprobs", "chunks-cross_entropy", "chunks-ppo")
-NAMES = [f"{k}-{shards}" for k in (*KINDS, *LOSSES, *CHUNKS) for shards in ("uneven", "padded")]
-CHECKS = [f"{n}-{name}" for n in (2, 3, 4) for name in (*NAMES, "masked")] + ["2-compiled"]
+OPTIONS = ("linear_smoothed", "linear_capped", "linear_sequences")
+CHUNKED = ("logprobs", "cross_entropy", "ppo", "smoothed", "sequences")
+CHUNKS = tuple(f"chunks-{name}" for name in CHUNKED)
+NAMES = [
+    f"{k}-{shards}" for k in (*KINDS, *LOSSES, *OPTIONS, *CHUNKS) for shards in ("uneven", "padded")
+]
+CHECKS = [f"{n}-{name}" for n in (2, 3, 4) for name in (*NAMES, "masked", "misuse")] + [
+    "2-compiled"
+]
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 

@@ -82,6 +82,16 @@ def test_a_failure_before_the_start_reaches_all_ranks_and_not_the_next_start() -
     assert all(isinstance(s, Session) for s in on_all_ranks(3, partial(meet, store, 600)))
 
 
+def test_a_failure_of_rank_0_reaches_ranks_that_come_later_and_not_the_next_start() -> None:
+    store = dist.HashStore()
+    with pytest.raises(UserError, match="a mistake"):
+        rendezvous._Welcome(rendezvous._in_use(store), 3).run(0.1, "rank 0 on host a: a mistake")
+    late = on_all_ranks(2, lambda n: meet(store, 600, n + 1))
+    assert late == ["rank 0 on host a: a mistake"] * 2
+    first = rendezvous._Welcome(rendezvous._in_use(store), 1).run(600)
+    assert not Session(rendezvous._in_use(store), 1, 3).failure() and first.rank == 0
+
+
 def test_the_last_rank_to_arrive_judges_and_all_get_its_verdict() -> None:
     store, calls = dist.HashStore(), []
 
