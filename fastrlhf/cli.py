@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import typer
 from fastrlhf import __version__, cli_data
 from fastrlhf.config import COMMANDS, TRAINING_COMMANDS, Command
 from fastrlhf.config.environment import check_launch, check_variables, user_message
-from fastrlhf.errors import UserError
+from fastrlhf.errors import UserError, one_line
 from fastrlhf.parallel.exit import clean_exit
 
 if TYPE_CHECKING:
@@ -352,15 +353,17 @@ def main() -> None:
         # Ops raise the latter two for a FASTRLHF_* variable that this machine cannot follow.
         if (text := user_message(error)) is None:
             raise
-        _report_error(f"error: {' '.join(text.split())}")
-        _report_to_ranks(" ".join(text.split()))
+        line = one_line(" ".join(text.split()))
+        _report_error(f"error: {line}")
+        _report_to_ranks(line)
         status = 2
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "fastrlhf"
         option = getattr(error, "option_name", "")
         setting = "; settings have no dashes (train.steps=10)" if "." in option else ""
-        _report_error(f"error: {error.format_message().rstrip('.')}{setting}; see {command} --help")
+        message = one_line(f"{error.format_message().rstrip('.')}{setting}; see {command} --help")
+        _report_error(f"error: {message}")
         status = 2
     sys.exit(status)
 
@@ -393,7 +396,8 @@ def _report_error(line: str) -> None:
     An error of another rank alone reaches the user through torchrun, which shows the error file of
     the rank that failed first.
     """
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")).strip()
+    if rank == "0" or not re.fullmatch("[0-9]+", rank):  # a rank that is no number may be the error
         print(line, file=sys.stderr, flush=True)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
         report = {"message": line.removeprefix("error: "), "timestamp": int(time.time())}

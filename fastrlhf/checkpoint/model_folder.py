@@ -22,6 +22,7 @@ from fastrlhf.checkpoint.names import TOKENIZER
 from fastrlhf.checkpoint.schema import MODEL_VERSION, ModelFile, describe_validation, read_file
 from fastrlhf.checkpoint.shards import SavedStage, ShardReader, owned, parts_of, snapshot, weights
 from fastrlhf.config import ModelConfig
+from fastrlhf.config.field_types import MAX_NAME_BYTES
 from fastrlhf.errors import UserError
 
 _MODELS = ("ema", "policy", "reward")
@@ -76,7 +77,8 @@ def _find_model(root: Path) -> SavedModel | None:
     pointer = root if root.name in POINTERS else root / "checkpoints" / "latest"
     with contextlib.suppress(OSError, UnicodeDecodeError, ValueError):
         name = pointer.read_text(encoding="utf-8").strip()
-        if name and name == Path(name).name:  # a folder next to the pointer, nowhere else
+        # A folder next to the pointer, nowhere else; other text would fill the error line.
+        if name and name == Path(name).name and len(name) <= MAX_NAME_BYTES and name.isprintable():
             candidates.append(pointer.parent / name)
     for folder in candidates:
         for model in (folder, *(folder / name for name in _MODELS)):
@@ -229,9 +231,8 @@ def fill_weights(saved: SavedModel, stage: SavedStage) -> None:
 def shard_reader(folder: Path) -> ShardReader:
     """Open the shard files that the folder's `files.json` lists, and no others."""
     try:
-        return ShardReader(
-            folder / name for name in read_manifest(folder) if name.endswith(".safetensors")
-        )
+        names = [name for name in read_manifest(folder) if name.endswith(".safetensors")]
+        return ShardReader(folder, names)
     except DamagedManifestError as error:
         raise UserError(str(error)) from None
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:

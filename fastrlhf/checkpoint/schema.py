@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastrlhf.config import ModelConfig
+from fastrlhf.data.files import printable
 
 STATE_VERSION = 1
 """Version of `state.json` that this package writes; it reads no newer one."""
@@ -127,9 +128,9 @@ def read_file(path: Path, schema: type[File]) -> File:
 def describe_validation(error: ValueError) -> str:
     """Return the first failure of a validation on one line: key, reason and value."""
     if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
+        return printable(" ".join(str(error).split()))
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
     got = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
     reason = " ".join(first["msg"].split())
-    return f"{key}: {reason}{got}" if key else f"{reason}{got}"
+    return printable(f"{key}: {reason}{got}" if key else f"{reason}{got}")

@@ -200,12 +200,11 @@ class _Stored:
 class ShardReader:
     """Reads parts from a set of shard files, which it indexes by kind and key."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self._stored: dict[tuple[str, str], dict[Box, list[_Stored]]] = {}
-        self.folder = ""
-        for file in files:
-            self.folder = str(file.parent)
-            handle = safe_open(file, framework="pt")
+        self.folder = str(folder)
+        for file in names:
+            handle = safe_open(folder / file, framework="pt")
             for name, entry in json.loads(handle.metadata()["shards"]).items():
                 kind, key, whole, offset, shape, start = entry
                 numel = math.prod(handle.get_slice(name).get_shape())

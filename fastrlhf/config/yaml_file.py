@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from fastrlhf.config.suggestions import shorten, unknown_key
 from fastrlhf.config.yaml_core import EXPONENT_ONLY, MAX_BYTES, YamlError, parse
-from fastrlhf.errors import UserError
+from fastrlhf.errors import UserError, one_line
 
 Model = TypeVar("Model", bound=BaseModel)
 Tree = dict[str, object]
@@ -132,7 +132,7 @@ def _read(path: Path) -> tuple[Tree, dict[str, int]]:
         ) from None
     except YamlError as error:
         where = f"{path}:{error.line}" if error.line else f"{path}"
-        raise UserError(_one_line(f"{where}: {error.problem}")) from None
+        raise UserError(one_line(f"{where}: {error.problem}")) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a configuration file: {error}") from None
     data = {} if data is None else data
@@ -154,7 +154,7 @@ def _apply(data: Tree, override: str, model: type[BaseModel], origin: dict[str, 
         value, _ = parse(text)
     except YamlError as error:
         is_part = "the value is " if error.problem.startswith("not ") else ""
-        raise UserError(_one_line(f"{where}: {is_part}{error.problem}")) from None
+        raise UserError(one_line(f"{where}: {is_part}{error.problem}")) from None
     if key not in known_keys(model):
         raise UserError(f"{where}: {unknown_key(key, known_keys(model))}")
     *sections, name = key.split(".")
@@ -208,7 +208,7 @@ def _explain(
     _, _, where, detail = min(problems, key=lambda problem: problem[:2])
     more = len(problems) - 1
     others = f" (and {more} more mistake{'s' if more > 1 else ''})" if more else ""
-    return _one_line(f"{where}: {_describe(detail, model)}{others}")
+    return one_line(f"{where}: {_describe(detail, model)}{others}")
 
 
 def _key(detail: ErrorDetails) -> str:
@@ -253,7 +253,3 @@ def _expected(detail: ErrorDetails) -> str:
 
 def _shown(value: object) -> str:
     return "null" if value is None else shorten(repr(value), 60)
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)

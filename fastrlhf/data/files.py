@@ -222,7 +222,7 @@ def _reason(error: Exception) -> str:
 
 def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        import pyarrow as pa
+        import pyarrow  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(
             f"{path}: reading {path.suffix} needs pyarrow; "
@@ -232,6 +232,7 @@ def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[
     try:
         with path.open("rb") as file:
             for done, batch in _arrow_batches(file) if _is_arrow(path) else _parquet_batches(file):
+                batch.validate(full=True)  # wrong offsets would read memory outside the file
                 share = (done - before) / max(batch.num_rows, 1)  # of the file, in one row
                 for row in batch.to_pylist():
                     number += 1
@@ -239,7 +240,7 @@ def _table_rows(path: Path, position: ReadPosition) -> Iterator[tuple[int, dict[
                     position.current = int(size * before)
                     yield number, row
                 before = done
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+    except Exception as error:  # pyarrow's conversions raise SystemError, KeyError and others
         reason = printable(" ".join(str(error).split()))[:200]
         kind = "arrow" if _is_arrow(path) else "parquet"
         raise DamagedFile(number, f"not readable as {kind} ({reason}); copy it again") from None

@@ -135,7 +135,7 @@ def indexed_prefix(path: Path) -> Path | None:
     missing.
     """
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-    if bin_file(prefix).exists() and idx_file(prefix).exists():
+    if bin_file(prefix).is_file() and idx_file(prefix).is_file():
         return prefix
     if path.suffix in (".bin", ".idx"):
         raise UserError(

@@ -34,6 +34,7 @@ from fastrlhf.data.files import (
     as_files,
     as_paths,
     check_readable,
+    printable,
     raw_rows,
 )
 from fastrlhf.data.json_rows import BadRecord, Row, decode_row, shown
@@ -333,7 +334,7 @@ def detect_kind(path: Path) -> Kind:
         for key, kind in kinds.items():
             if key in row:
                 return kind
-        keys = ", ".join(map(str, row)) or "none"
+        keys = printable(", ".join(map(str, row))) or "none"
         raise UserError(
             f"{location}: no known key (it has {keys}); expected one of {', '.join(kinds)}"
         )
@@ -376,7 +377,8 @@ def _explain(error: ValidationError, row: Row) -> str:
     name = f'"{field}"' if index is None else f'"{field}" item {index + 1}'
     if first["type"] == "missing":
         if index is None:
-            return f"{name} is missing (found {', '.join(row) or 'nothing'}); expected {expected}"
+            found = printable(", ".join(map(str, row))) or "nothing"
+            return f"{name} is missing (found {found}); expected {expected}"
         return f'{name} lacks "{first["loc"][-1]}"; expected {expected}'
     if first["type"] == "unknown_role":
         return (

@@ -146,6 +146,8 @@ def test_settings_that_the_command_does_not_read_are_named(run, launched, config
         ("FASTRLHF_LINEAR_BUDGET_MB", "much"),
         ("FASTRLHF_POOL_MB", "12MB"),
         ("SLURM_NTASKS", "2"),
+        ("LOCAL_RANK", "first"),
+        ("LOCAL_RANK", "\u0661"),
     ],
 )
 def test_a_wrong_environment_is_one_line(run, launched, config, monkeypatch, variable, value):
@@ -232,6 +234,19 @@ def test_user_error_stays_on_one_line(run, monkeypatch, launched, config):
 
     monkeypatch.setattr(sys.modules["fastrlhf.run.train"], "train", fail)
     assert run("sft", config) == (2, "", "error: data.jsonl:3: bad record\n")
+
+
+def test_what_a_file_holds_disturbs_no_terminal(run, monkeypatch, launched, config):
+    """A message may quote a file: control characters are escapes, a long quote is cut."""
+
+    def fail(*_: object) -> None:
+        raise UserError(f"a.json: holds \0\x1b[31m{'x' * 5000}; copy it again")
+
+    monkeypatch.setattr(sys.modules["fastrlhf.run.train"], "train", fail)
+    status, _, error = run("sft", config)
+    assert status == 2 and len(error) < 1300 and error.removesuffix("\n").isprintable()
+    assert error.startswith("error: a.json: holds \\x00\\x1b[31mxxx")
+    assert error.endswith("xxx; copy it again\n")
 
 
 def test_interrupt_is_130_and_says_nothing(run, monkeypatch, launched, config):

@@ -9,6 +9,7 @@ import gzip
 import io
 import itertools
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ LINES: dict[str, bytes] = {
     "utf-32": '{"prompt": "p"}'.encode("utf-32-be"),
     "null byte": b'{"prompt": "a\x00b"}',
     "null bytes": b"\x00" * 40,
+    "control character in another key": b'{"pro\\u0000\\u001bmpt": "p"}',
     "control character": b'{"prompt": "a\x07b"}',
     "bad escape": b'{"prompt": "\\x41"}',
     "bad unicode escape": b'{"prompt": "\\u12G4"}',
@@ -190,6 +192,29 @@ def table(columns: dict[str, list[Any]]) -> bytes:
     return file.getvalue()
 
 
+def arrow_text(offsets: tuple[int, ...]) -> bytes:
+    """Return an arrow stream of the prompts abc, def and ghi with other offsets of their texts."""
+    content = arrow({"prompt": ["abc", "def", "ghi"]})
+    right = struct.pack("<4i", 0, 3, 6, 9)
+    assert content.count(right) == 1
+    return content.replace(right, struct.pack("<4i", *offsets))
+
+
+def arrow_time(zone: str) -> bytes:
+    import pyarrow as pa
+
+    return arrow({"prompt": ["p"], "when": pa.array([0], pa.timestamp("s", zone))})
+
+
+def arrow(columns: dict[str, Any]) -> bytes:
+    import pyarrow as pa
+
+    file, content = io.BytesIO(), pa.table(columns)
+    with pa.ipc.new_stream(file, content.schema) as writer:
+        writer.write_table(content)
+    return file.getvalue()
+
+
 def file_cases() -> Iterator[tuple[str, str, bytes, int, int]]:
     """Yield (id, name, content, line of the mistake, good records) of files of prompts."""
     line = _line(GOOD["prompts"]) + b"\n"
@@ -236,6 +261,9 @@ def file_cases() -> Iterator[tuple[str, str, bytes, int, int]]:
     yield "no arrow", "a.arrow", line, 1, 0
     yield "arrow magic only", "a.arrow", b"ARROW1\0\0", 1, 0
     yield "parquet named arrow", "a.arrow", good, 1, 0
+    for name, offsets in (("backwards", (0, 6, 3, 9)), ("outside", (0, 3, 6, 2**30))):
+        yield f"arrow with text offsets {name}", "a.arrow", arrow_text(offsets), 1, 0
+    yield "arrow with an unknown time zone", "a.arrow", arrow_time("Nowhere/Zone"), 1, 0
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case[0]) for case in file_cases()])

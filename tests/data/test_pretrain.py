@@ -116,7 +116,11 @@ def test_unusable_streams_give_one_line_errors(tmp_path: Path, tokenizer: Any) -
     (tmp_path / "junk.idx").write_bytes(b"junk" * 10)
     write_indexed(tmp_path / "cut", [[5, 6, 0]])
     (tmp_path / "cut.idx").write_bytes((tmp_path / "cut.idx").read_bytes()[:12])
+    write_indexed(tmp_path / "folder", [[5, 6, 0]])
+    (tmp_path / "folder.idx").unlink()
+    (tmp_path / "folder.idx").mkdir()
     for name, message in (
+        ("folder.bin", "expected both .*folder.bin and .*folder.idx"),
         (
             "other",
             "holds token 3000, but the tokenizer has 297 tokens; "

@@ -176,6 +176,7 @@ def test_another_commands_state_is_one_line(
         ("model.num_layers", "two"),
         ("model.unknown", 1),
         ("unknown", 1),
+        ("un\0known\x1b[31m", 1),
         ("path", "/tmp"),
         ("version", 7),
     ],
@@ -187,7 +188,7 @@ def test_a_wrong_description_is_one_line(keys: str, value: Any, written: Checkpo
     with pytest.raises(UserError) as no:
         describe_model(written.path(3))
     assert str(no.value).startswith(f"{path}: not the description of a model (")
-    assert "\n" not in str(no.value) and "errors.pydantic.dev" not in str(no.value)
+    assert str(no.value).isprintable() and "errors.pydantic.dev" not in str(no.value)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -237,8 +238,19 @@ def test_a_damaged_note_completes_no_folder(note: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("files.json")] == []
 
 
-@pytest.mark.parametrize("target", ["../elsewhere", "/absolute", "a/b", ".."])
+@pytest.mark.parametrize(
+    "target", ["../elsewhere", "/absolute", "a/b", "..", "x" * 70_000, "a\0b", "\x1b[31m"]
+)
 def test_latest_names_a_folder_next_to_it(target: str, written: Checkpointer) -> None:
     (written.folder / "latest").write_text(target)
-    with pytest.raises(UserError, match="no model here"):
+    with pytest.raises(UserError, match="no model here") as no:
         describe_model(written.folder.parent)
+    assert len(str(no.value)) < 400
+
+
+def test_a_folder_without_shards_is_named(written: Checkpointer) -> None:
+    """A manifest that lists no shard file is intact, but the folder has no weights."""
+    folder = written.path(3) / "policy"
+    saved = describe_model(folder)
+    write_manifest(folder, {})
+    assert shard_reader(saved.path).folder == str(folder)

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastrlhf.checkpoint.integrity import is_inside
+from fastrlhf.config.field_types import MAX_NAME_BYTES
+from fastrlhf.data.files import printable
+from fastrlhf.data.foreign_errors import foreign_errors
 from fastrlhf.errors import UserError
 from fastrlhf.models.hf.shapes import gguf_arguments
 
@@ -152,15 +156,7 @@ def open_tensors(path: str | Path) -> Tensors:
 def _files(path: Path) -> list[Path]:
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{index}: not a safetensors index ({error!r}); copy it again"
-            ) from None
-        files = [path / name for name in names]
+        files = [path / name for name in _indexed_names(index)]
     elif single.is_file():
         files = [single]
     elif any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -172,8 +168,28 @@ def _files(path: Path) -> list[Path]:
         )
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: missing, but {index.name} names it; copy the complete folder")
+            raise UserError(
+                printable(f"{file}: missing, but {index.name} names it; copy the complete folder")
+            )
     return files
+
+
+def _indexed_names(index: Path) -> list[str]:
+    """Return the names of the files that a safetensors index maps tensors to."""
+
+    def damaged(reason: str) -> UserError:
+        return UserError(f"{index}: not a safetensors index ({reason}); copy it again")
+
+    with foreign_errors(damaged):
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
+            if not isinstance(name, str):
+                raise damaged(f"it names the file {name!r:.60}")
+            if len(name) > MAX_NAME_BYTES:
+                raise damaged(f"it names {name!r:.60}..., too long for a file")
+            if not is_inside(name):
+                raise damaged(f"it names {name!r:.60}, outside the folder")
+    return sorted(names)
 
 
 def _check_gguf(path: Path) -> int:

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from fastrlhf.config import ModelConfig
+from fastrlhf.data.foreign_errors import foreign_errors
 from fastrlhf.errors import UserError
 from fastrlhf.models.heads import Head
 from fastrlhf.models.hf.positions import (
@@ -65,14 +66,15 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
             ".gguf file"
         )
     folder, gguf = gguf_arguments(path)
-    try:
+
+    def damaged(reason: str) -> UserError:
+        supported = ", ".join(sorted(_READERS))
+        return UserError(f"{wanted}: {reason}; supported model types: {supported}")
+
+    with foreign_errors(damaged):
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **gguf
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        supported = ", ".join(sorted(_READERS))
-        raise UserError(f"{wanted}: {reason}; supported model types: {supported}") from None
 
 
 def model_config_from_hf(path: str | Path) -> ModelConfig:
@@ -91,9 +93,14 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
             path, "quantization_config", config.quantization_config, "weights in fp32, bf16 or fp16"
         )
     dtype = getattr(config, "dtype", None) or torch.float32
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:  # it may be a mapping
         refuse(path, "dtype", dtype, "float32, bfloat16 or float16")
-    fields = _READERS[config.model_type](path, config) | {"dtype": _DTYPES[dtype]}
+
+    def invalid(reason: str) -> UserError:
+        return UserError(f"{path}: config.json describes no valid model: {reason}")
+
+    with foreign_errors(invalid):  # transformers does not check the types of all fields
+        fields = _READERS[config.model_type](path, config) | {"dtype": _DTYPES[dtype]}
     try:
         return ModelConfig(
             hidden_size=config.hidden_size,
@@ -108,9 +115,7 @@ def model_config_from_hf(path: str | Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{path}: config.json describes no valid model: {where} {first['msg']}"
-        ) from None
+        raise invalid(f"{where} {first['msg']}") from None
 
 
 def vocab_size_from_hf(path: str | Path) -> int:
@@ -127,7 +132,8 @@ def head_from_hf(path: str | Path) -> Head:
     A reward model is `...ForSequenceClassification` with one label.
     """
     config = read_hf_config(path)
-    architecture = (config.architectures or ["ForCausalLM"])[0]
+    names = config.architectures or ["ForCausalLM"]
+    architecture = str(names[0] if isinstance(names, list) else names)
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if not architecture.endswith("ForSequenceClassification"):
