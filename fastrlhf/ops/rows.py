@@ -45,7 +45,8 @@ def vocab_shard(
     """Return this rank's shard, `width` columns wide, of a vocabulary of `vocab_size`.
 
     `vocab_start` defaults to rank * width. Raises ValueError if the shard of an unsharded
-    vocabulary holds padding only, or if a shard is as wide as the complete vocabulary.
+    vocabulary holds padding only, or if a shard without `vocab_start` is exactly as wide as the
+    complete vocabulary. A wider one is possible: rows of a padded table.
     """
     check_group(group)
     start = rank_of(group) * width if vocab_start is None else vocab_start
@@ -55,7 +56,7 @@ def vocab_shard(
     checks.require(vocab_size > 0, "vocab_size", vocab_size, "the true vocabulary size, above 0")
     columns = max(0, min(width, vocab_size - start))
     if group is not None:
-        cut = width < vocab_size or group.size() == 1
+        cut = width != vocab_size or vocab_start is not None or group.size() == 1
         expected = (
             f"this rank's shard of the {vocab_size} columns, since there is a group of"
             f" {group.size()} (or group=None for all of them)"

@@ -58,7 +58,7 @@ def test_values_out_of_range_are_one_line(make, key):
         for text in (value, f"'{value}'", f"[{value}]", f"{{a: {value}}}"):
             if key == "sample.k" and text.startswith("["):
                 text = f"[1, {value}]"
-            if key == "data.pretrain":  # other values are paths
+            if key in ("data.pretrain", "data.train"):  # other values are paths
                 text = f"{{a: {value}}}"
             with pytest.raises(UserError) as raised:
                 make(f"{key}={text}")

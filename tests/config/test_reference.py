@@ -38,7 +38,7 @@ def test_every_setting_has_a_type_a_default_and_a_meaning():
         ("model.vocab_size", "int > 0 or null", "null"),
         ("optimizer.beta1", "float in [0, 1)", "0.9"),
         ("train.seed", "int >= 0", "1234"),
-        ("data.train", "list of str or null", "null"),
+        ("data.train", "list of str or mapping of str to float > 0 or null", "null"),
         ("data.pretrain", "list of str or mapping of str to float > 0 or null", "null"),
         ("ppo.reward_model", "str or list of str or null", "null"),
         ("sample.k", "[int > 0, int > 0]", "[4, 9]"),
