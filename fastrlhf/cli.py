@@ -229,6 +229,18 @@ def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
     winrate(settings)
 
 
+@evaluate.command("human")
+def evaluate_human(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Judgements of `label`.")],
+    baseline: Annotated[str | None, typer.Option(help="Model that win rates are against.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of human.json and .html.")] = Path("human"),
+) -> None:
+    """Report win rates, quality, flags and agreement of people's judgements."""
+    from fastrlhf.commands.eval_human import run
+
+    run(files, baseline, output)
+
+
 @evaluate.command("select")
 def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
     """Name the best checkpoint of a run by a judge's scores.

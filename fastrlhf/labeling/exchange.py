@@ -72,7 +72,9 @@ def _check(row: dict[str, Any], task: Task) -> None:
         isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in prompt
     )
     if not prompt or not (isinstance(prompt, str) or turns):
-        raise BadRecord('prompt is missing or malformed; expected text or {"role", "content"} turns')
+        raise BadRecord(
+            'prompt is missing or malformed; expected text or {"role", "content"} turns'
+        )
     responses = row.get("responses", [])
     if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
         raise BadRecord("responses is malformed; expected a list of strings")
