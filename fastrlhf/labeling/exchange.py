@@ -32,13 +32,13 @@ def read_items(path: Path, project: Project) -> Iterator[Item]:
     The columns "priority" (a number; higher is earlier) and "gold" (the expected ranks) set the
     assignment and are not shown. Raises UserError that names the file and the line.
     """
-    number = 0
     try:
         for number, raw in raw_rows(path):
-            row = decode_row(raw) if isinstance(raw, bytes) else dict(raw)
-            yield _item(_with_responses(row), project)
-    except BadRecord as error:
-        raise UserError(f"{path}:{number}: {error}") from None
+            try:
+                row = decode_row(raw) if isinstance(raw, bytes) else dict(raw)
+                yield _item(_with_responses(row), project)
+            except BadRecord as error:
+                raise UserError(f"{path}:{number}: {error}") from None
     except DamagedFile as error:
         raise UserError(f"{path}:{error.row}: {error}") from None
 

@@ -29,6 +29,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
+from fastrlhf.evaluation.human import agreement
 from fastrlhf.labeling.exchange import check_answer, json_lines, judgements, training_records
 from fastrlhf.labeling.project import Project
 from fastrlhf.labeling.store import Assignment, Labeler, StaleRevision, Store
@@ -135,7 +136,8 @@ class LabelingSite:
         """Show progress and speed of the team."""
         await self._administrator(request)
         progress = await run_in_threadpool(self._store.progress)
-        return self._html("admin.html", project=self._project, progress=progress)
+        found = await run_in_threadpool(lambda: agreement(list(judgements(self._store.answers()))))
+        return self._html("admin.html", project=self._project, progress=progress, agreement=found)
 
     async def export(self, request: Request) -> Response:
         """Send the judgements, or the records for training, as JSONL."""

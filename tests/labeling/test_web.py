@@ -105,6 +105,15 @@ def test_ranking_is_checked_and_read_by_the_trainers(make_site, tmp_path):
     assert record.columns["source"] == "s" and record.columns["model"] == list("wxyz")
 
 
+def test_admin_page_shows_the_agreement_of_two_labelers(make_site):
+    rows = [{"prompt": "p", "responses": list("abcd")}]
+    site = make_site("rank", rows, labelers_per_item=2)
+    ann, ben = site.client("ann", admin=True), site.client("ben")
+    assert send(ann, "/answer", answer={**ranking(4), "ranks": [1, 2, 3, 4]}).status_code == 200
+    assert send(ben, "/answer", answer={**ranking(4), "ranks": [2, 1, 3, 4]}).status_code == 200
+    assert "order 83.3 % of pairs alike" in ann.get("/admin").text  # five of six
+
+
 def test_draft_survives_a_reload_and_stale_tab_is_refused(make_site):
     client = make_site("demonstrate", [{"prompt": "p"}]).client("ann")
     item, revision, headers = item_of(client.get("/").text)
