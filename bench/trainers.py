@@ -150,6 +150,9 @@ class Tokens:
     def __len__(self) -> int:
         return self.vocab
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(self.vocab)}
+
 
 class RandomParts(builder.RunBuilder):
     """The parts of a run with the weights and data of `task` instead of files."""
@@ -164,8 +167,11 @@ class RandomParts(builder.RunBuilder):
         draw_weights(stage)
         return stage
 
-    def scorer(self, path: str, *, fresh_head: bool = False) -> GPT:
+    def reward(self, path: str) -> GPT:
         return self.model(self.config.model, "scalar")
+
+    def value(self, path: str) -> GPT:
+        return self.reward(path)
 
     def windows(self, sources: list[str] | dict[str, float]) -> Any:
         return self.task.windows

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import statistics
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -41,14 +43,12 @@ def run(
     config = load_config(source, overrides)
     require(config, command)
     hardware = load_hardware(gpu)
-    # Remarks on the simulated ranks would be about this machine, not about the one planned for.
-    logging.getLogger("fastrlhf").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")
     length = _mean_length(lengths) if lengths is not None else None
-    plan = make_plan(
-        config, command, gpus, hardware, source, response_length=length, samples=samples
-    )
-    found = search(source, overrides, command, gpus, hardware) if search_settings else []
+    with _without_remarks():
+        plan = make_plan(
+            config, command, gpus, hardware, source, response_length=length, samples=samples
+        )
+        found = search(source, overrides, command, gpus, hardware) if search_settings else []
     if as_json:
         results: dict[str, object] = {**plan.to_json()}
         if search_settings:
@@ -59,6 +59,20 @@ def run(
     if page is not None:
         write_page(plan, page, f"{command} {source}")
     return plan.fits
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Silence remarks on the simulated ranks: they are about this machine."""
+    logger = logging.getLogger("fastrlhf")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _mean_length(run_dir: Path) -> float:

@@ -171,7 +171,6 @@ def ppo_job(run: RunBuilder) -> TrainingJob[PPO]:
     Policy, value, reference and reward models share one mesh.
     """
     config, mesh = run.config, run.mesh
-    run.check_models(ppo=True)
     assert config.data.prompts is not None and config.train.steps is not None
     prompts = run.loader(
         run.prompts(config.data.prompts), _as_list, global_batch_size=config.ppo.batch_size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -38,6 +40,15 @@ SIZES = {
 ABOUT = dict.fromkeys(
     ("device", "torch", "triton", "python", "commit", "dirty", "time"), "here"
 ) | {"threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Restore the level of the logger that the benchmark silences."""
+    logger = logging.getLogger("fastrlhf.algorithms.ppo")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def options(**changes) -> list[str]:
