@@ -229,6 +229,18 @@ def evaluate_winrate(config: ConfigPath, overrides: Overrides = None) -> None:
     winrate(settings)
 
 
+@evaluate.command("human")
+def evaluate_human(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Judgements of `label`.")],
+    baseline: Annotated[str | None, typer.Option(help="Model that win rates are against.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of human.json and .html.")] = Path("human"),
+) -> None:
+    """Report win rates, quality, flags and agreement of people's judgements."""
+    from fastrlhf.commands.eval_human import run
+
+    run(files, baseline, output)
+
+
 @evaluate.command("select")
 def evaluate_select(config: ConfigPath, overrides: Overrides = None) -> None:
     """Name the best checkpoint of a run by a judge's scores.
@@ -316,6 +328,36 @@ def plan(
         lengths=lengths,
         samples=samples,
         page=html,
+    )
+
+
+@app.command()
+def label(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="YAML file of the project.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
+    link: Annotated[
+        list[str] | None, typer.Option(help="Print a new personal link of this labeler.")
+    ] = None,
+    admin_link: Annotated[
+        str | None, typer.Option(help="Print a new personal link of this administrator.")
+    ] = None,
+    revoke: Annotated[str | None, typer.Option(help="Make this labeler's link invalid.")] = None,
+    backup: Annotated[Path | None, typer.Option(help="Copy the database to this file.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write the answers to this folder.")] = None,
+) -> None:
+    """Serve a web page on which people rank, compare, rate or write responses."""
+    from fastrlhf.commands.label import run
+
+    run(
+        project,
+        host=host,
+        port=port,
+        link=link or [],
+        admin_link=admin_link,
+        revoke=revoke,
+        backup=backup,
+        export=export,
     )
 
 

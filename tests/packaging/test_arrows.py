@@ -20,6 +20,7 @@ FLOORS = [
     ["run"],
     ["plan"],
     ["algorithms"],
+    ["labeling"],
     ["evaluation"],
     ["generation", "training"],
     ["models"],
