@@ -232,13 +232,23 @@ class Operators(TorchDispatchMode):
                 _wait()
         elif name in _READING:
             _wait()
-        elif name not in _CROSSING and any(t.dim() > 0 for t in on_host):
+        elif name not in _CROSSING and any(t.dim() > 0 for t in _without_scalars(name, on_host)):
             there = [tuple(t.shape) for t in operands if on_gpu(t)]
             here = [tuple(t.shape) for t in on_host]
             raise DeviceError(
                 f"{name}: expected all tensors on one device, got {there} on cuda:0 and {here} on "
                 "the CPU"
             )
+
+
+def _without_scalars(name: str, on_host: list[Tensor]) -> list[Tensor]:
+    """Leave out the Python numbers of an op of ours, which travel as one host tensor (scalars.py).
+
+    They are fp64; the tensors of the ops are fp32 or less.
+    """
+    if not name.startswith("fastrlhf::"):
+        return on_host
+    return [t for t in on_host if t.dtype != torch.float64]
 
 
 # ---- start ---------------------------------------------------------------------------------------
