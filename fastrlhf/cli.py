@@ -235,7 +235,7 @@ def evaluate_human(
     baseline: Annotated[str | None, typer.Option(help="Model that win rates are against.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of human.json and .html.")] = Path("human"),
 ) -> None:
-    """Report win rates, quality, flags and agreement of people's judgements."""
+    """Report win rates and agreement of human judgements."""
     from fastrlhf.commands.eval_human import run
 
     run(files, baseline, output)
@@ -346,7 +346,7 @@ def label(
     backup: Annotated[Path | None, typer.Option(help="Copy the database to this file.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write the answers to this folder.")] = None,
 ) -> None:
-    """Serve a web page on which people rank, compare, rate or write responses."""
+    """Serve a web page for labelers: rank, compare, rate, write."""
     from fastrlhf.commands.label import run
 
     run(
