@@ -19,6 +19,7 @@ import torch
 from fastrlhf import ops
 from fastrlhf.config import Config
 from fastrlhf.data.batches import PackedBatch
+from fastrlhf.generation.memory import row_bytes
 from fastrlhf.models import attention
 from fastrlhf.models.gpt import DTYPES, GPT, build_model
 from fastrlhf.ops.linear_chunks import GPU_ROWS
@@ -111,7 +112,7 @@ def _count_role(
 ) -> None:
     model = build_model(role.model, mesh, role.vocab_size, head=role.head)
     if role.name == "policy":
-        found.cache_row = _cache_bytes(model)
+        found.cache_row = row_bytes(model, length=1)
     if not role.is_trained:
         found.weights[role.name] = found.weights.get(role.name, 0) + meter.mark()
         if role.name != "average":
@@ -124,12 +125,6 @@ def _count_role(
     found.weights[role.name] = meter.mark()
     found.training[role.name] = _count_pass(mesh, learner.ddp, model, meter, tokens, train=True)
     found.scoring[role.name] = _count_pass(mesh, model, model, meter, tokens, train=False)
-
-
-def _cache_bytes(model: GPT) -> int:
-    heads = [layer.self_attention for layer in model.decoder.layers]
-    widths = [h.num_query_groups_per_partition * h.hidden_size_per_attention_head for h in heads]
-    return 2 * sum(widths) * model.config.params_dtype.itemsize
 
 
 def _count_pass(

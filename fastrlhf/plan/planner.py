@@ -13,8 +13,8 @@ from fastrlhf.plan.hardware import GIB, Hardware
 from fastrlhf.plan.layout import Layout
 from fastrlhf.plan.memory import RankBytes, count_rank, kinds
 from fastrlhf.plan.roles import Role, roles
-from fastrlhf.plan.timing import Recompute, Shape, Timing
-from fastrlhf.plan.workload import Batch, parameters, total_steps, update_batch, work
+from fastrlhf.plan.timing import Recompute, Timing
+from fastrlhf.plan.workload import Batch, parameters, shape_of, total_steps, update_batch, work
 
 _LENGTHS = {"low": 0.3, "mid": 0.6, "high": 1.0}
 """Mean response length as a share of generation.max_new_tokens, when nothing was measured."""
@@ -318,7 +318,7 @@ def _checkpoint_bytes(models: Sequence[Role]) -> int:
     """Return the bytes of a checkpoint: weights of what a run saves, and optimizer states."""
     total = 0
     for role in models:
-        weights = Shape.of(role.model, role.vocab_size if role.head == "lm" else 0).weights
+        weights = parameters(role)
         size = 4 if role.model.dtype == "fp32" else 2
         if role.is_trained:
             total += weights * (size + 12)  # fp32 master weights and two moments
@@ -343,12 +343,7 @@ class _Clock:
         self.config, self.command, self.layout, self.gpu = config, command, layout, gpu
         self.slots, self.response_length = slots, response_length
         self.models = models
-        self.timings = {
-            role.name: Timing(
-                Shape.of(role.model, role.vocab_size if role.head == "lm" else 0), layout, gpu
-            )
-            for role in models
-        }
+        self.timings = {role.name: Timing(shape_of(role), layout, gpu) for role in models}
 
     def seconds(self) -> dict[str, dict[str, float]]:
         """Return phase -> {low, mid, high}, with their sum as `iteration`."""

@@ -60,9 +60,14 @@ def _row(config: Config, command: str, response: float) -> tuple[int, int]:
     return length + (RESPONSES - 1) * own, length
 
 
+def shape_of(role: Role) -> Shape:
+    """Return the sizes that decide a model's time; a scalar head has no columns."""
+    return Shape.of(role.model, role.vocab_size if role.head == "lm" else 0)
+
+
 def parameters(role: Role) -> int:
     """Return the weights of a model's matrices."""
-    return Shape.of(role.model, role.vocab_size if role.head == "lm" else 0).weights
+    return shape_of(role).weights
 
 
 def total_steps(config: Config, command: str, samples: int | None) -> tuple[int, list[str]]:
